@@ -1,0 +1,256 @@
+"""Recipes and overrides become frozen specs; every problem is reported, all of them at once.
+
+A spec is a frozen dataclass whose fields are made with `setting`.  A command's spec is a dataclass of
+groups (`train`, `model`, ...), each itself a spec.  Nothing here imports JAX, so a wrong config is
+refused in well under a second.
+"""
+
+import ast
+import collections.abc
+import dataclasses
+import difflib
+import json
+import pathlib
+import runpy
+import types
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+
+class ConfigError(Exception):
+  """Wrong settings.  `problems` has one line for each, saying what to write instead."""
+
+  def __init__(self, problems):
+    self.problems = list(problems)
+    super().__init__('\n'.join(self.problems))
+
+
+def setting(default, doc, *, choices=None, minimum=None, maximum=None):
+  """Returns a dataclass field with its documentation and simple bounds (inclusive)."""
+  metadata = {'doc': doc, 'choices': choices, 'minimum': minimum, 'maximum': maximum}
+  if isinstance(default, dict):
+    return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+def group(spec_class):
+  """Returns a dataclass field that holds a nested spec with its own defaults."""
+  return dataclasses.field(default_factory=spec_class)
+
+
+def load_recipe(path: str) -> dict[str, Any]:
+  """Returns a recipe as nested dicts: `get_config()` of a Python file, or a JSON object.
+
+  Raises ConfigError when the file is missing, fails, or holds something else.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    near = difflib.get_close_matches(
+        file.stem, [p.stem for p in file.parent.glob('*') if p.suffix in ('.py', '.json')], n=1)
+    hint = f'; did you mean {file.parent / near[0]}{file.suffix}?' if near else (
+        '; give the path of a recipe such as configs/pretrain/quickstart.py')
+    raise ConfigError([f'--config={path}: there is no such file{hint}'])
+  try:
+    if file.suffix == '.json':
+      recipe = json.loads(file.read_text())
+    else:
+      recipe = runpy.run_path(str(file))['get_config']()
+  except KeyError as e:
+    raise ConfigError([f'--config={path}: the file must define get_config()']
+                      if e.args == ('get_config',) else [f'--config={path}: KeyError: {e}']) from e
+  except Exception as e:  # A recipe is the user's program: any error in it is theirs to see.
+    raise ConfigError([f'--config={path}: {type(e).__name__}: {e}']) from e
+  if isinstance(recipe, config_dict.ConfigDict):
+    recipe = recipe.to_dict()
+  if not isinstance(recipe, dict):
+    raise ConfigError([f'--config={path}: get_config() must return a ConfigDict, '
+                       f'not {type(recipe).__name__}'])
+  return recipe
+
+
+def build(spec_class, recipe, overrides=()):
+  """Returns the frozen spec that the recipe and then the overrides ask for.
+
+  recipe: nested mapping.  overrides: pairs ('train.steps', '200') of dotted name and text.
+  Raises ConfigError with every problem: unknown fields, wrong types, bounds, and whatever the
+  specs' own `problems()` find.
+  """
+  problems = []
+  values = {name: dict(v) if isinstance(v, collections.abc.Mapping) else v
+            for name, v in recipe.items()}
+  for name, text in overrides:
+    _place(spec_class, values, name.split('.'), text, name, problems, spec_class)
+  spec = _build(spec_class, values, '', problems, spec_class)
+  if not problems:  # Checks between fields mean nothing while a field itself is wrong.
+    problems = list(find_problems(spec))
+  if problems:
+    raise ConfigError(problems)
+  return spec
+
+
+def find_problems(spec, prefix=''):
+  """Yields what the spec and the specs nested in it find wrong with themselves."""
+  for field in dataclasses.fields(spec):
+    value = getattr(spec, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from find_problems(value, f'{prefix}{field.name}.')
+  if hasattr(spec, 'problems'):
+    for problem in spec.problems():
+      yield f'{prefix}{problem}'
+
+
+def to_dict(spec) -> dict[str, Any]:
+  """Returns the spec as nested plain dicts; `build` turns them back into an equal spec."""
+  return json.loads(json.dumps(dataclasses.asdict(spec)))
+
+
+def describe(spec_class, prefix='--config.'):
+  """Yields (flag, type, default, documentation) of every field, nested ones included."""
+  for field in dataclasses.fields(spec_class):
+    if dataclasses.is_dataclass(field.type):
+      yield from describe(field.type, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, _type_name(field.type), _default(field), field.metadata['doc']
+
+
+def _default(field):
+  if field.default is not dataclasses.MISSING:
+    return field.default
+  return field.default_factory()
+
+
+def _fields(spec_class):
+  return {f.name: f for f in dataclasses.fields(spec_class)}
+
+
+def _unknown(name, root):
+  """Returns the message for a field that does not exist, naming the nearest that does."""
+  known = [flag for flag, *_ in describe(root, '')]
+  last = name.split('.')[-1]
+  near = ([k for k in known if k.split('.')[-1] == last] or
+          difflib.get_close_matches(name, known, n=1, cutoff=0.75) or
+          [k for k in known if k.split('.')[-1] in difflib.get_close_matches(
+              last, [k.split('.')[-1] for k in known], n=1, cutoff=0.6)])
+  if near:
+    return f'{name} is not a field; did you mean {near[0]}?'
+  siblings = [k for k in known if k.rpartition('.')[0] == name.rpartition('.')[0]]
+  known = siblings or sorted({k.split('.')[0] for k in known})
+  return f'{name} is not a field; known here: {", ".join(k.split(".")[-1] for k in known)}'
+
+
+def _place(spec_class, values, path, text, name, problems, root):
+  """Parses one override and writes it into the nested values."""
+  field = _fields(spec_class).get(path[0])
+  is_group = field is not None and dataclasses.is_dataclass(field.type)
+  if field is not None and typing.get_origin(field.type) is dict and len(path) > 1:
+    entry = values.setdefault(path[0], {})  # A mapping takes `data.sources.corpus=0.5`.
+    entry['.'.join(path[1:])] = parse_text(typing.get_args(field.type)[1], text)
+    return
+  if is_group and len(path) == 1:
+    problems.append(f'{name} is a group; set one of its fields: '
+                    f'{", ".join(sorted(_fields(field.type)))}')
+    return
+  if field is None or (len(path) > 1 and not is_group):
+    problems.append(_unknown(name, root))
+    return
+  if len(path) > 1:
+    nested = values.setdefault(path[0], {})
+    if isinstance(nested, dict):
+      _place(field.type, nested, path[1:], text, name, problems, root)
+  else:
+    values[path[0]] = parse_text(field.type, text)
+
+
+def _build(spec_class, values, prefix, problems, root):
+  """Returns a spec of the class, noting every unknown field and every wrong value."""
+  base = spec_class.base(values) if hasattr(spec_class, 'base') else {}
+  fields, arguments = _fields(spec_class), {}
+  for name in values:
+    if name not in fields:
+      problems.append(_unknown(prefix + name, root))
+  for name, field in fields.items():
+    value = values.get(name, base.get(name, _default(field)))
+    if dataclasses.is_dataclass(field.type):
+      if dataclasses.is_dataclass(value):
+        value = {}
+      if not isinstance(value, collections.abc.Mapping):
+        problems.append(f'{prefix}{name} is a group of fields, not {value!r}')
+        continue
+      arguments[name] = _build(field.type, value, f'{prefix}{name}.', problems, root)
+    else:
+      try:
+        arguments[name] = _check(field, _convert(field.type, value))
+      except ValueError as e:
+        problems.append(f'{prefix}{name}={value!r} {e}')
+  return None if problems else spec_class(**arguments)
+
+
+def _check(field, value):
+  """Returns the value; raises ValueError when it breaks the field's bounds."""
+  meta = field.metadata
+  if value is None:
+    return value
+  if meta['choices'] is not None and value not in meta['choices']:
+    near = difflib.get_close_matches(str(value), [str(c) for c in meta['choices']], n=1)
+    hint = f'; did you mean {near[0]}?' if near else ''
+    raise ValueError(f'must be one of {", ".join(map(str, meta["choices"]))}{hint}')
+  if meta['minimum'] is not None and value < meta['minimum']:
+    raise ValueError(f'must be at least {meta["minimum"]}')
+  if meta['maximum'] is not None and value > meta['maximum']:
+    raise ValueError(f'must be at most {meta["maximum"]}')
+  return value
+
+
+def _type_name(annotation):
+  return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(
+      annotation) else str(annotation).replace('typing.', '')
+
+
+def parse_text(annotation, text):
+  """Returns the value that a command-line text stands for, or the text where it stands for none."""
+  if annotation is str:
+    return text
+  lowered = text.strip().lower()
+  if lowered in ('true', 'false'):
+    return lowered == 'true'
+  if lowered in ('none', 'null'):
+    return None
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    if typing.get_origin(annotation) is tuple:
+      return tuple(part for part in text.split(',') if part)
+    return text
+
+
+def _convert(annotation, value):
+  """Returns the value as the annotated type; raises ValueError saying what is wanted."""
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin in (typing.Union, types.UnionType):
+    if value is None:
+      return None
+    return _convert(next(a for a in arguments if a is not type(None)), value)
+  if origin is tuple:
+    if isinstance(value, str) or not isinstance(value, collections.abc.Iterable):
+      value = (value,)
+    return tuple(_convert(arguments[0], v) for v in value)
+  if origin is dict:
+    if not isinstance(value, collections.abc.Mapping):
+      raise ValueError(f'must map names to {arguments[1].__name__}, such as {{"corpus": 1.0}}')
+    return {str(k): _convert(arguments[1], v) for k, v in value.items()}
+  if annotation is bool:
+    if value in (True, False):
+      return bool(value)
+    raise ValueError('must be true or false')
+  if annotation in (int, float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (
+        annotation is int and not float(value).is_integer()):
+      raise ValueError(f'must be {"a whole number" if annotation is int else "a number"}')
+    return annotation(value)
+  if annotation is str:
+    if not isinstance(value, (str, pathlib.PurePath)):
+      raise ValueError('must be text')
+    return str(value)
+  raise TypeError(f'a setting cannot have the type {annotation}')

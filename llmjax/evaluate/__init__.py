@@ -1,0 +1,1 @@
+"""Perplexity, bits per byte, compressor baselines, the report."""

@@ -1,0 +1,109 @@
+"""Reading a run's `metrics.jsonl` and `samples.jsonl`, and thinning curves for a page.
+
+A JSON number cannot be NaN or infinite, so these are written as the strings "NaN", "Infinity" and
+"-Infinity" (`encode_number`); `read_metrics` turns them back.  A null means: not measured.
+"""
+
+import json
+import math
+import pathlib
+
+from llmjax import config
+
+NON_FINITE = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
+
+
+def encode_number(value):
+  """Returns what JSON may hold for a number or None: an int, a finite float, None, or a string."""
+  if value is None or isinstance(value, (bool, int)):
+    return value
+  value = float(value)
+  if math.isfinite(value):
+    return value
+  return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
+
+
+def read_lines(path) -> list[dict]:
+  """Returns the JSON objects of a file, one a line; a last line cut off by a kill is left out.
+
+  A missing file is an empty list.  Raises ConfigError when any other line is damaged.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  rows = []
+  lines = path.read_bytes().split(b'\n')
+  last = max((i for i, line in enumerate(lines) if line.strip(b' \0\r\t')), default=-1)
+  for number, line in enumerate(lines):
+    if not line.strip(b' \0\r\t'):  # A crash of the machine can leave zeros where data should be.
+      continue
+    try:
+      row = json.loads(line)
+      if not isinstance(row, dict):
+        raise ValueError('not an object')
+    except ValueError as e:
+      if number == last and number == len(lines) - 1:  # No newline: the write never ended.
+        break
+      raise config.ConfigError([
+          f'{path}: line {number + 1} is not a JSON object ({e}); remove the line to go on']) from e
+    rows.append(row)
+  return rows
+
+
+def read_metrics(path) -> list[dict]:
+  """Returns the rows of a `metrics.jsonl`, oldest first, with NaN and infinities as floats.
+
+  path: the file or the run's folder.  Tolerates a truncated last line, as `read_lines` does.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    path = path / 'metrics.jsonl'
+  return [{key: NON_FINITE.get(value, value) if isinstance(value, str) else value
+           for key, value in row.items()} for row in read_lines(path)]
+
+
+def curve(rows, key):
+  """Returns ([steps], [values]) of a key, leaving out rows where it is missing or null."""
+  points = [(row['step'], row[key]) for row in rows
+            if row.get(key) is not None and row.get('step') is not None]
+  return [p[0] for p in points], [float(p[1]) for p in points]
+
+
+def smooth(values, span):
+  """Returns the exponential moving average over about `span` points, corrected for its start.
+
+  Non-finite values are passed over: they leave a NaN at their place and do not spoil the rest.
+  """
+  decay = max(0.0, 1.0 - 2.0 / (span + 1.0))
+  total = weight = 0.0
+  out = []
+  for value in values:
+    if not math.isfinite(value):
+      out.append(math.nan)
+      continue
+    total = decay * total + (1.0 - decay) * value
+    weight = decay * weight + (1.0 - decay)
+    out.append(total / weight)
+  return out
+
+
+def downsample(values, limit):
+  """Returns the sorted indices of at most `limit` points: each bucket's lowest and highest.
+
+  The first and the last point are always kept, and of each bucket any non-finite value, so that a
+  spike or a NaN that lasted one step is still on the page.  limit: at least 8.
+  """
+  count = len(values)
+  if count <= limit:
+    return list(range(count))
+  buckets = (limit - 2) // 3
+  keep = {0, count - 1}
+  for b in range(buckets):
+    indices = range(b * count // buckets, (b + 1) * count // buckets)
+    finite = [i for i in indices if math.isfinite(values[i])]
+    if finite:
+      keep.add(min(finite, key=values.__getitem__))
+      keep.add(max(finite, key=values.__getitem__))
+    if len(finite) < len(indices):
+      keep.add(next(i for i in indices if not math.isfinite(values[i])))
+  return sorted(keep)

@@ -1,0 +1,1 @@
+"""KV cache, prefill, decode, sampling, streaming."""

@@ -1,0 +1,1 @@
+"""The thin loops: prepare, pretrain, evaluate, generate, doctor, and their harness."""

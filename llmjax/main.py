@@ -1,0 +1,215 @@
+"""The command line: `llmjax <command> --config=FILE --config.group.field=VALUE --flag=VALUE`.
+
+absl flags carry a command's own options; `--config...` arguments fill its spec.  A command's module,
+and JAX with it, is imported only after everything the user typed has been checked.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import sys
+
+from absl import flags
+
+import llmjax
+from llmjax import config
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A row of the command table.
+
+  module: holds `run(spec, options)`.  options: 'module:Class' of a spec whose fields are absl flags.
+  spec: 'module:Class' of what `--config` fills, or None where the command takes no recipe.
+  """
+
+  summary: str
+  module: str
+  options: str
+  spec: str | None = None
+  example: str = ''
+
+
+COMMANDS = {
+    'prepare': Command(
+        'text to a corpus, a tokenizer and a token store', 'llmjax.loops.prepare',
+        'llmjax.loops.spec:PrepareOptions', 'llmjax.loops.spec:PrepareSpec',
+        'llmjax prepare --config=configs/data/python_docs.py'),
+    'pretrain': Command(
+        'train a language model from scratch, or go on with a run', 'llmjax.loops.pretrain',
+        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:PretrainSpec',
+        'llmjax pretrain --config=configs/pretrain/quickstart.py --workdir=runs/quickstart'),
+    'evaluate': Command(
+        'held-out perplexity and bits per byte of a run, beside gzip and xz',
+        'llmjax.loops.evaluate', 'llmjax.loops.spec:EvaluateOptions', None,
+        'llmjax evaluate --workdir=runs/quickstart'),
+    'generate': Command(
+        'sample text from a run, streamed to the terminal', 'llmjax.loops.generate',
+        'llmjax.loops.spec:GenerateOptions', None,
+        "llmjax generate --workdir=runs/quickstart --prompt='def '"),
+    'report': Command(
+        "write a run's report.html again", 'llmjax.loops.report',
+        'llmjax.loops.spec:ReportOptions', None, 'llmjax report --workdir=runs/quickstart'),
+    'doctor': Command(
+        'versions, devices, memory, disk, and what is wrong with them', 'llmjax.loops.doctor',
+        'llmjax.loops.spec:DoctorOptions', None, 'llmjax doctor'),
+}
+
+
+def main(argv=None):
+  """Runs a command and exits: 0 done, 1 the command failed, 2 the command line is wrong."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  if not argv or argv[0] in ('-h', '--help', 'help'):
+    print(_overview())
+    sys.exit(0)
+  if argv[0] in ('-V', '--version', 'version'):
+    print(f'llmjax {llmjax.__version__}')
+    sys.exit(0)
+  name, arguments = argv[0], argv[1:]
+  if name not in COMMANDS:
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f'did you mean `llmjax {near[0]}`?' if near else 'known: ' + ', '.join(COMMANDS)
+    _fail(2, f'llmjax: there is no command {name!r}; {hint}')
+  command = COMMANDS[name]
+  if any(a in ('-h', '--help') for a in arguments):
+    print(_help(name, command))
+    sys.exit(0)
+  try:
+    spec, options = parse(command, arguments)
+  except config.ConfigError as e:
+    _fail(2, _listed(name, e))
+  try:
+    status = importlib.import_module(command.module).run(spec, options)
+  except config.ConfigError as e:
+    _fail(2, _listed(name, e))
+  except KeyboardInterrupt:
+    _fail(130, f'\nllmjax {name}: stopped by Ctrl-C')
+  sys.exit(status or 0)
+
+
+def parse(command, arguments):
+  """Returns (spec or None, options) of a command line; raises ConfigError with all problems."""
+  problems, recipe, recipe_path, overrides, plain = [], {}, None, [], []
+  waiting = None  # A `--config.a.b` whose value is the next argument.
+  for argument in arguments:
+    if waiting is not None:
+      overrides.append((waiting, argument))
+      waiting = None
+    elif argument.lstrip('-').startswith('config.') and argument.startswith('-'):
+      key, equals, text = argument.lstrip('-').removeprefix('config.').partition('=')
+      if equals:
+        overrides.append((key, text))
+      else:
+        waiting = key
+    elif argument.startswith('--config='):
+      recipe_path = argument.removeprefix('--config=')
+    else:
+      plain.append(argument)
+  if '--config' in plain:
+    problems.append('--config needs a file: write --config=FILE')
+    plain.remove('--config')
+  if waiting is not None:
+    problems.append(f'--config.{waiting} needs a value: write --config.{waiting}=VALUE')
+  options_class, options = _load(command.options), None
+  try:
+    options = config.build(options_class, _parse_flags(options_class, plain))
+  except config.ConfigError as e:
+    problems += ['--' + p for p in e.problems]
+  if command.spec is None:
+    if recipe_path or overrides:
+      problems.append('--config is not for this command: it reads the config in its --workdir')
+    _raise(problems)
+    return None, options
+  if recipe_path is None and not getattr(options, 'text_dir', ''):
+    problems.append(f'--config=FILE is missing; for example {command.example}')
+  elif recipe_path is not None:
+    try:
+      recipe = config.load_recipe(recipe_path)
+    except config.ConfigError as e:
+      _raise(problems + e.problems)
+  try:
+    spec = config.build(_load(command.spec), recipe, overrides)
+  except config.ConfigError as e:
+    problems += e.problems
+  _raise(problems)
+  return spec, options
+
+
+def _raise(problems):
+  if problems:
+    raise config.ConfigError(problems)
+
+
+def _load(reference):
+  module, _, name = reference.partition(':')
+  return getattr(importlib.import_module(module), name)
+
+
+def _parse_flags(options_class, arguments):
+  """Returns {field: value} of the absl flags given; raises ConfigError on ones that do not exist."""
+  values = flags.FlagValues()
+  for flag, kind, _, doc in config.describe(options_class, ''):
+    define = flags.DEFINE_bool if kind == 'bool' else flags.DEFINE_string
+    define(flag, None, doc, flag_values=values)
+  known = [a for f in config.describe(options_class, '') for a in (f[0], f[0].replace('_', '-'))]
+  # Dashes in names are what people type; absl knows underscores.
+  arguments = [_with_underscores(a) for a in arguments]
+  problems = []
+  while True:
+    try:
+      rest = values(['llmjax'] + arguments)[1:]
+      break
+    except flags.UnrecognizedFlagError as e:
+      near = difflib.get_close_matches(e.flagname, known, n=1)
+      hint = f'; did you mean --{near[0]}?' if near else f'; known: {", ".join(known[::2])}'
+      problems.append(f'{e.flagname} is not a flag{hint}')
+      arguments = [a for a in arguments if a.lstrip('-').partition('=')[0] != e.flagname]
+    except flags.Error as e:
+      raise config.ConfigError(problems + [str(e)]) from e
+  problems += [f' {a!r} is not expected here; flags are written --name=value' for a in rest]
+  if problems:
+    raise config.ConfigError(problems)
+  given = {f: values[f].value for f in values if values[f].present and values[f].value is not None}
+  types = {f.name: f.type for f in dataclasses.fields(options_class)}
+  return {f: config.parse_text(types[f], v) if isinstance(v, str) else v
+          for f, v in given.items() if f in types}
+
+
+def _with_underscores(argument):
+  if not argument.startswith('--'):
+    return argument
+  name, equals, value = argument.partition('=')
+  return '--' + name[2:].replace('-', '_') + equals + value
+
+
+def _listed(name, error):
+  if len(error.problems) == 1:
+    return f'llmjax {name}: {error.problems[0]}'
+  return '\n  '.join([f'llmjax {name}: {len(error.problems)} problems', *error.problems])
+
+
+def _fail(status, message):
+  print(message, file=sys.stderr)
+  sys.exit(status)
+
+
+def _overview():
+  width = max(map(len, COMMANDS))
+  lines = [f'llmjax {llmjax.__version__}: the whole life of a language model, in JAX.', '',
+           'usage: llmjax <command> [--flag=value ...]', '']
+  lines += [f'  {name:<{width}}  {command.summary}' for name, command in COMMANDS.items()]
+  return '\n'.join(lines + ['', '`llmjax <command> --help` shows its flags and config fields.'])
+
+
+def _help(name, command):
+  def rows(entries):
+    for flag, kind, default, doc in entries:
+      yield f'  {flag} ({kind}, {default!r})'
+      yield f'      {doc}'
+
+  lines = [f'llmjax {name}: {command.summary}', '', f'example: {command.example}', '', 'flags:']
+  lines += rows(config.describe(_load(command.options), '--'))
+  if command.spec:
+    lines += ['', '--config=FILE is a recipe; these override it:']
+    lines += rows(config.describe(_load(command.spec)))
+  return '\n'.join(lines)

@@ -1,0 +1,1 @@
+"""The functional transformer: specs, leaf layers, Block, the decoder, presets, counts."""

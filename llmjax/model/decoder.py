@@ -1,0 +1,147 @@
+"""The decoder: plain functions over one nested dict of parameters.
+
+  {'embed': {'table'}, 'blocks': {... each leaf [layers, ...]}, 'final_norm': {'scale'}, 'head': {'kernel'}}
+
+Letters as in layers.py.  `init_params` makes the dict and its logical axis names; `hidden_states` runs
+it; `unembed` makes logits.  A loss takes hidden states and `output_matrix`, so that the logits of a
+whole batch never exist.
+"""
+
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from llmjax.model.layers import Block, Context, Embed, Head, Norm
+from llmjax.ops.norms import rms_norm
+from llmjax.ops.products import project
+from llmjax.ops.rotary import rotary_angles
+from llmjax.parallel.sharding import constrain
+
+REMAT = {
+    'none': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def init_params(spec, key, param_dtype=jnp.float32):
+  """Returns the parameters of a fresh model, leaves of `param_dtype`."""
+  return _split(_init(spec, key, param_dtype))[0]
+
+
+def param_names(spec):
+  """Returns the logical axis names of every parameter: the tree of `init_params`, tuples at its leaves."""
+  return _split(jax.eval_shape(lambda: _init(spec, jax.random.key(0), jnp.float32)))[1]
+
+
+def _init(spec, key, param_dtype):
+  keys = jax.random.split(key, 3)
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  x = jnp.zeros((1, 2, spec.d_model), param_dtype)
+  context = make_context(spec, tokens, tokens, implementation='reference')
+  params = {
+      'embed': Embed(spec, param_dtype).init(keys[0], tokens, param_dtype)['params'],
+      'blocks': init_stack(Block(spec, param_dtype), spec.num_layers, keys[1], x, None, context),
+      'final_norm': Norm(spec.norm_epsilon, param_dtype).init(keys[2], x)['params'],
+  }
+  if not spec.tie_embeddings:
+    params['head'] = Head(spec, param_dtype).init(keys[2], x)['params']
+  return params
+
+
+def _split(boxed):
+  """Returns (plain arrays, names) of a tree of flax boxes."""
+  is_box = lambda p: isinstance(p, nn.Partitioned)
+  return (jax.tree.map(lambda p: p.value, boxed, is_leaf=is_box),
+          jax.tree.map(lambda p: p.names, boxed, is_leaf=is_box))
+
+
+def init_stack(block, num_layers, key, *example):
+  """Returns the boxed parameters of `num_layers` blocks; every leaf gains a leading 'layers' axis."""
+  stacked = jax.vmap(lambda k: block.init(k, *example)['params'])(jax.random.split(key, num_layers))
+  lift = lambda p: nn.LogicallyPartitioned(p.value, ('layers', *p.names))
+  return jax.tree.map(lift, stacked, is_leaf=lambda p: isinstance(p, nn.Partitioned))
+
+
+def unstack(params):
+  """Returns the parameters with `blocks` as a list of layers.
+
+  A loop over the list reads each weight where it lies; a scan over the stack first copies every layer
+  out of it, which doubles the memory traffic of a decoding step.
+  """
+  count = jax.tree.leaves(params['blocks'])[0].shape[0]
+  layers = [jax.tree.map(lambda leaf: leaf[i], params['blocks']) for i in range(count)]
+  return {**params, 'blocks': layers}
+
+
+def apply_stack(block, params, x, kv_cache, context, remat='none', unroll=1):
+  """Runs the blocks in order; returns (x [B, T, D], kv_cache, aux).
+
+  params: leaves [layers, ...], scanned `unroll` layers at a time, or a list of layers.  kv_cache: in the
+  same form, or None.  context.key: the key that layers' dropout keys come from, or None.
+  """
+  num_layers = block.spec.num_layers
+  keys = None if context.key is None else jax.random.split(context.key, num_layers)
+
+  def body(x, layer):
+    layer_params, layer_cache, key = layer
+    x, layer_cache, aux = block.apply({'params': layer_params}, x, layer_cache,
+                                      context.replace(key=key))
+    return x, (layer_cache, aux)
+
+  if remat != 'none':
+    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+  if isinstance(params, list):
+    outputs = []
+    for i, layer_params in enumerate(params):
+      x, output = body(x, (layer_params, None if kv_cache is None else kv_cache[i],
+                           None if keys is None else keys[i]))
+      outputs.append(output)
+    caches = None if kv_cache is None else [cache for cache, _ in outputs]
+    return x, caches, jax.tree.map(lambda *a: jnp.stack(a), *[aux for _, aux in outputs])
+  x, (kv_cache, aux) = jax.lax.scan(body, x, (params, kv_cache, keys), unroll=unroll)
+  return x, kv_cache, aux
+
+
+def make_context(spec, positions, segment_ids, *, key=None, implementation='blockwise', cache=None,
+                 aligned=True):
+  """Returns the Context of T tokens; with a cache, their keys are written into it first.
+
+  cache: {'index': where they go, 'positions', 'segment_ids': int [B, S] of all slots, these T included}.
+  """
+  cache = cache or {'index': 0, 'positions': positions, 'segment_ids': segment_ids}
+  return Context(
+      positions=positions, segment_ids=segment_ids,
+      angles=rotary_angles(positions, spec.heads_dim, spec.rope_theta),
+      key_positions=cache['positions'], key_segment_ids=cache['segment_ids'],
+      cache_index=cache['index'], key=key, implementation=implementation, aligned=aligned)
+
+
+def hidden_states(spec, params, tokens, context, kv_cache=None, *, compute_dtype=jnp.float32,
+                  remat='none', unroll=1):
+  """Returns (final normalised hidden states [B, T, D] of compute_dtype, kv_cache, aux).
+
+  tokens: int [B, T].  kv_cache: leaves [layers, B, S, K, H] or None.
+  """
+  # Cast once, outside the layers: what is gathered over the mesh is then already small.
+  params = jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params)
+  x = Embed(spec).apply({'params': params['embed']}, tokens, compute_dtype)
+  x = constrain(x, 'batch', 'length', 'act_embed')
+  if context.key is not None and spec.dropout == 0.0:
+    context = context.replace(key=None)
+  x, kv_cache, aux = apply_stack(Block(spec), params['blocks'], x, kv_cache, context, remat, unroll)
+  return rms_norm(x, params['final_norm']['scale'], spec.norm_epsilon), kv_cache, aux
+
+
+def output_matrix(spec, params):
+  """Returns (matrix, vocab_axis): [D, V] and 1, or the tied embedding table [V, D] and 0."""
+  return (params['embed']['table'], 0) if spec.tie_embeddings else (params['head']['kernel'], 1)
+
+
+def unembed(spec, params, x):
+  """Returns float32 logits [..., V] of hidden states [..., D].  Only for a few positions at a time."""
+  matrix, vocab_axis = output_matrix(spec, params)
+  logits = project(x, matrix.T if vocab_axis == 0 else matrix).astype(jnp.float32)
+  cap = spec.logits_soft_cap
+  return cap * jnp.tanh(logits / cap) if cap else logits

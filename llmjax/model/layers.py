@@ -1,0 +1,182 @@
+"""Leaf layers of the transformer.
+
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head_dim,
+D d_model, F mlp_dim, V vocab_size.
+"""
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from llmjax.model.spec import ModelSpec
+from llmjax.ops.attention import attention
+from llmjax.ops.norms import rms_norm
+from llmjax.ops.products import project
+from llmjax.ops.rotary import apply_rope
+from llmjax.parallel.sharding import constrain
+
+
+@struct.dataclass
+class Context:
+  """What every block needs to know of the rows it works on.
+
+  positions, segment_ids: int [B, T] of the queries.  angles: rotary (cos, sin) of `positions`.
+  key_positions, key_segment_ids: int [B, S] of the keys; S = T without a cache.  cache_index: where in
+  the S cache slots these T tokens go.  key: this layer's dropout key, or None for no dropout.
+  implementation, aligned: see `ops.attention.attention`.
+  """
+
+  positions: jax.Array
+  segment_ids: jax.Array
+  angles: tuple[jax.Array, jax.Array]
+  key_positions: jax.Array
+  key_segment_ids: jax.Array
+  cache_index: jax.Array | int = 0
+  key: jax.Array | None = None
+  implementation: str = struct.field(pytree_node=False, default='blockwise')
+  aligned: bool = struct.field(pytree_node=False, default=True)
+
+
+def scaled_normal(in_dims, scale=1.0):
+  """Returns an initializer: truncated normal, variance scale^2 / product of the first in_dims axes."""
+
+  def init(key, shape, dtype):
+    fan_in = 1
+    for size in shape[:in_dims]:
+      fan_in *= size
+    # 0.8796 is the standard deviation of a normal cut at two of its own.
+    std = scale / fan_in**0.5 / 0.87962566103423978
+    return (std * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)).astype(dtype)
+
+  return init
+
+
+def dropout(x, rate, key):
+  """Returns x with features zeroed at `rate` and the rest scaled up; x itself when key is None."""
+  if key is None or rate == 0.0:
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+class Embed(nn.Module):
+  """Token ids int [B, T] to vectors [B, T, D]."""
+
+  spec: ModelSpec
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, tokens, dtype):
+    init = nn.initializers.normal(0.02 * self.spec.init_scale)  # arXiv:2005.14165's choice.
+    table = self.param('table', nn.with_logical_partitioning(init, ('vocab', 'embed')),
+                       (self.spec.vocab_size, self.spec.d_model), self.param_dtype)
+    return jnp.take(table.astype(dtype), tokens, axis=0)
+
+
+class Norm(nn.Module):
+  """RMSNorm over the last axis with a learned scale."""
+
+  epsilon: float
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
+                       (x.shape[-1],), self.param_dtype)
+    return rms_norm(x, scale, self.epsilon)
+
+
+class Attention(nn.Module):
+  """Causal grouped-query attention with rotary positions (arXiv:2305.13245)."""
+
+  spec: ModelSpec
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, kv_cache, context):
+    spec = self.spec
+    d, n, k, h = spec.d_model, spec.num_heads, spec.kv_heads, spec.heads_dim
+
+    def weight(name, shape, names, in_dims, scale=1.0):
+      init = nn.with_logical_partitioning(scaled_normal(in_dims, scale * spec.init_scale), names)
+      return self.param(name, init, shape, self.param_dtype)
+
+    wq = weight('query', (d, n, h), ('embed', 'heads', 'head_dim'), 1)
+    wk = weight('key', (d, k, h), ('embed', 'kv_heads', 'head_dim'), 1)
+    wv = weight('value', (d, k, h), ('embed', 'kv_heads', 'head_dim'), 1)
+    # Outputs into the residual stream start smaller with depth (GPT-2, section 2.3).
+    wo = weight('out', (n, h, d), ('heads', 'head_dim', 'embed'), 2, (2 * spec.num_layers)**-0.5)
+
+    query, keys, values = project(x, wq), project(x, wk), project(x, wv)
+    if spec.qk_norm:
+      query = Norm(spec.norm_epsilon, self.param_dtype, name='query_norm')(query)
+      keys = Norm(spec.norm_epsilon, self.param_dtype, name='key_norm')(keys)
+    query = constrain(apply_rope(query, context.angles), 'batch', 'length', 'act_heads', None)
+    keys = apply_rope(keys, context.angles)
+    if kv_cache is not None:
+      start = (0, context.cache_index, 0, 0)
+      kv_cache = {'keys': jax.lax.dynamic_update_slice(kv_cache['keys'], keys, start),
+                  'values': jax.lax.dynamic_update_slice(kv_cache['values'], values, start)}
+      keys, values = kv_cache['keys'], kv_cache['values']
+    y = attention(
+        query, keys, values, q_positions=context.positions, k_positions=context.key_positions,
+        q_segment_ids=context.segment_ids, k_segment_ids=context.key_segment_ids,
+        window=spec.window or None, soft_cap=spec.attention_soft_cap or None,
+        implementation=context.implementation, aligned=context.aligned)
+    return project(y, wo, in_dims=2), kv_cache
+
+
+class GatedMlp(nn.Module):
+  """activation(x Wgate) * (x Wup) Wdown (arXiv:2002.05202, eq. 6)."""
+
+  spec: ModelSpec
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    spec = self.spec
+    d, f = spec.d_model, spec.mlp_dim
+
+    def weight(name, shape, names, scale=1.0):
+      init = nn.with_logical_partitioning(scaled_normal(1, scale * spec.init_scale), names)
+      return self.param(name, init, shape, self.param_dtype)
+
+    gate = weight('gate', (d, f), ('embed', 'mlp'))
+    up = weight('up', (d, f), ('embed', 'mlp'))
+    down = weight('down', (f, d), ('mlp', 'embed'), (2 * spec.num_layers)**-0.5)
+    hidden = getattr(nn, spec.activation)(project(x, gate)) * project(x, up)
+    return project(constrain(hidden, 'batch', 'length', 'act_mlp'), down)
+
+
+class Block(nn.Module):
+  """Attention, then MLP, each on a normalised copy and added to the residual stream x [B, T, D]."""
+
+  spec: ModelSpec
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, kv_cache, context):
+    spec = self.spec
+    norm = lambda name: Norm(spec.norm_epsilon, self.param_dtype, name=name)
+    keys = (None, None) if context.key is None else jax.random.split(context.key)
+    y, kv_cache = Attention(spec, self.param_dtype, name='attention')(
+        norm('attention_norm')(x), kv_cache, context)
+    x = x + dropout(y, spec.dropout, keys[0])
+    y = GatedMlp(spec, self.param_dtype, name='mlp')(norm('mlp_norm')(x))
+    x = x + dropout(y, spec.dropout, keys[1])
+    return constrain(x, 'batch', 'length', 'act_embed'), kv_cache, {}
+
+
+class Head(nn.Module):
+  """The output matrix [D, V] of an untied model.  Zeros: the first loss is ln V (arXiv:2203.03466, D.2)."""
+
+  spec: ModelSpec
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel',
+                        nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'vocab')),
+                        (self.spec.d_model, self.spec.vocab_size), self.param_dtype)
+    return project(x, kernel)

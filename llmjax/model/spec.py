@@ -1,0 +1,60 @@
+"""ModelSpec: the numbers and choices that make a model.  No JAX here."""
+
+import dataclasses
+
+from llmjax.config import setting
+from llmjax.model import presets
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """A decoder-only transformer.  Letters: D d_model, N num_heads, K num_kv_heads, H head_dim, F mlp_dim."""
+
+  preset: str = setting('', 'start from this model; other fields change it',
+                        choices=('', *presets.PRESETS))
+  num_layers: int = setting(8, 'blocks', minimum=1)
+  d_model: int = setting(512, 'width of the residual stream', minimum=1)
+  num_heads: int = setting(8, 'query heads', minimum=1)
+  num_kv_heads: int = setting(0, 'key and value heads; 0: as many as num_heads', minimum=0)
+  head_dim: int = setting(0, 'width of a head; 0: d_model / num_heads', minimum=0)
+  mlp_dim: int = setting(1408, 'width of the gated MLP', minimum=1)
+  vocab_size: int = setting(0, "token ids; 0: the tokenizer's, rounded up to a multiple of 128",
+                            minimum=0)
+  activation: str = setting('silu', 'gate of the MLP: silu is SwiGLU, gelu is GeGLU',
+                            choices=('silu', 'gelu'))
+  tie_embeddings: bool = setting(False, 'use the embedding table as the output matrix')
+  norm_epsilon: float = setting(1e-5, 'added to the mean square in RMSNorm', minimum=0.0)
+  rope_theta: float = setting(10000.0, 'base of the rotary wavelengths', minimum=1.0)
+  window: int = setting(0, 'keys a query sees, itself included; 0: all before it', minimum=0)
+  attention_soft_cap: float = setting(0.0, 'cap * tanh(logits / cap) in attention; 0: off',
+                                      minimum=0.0)
+  logits_soft_cap: float = setting(0.0, 'the same for the output logits; 0: off', minimum=0.0)
+  qk_norm: bool = setting(False, 'RMSNorm on queries and keys, per head')
+  dropout: float = setting(0.0, 'rate after attention and MLP, while training', minimum=0.0,
+                           maximum=0.9)
+  init_scale: float = setting(1.0, 'factor on the initial weights', minimum=0.0)
+
+  @classmethod
+  def base(cls, values):
+    """Returns the fields that the preset named in `values` sets."""
+    return presets.PRESETS.get(values.get('preset', ''), {})
+
+  @property
+  def kv_heads(self):
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def heads_dim(self):
+    return self.head_dim or self.d_model // self.num_heads
+
+  def problems(self):
+    if not self.head_dim and self.d_model % self.num_heads:
+      below = self.d_model // self.num_heads * self.num_heads
+      yield (f'd_model={self.d_model} is not divisible by num_heads={self.num_heads}; write '
+             f'd_model={below or self.num_heads} or {below + self.num_heads}, or set head_dim')
+    elif self.heads_dim % 2:
+      yield f'head_dim={self.heads_dim} must be even: rotary positions turn pairs of features'
+    if self.num_heads % self.kv_heads:
+      fits = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
+      yield (f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; '
+             f'write one of {", ".join(map(str, fits))}')

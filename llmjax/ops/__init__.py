@@ -1,0 +1,1 @@
+"""Pure maths: attention, rotary positions, norms, losses, masked statistics."""

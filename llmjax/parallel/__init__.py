@@ -1,0 +1,1 @@
+"""Device meshes, logical axis names and their table, start-up on many hosts."""

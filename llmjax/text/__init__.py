@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece training, loading, streaming decode."""

@@ -1,0 +1,1 @@
+"""TrainState, optimizers, schedules, and the one train step."""

@@ -1,0 +1,64 @@
+"""The train and optimizer groups of a config.  No JAX here."""
+
+import dataclasses
+
+from llmjax.config import setting
+
+DTYPES = ('float32', 'bfloat16')
+REMATS = ('none', 'dots', 'full')
+SCHEDULES = ('cosine', 'linear', 'constant', 'wsd', 'rsqrt')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSpec:
+  """What a run does and how often."""
+
+  steps: int = setting(1000, 'optimizer steps', minimum=0)
+  batch_size: int = setting(32, 'rows of a global batch, over all devices', minimum=1)
+  accumulation: int = setting(1, 'microbatches a batch is worked through in; the loss does not change',
+                              minimum=1)
+  seed: int = setting(0, 'of initial weights, data order and dropout', minimum=0)
+  param_dtype: str = setting('float32', 'of parameters and optimizer state', choices=DTYPES)
+  compute_dtype: str = setting('bfloat16', 'of products and activations', choices=DTYPES)
+  remat: str = setting('none', 'what the backward pass computes again to save memory: nothing, all but '
+                       'matrix products, or everything', choices=REMATS)
+  attention: str = setting('auto', 'attention kernel; auto follows the platform',
+                           choices=('auto', 'reference', 'blockwise'))
+  scan_unroll: int = setting(0, 'layers unrolled in each turn of the scan; 0: all on CPU, 1 elsewhere',
+                             minimum=0)
+  z_loss: float = setting(0.0, 'weight of log(Z)^2 in the loss', minimum=0.0)
+  log_every: int = setting(10, 'steps between lines in metrics.jsonl', minimum=1)
+  eval_every: int = setting(0, 'steps between evaluations; 0: only at the end', minimum=0)
+  checkpoint_every: int = setting(0, 'steps between checkpoints; 0: only at the end', minimum=0)
+  sample_every: int = setting(0, 'steps between samples; 0: only at the end', minimum=0)
+  init_from: str = setting('', "a run's folder, or one checkpoint of it, whose parameters to start from")
+  platform: str = setting('', 'refuse to start elsewhere; empty: whatever JAX finds',
+                          choices=('', 'cpu', 'gpu', 'tpu'))
+  compilation_cache: str = setting('default', "folder of compiled programs: default is the user's cache "
+                                   'directory, none turns it off')
+
+  def problems(self):
+    if self.batch_size % self.accumulation:
+      below = self.batch_size // self.accumulation * self.accumulation
+      fits = [n for n in (below, below + self.accumulation) if n]
+      yield (f'batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}; '
+             f'write batch_size={" or ".join(map(str, fits))}')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+  """The optimizer and its schedule."""
+
+  name: str = setting('adamw', 'the update rule', choices=('adamw', 'lion', 'adafactor', 'sgd'))
+  lr: float = setting(3e-4, 'peak learning rate', minimum=0.0)
+  warmup_steps: int = setting(0, 'steps of linear rise from 0 to lr', minimum=0)
+  schedule: str = setting('cosine', 'shape after the warm-up', choices=SCHEDULES)
+  final_lr_fraction: float = setting(0.1, 'learning rate at the last step, as a part of lr', minimum=0.0,
+                                     maximum=1.0)
+  decay_fraction: float = setting(0.2, 'wsd: part of the run in which the rate falls', minimum=0.0,
+                                  maximum=1.0)
+  weight_decay: float = setting(0.1, 'decoupled; matrices only, not norms', minimum=0.0)
+  b1: float = setting(0.9, 'decay of the first moment', minimum=0.0, maximum=1.0)
+  b2: float = setting(0.95, 'decay of the second moment', minimum=0.0, maximum=1.0)
+  epsilon: float = setting(1e-8, 'added to the root of the second moment', minimum=0.0)
+  clip_norm: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', minimum=0.0)

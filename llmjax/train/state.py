@@ -1,0 +1,60 @@
+"""TrainState, made sharded."""
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from llmjax.model import decoder
+from llmjax.parallel import sharding
+
+
+@struct.dataclass
+class TrainState:
+  """All that a step reads and writes.
+
+  step: int32, optimizer steps done.  key: PRNG key that every step's randomness is folded from.
+  """
+
+  step: jax.Array
+  params: dict
+  opt_state: tuple
+  key: jax.Array
+
+
+def init_state(model, tx, seed, param_dtype, mesh):
+  """Returns (state, shardings); made sharded, so that no device ever holds the whole model."""
+
+  def init():
+    key, params_key = jax.random.split(jax.random.key(seed))
+    params = decoder.init_params(model, params_key, jnp.dtype(param_dtype))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
+                      key=jax.random.key_data(key))
+
+  shardings = state_shardings(jax.eval_shape(init), decoder.param_names(model), mesh)
+  return jax.jit(init, out_shardings=shardings)(), shardings
+
+
+def abstract_state(model, tx, param_dtype, mesh):
+  """Returns the TrainState of ShapeDtypeStructs with their shardings: what a checkpoint restores into."""
+
+  def init():
+    params = decoder.init_params(model, jax.random.key(0), jnp.dtype(param_dtype))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
+                      key=jax.random.key_data(jax.random.key(0)))
+
+  shapes = jax.eval_shape(init)
+  shardings = state_shardings(shapes, decoder.param_names(model), mesh)
+  return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes,
+                      shardings)
+
+
+def state_shardings(state, names, mesh):
+  """Returns the sharding of every leaf; optimizer moments follow their parameter."""
+  replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return TrainState(
+      step=replicated,
+      params=sharding.tree_shardings(mesh, names),
+      opt_state=sharding.tree_shardings(
+          mesh, sharding.state_names(state.opt_state, state.params, names)),
+      key=replicated)
