@@ -33,19 +33,19 @@ def read_lines(path) -> list[dict]:
     return []
   rows = []
   lines = path.read_bytes().split(b'\n')
-  last = max((i for i, line in enumerate(lines) if line.strip(b' \0\r\t')), default=-1)
   for number, line in enumerate(lines):
     if not line.strip(b' \0\r\t'):  # A crash of the machine can leave zeros where data should be.
       continue
     try:
       row = json.loads(line)
-      if not isinstance(row, dict):
-        raise ValueError('not an object')
     except ValueError as e:
-      if number == last and number == len(lines) - 1:  # No newline: the write never ended.
+      if number == len(lines) - 1:  # No newline after it: the write never ended.
         break
       raise config.ConfigError([
           f'{path}: line {number + 1} is not a JSON object ({e}); remove the line to go on']) from e
+    if not isinstance(row, dict):
+      raise config.ConfigError([
+          f'{path}: line {number + 1} is not a JSON object; remove the line to go on'])
     rows.append(row)
   return rows
 
@@ -58,8 +58,12 @@ def read_metrics(path) -> list[dict]:
   path = pathlib.Path(path)
   if path.is_dir():
     path = path / 'metrics.jsonl'
-  return [{key: NON_FINITE.get(value, value) if isinstance(value, str) else value
-           for key, value in row.items()} for row in read_lines(path)]
+  rows = read_lines(path)
+  for row in rows:
+    for key, value in row.items():
+      if value.__class__ is str:
+        row[key] = NON_FINITE.get(value, value)
+  return rows
 
 
 def curve(rows, key):
@@ -70,21 +74,25 @@ def curve(rows, key):
 
 
 def smooth(values, span):
-  """Returns the exponential moving average over about `span` points, corrected for its start.
+  """Returns the moving average over about `span` points, exponentially weighted to both sides.
 
-  Non-finite values are passed over: they leave a NaN at their place and do not spoil the rest.
+  Two-sided, for a trailing average lags behind a loss that falls.  Non-finite values are passed
+  over: they leave a NaN at their place and do not spoil the rest.
   """
   decay = max(0.0, 1.0 - 2.0 / (span + 1.0))
-  total = weight = 0.0
-  out = []
-  for value in values:
-    if not math.isfinite(value):
-      out.append(math.nan)
-      continue
-    total = decay * total + (1.0 - decay) * value
-    weight = decay * weight + (1.0 - decay)
-    out.append(total / weight)
-  return out
+
+  def trailing(sequence):
+    """Yields the decayed sum and the decayed count of what came before each value."""
+    total = weight = 0.0
+    for value in sequence:
+      total, weight = decay * total, decay * weight
+      yield total, weight
+      if math.isfinite(value):
+        total, weight = total + value, weight + 1.0
+
+  before, after = list(trailing(values)), list(trailing(reversed(values)))[::-1]
+  return [(v + b[0] + a[0]) / (1.0 + b[1] + a[1]) if math.isfinite(v) else math.nan
+          for v, b, a in zip(values, before, after, strict=True)]
 
 
 def downsample(values, limit):

@@ -1,7 +1,7 @@
 """Traces a few steps of a run and says which operations took the time.
 
-The trace is written under `<workdir>/profile`: `tensorboard --logdir=<workdir>/profile` (with xprof)
-opens it, and https://ui.perfetto.dev opens its `perfetto_trace.json.gz`.
+The trace is written under `<workdir>/profile`: `tensorboard --logdir=<workdir>/profile` opens it
+(with xprof), and https://ui.perfetto.dev opens its `perfetto_trace.json.gz`.
 """
 
 import collections
@@ -37,7 +37,7 @@ def parse_steps(steps):
 
 
 class Profiler:
-  """Traces the steps it is asked for: call `before` and `after` around each, and `close` at the end.
+  """Traces the steps it is asked for: call `before` and `after` around each, then `close`.
 
   steps: as ProfileSpec.steps.  Each process traces its own devices; say: where the table goes, None
   on all processes but the first.  A run resumed inside the range traces what is left of it.
@@ -103,7 +103,8 @@ class Profiler:
 
 def format_operations(operations, steps, folder):
   """Returns the table that is printed, one line an operation."""
-  lines = [f'profile  steps {steps}  {folder}  (open with TensorBoard and xprof, or ui.perfetto.dev)']
+  lines = [f'profile  steps {steps}  {folder}  '
+           '(open with TensorBoard and xprof, or ui.perfetto.dev)']
   if not operations:
     return lines[0] + '\nprofile  the trace names no operation of the device'
   width = min(36, max(len(o['name']) for o in operations))
@@ -118,8 +119,8 @@ def top_operations(folder, limit=10):
   """Returns the operations that took longest in the newest trace under a folder, longest first.
 
   Each is {'name', 'module', 'origin', 'total_ms', 'percent', 'count'}: the compiled operation and
-  program, the JAX operation that it came from, its own time over all traced steps and local devices
-  (not that of operations inside it, as in a loop), and its share of all operations' time.
+  program, the JAX operation that it came from ('' if unknown), its own time over all traced steps
+  and devices (not that of operations inside it, as in a loop), and its share of all operations'.
   """
   from jax.profiler import ProfileData
   paths = sorted(pathlib.Path(folder).glob('plugins/profile/*/*.xplane.pb'))
@@ -184,7 +185,8 @@ def _origins(data):
       module = _text(proto, 1)
       for instruction in _messages(proto, 3, 2):
         if origin := next((_text(m, 2) for m in _messages(instruction, 7)), ''):
-          names[module, _text(instruction, 1)] = origin
+          name = _text(instruction, 1)
+          names[module, name] = names['', name] = origin  # Some events do not say their program.
   return names
 
 
@@ -231,7 +233,7 @@ def _fields(data):
 
 
 def _wait_for_devices():
-  """Returns when all work given to the local devices is done."""
+  """Returns when every array still in use is computed, the train state and so all steps with it."""
   import jax
   jax.block_until_ready([a for a in jax.live_arrays() if not a.is_deleted()])
 

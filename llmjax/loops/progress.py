@@ -36,14 +36,12 @@ def format_count(value):
   """Returns 3 significant digits with k, M, G or T: 8912 -> '8.9k', 58.47e6 -> '58.5M'."""
   if value is None or not math.isfinite(value):
     return '?' if value is None else str(value)
-  for limit, divisor, suffix in ((1e3, 1, ''), (1e6, 1e3, 'k'), (1e9, 1e6, 'M'), (1e12, 1e9, 'G')):
-    if abs(value) < limit * (0.99995 if suffix else 1):
-      break
-  else:
-    divisor, suffix = 1e12, 'T'
+  if abs(value) < 1e3:
+    return f'{value:.0f}' if value == int(value) or abs(value) >= 100 else f'{value:.1f}'
+  # 999,960 rounds to 1.0M: the unit is chosen after rounding.
+  divisor, suffix = next((d, s) for d, s in ((1e3, 'k'), (1e6, 'M'), (1e9, 'G'), (1e12, 'T'))
+                         if abs(value) < d * 999.95 or s == 'T')
   scaled = value / divisor
-  if not suffix:
-    return f'{scaled:.0f}' if scaled == int(scaled) or abs(scaled) >= 100 else f'{scaled:.1f}'
   return f'{scaled:.0f}{suffix}' if abs(scaled) >= 99.95 else f'{scaled:.1f}{suffix}'
 
 

@@ -20,7 +20,7 @@ import uuid
 from llmjax import config as configs
 from llmjax.evaluate.metrics import encode_number, read_lines, read_metrics
 
-__all__ = ['open_writers', 'read_metrics', 'rewind', 'Writer', 'MIRRORS']
+__all__ = ['MIRRORS', 'Writer', 'open_writers', 'read_metrics', 'rewind']
 
 # Seconds that `close` waits for a mirror to take what is still queued.
 DRAIN_SECONDS = 30.0
@@ -59,8 +59,8 @@ def open_writers(workdir, config, names=('tensorboard',), resume_step=None):
 def rewind(path, step):
   """Removes the lines of a JSON-lines file with `step` above the given; None removes all of them.
 
-  The file is replaced in one move, so a kill leaves the old file or the new one.  A last line that a
-  kill cut off goes too.  With None the old file is kept beside it as `<name>.bak`.
+  The file is replaced in one move, so a kill leaves the old file or the new one.  A last line that
+  a kill cut off goes too.  With None the old file is kept beside it as `<name>.bak`.
   """
   path = pathlib.Path(path)
   if not path.exists():

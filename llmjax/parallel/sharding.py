@@ -32,10 +32,15 @@ def mesh_spec(names, rules=TRAIN_RULES):
   return PartitionSpec(*(None if n is None else rules[n] for n in names))
 
 
+def is_names(x):
+  """Returns whether x is the logical names of one array: a plain tuple of names and Nones."""
+  return type(x) is tuple and all(n is None or isinstance(n, str) for n in x)
+
+
 def tree_shardings(mesh, names, rules=TRAIN_RULES):
   """Returns the NamedSharding of every leaf, given the tree of its logical names."""
   return jax.tree.map(lambda n: NamedSharding(mesh, mesh_spec(n, rules)), names,
-                      is_leaf=lambda n: isinstance(n, tuple))
+                      is_leaf=is_names)
 
 
 def constrain(x, *names, rules=TRAIN_RULES):
@@ -52,7 +57,6 @@ def state_names(abstract_state, params, names):
   optimizer moments do).  params, names: the abstract parameters and their names, in the same tree.
   Leaves of another shape (counters, factored moments) are replicated.
   """
-  is_names = lambda n: isinstance(n, tuple)
   flat = {jax.tree_util.keystr(path): n
           for path, n in jax.tree_util.tree_flatten_with_path(names, is_leaf=is_names)[0]}
   shapes = {jax.tree_util.keystr(path): leaf.shape

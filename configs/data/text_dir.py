@@ -1,0 +1,11 @@
+"""Your own text: add --config.path=DIR (plain text, Markdown, JSONL, Parquet, compressed, archives)."""
+
+from ml_collections import config_dict
+
+
+def get_config():
+  config = config_dict.ConfigDict()
+  config.source = 'text_dir'
+  config.tokenizer = config_dict.ConfigDict()
+  config.tokenizer.vocab_size = 4096
+  return config

@@ -1,0 +1,12 @@
+"""A TensorFlow Datasets text dataset by name: add --config.name=lm1b (downloads it)."""
+
+from ml_collections import config_dict
+
+
+def get_config():
+  config = config_dict.ConfigDict()
+  config.source = 'tfds'
+  config.tokenizer = config_dict.ConfigDict()
+  config.tokenizer.vocab_size = 16384
+  config.tokenizer.sample_lines = 100_000
+  return config

@@ -1,0 +1,84 @@
+"""TFDS datasets of documents, in ArrayRecord files.  TensorFlow is never imported."""
+
+import contextlib
+import io
+import pathlib
+import sys
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+import llmjax
+
+_VERSION = tfds.core.Version('1.0.0')
+
+
+class _Documents(tfds.core.GeneratorBasedBuilder):
+  """Records {'id', 'text'}, both str; `splits` maps a split to a function that yields them."""
+
+  VERSION = _VERSION
+  # TFDS looks for a checksum file beside the class; finding the place out itself takes the package
+  # importlib_resources, which TFDS uses without declaring it.
+  code_path = epath.Path(__file__)
+
+  def __init__(self, *, splits=None, description='', **kwargs):
+    self._splits, self._description = splits or {}, description
+    super().__init__(file_format='array_record', **kwargs)
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+        builder=self, description=self._description or self.__class__.__doc__,
+        features=tfds.features.FeaturesDict(
+            {'id': tfds.features.Text(), 'text': tfds.features.Text()}),
+        metadata=tfds.core.MetadataDict(llmjax=llmjax.__version__, python=sys.version))
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # Everything is local.
+    return {name: self._generate_examples(read) for name, read in self._splits.items()}
+
+  def _generate_examples(self, read):
+    # Numbers as keys: TFDS orders records by a hash of the key, so the order is the same each time.
+    for number, (name, text) in enumerate(read()):
+      yield number, {'id': name, 'text': text}
+
+
+class PythonDocs(_Documents):
+  """The Python installation's own text: reference prose, sources with their docstrings."""
+
+
+class LocalText(_Documents):
+  """Text from files of the user's, or from another TFDS dataset, cleaned and split."""
+
+
+def write_documents(folder, builder_class, splits, description=''):
+  """Writes a dataset under `folder`; splits: {name: function that yields (name, text)}."""
+  tfds.disable_progress_bar()
+  builder = builder_class(splits=splits, description=description, data_dir=str(folder))
+  with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself at length.
+    builder.download_and_prepare()
+
+
+def open_documents(folder, split):
+  """Returns the TFDS data source of a split: items {'id': bytes, 'text': bytes}, random access.
+
+  Raises ValueError when the folder holds no dataset or the dataset has no such split.
+  """
+  found = sorted(pathlib.Path(folder).glob('*/*/dataset_info.json'))
+  if not found:
+    raise ValueError(f'{folder} holds no documents; prepare the folder again with --force')
+  builder = tfds.builder_from_directory(str(found[-1].parent))
+  if split not in builder.info.splits:
+    raise ValueError(f'{folder} has no {split} split; it has {", ".join(builder.info.splits)}')
+  return builder.as_data_source(split=split)
+
+
+def iterate(source, chunk=32):
+  """Yields the items of a data source in order; reading some at a time takes half as long."""
+  for start in range(0, len(source), chunk):
+    yield from source.__getitems__(list(range(start, min(start + chunk, len(source)))))
+
+
+def read_documents(folder, split):
+  """Yields (name, text) of a split, as str."""
+  for item in iterate(open_documents(folder, split)):
+    yield item['id'].decode(), item['text'].decode()

@@ -1,0 +1,403 @@
+"""Preparing a corpus: documents, tokenizer, tokens, manifest; each step once, each step atomic.
+
+The work is done in `<folder>.unfinished`, which becomes `<folder>` in one rename when everything is
+there.  A run that was killed goes on after its last finished step.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import platform
+import shutil
+
+import numpy as np
+
+import llmjax
+from llmjax.config import ConfigError, to_dict
+from llmjax.data import prepared, python_docs, splits, text_files, token_store
+from llmjax.data.spec import PrepareSpec
+from llmjax.text import tokenizer as tokenizers
+
+# With fewer files than this, held-out text is drawn from parts of files instead of whole files.
+_FEW_FILES = 20
+
+
+def prepare(spec: PrepareSpec, *, force=False, progress=lambda *args: None):
+  """Prepares spec.folder; returns (manifest, True if there was nothing to do).
+
+  progress(step, done, total): called often; total is None where it is unknown.  Raises ConfigError.
+  """
+  folder = pathlib.Path(spec.folder)
+  request = _request(spec)
+  if prepared.is_prepared(folder) and not force:
+    return _check_finished(folder, request), True
+  if folder.exists() and not prepared.is_prepared(folder) and (
+      not folder.is_dir() or any(folder.iterdir())):
+    raise ConfigError([f'{folder} exists and is not a prepared folder; it is left as it is: choose '
+                       'another --config.output'])
+  unfinished = folder.with_name(folder.name + '.unfinished')
+  unfinished.mkdir(parents=True, exist_ok=True)
+  with _locked(unfinished):
+    _start_or_resume(unfinished, request, force)
+    found = _write_documents(spec, unfinished, progress)
+    tokenizer = _make_tokenizer(spec, unfinished, progress)
+    manifest = _write_tokens(spec, unfinished, tokenizer, found, request, progress)
+    _write_json(prepared.manifest_path(unfinished), manifest)
+    for name in ('request.json', 'documents.json', 'refused.jsonl', 'lock'):
+      (unfinished / name).unlink(missing_ok=True)
+    _swap(unfinished, folder)
+  return manifest, False
+
+
+def _request(spec):
+  """Returns what decides the outcome: the settings, and the state of the input."""
+  settings = to_dict(spec)
+  settings.pop('output')
+  request = {'settings': settings, 'format': prepared.FORMAT}
+  if spec.source == 'text_dir':
+    settings['path'] = os.path.abspath(spec.path)
+    digest = hashlib.sha256()
+    for file in text_files.list_files(spec.path):
+      with contextlib.suppress(OSError):
+        stat = os.stat(file)
+        digest.update(f'{os.path.relpath(file, spec.path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
+    request['files_sha256'] = digest.hexdigest()
+  elif spec.source == 'python_docs':
+    request['python'] = python_docs.version()
+  if spec.tokenizer.path:
+    request['tokenizer_sha256'] = prepared.file_sha256(spec.tokenizer.path)
+  return request
+
+
+def _check_finished(folder, request):
+  """Returns the manifest of a finished folder; raises ConfigError if it holds something else."""
+  try:
+    manifest = prepared.read_manifest(folder)
+  except ValueError as e:
+    raise ConfigError([str(e)]) from e
+  old, new = (_flat(r) for r in (manifest['request'], request))
+  # A setting that only one of them knows came with another version of the program.
+  changed = [f'{k} {old[k]!r}, now {new[k]!r}' for k in sorted({*old} & {*new})
+             if old[k] != new[k]]
+  if changed:
+    changed = ['other input files' if c.startswith('files_sha256') else c for c in changed]
+    raise ConfigError([f'{folder} was prepared from something else ({"; ".join(changed)}); add '
+                       '--force to prepare it again, or choose another --config.output'])
+  return manifest
+
+
+def _flat(request):
+  flat = {}
+  for key, value in request.items():
+    if isinstance(value, dict):
+      flat.update({(k if key == 'settings' else f'{key}.{k}'): v for k, v in _flat(value).items()})
+    else:
+      flat[key] = value
+  return flat
+
+
+@contextlib.contextmanager
+def _locked(folder):
+  """Holds a folder for this process; raises ConfigError when another one has it."""
+  with open(folder / 'lock', 'w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+      raise ConfigError([f'another `llmjax prepare` is at work in {folder}; wait for it, or choose '
+                         'another --config.output']) from e
+    yield
+
+
+def _start_or_resume(folder, request, force):
+  """Empties an unfinished folder unless it was begun with this very request."""
+  path = folder / 'request.json'
+  with contextlib.suppress(OSError, ValueError):
+    if json.loads(path.read_text()) == request and not force:
+      return
+  for item in folder.iterdir():
+    if item.name != 'lock':
+      shutil.rmtree(item) if item.is_dir() else item.unlink()
+  _write_json(path, request)
+
+
+def _write_json(path, value):
+  """Writes a file that is either whole or absent."""
+  partial = path.with_name(path.name + '.partial')
+  with open(partial, 'w', encoding='utf-8') as f:
+    f.write(json.dumps(value, indent=2, sort_keys=True) + '\n')
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(partial, path)
+
+
+def _swap(new, folder):
+  """Puts the new folder in the place of the old one, if there is one."""
+  old = folder.with_name(folder.name + '.old')
+  if old.exists():
+    shutil.rmtree(old)
+  if folder.exists():
+    os.rename(folder, old)
+  os.rename(new, folder)
+  if old.exists():
+    shutil.rmtree(old)
+
+
+# Documents
+
+
+@dataclasses.dataclass
+class _Scan:
+  """What a first reading of the input found; lists have one entry a document."""
+
+  digests: list = dataclasses.field(default_factory=list)
+  units: list = dataclasses.field(default_factory=list)
+  sizes: list = dataclasses.field(default_factory=list)
+  fixed: list = dataclasses.field(default_factory=list)
+  rejected: list = dataclasses.field(default_factory=list)
+  files: set = dataclasses.field(default_factory=set)
+  found: text_files.Found = dataclasses.field(default_factory=text_files.Found)
+
+
+def _read(spec, found=None):
+  """Yields the Documents and the Rejected of the source that the spec names."""
+  limits = text_files.Limits(tuple(spec.suffixes), spec.text_key or 'text', spec.document_bytes,
+                             spec.max_record_bytes)
+  if spec.source == 'python_docs':
+    yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
+  elif spec.source == 'text_dir':
+    yield from text_files.read_files(spec.path, limits, found)
+  else:
+    from llmjax.data import tfds_source
+
+    yield from tfds_source.read_tfds(spec.name, spec.text_key, limits)
+
+
+def _scan(spec, progress, by_file):
+  """Reads the input once.  by_file: a plain-text file is one unit, else each document is."""
+  scan = _Scan()
+  for item in _read(spec, scan.found):
+    if isinstance(item, text_files.Rejected):
+      scan.rejected.append(item)
+      continue
+    digest = splits.text_digest(item.text)
+    whole_file = by_file and spec.source == 'text_dir' and not item.record
+    unit = splits.text_digest(item.file) if whole_file else digest
+    scan.digests.append(digest)
+    scan.units.append(int.from_bytes(unit[:8], 'big'))
+    scan.sizes.append(len(item.text.encode()))
+    scan.fixed.append(item.split)
+    scan.files.add(item.file)
+    if len(scan.digests) % 64 == 0:
+      progress('reading', len(scan.digests), None)
+  return scan
+
+
+def _write_documents(spec, folder, progress):
+  """Reads the input, splits it, writes the TFDS dataset; returns the counts for the manifest."""
+  path = folder / 'documents.json'
+  if path.is_file():
+    return json.loads(path.read_text())
+  scan = _scan(spec, progress, by_file=True)
+  if not scan.digests:
+    raise ConfigError([_nothing_found(spec, scan)])
+  counts = {'files': len(scan.files), 'ignored_files': dict(sorted(scan.found.ignored.items()))}
+  if spec.source == 'text_dir' and len(scan.files) < _FEW_FILES:
+    # Whole files would be too coarse: cut them so that a few per cent are a few documents.
+    size = max(1024, min(spec.document_bytes, sum(scan.sizes) // 40))
+    spec = dataclasses.replace(spec, document_bytes=size)
+    scan = _scan(spec, progress, by_file=False)
+  counts['document_bytes'] = spec.document_bytes
+  codes = _assign(spec, scan)
+  (folder / 'refused.jsonl').write_text(_json_lines(scan.rejected), encoding='utf-8')
+  wanted = [name for name, code in splits.CODES.items() if np.any(codes == code)]
+  total = int(sum(np.sum(codes == splits.CODES[name]) for name in wanted))
+  written = itertools.count(1)
+
+  def select(name):
+    documents = (item for item in _read(spec) if isinstance(item, text_files.Document))
+    for number, item in enumerate(documents):
+      if number >= len(codes) or splits.text_digest(item.text) != scan.digests[number]:
+        raise ConfigError([f'{item.file} changed while it was read; start again'])
+      if codes[number] == splits.CODES[name]:
+        progress('documents', next(written), total)
+        yield item.name, item.text
+
+  from llmjax.data import builders
+
+  kind = builders.PythonDocs if spec.source == 'python_docs' else builders.LocalText
+  shutil.rmtree(prepared.documents_path(folder), ignore_errors=True)
+  builders.write_documents(prepared.documents_path(folder), kind,
+                           {name: functools.partial(select, name) for name in wanted})
+  lost = [r for r in scan.rejected if not r.kept]
+  reasons = collections.Counter(_kind_of(r.reason) for r in lost)
+  counts |= {
+      'splits': wanted,
+      'duplicates': {'repeated': int(np.sum(codes == splits.DUPLICATE)),
+                     'train_copies_of_held_out': int(np.sum(codes == splits.LEAK))},
+      'quarantine': {'records': len(lost), 'reasons': dict(sorted(reasons.items())),
+                     'byte_order_marks_removed': len(scan.rejected) - len(lost)}}
+  _write_json(path, counts)
+  return counts
+
+
+def _assign(spec, scan):
+  """Returns the split code of each document; raises ConfigError when none can be held out."""
+  codes = np.array([splits.CODES.get(split, -1) for split in scan.fixed], np.int8)
+  free = np.flatnonzero(codes < 0)
+  if free.size:
+    codes[free] = splits.choose_held_out(
+        np.array(scan.units, np.uint64)[free], np.array(scan.sizes, np.int64)[free],
+        spec.validation_fraction, spec.test_fraction)
+  codes = splits.drop_duplicates(codes, scan.digests)
+  for name, fraction in (('validation', spec.validation_fraction), ('test', spec.test_fraction)):
+    if free.size and fraction and not np.any(codes == splits.CODES[name]):
+      raise ConfigError([
+          f'the corpus has only {len(set(scan.digests))} different documents, too few to hold some '
+          f'out for {name}; give more text, or write --config.{name}_fraction=0'])
+  return codes
+
+
+def _json_lines(rejected):
+  """Returns a JSON object a line for each Rejected, without the fields that say nothing."""
+  entries = ({k: v for k, v in dataclasses.asdict(item).items() if v is not None and v is not False}
+             for item in rejected)
+  return ''.join(json.dumps(entry) + '\n' for entry in entries)
+
+
+def _kind_of(reason):
+  """Returns a reason without its particulars, to count by."""
+  return reason.split(' (')[0].split(':')[0]
+
+
+def _nothing_found(spec, scan):
+  """Returns the message for an empty corpus: what was looked for, where, and what was there."""
+  if spec.source != 'text_dir':
+    return f'{spec.name or spec.source}: there is no text in it'
+  looked = (f'no text found in {spec.path}: looked for {", ".join(spec.suffixes)} (also in .gz, '
+            f'.zst, .bz2, .xz, .tar)')
+  if scan.rejected:
+    reasons = collections.Counter(r.reason for r in scan.rejected).most_common(3)
+    return (f'{looked}; {scan.found.files} such files, but every record was refused: '
+            + '; '.join(f'{count} x {reason}' for reason, count in reasons))
+  if scan.found.ignored:
+    return (f'{looked}; there are only other files: {scan.found.describe_ignored()}; add their '
+            "suffixes to --config.suffixes if they are text")
+  return f'{looked}; there are no files at all'
+
+
+# Tokenizer and tokens
+
+
+def _make_tokenizer(spec, folder, progress):
+  """Returns the tokenizer, copied or trained on a sample of the train split."""
+  path = prepared.tokenizer_path(folder)
+  if not path.is_file():
+    if spec.tokenizer.path:
+      model = pathlib.Path(spec.tokenizer.path).read_bytes()
+    else:
+      progress('tokenizer', 0, None)
+      lines = sample_lines(folder, spec.tokenizer.sample_lines, spec.tokenizer.seed)
+      try:
+        model = tokenizers.train_tokenizer(
+            lines, vocab_size=spec.tokenizer.vocab_size, model_type=spec.tokenizer.model_type,
+            num_threads=spec.tokenizer.num_threads)
+      except ValueError as e:
+        raise ConfigError([str(e)]) from e
+    partial = path.with_name(path.name + '.partial')
+    partial.write_bytes(model)
+    os.replace(partial, path)
+  tokenizer = tokenizers.Tokenizer(path)
+  try:
+    _ = tokenizer.vocab_size
+  except ValueError as e:
+    path.unlink()
+    raise ConfigError([str(e)]) from e
+  return tokenizer
+
+
+def sample_lines(folder, count, seed) -> list[str]:
+  """Returns about `count` lines of the train split, the same ones each time, blank ones left out.
+
+  Documents are visited in a random order until eight times as many lines were seen; so a large
+  corpus is not read whole, and a small one gives lines of every document.
+  """
+  from llmjax.data import builders
+
+  documents = builders.open_documents(prepared.documents_path(folder), 'train')
+  rng, lines = np.random.default_rng(seed), []
+  for number in rng.permutation(len(documents)).tolist():
+    text = documents[number]['text'].decode()
+    lines += [part for line in text.split('\n') if line.strip() for part in _short(line)]
+    if len(lines) >= 8 * count:
+      break
+  if len(lines) > count:
+    lines = [lines[i] for i in np.sort(rng.choice(len(lines), count, replace=False)).tolist()]
+  return lines
+
+
+def _short(line, size=512):
+  """Yields a line in parts of at most `size` characters, cut before a space where there is one.
+
+  Training time goes with characters: paragraphs must not make a sample of lines a hundred times
+  larger than code does.
+  """
+  start = 0
+  while len(line) - start > size:
+    space = line.rfind(' ', start + 1, start + size + 1)
+    end = space if space > start else start + size
+    yield line[start:end]
+    start = end
+  yield line[start:]
+
+
+def _write_tokens(spec, folder, tokenizer, found, request, progress):
+  """Encodes every split; returns the manifest."""
+  from llmjax.data import builders
+
+  shutil.rmtree(folder / 'tokens', ignore_errors=True)
+  splits_found, refused = {}, []
+  for split in found['splits']:
+    documents = builders.open_documents(prepared.documents_path(folder), split)
+    records, size = hashlib.sha256(), 0
+    with token_store.TokenStoreWriter(
+        prepared.tokens_path(folder, split), vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id) as store:
+      for number, item in enumerate(builders.iterate(documents)):
+        reason = store.add(tokenizer.encode(item['text'].decode()))
+        if reason:
+          refused.append(text_files.Rejected(item['id'].decode(), reason, bytes=len(item['text'])))
+        else:
+          size += len(item['text'])
+        for field in (item['id'], item['text']):
+          records.update(len(field).to_bytes(8, 'big') + field)
+        progress(f'tokens of {split}', number + 1, len(documents))
+    splits_found[split] = {
+        'documents': store.meta['documents'], 'bytes': size, 'tokens': store.meta['tokens'],
+        'records_sha256': records.hexdigest(), 'tokens_sha256': store.meta['tokens_sha256']}
+  before = (folder / 'refused.jsonl').read_text(encoding='utf-8')
+  prepared.quarantine_path(folder).write_text(before + _json_lines(refused), encoding='utf-8')
+  if refused:
+    found['quarantine']['records'] += len(refused)
+    found['quarantine']['reasons']['token id outside the vocabulary'] = len(refused)
+  packages = ('numpy', 'sentencepiece', 'tensorflow-datasets', 'array_record')
+  return {
+      'format': prepared.FORMAT,
+      'name': pathlib.Path(spec.folder).name,
+      'source': spec.source,
+      'request': request,
+      'splits': splits_found,
+      'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size,
+                    'asked_vocab_size': 0 if spec.tokenizer.path else spec.tokenizer.vocab_size,
+                    'bos_id': tokenizer.bos_id, 'eos_id': tokenizer.eos_id,
+                    'pad_id': tokenizer.pad_id},
+      **{k: v for k, v in found.items() if k != 'splits'},
+      'versions': {'llmjax': llmjax.__version__, 'python': platform.python_version(),
+                   **{p: importlib.metadata.version(p) for p in packages}}}

@@ -1,0 +1,72 @@
+"""A prepared folder: where its files lie, and its manifest.  Imports nothing heavy.
+
+    <folder>/manifest.json          counts, hashes, versions; written last, so its presence means done
+    <folder>/documents/             the text, a TFDS dataset of ArrayRecord files
+    <folder>/tokenizer.model        SentencePiece
+    <folder>/tokens/<split>/        tokens.bin and offsets.npy, see token_store
+    <folder>/quarantine.jsonl       every record that was left out, with its place and the reason
+"""
+
+import difflib
+import hashlib
+import json
+import pathlib
+
+FORMAT = 1
+SPLITS = ('train', 'validation', 'test')
+
+
+def manifest_path(folder):
+  return pathlib.Path(folder) / 'manifest.json'
+
+
+def tokenizer_path(folder):
+  return pathlib.Path(folder) / 'tokenizer.model'
+
+
+def tokens_path(folder, split):
+  return pathlib.Path(folder) / 'tokens' / split
+
+
+def documents_path(folder):
+  return pathlib.Path(folder) / 'documents'
+
+
+def quarantine_path(folder):
+  return pathlib.Path(folder) / 'quarantine.jsonl'
+
+
+def is_prepared(folder) -> bool:
+  return manifest_path(folder).is_file()
+
+
+def read_manifest(folder) -> dict:
+  """Returns the manifest; raises ValueError with one line when it is absent or unreadable."""
+  path = manifest_path(folder)
+  try:
+    manifest = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as e:
+    raise ValueError(f'{folder} is not a prepared folder: it has no manifest.json') from e
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged ({e}); prepare the folder again with --force') from e
+  if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
+    found = manifest.get('format') if isinstance(manifest, dict) else None
+    raise ValueError(f'{path} has format {found}, this version reads {FORMAT}; '
+                     'prepare the folder again with --force')
+  return manifest
+
+
+def near_folders(folder):
+  """Returns prepared folders whose names resemble this one's, nearest first."""
+  folder = pathlib.Path(folder)
+  try:
+    beside = [p for p in folder.parent.iterdir() if p.name != folder.name and is_prepared(p)]
+  except OSError:
+    return []
+  names = difflib.get_close_matches(folder.name, [p.name for p in beside], n=2, cutoff=0.6)
+  return [str(folder.parent / name) for name in names]
+
+
+def file_sha256(path) -> str:
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()

@@ -1,0 +1,161 @@
+"""The `data` group of a training config, and the config of `llmjax prepare`.  Nothing heavy here."""
+
+import dataclasses
+import difflib
+import os
+import pathlib
+
+from llmjax.config import group, setting
+from llmjax.data import prepared
+
+SOURCES = ('python_docs', 'text_dir', 'tfds')
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSpec:
+  """How a SentencePiece tokenizer is trained, or which one is used."""
+
+  path: str = setting('', "a tokenizer.model to use; '': train one on the train split")
+  vocab_size: int = setting(4096, 'ids, special ones and 256 bytes included', minimum=300,
+                            maximum=1_000_000)
+  model_type: str = setting('unigram', 'unigram encodes five times faster; bpe trains faster on '
+                            'large samples', choices=('unigram', 'bpe'))
+  sample_lines: int = setting(20_000, 'lines of the train split to train on', minimum=100)
+  num_threads: int = setting(2, 'threads for training; a unigram model depends on their number',
+                             minimum=1, maximum=64)
+  seed: int = setting(0, 'draws the sample', minimum=0)
+
+  def problems(self):
+    if self.path and not pathlib.Path(self.path).is_file():
+      yield f'path={self.path}: there is no such file; name a tokenizer.model of a prepared folder'
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """The `data` group: which prepared folders are mixed, and how documents become rows."""
+
+  sources: dict[str, float] = setting(
+      {'data/python_docs': 1.0}, 'prepared folders and the share of rows each one gives')
+  seq_len: int = setting(512, 'targets in a row', minimum=2)
+  packing: str = setting('concat', 'concat: rows are filled from consecutive documents; pad: one '
+                         'document a row', choices=('concat', 'pad'))
+  workers: int = setting(0, 'processes that build batches; 0: the training process itself, which '
+                         'suffices for token stores', minimum=0, maximum=256)
+  tokenizer: str = setting('', "a tokenizer.model; '': the sources' own")
+
+  def problems(self):
+    if not self.sources:
+      yield 'sources is empty; name a prepared folder: --config.data.sources.data/python_docs=1'
+    hashes = {}
+    for folder, weight in self.sources.items():
+      if not 0 < weight < float('inf'):
+        yield f'sources[{folder}]={weight:g}: a weight must be above 0; leave the folder out'
+      try:
+        manifest = prepared.read_manifest(folder)
+      except ValueError as e:
+        yield f'sources: {e if prepared.is_prepared(folder) else _how_to_prepare(folder)}'
+        continue
+      hashes[folder] = manifest['tokenizer']['sha256']
+    if len(set(hashes.values())) > 1:
+      first = next(iter(hashes))
+      others = [folder for folder in hashes if hashes[folder] != hashes[first]]
+      yield (f'sources: {", ".join(others)} and {first} have different tokenizers; prepare the '
+             'one again with --force '
+             f'--config.tokenizer.path={prepared.tokenizer_path(first)}')
+    if self.tokenizer:
+      if not pathlib.Path(self.tokenizer).is_file():
+        yield f'tokenizer={self.tokenizer}: there is no such file; leave it empty'
+      elif hashes and prepared.file_sha256(self.tokenizer) not in hashes.values():
+        yield (f'tokenizer={self.tokenizer} did not make the tokens of {next(iter(hashes))}; leave '
+               'it empty, or prepare the folder again with --force '
+               f'--config.tokenizer.path={self.tokenizer}')
+
+
+def _how_to_prepare(folder):
+  """Returns what is wrong with a source folder that has no manifest, and the command to type."""
+  if near := prepared.near_folders(folder):
+    return f'{folder} is not a prepared folder; did you mean {" or ".join(near)}?'
+  name = pathlib.Path(folder).name
+  if name == 'python_docs':
+    command = 'llmjax prepare --config=configs/data/python_docs.py'
+    if pathlib.Path(folder) != pathlib.Path('data/python_docs'):
+      command += f' --config.output={folder}'
+  else:
+    command = f'llmjax prepare --text-dir=DIR --config.output={folder}'
+  state = 'holds no manifest.json' if os.path.isdir(folder) else 'does not exist'
+  return f'{folder} {state}; prepare it first: {command}'
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareSpec:
+  """Everything that `llmjax prepare` needs.  The fields are at the top level of the config."""
+
+  source: str = setting('python_docs', "python_docs: the Python installation's own text; text_dir: "
+                        'files of yours; tfds: a TensorFlow Datasets name', choices=SOURCES)
+  path: str = setting('', 'text_dir: a folder (searched recursively), a file or an archive')
+  name: str = setting('', 'tfds: name of the dataset, such as lm1b or wikipedia/20230601.en')
+  text_key: str = setting('', "field of JSONL, Parquet and TFDS records that holds the text; '': "
+                          "text, or a TFDS dataset's only text field")
+  suffixes: tuple[str, ...] = setting(
+      ('.txt', '.text', '.md', '.markdown', '.rst', '.jsonl', '.ndjson', '.parquet'),
+      'text_dir: files to read, also inside .gz, .zst, .bz2, .xz and .tar')
+  output: str = setting('', "the prepared folder; '': data/<name of the source>")
+  validation_fraction: float = setting(0.05, 'share of bytes held out for evaluation while '
+                                       'training', minimum=0.0, maximum=0.5)
+  test_fraction: float = setting(0.05, 'share of bytes held out to the end', minimum=0.0,
+                                 maximum=0.5)
+  document_bytes: int = setting(1 << 20, 'text_dir: longer text files are cut into documents of '
+                                'about this size, at blank lines', minimum=1024)
+  max_record_bytes: int = setting(16 << 20, 'longer lines and records are quarantined',
+                                  minimum=1024, maximum=1 << 30)
+  include_site_packages: bool = setting(
+      False, "python_docs: train on installed packages' sources too; the corpus is then yours alone")
+  tokenizer: TokenizerSpec = group(TokenizerSpec)
+
+  @property
+  def folder(self) -> str:
+    """Where the prepared corpus goes."""
+    if self.output:
+      return self.output
+    if self.source == 'text_dir':
+      name = pathlib.Path(self.path).resolve().name.split('.')[0]
+    else:
+      name = self.name.replace('/', '_').replace(':', '_') or self.source
+    return str(pathlib.Path('data') / (name or 'text'))
+
+  def problems(self):
+    if self.source == 'text_dir':
+      if not self.path:
+        yield 'path is missing: name the folder or file with your text, --config.path=DIR'
+      elif not os.path.exists(self.path):
+        yield f'path={self.path}: there is no such file or folder{_near_path(self.path)}'
+    elif self.path:
+      yield f'path={self.path} is for your own text: add --config.source=text_dir'
+    if self.source == 'tfds' and not self.name:
+      yield 'name is missing: name a TFDS text dataset, such as --config.name=lm1b'
+    if self.source != 'tfds' and self.name:
+      yield f'name={self.name} is for TFDS datasets: add --config.source=tfds'
+    if self.validation_fraction + self.test_fraction > 0.5:
+      yield ('validation_fraction and test_fraction leave less than half of the text to train on; '
+             'write smaller ones, such as 0.05')
+    for suffix in self.suffixes:
+      if not suffix.startswith('.'):
+        yield f'suffixes: {suffix!r} must start with a dot; write {"." + suffix!r}'
+
+
+def _near_path(path):
+  parent = pathlib.Path(path).parent
+  try:
+    names = [p.name for p in parent.iterdir()]
+  except OSError:
+    return f'; {parent} does not exist either'
+  near = difflib.get_close_matches(pathlib.Path(path).name, names, n=1)
+  return f'; did you mean {parent / near[0]}?' if near else ''
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareOptions:
+  """Flags of `llmjax prepare`."""
+
+  text_dir: str = setting('', 'prepare the text files of this folder; needs no --config')
+  force: bool = setting(False, 'prepare again what is already prepared')

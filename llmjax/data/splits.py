@@ -1,0 +1,54 @@
+"""Which document goes to which split.  The choice depends on names, sizes and text alone."""
+
+import hashlib
+
+import numpy as np
+
+TRAIN, VALIDATION, TEST, DUPLICATE, LEAK = range(5)
+CODES = {'train': TRAIN, 'validation': VALIDATION, 'test': TEST}
+
+
+def text_digest(text: str) -> bytes:
+  """Returns 16 bytes that are equal for equal texts."""
+  return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def choose_held_out(units, sizes, validation_fraction, test_fraction):
+  """Returns an int8 code [n] for n documents: TRAIN, VALIDATION or TEST.
+
+  units: uint64 [n], a hash of what must stay together (a file, or the document itself); a unit is
+  never in two splits.  sizes: int64 [n] bytes.  Each held-out split takes units in the order of
+  their hashes until it has its share of the bytes, and at least one where there are three or more.
+  """
+  codes = np.full(len(units), TRAIN, np.int8)
+  names, member = np.unique(units, return_inverse=True)
+  totals = np.bincount(member, weights=sizes, minlength=len(names))
+  free = np.ones(len(names), bool)
+  for code, fraction in ((TEST, test_fraction), (VALIDATION, validation_fraction)):
+    if not fraction or free.sum() < 2:
+      continue
+    target = fraction * totals.sum()
+    # One unit much larger than the share would hold out far more than was asked for.
+    small = np.flatnonzero(free & (totals <= max(2 * target, totals[free].min())))
+    middle = np.cumsum(totals[small]) - totals[small] / 2
+    taken = small[:max(1, int(np.searchsorted(middle, target)))]
+    free[taken] = False
+    codes[np.isin(member, taken)] = code
+  return codes
+
+
+def drop_duplicates(codes, digests):
+  """Returns the codes with exact copies marked: one document of each text stays.
+
+  digests: bytes [n].  A copy in train of a held-out text is a LEAK; any other copy is a DUPLICATE.
+  Where held-out splits share a text, test keeps it.
+  """
+  codes = codes.copy()
+  # Test first, then validation, then train; within a split the first one stays.
+  order = sorted(range(len(codes)), key=lambda i: (-int(codes[i]), i))
+  kept = {}
+  for i in order:
+    first = kept.setdefault(digests[i], i)
+    if first != i:
+      codes[i] = LEAK if codes[i] == TRAIN and codes[first] != TRAIN else DUPLICATE
+  return codes

@@ -1,0 +1,220 @@
+"""Batches for training and evaluation, out of prepared folders.
+
+Grain orders row numbers: each source's rows are shuffled anew every epoch, and the sources are mixed
+by weight.  Batch b of the whole job is entries b * B ... (b + 1) * B - 1 of that order, whatever the
+number of hosts and workers; host h reads the h-th of `host_count` equal blocks of it, which is how
+`jax.make_array_from_process_local_data` puts rows together.  So the state of a stream is the number
+of batches drawn.
+"""
+
+import hashlib
+import itertools
+import os
+import sys
+
+import numpy as np
+
+from llmjax.config import ConfigError
+from llmjax.data import packing, prepared, token_store
+from llmjax.data.spec import DataSpec
+from llmjax.text.tokenizer import Tokenizer
+
+
+def load_tokenizer(spec: DataSpec) -> Tokenizer:
+  """Returns the tokenizer that made the sources' tokens."""
+  return Tokenizer(spec.tokenizer or prepared.tokenizer_path(next(iter(spec.sources))))
+
+
+def vocab_size(spec: DataSpec) -> int:
+  """Returns the number of ids, from the manifest alone."""
+  return prepared.read_manifest(next(iter(spec.sources)))['tokenizer']['vocab_size']
+
+
+def split_counts(spec: DataSpec, split: str) -> dict[str, int]:
+  """Returns documents, bytes (UTF-8, of text), tokens (stored ids, BOS and EOS included) and pairs
+  (targets: one fewer than stored ids for each document), summed over the sources."""
+  counts = {'documents': 0, 'bytes': 0, 'tokens': 0}
+  for folder in spec.sources:
+    splits = prepared.read_manifest(folder)['splits']
+    for name in counts:
+      counts[name] += splits.get(split, {}).get(name, 0)
+  return {**counts, 'pairs': counts['tokens'] - counts['documents']}
+
+
+def read_documents(folder, split):
+  """Yields (name, text) of a prepared folder's documents, in the order of its token store."""
+  from llmjax.data import builders
+
+  yield from builders.read_documents(prepared.documents_path(folder), split)
+
+
+class _Mixture:
+  """The rows of one or more sources under one numbering.  Pickles as paths, for workers."""
+
+  def __init__(self, spec: DataSpec, split: str):
+    # By name, so that the order of writing in a config does not matter.
+    self.folders = sorted(spec.sources)
+    self.weights = [spec.sources[f] for f in self.folders]
+    self.seq_len = spec.seq_len
+    self.rows = [packing.PACKINGS[spec.packing](_open_store(f, split), spec.seq_len)
+                 for f in self.folders]
+    self.ends = list(itertools.accumulate(len(rows) for rows in self.rows))
+
+  def __len__(self):
+    return self.ends[-1]
+
+  def batch(self, numbers, size=None) -> dict[str, np.ndarray]:
+    """Returns rows [size, T] with these numbers; rows of padding fill up to `size`."""
+    out = packing.new_batch(size or len(numbers), self.seq_len)
+    packing.pad_rows(out, len(numbers))
+    if len(self.rows) == 1:
+      self.rows[0].fill(out, range(len(numbers)), numbers)
+      return out
+    sources = np.searchsorted(self.ends, numbers, 'right')
+    for place, (source, number) in enumerate(zip(sources.tolist(), numbers)):
+      start = self.ends[source - 1] if source else 0
+      self.rows[source].fill(out, [place], [number - start])
+    return out
+
+
+def _open_store(folder, split):
+  if split not in prepared.read_manifest(folder)['splits']:
+    raise ConfigError([f'data.sources: {folder} has no {split} split; prepare it again with '
+                       f'--force --config.{split}_fraction=0.05'])
+  return token_store.TokenStore(prepared.tokens_path(folder, split))
+
+
+class _HostBatches:
+  """Grain source: item b is this host's block of batch b of the whole job."""
+
+  def __init__(self, mixture, order, batch_size, host_index, host_count):
+    self.mixture, self.order, self.batch_size = mixture, order, batch_size
+    self.local_size = batch_size // host_count
+    self.first = host_index * self.local_size
+
+  def __len__(self):
+    return sys.maxsize // self.batch_size
+
+  def __getitem__(self, batch):
+    start = int(batch) * self.batch_size + self.first
+    order = self.order
+    return self.mixture.batch([order[i] for i in range(start, start + self.local_size)])
+
+
+def _order(mixture, seed):
+  """Returns an endless Grain MapDataset of row numbers: shuffled, repeated, mixed."""
+  import grain
+
+  parts, start = [], 0
+  for i, end in enumerate(mixture.ends):
+    if end == start:
+      raise ConfigError([f'data.sources: {mixture.folders[i]} has no rows in this split; '
+                         'leave it out'])
+    # Grain adds the epoch to its seed, so neighbouring seeds would share epochs; hashes do not.
+    digest = hashlib.blake2b(f'{seed}/{i}'.encode(), digest_size=4).digest()
+    part = grain.MapDataset.range(start, end).shuffle(seed=int.from_bytes(digest, 'big'))
+    parts.append(part.repeat())
+    start = end
+  return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, mixture.weights)
+
+
+class BatchStream:
+  """An endless iterator of this host's batches: dicts of [batch_size / host_count, T] arrays."""
+
+  def __init__(self, spec, batch_size, seed, split, host_index, host_count):
+    if batch_size % host_count:
+      raise ConfigError([f'train.batch_size={batch_size} is not divisible by the {host_count} '
+                         f'hosts; write {-(-batch_size // host_count) * host_count}'])
+    mixture = _Mixture(spec, split)
+    self.rows_per_epoch = len(mixture)
+    self.workers = spec.workers
+    self._batches = _HostBatches(mixture, _order(mixture, seed), batch_size, host_index, host_count)
+    self._drawn, self._iterator = 0, None
+
+  @property
+  def state(self) -> int:
+    """Batches of the whole job drawn so far; the same on every host."""
+    return self._drawn
+
+  def restore(self, state: int):
+    """Goes to where a stream with this state was: the next batch is number `state`, from 0."""
+    if isinstance(state, bool) or int(state) != state or state < 0:
+      raise ValueError(f'the state of a stream is a number of batches, not {state!r}')
+    self.close()
+    self._drawn = int(state)
+
+  def __iter__(self):
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    if self._iterator is None:
+      self._iterator = self._open()
+    batch = next(self._iterator)
+    self._drawn += 1
+    return batch
+
+  def _open(self):
+    import grain
+
+    # The rows are in memory or in the page cache: read threads only cost time.
+    batches = grain.MapDataset.source(self._batches)[self._drawn:].to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if self.workers:
+      _mark_flags_parsed()
+      batches = batches.mp_prefetch(
+          grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=2))
+    return iter(batches)
+
+  def close(self):
+    """Ends the workers.  The stream can be used again: it goes on where it was."""
+    if self._iterator is not None:
+      self._iterator.close()
+      self._iterator = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self.close()
+
+
+def _mark_flags_parsed():
+  """Grain's workers read absl's global flags, which a program without absl.app never parsed."""
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+def open_stream(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'train',
+                host_index: int = 0, host_count: int = 1) -> BatchStream:
+  """Returns the stream of batches of a split.
+
+  batch_size: rows of the whole job's batch.  Host h of H yields its rows h * batch_size / H up to
+  (h + 1) * batch_size / H.  The batches depend on sources, weights, seq_len, packing, batch_size and
+  seed alone.  Raises ConfigError when batch_size does not divide by the hosts or a split is empty.
+  """
+  return BatchStream(spec, batch_size, seed, split, host_index, host_count)
+
+
+def eval_batches(spec: DataSpec, split: str, batch_size: int, limit: int | None = None, *,
+                 host_index: int = 0, host_count: int = 1):
+  """Yields batches of [batch_size / host_count, T] that hold every pair of a split exactly once.
+
+  Rows come in order, source after source by name; rows of padding complete the last batch.  limit:
+  at most this many batches.  Documents lie in an order drawn by hash, so the first batches are a
+  fair sample.  Every host yields the same number of batches.
+  """
+  if batch_size % host_count:
+    raise ConfigError([f'a batch of {batch_size} rows is not divisible by the {host_count} hosts; '
+                       f'write {-(-batch_size // host_count) * host_count}'])
+  mixture, local = _Mixture(spec, split), batch_size // host_count
+  count = -(-len(mixture) // batch_size)
+  for batch in range(count if limit is None else min(limit, count)):
+    start = batch * batch_size + host_index * local
+    yield mixture.batch(range(min(start, len(mixture)), min(start + local, len(mixture))), local)
+
+
+def folder_name(folder) -> str:
+  """Returns a short name for a source, as in the metric eval/<name>/loss."""
+  return os.path.basename(os.path.normpath(folder))

@@ -1,0 +1,404 @@
+"""Documents from files: plain text, Markdown, JSONL, Parquet, compressed and in tar archives.
+
+Reading never stops at a bad record: it yields a `Rejected` that says where and why, and goes on.
+Memory stays bounded by the longest record that is allowed.
+"""
+
+import collections
+import dataclasses
+import gzip
+import io
+import itertools
+import json
+import os
+import pathlib
+import tarfile
+import zlib
+
+COMPRESSIONS = ('.gz', '.zst', '.bz2', '.xz')
+RECORD_SUFFIXES = ('.jsonl', '.ndjson')
+BOM = b'\xef\xbb\xbf'
+_BLOCK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """A text and the file it came from.
+
+  split: where it must go, '' where it may go anywhere.  record: it is one of many independent ones
+  in its file, as in JSONL.
+  """
+
+  name: str
+  text: str
+  file: str
+  split: str = ''
+  record: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+  """What was left out.  offset: in bytes from the start of the (uncompressed) file; line: from 1.
+
+  kept: True where only a byte-order mark was removed and the text went on.
+  """
+
+  file: str
+  reason: str
+  offset: int | None = None
+  line: int | None = None
+  bytes: int | None = None
+  kept: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """suffixes: of files to read.  document_bytes: where plain text is cut.  text_key: the field."""
+
+  suffixes: tuple[str, ...]
+  text_key: str = 'text'
+  document_bytes: int = 1 << 20
+  max_record_bytes: int = 16 << 20
+
+
+class Found:
+  """Counts what a walk came across, for error messages and the manifest."""
+
+  def __init__(self):
+    self.files, self.ignored = 0, collections.Counter()
+
+  def describe_ignored(self):
+    common = self.ignored.most_common(5)
+    return ', '.join(f'{count} {suffix or "without suffix"}' for suffix, count in common)
+
+
+def list_files(path):
+  """Returns the files under a path, sorted, hidden ones left out; a file is its own only one."""
+  if os.path.isfile(path):
+    return [str(path)]
+  files = []
+  for folder, folders, names in os.walk(path):
+    folders[:] = sorted(f for f in folders if not f.startswith('.'))
+    files += [os.path.join(folder, n) for n in names if not n.startswith('.')]
+  return sorted(files)
+
+
+def read_files(path, limits: Limits, found: Found | None = None):
+  """Yields the Documents and the Rejected of a folder, a file or an archive, in sorted order."""
+  found = found if found is not None else Found()
+  root = path if os.path.isdir(path) else os.path.dirname(path) or '.'
+  for file in list_files(path):
+    name = os.path.relpath(file, root)
+    try:
+      with open(file, 'rb') as raw:
+        yield from _read_file(raw, name, limits, found)
+    except OSError as e:
+      yield Rejected(name, f'cannot be read: {e.strerror or e}')
+
+
+def _read_file(raw, name, limits, found):
+  """Yields what an open file holds; suffixes say how to read it."""
+  suffixes = [s.lower() for s in pathlib.PurePath(name).suffixes] or ['']
+  if suffixes[-1] == '.tgz':
+    suffixes = [*suffixes[:-1], '.tar', '.gz']
+  compression = suffixes.pop() if suffixes[-1] in COMPRESSIONS else ''
+  kind = suffixes[-1] if suffixes else ''
+  # A bare `text.gz` is taken for text if plain text is asked for.
+  wanted = kind == '.tar' or kind in limits.suffixes or (
+      compression and not kind and '.txt' in limits.suffixes)
+  if not wanted:
+    found.ignored[kind + compression] += 1
+    return
+  try:
+    stream = _decompress(raw, compression)
+  except OSError as e:
+    yield Rejected(name, f'cannot be read: {e}')
+    return
+  if kind == '.tar':
+    yield from _read_archive(stream, name, limits, found)
+    return
+  found.files += 1
+  counted = _Counted(stream)
+  try:
+    if kind == '.parquet':
+      yield from _read_parquet(raw if not compression else io.BytesIO(stream.read()), name, limits)
+    elif kind in RECORD_SUFFIXES:
+      yield from _read_jsonl(counted, name, limits)
+    else:
+      yield from _read_text(counted, name, limits)
+  except Exception as e:
+    if not _is_damage(e):
+      raise
+    yield Rejected(name, f'damaged file, the rest is lost: {_one_line(e)}', offset=counted.offset)
+
+
+def _is_damage(error):
+  """Says whether an error is the fault of a file's bytes, not of this program."""
+  if isinstance(error, (OSError, EOFError, zlib.error, tarfile.TarError)):
+    return True
+  return type(error).__name__ in ('ZstdError', 'LZMAError', 'ArrowInvalid')
+
+
+def _one_line(error):
+  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _decompress(raw, compression):
+  if compression == '.gz':
+    return gzip.open(raw)
+  if compression == '.zst':
+    try:
+      import zstandard
+    except ImportError as e:
+      raise OSError('.zst needs the package zstandard: pip install zstandard') from e
+    return io.BufferedReader(
+        zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), _BLOCK)
+  if compression == '.bz2':
+    import bz2
+    return bz2.open(raw)
+  if compression == '.xz':
+    import lzma
+    return lzma.open(raw)
+  return raw
+
+
+class _Counted:
+  """A binary stream that knows how many bytes were read."""
+
+  def __init__(self, stream):
+    self._stream, self.offset = stream, 0
+
+  def read(self, size):
+    # What there is of it: a full read from a truncated gzip file would lose what it had.
+    data = self._stream.read1(size)
+    self.offset += len(data)
+    return data
+
+  def readline(self, size):
+    data = self._stream.readline(size)
+    self.offset += len(data)
+    return data
+
+
+def _read_archive(stream, name, limits, found):
+  try:
+    with tarfile.open(fileobj=stream, mode='r|') as archive:
+      for member in archive:
+        base = os.path.basename(member.name)
+        if member.isfile() and not base.startswith('.'):
+          yield from _read_file(archive.extractfile(member), f'{name}/{member.name}', limits, found)
+  except Exception as e:
+    if not _is_damage(e):
+      raise
+    yield Rejected(name, f'damaged archive, the rest is lost: {_one_line(e)}')
+
+
+def _lines(stream, name, limits):
+  """Yields (offset, line number, bytes with line end) or Rejected, of lines of any length."""
+  offset, limit = stream.offset, limits.max_record_bytes
+  for number in itertools.count(1):
+    line = stream.readline(limit + 1)
+    if not line:
+      return
+    if number == 1 and (rejected := _encoding_mark(line, name)):
+      yield rejected
+      if not rejected.kept:
+        return
+      line, offset = line[len(BOM):], len(BOM)
+    if len(line) > limit and not line.endswith(b'\n'):
+      length = len(line) + _skip_line(stream)
+      yield Rejected(name, f'line longer than max_record_bytes={limit}', offset, number, length)
+      offset += length
+      continue
+    yield offset, number, line
+    offset += len(line)
+
+
+def _skip_line(stream):
+  """Reads to the end of the line; returns how many bytes that was."""
+  length = 0
+  while part := stream.readline(_BLOCK):
+    length += len(part)
+    if part.endswith(b'\n'):
+      break
+  return length
+
+
+def _encoding_mark(start, name):
+  """Returns a Rejected when a file starts with a byte-order mark: of UTF-8 (kept) or UTF-16."""
+  if start.startswith(BOM):
+    return Rejected(name, 'byte-order mark removed, text kept', 0, 1, len(BOM), kept=True)
+  if start[:2] in (b'\xff\xfe', b'\xfe\xff'):
+    return Rejected(name, 'UTF-16 or UTF-32, not UTF-8: convert the file', 0, 1)
+  return None
+
+
+def _bad_text(data):
+  """Returns (reason, offset within data) when bytes are not text, else None."""
+  nul = data.find(b'\0')
+  try:
+    data.decode()
+  except UnicodeDecodeError as e:
+    if nul < 0 or e.start < nul:
+      return f'invalid UTF-8 (byte 0x{data[e.start]:02x})', e.start
+  return ('NUL byte', nul) if nul >= 0 else None
+
+
+def _read_text(stream, name, limits):
+  """Yields a plain-text file as documents that, joined, are the file without its bad lines."""
+  pending, parts, rejected = bytearray(), 0, 0
+
+  def documents(final):
+    nonlocal pending, parts
+    while pending:
+      cut = _cut(pending, limits.document_bytes, final)
+      if not cut:
+        return
+      text = bytes(pending[:cut]).decode()
+      del pending[:cut]
+      if not text.strip():
+        continue  # Nothing but blank lines.
+      whole = final and not parts and not pending
+      parts += 1
+      yield Document(name if whole else f'{name}#{parts}', text, name)
+
+  try:
+    for block in _blocks(stream, name, limits):
+      if isinstance(block, Rejected):
+        rejected += not block.kept
+        yield block
+        continue
+      pending += block
+      if len(pending) > 2 * limits.document_bytes:
+        yield from documents(final=False)
+  except Exception:  # A damaged file: what came before the damage is good.
+    yield from documents(final=True)
+    raise
+  yield from documents(final=True)
+  if not parts and not rejected:
+    yield Rejected(name, 'empty', 0, 1)
+
+
+def _blocks(stream, name, limits):
+  """Yields good bytes that end with a line, or Rejected lines."""
+  size = min(_BLOCK, limits.max_record_bytes)
+  number = 1
+  while block := stream.read(size):
+    start = stream.offset - len(block)
+    if start == 0 and (mark := _encoding_mark(block, name)):
+      yield mark
+      if not mark.kept:
+        return
+      block, start = block[len(BOM):], len(BOM)
+    if not block.endswith(b'\n'):
+      block += stream.readline(limits.max_record_bytes + 1)
+    last = block.rfind(b'\n', 0, len(block) - 1) + 1
+    tail, overlong = block[last:], None
+    if len(tail) > limits.max_record_bytes:
+      length = len(tail) + (0 if tail.endswith(b'\n') else _skip_line(stream))
+      block = block[:last]
+      overlong = Rejected(name, f'line longer than max_record_bytes={limits.max_record_bytes}',
+                          start + last, number + block.count(b'\n'), length)
+    if _bad_text(block) is None:
+      yield block
+    else:
+      yield from _good_lines(block, name, start, number)
+    number += block.count(b'\n')
+    if overlong:
+      yield overlong
+      number += 1
+
+
+def _good_lines(block, name, start, number):
+  """Yields the lines of a block that are text, and a Rejected for each that is not."""
+  end = start + len(block)
+  for i, line in enumerate(block.split(b'\n')):  # Not splitlines: a lone \r ends no line here.
+    line += b'\n' if start + len(line) < end else b''
+    if bad := _bad_text(line):
+      reason, where = bad
+      yield Rejected(name, reason, start + where, number + i, len(line))
+    else:
+      yield line
+    start += len(line)
+
+
+def _cut(data, target, final):
+  """Returns where to end the next document, about `target` bytes on; 0 to wait for more."""
+  if len(data) <= target * 1.25:
+    return len(data) if final else 0
+  for mark in (b'\n\n', b'\n'):
+    cut = data.rfind(mark, target // 2, target)
+    if cut >= 0:
+      return cut + len(mark)
+  cut = data.find(b'\n', target)
+  return cut + 1 if cut >= 0 else len(data)
+
+
+def _read_jsonl(stream, name, limits):
+  for item in _lines(stream, name, limits):
+    if isinstance(item, Rejected):
+      yield item
+      continue
+    offset, number, line = item
+    if not line.strip():
+      continue  # A blank line is not a record.
+    if bad := _bad_text(line):
+      yield Rejected(name, bad[0], offset + bad[1], number, len(line))
+      continue
+    try:
+      record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+      yield Rejected(name, f'not JSON: {_one_line(e)}', offset, number, len(line))
+      continue
+    if not isinstance(record, dict) or limits.text_key not in record:
+      fields = ', '.join(map(str, list(record)[:8])) if isinstance(record, dict) else 'no object'
+      yield Rejected(name, f'no field {limits.text_key!r} (found: {fields})', offset, number,
+                     len(line))
+      continue
+    yield check_text(record[limits.text_key], f'{name}#{number}', name, limits, offset, number)
+
+
+def _read_parquet(raw, name, limits):
+  try:
+    import pyarrow.parquet
+  except ImportError as e:
+    raise OSError('.parquet needs the package pyarrow: pip install pyarrow') from e
+  table = pyarrow.parquet.ParquetFile(raw)
+  if limits.text_key not in table.schema_arrow.names:
+    yield Rejected(name, f'no field {limits.text_key!r} '
+                   f'(found: {", ".join(table.schema_arrow.names[:8])})')
+    return
+  row = 0
+  for batch in table.iter_batches(batch_size=256, columns=[limits.text_key]):
+    for value in batch.column(0):
+      row += 1
+      try:
+        text = value.as_py()
+      except UnicodeDecodeError as e:
+        yield Rejected(name, f'invalid UTF-8 ({_one_line(e)})', None, row)
+        continue
+      yield check_text(text, f'{name}#{row}', name, limits, None, row)
+
+
+def check_text(text, name, file, limits, offset=None, line=None):
+  """Returns the Document of a record's text, or the Rejected that says what is wrong with it."""
+  if isinstance(text, bytes):
+    try:
+      text = text.decode()
+    except UnicodeDecodeError as e:
+      return Rejected(file, f'invalid UTF-8 (byte 0x{text[e.start]:02x})', offset, line, len(text))
+  if not isinstance(text, str):
+    return Rejected(file, f'field {limits.text_key!r} holds {type(text).__name__}, not text', offset,
+                    line)
+  if not text.strip():
+    return Rejected(file, 'empty', offset, line)
+  if '\0' in text:
+    return Rejected(file, 'NUL byte', offset, line)
+  try:
+    size = len(text.encode())
+  except UnicodeEncodeError:
+    return Rejected(file, 'invalid UTF-8 (a lone surrogate)', offset, line)
+  if size > limits.max_record_bytes:
+    return Rejected(file, f'record longer than max_record_bytes={limits.max_record_bytes}', offset,
+                    line, size)
+  return Document(name, text, file, record=True)

@@ -1,0 +1,84 @@
+"""Documents from any text dataset of TensorFlow Datasets, by name, without TensorFlow."""
+
+import dataclasses
+import difflib
+
+from llmjax.config import ConfigError
+from llmjax.data.text_files import Limits, Rejected, check_text
+
+_SPLITS = {'train': '', 'validation': 'validation', 'valid': 'validation', 'dev': 'validation',
+           'test': 'test'}
+
+
+def read_tfds(name, text_key, limits: Limits):
+  """Yields the Documents and Rejected of a dataset, downloading and preparing it at first use.
+
+  A dataset's own validation and test splits stay what they are; what is missing is held out of
+  train.  Raises ConfigError, one line each: unknown name, no network, no text field.
+  """
+  builder = _find(name)
+  key = _text_field(name, builder.info.features, text_key)
+  try:
+    builder.download_and_prepare(file_format='array_record')
+  except ModuleNotFoundError as e:
+    raise ConfigError([f'name={name}: TFDS needs the package {e.name} to prepare it; '
+                       f'pip install {e.name}']) from e
+  except Exception as e:  # Whatever a third party's script or the network raises is one line here.
+    raise ConfigError([f'name={name}: TFDS could not download and prepare it '
+                       f'({type(e).__name__}: {_one_line(e)}); check the network, or use '
+                       '--text-dir=DIR with files of your own']) from e
+  from llmjax.data import builders
+
+  own = {split: _SPLITS[split] for split in builder.info.splits if split in _SPLITS}
+  has_held_out = {'validation', 'test'} <= set(own.values())
+  for split, target in own.items():
+    for number, record in enumerate(builders.iterate(builder.as_data_source(split=split))):
+      place = f'{name}/{split}'
+      item = check_text(record[key], f'{place}#{number}', place, limits, None, number + 1)
+      if isinstance(item, Rejected):
+        yield item
+      else:
+        target = target or ('train' if has_held_out else '')
+        yield dataclasses.replace(item, split=target)
+
+
+def _find(name):
+  """Returns the builder of a name; raises ConfigError naming the nearest known ones."""
+  import tensorflow_datasets as tfds
+  import tensorflow_datasets.text  # noqa: F401 - registers lm1b, c4 and others
+  from tensorflow_datasets.core import registered
+
+  try:
+    return tfds.builder(name)
+  except registered.DatasetNotFoundError as e:
+    known = tfds.list_builders(with_community_datasets=False)
+    near = difflib.get_close_matches(name.split('/')[0], known, n=3, cutoff=0.5)
+    hint = f'did you mean {" or ".join(near)}?' if near else 'see tensorflow.org/datasets/catalog'
+    raise ConfigError([f'name={name}: TFDS has no such dataset; {hint}']) from e
+  except Exception as e:
+    raise ConfigError([f'name={name}: TFDS cannot open it without TensorFlow '
+                       f'({type(e).__name__}: {_one_line(e)})']) from e
+
+
+def _text_field(name, features, text_key):
+  """Returns the field to read; raises ConfigError when it does not exist or is ambiguous."""
+  import tensorflow_datasets as tfds
+
+  fields = [k for k, v in features.items() if isinstance(v, tfds.features.Text)] if hasattr(
+      features, 'items') else []
+  if text_key:
+    if text_key not in fields:
+      near = difflib.get_close_matches(text_key, fields, n=1)
+      hint = f'did you mean {near[0]}?' if near else f'it has {", ".join(fields) or "none"}'
+      raise ConfigError([f'text_key={text_key}: {name} has no such text field; {hint}'])
+    return text_key
+  if 'text' in fields:
+    return 'text'
+  if len(fields) == 1:
+    return fields[0]
+  raise ConfigError([f'text_key is missing: {name} has the text fields '
+                     f'{", ".join(fields) or "none"}; choose one with --config.text_key=FIELD'])
+
+
+def _one_line(error):
+  return ' '.join(str(error).split())[:200]

@@ -1,0 +1,109 @@
+"""Token ids of a split, one after another in a flat memory-mapped file.
+
+tokens.bin: uint16 (vocabulary up to 65,536) or uint32, every document as BOS, tokens, EOS.
+offsets.npy: int64 [documents + 1], where each document starts; the last one is the total.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+
+import numpy as np
+
+
+class TokenStoreWriter:
+  """Writes a store; use it in a `with` block.  A store without meta.json was not finished."""
+
+  def __init__(self, folder, *, vocab_size, bos_id, eos_id):
+    self.folder = pathlib.Path(folder)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    (self.folder / 'meta.json').unlink(missing_ok=True)
+    self.vocab_size = vocab_size
+    self.dtype = np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')
+    self._bos, self._eos = (np.array([i], self.dtype).tobytes() for i in (bos_id, eos_id))
+    self._file = open(self.folder / 'tokens.bin', 'wb')  # noqa: SIM115 - closed in __exit__
+    self._hash = hashlib.sha256()
+    self._lengths = []
+
+  def add(self, ids) -> str | None:
+    """Appends a document's ids (int [n], BOS and EOS not among them).
+
+    Returns None, or why the document was refused: an id outside the vocabulary, or no ids.
+    """
+    ids = np.asarray(ids)
+    if not ids.size:
+      return 'no tokens'
+    if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
+      bad = int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())
+      return f'token id {bad} outside the vocabulary of {self.vocab_size}'
+    data = self._bos + ids.astype(self.dtype).tobytes() + self._eos
+    self._file.write(data)
+    self._hash.update(data)
+    self._lengths.append(ids.size + 2)
+    return None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._file.close()
+    if kind is not None:
+      return
+    offsets = np.zeros(len(self._lengths) + 1, np.int64)
+    np.cumsum(self._lengths, out=offsets[1:])
+    np.save(self.folder / 'offsets.npy', offsets)
+    meta = {'dtype': self.dtype.str, 'documents': len(self._lengths), 'tokens': int(offsets[-1]),
+            'tokens_sha256': self._hash.hexdigest()}
+    (self.folder / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
+    self.meta = meta
+
+
+class TokenStore:
+  """Reads a store.  Maps its files at first use; pickles as its path."""
+
+  def __init__(self, folder):
+    self.folder = os.fspath(folder)
+    try:
+      self.meta = json.loads((pathlib.Path(folder) / 'meta.json').read_text())
+    except (OSError, ValueError) as e:
+      raise ValueError(f'{folder} is not a finished token store; prepare it again with '
+                       '--force') from e
+
+  def __getstate__(self):
+    return {'folder': self.folder, 'meta': self.meta}
+
+  def __len__(self):
+    return self.meta['documents']
+
+  @property
+  def num_tokens(self) -> int:
+    """Stored ids, BOS and EOS included."""
+    return self.meta['tokens']
+
+  @functools.cached_property
+  def tokens(self) -> np.ndarray:
+    """uint16 or uint32 [num_tokens], mapped."""
+    path = pathlib.Path(self.folder) / 'tokens.bin'
+    dtype = np.dtype(self.meta['dtype'])
+    if path.stat().st_size != self.num_tokens * dtype.itemsize:
+      raise ValueError(f'{path} has {path.stat().st_size} bytes, not the {self.num_tokens} ids of '
+                       'its meta.json; prepare the folder again with --force')
+    if not self.num_tokens:
+      return np.zeros(0, dtype)
+    # A plain ndarray over the map: indexing np.memmap itself costs several times as much.
+    return np.asarray(np.memmap(path, dtype, 'r'))
+
+  @functools.cached_property
+  def offsets(self) -> np.ndarray:
+    """int64 [documents + 1]."""
+    return np.load(pathlib.Path(self.folder) / 'offsets.npy')
+
+  def __getitem__(self, document) -> np.ndarray:
+    """Returns the stored ids of a document: BOS, tokens, EOS."""
+    if not 0 <= document < len(self):
+      raise IndexError(f'document {document} of {len(self)}')
+    return self.tokens[self.offsets[document]:self.offsets[document + 1]]

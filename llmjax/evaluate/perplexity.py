@@ -1,0 +1,39 @@
+"""Exact perplexity and bits per byte over a finite set of batches."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def make_eval_step(loss_fn, token_bytes):
+  """Returns step(params, batch) -> float32 [3]: summed nats, targets, and UTF-8 bytes the targets are.
+
+  loss_fn: as for training, called without a key, so without dropout.  token_bytes: int [V], the bytes
+  that each token id stands for.
+  """
+  token_bytes = jnp.asarray(token_bytes, jnp.float32)
+
+  def eval_step(params, batch):
+    loss, (weight, _) = loss_fn(params, batch, None)
+    # Ids above the tokenizer's are padding of the vocabulary and never targets.
+    size = jnp.take(token_bytes, batch['targets'], mode='clip')
+    return jnp.stack([loss, weight, jnp.sum(size * (batch['loss_mask'] > 0))])
+
+  return jax.jit(eval_step)
+
+
+def evaluate(eval_step, params, batches):
+  """Returns {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes'} over all batches.
+
+  Sums are added in float64 and divided once, so padding and batch size do not matter.  loss is nats a
+  target; bits_per_byte counts the end-of-document targets' bits too, as a compressor must.
+  """
+  pending = [eval_step(params, batch) for batch in batches]
+  sums = np.sum([np.asarray(p, np.float64) for p in pending], axis=0) if pending else np.zeros(3)
+  nats, tokens, size = (float(s) for s in sums)
+  loss = nats / max(tokens, 1.0)
+  return {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)),
+          'bits_per_byte': nats / math.log(2) / max(size, 1.0), 'tokens': int(tokens),
+          'bytes': int(size)}

@@ -1,0 +1,491 @@
+"""`write_report`: one page a researcher wants to look at, made from what is in a run's folder.
+
+Every file may be missing or damaged: the page shows what there is and names what there is not.
+"""
+
+import dataclasses
+import html
+import json
+import math
+import os
+import pathlib
+import statistics
+
+from llmjax import config as configs
+from llmjax.evaluate import metrics, page
+from llmjax.model import counts
+from llmjax.model.spec import ModelSpec
+
+POINTS = 1200  # Of one curve on the page: more than a screen has columns to show them in.
+SAMPLE_STEPS, SAMPLE_CHARACTERS = 24, 3000  # So that long runs stay below a megabyte.
+COMPRESSORS = (('xz_bits_per_byte', 'xz -9'), ('gzip_bits_per_byte', 'gzip -9'))
+FILES = {
+    'config.json': 'the resolved config', 'metrics.jsonl': 'the curves',
+    'samples.jsonl': 'samples drawn while training; sample.prompts asks for them',
+    'evaluation.json': 'the evaluation beside gzip and xz; `llmjax evaluate` writes it',
+    'time.json': 'where the time went', 'environment.json': 'versions and devices',
+    'data.json': 'what the data holds'}
+
+
+@dataclasses.dataclass
+class Run:
+  """What was read of a run's folder; empty where there was nothing."""
+
+  folder: pathlib.Path
+  config: dict
+  rows: list
+  samples: list
+  evaluation: dict
+  time: dict
+  environment: dict
+  data: dict
+  profile: dict
+  missing: list  # Of (file, what it would have shown or what is wrong with it).
+  _curves: dict = dataclasses.field(default_factory=dict)
+
+  def get(self, group, name):
+    """Returns a value of the config, or None."""
+    values = self.config.get(group)
+    return values.get(name) if isinstance(values, dict) else None
+
+  def curve(self, key):
+    """Returns ([steps], [values]) of a metric."""
+    if key not in self._curves:
+      self._curves[key] = metrics.curve(self.rows, key)
+    return self._curves[key]
+
+  def last(self, key):
+    """Returns (step, value) of a metric's last finite value, or (None, None)."""
+    steps, values = self.curve(key)
+    return next(((s, v) for s, v in zip(reversed(steps), reversed(values), strict=True)
+                 if math.isfinite(v)), (None, None))
+
+  def eval_names(self):
+    """Returns the names of the evaluations in the metrics, in the order they first appear."""
+    return list(dict.fromkeys(key.split('/')[1] for row in self.rows for key in row
+                              if key.startswith('eval/') and key.count('/') == 2))
+
+
+def write_report(workdir) -> pathlib.Path:
+  """Writes `<workdir>/report.html` in one move and returns its path."""
+  run = read_run(workdir)
+  path = run.folder / 'report.html'
+  temporary = path.with_suffix('.html.tmp')
+  temporary.write_text(render(run), encoding='utf-8')
+  os.replace(temporary, path)
+  return path
+
+
+def read_run(workdir):
+  """Returns the Run of a folder, never failing on what is missing or damaged."""
+  folder = pathlib.Path(workdir)
+  missing = []
+
+  def read(name, read_file, empty):
+    path = folder / name
+    if not path.exists():
+      if name in FILES:
+        missing.append((name, FILES[name]))
+      return empty
+    try:
+      value = read_file(path)
+    except (OSError, ValueError, configs.ConfigError) as e:
+      missing.append((name, f'cannot be read: {e}'))
+      return empty
+    if not isinstance(value, type(empty)):
+      missing.append((name, f'holds {type(value).__name__}, not {type(empty).__name__}'))
+      return empty
+    return value
+
+  def parse(path):
+    return json.loads(path.read_text(encoding='utf-8'))
+
+  run = Run(folder, read('config.json', parse, {}),
+            read('metrics.jsonl', metrics.read_metrics, []),
+            read('samples.jsonl', metrics.read_lines, []), read('evaluation.json', parse, {}),
+            read('time.json', parse, {}), read('environment.json', parse, {}),
+            read('data.json', parse, {}), read('profile/top_operations.json', parse, {}), missing)
+  run.rows = [row for row in run.rows if isinstance(row.get('step'), int)]
+  return run
+
+
+def render(run):
+  """Returns the page as text."""
+  charts = {}
+  sections = [_header(run), _warnings(run), _headline(run), _curves(run, charts), _time(run),
+              _samples(run), _evaluation(run), _data(run), _profile(run), _settings(run),
+              _command(run), _missing(run)]
+  return page.render_page(f'{_name(run)} · llmjax', '\n'.join(filter(None, sections)), charts)
+
+
+def count(value):
+  """Returns '58.5 M' of 58_470_000: three digits and a unit, for headlines."""
+  if value is None:
+    return '–'
+  for limit, unit in ((1e12, ' T'), (1e9, ' B'), (1e6, ' M'), (1e4, ' k')):
+    if abs(value) >= limit * (1.0 if unit == ' k' else 0.9995):  # 999,960 is 1 M, not 1e+03 k.
+      return f'{value / (1e3 if unit == " k" else limit):.3g}{unit}'
+  return f'{value:,.0f}' if abs(value) >= 100 or value == int(value) else f'{value:.3g}'
+
+
+def duration(seconds):
+  """Returns '3 min 12 s' and the like."""
+  if seconds is None:
+    return '–'
+  if seconds < 60:
+    return f'{seconds:.3g} s'
+  minutes, s = divmod(round(seconds), 60)
+  hours, m = divmod(minutes, 60)
+  if hours >= 24:
+    return f'{hours // 24} d {hours % 24} h'
+  return f'{hours} h {m} min' if hours else f'{m} min {s} s'
+
+
+def _e(text):
+  return html.escape(str(text))
+
+
+def _number(mapping, key):
+  """Returns a finite number of a mapping from a file, or None."""
+  value = mapping.get(key) if isinstance(mapping, dict) else None
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return value if is_number and math.isfinite(value) else None
+
+
+def _section(title, body):
+  return f'<h2>{_e(title)}</h2>\n{body}' if body else ''
+
+
+def _name(run):
+  return run.folder.resolve().name or 'run'
+
+
+def _steps_done(run):
+  return max((row['step'] for row in run.rows), default=None)
+
+
+def _held_out(run):
+  """Returns (split, {metrics}) of the run's headline evaluation, or (None, {})."""
+  for split in ('test', 'validation', *run.evaluation):
+    if _number(run.evaluation.get(split), 'bits_per_byte') is not None:
+      return split, run.evaluation[split]
+  for name in run.eval_names():  # Without evaluation.json, the last one made while training.
+    step, value = run.last(f'eval/{name}/bits_per_byte')
+    if value is not None:
+      return name, {'bits_per_byte': value, 'step': step}
+  return None, {}
+
+
+def _header(run):
+  done, total = _steps_done(run), run.get('train', 'steps')
+  model = run.config.get('model')
+  parts = []
+  if isinstance(model, dict):
+    width, layers = model.get('d_model'), model.get('num_layers')
+    parts.append(' '.join(filter(None, [
+        model.get('preset') or 'decoder', layers and f'{layers} layers', width and f'× {width}'])))
+  sources = run.get('data', 'sources')
+  if isinstance(sources, dict) and sources:
+    parts.append(', '.join(pathlib.PurePath(s).name for s in sources))
+  if done is not None:
+    parts.append(f'{done:,} steps' if not total or done >= total else
+                 f'{done:,} of {total:,} steps')
+  device = run.environment.get('device_kind')
+  if device:
+    number = run.environment.get('device_count')
+    parts.append(f'{number} × {device}' if number else device)
+  return (f'<header><div><h1>{_e(_name(run))}</h1><span class="soft">{_e(" · ".join(parts))}</span>'
+          '</div><button id="theme">light / dark</button></header>')
+
+
+def _warnings(run):
+  """Says what must not be overlooked: losses that are not finite."""
+  steps, values = run.curve('train/loss')
+  bad = [s for s, v in zip(steps, values, strict=True) if not math.isfinite(v)]
+  if not bad:
+    return ''
+  return (f'<p class="warn">The training loss was not finite at {len(bad)} logged '
+          f'step{"s" if len(bad) > 1 else ""}, first at step {bad[0]:,}.</p>')
+
+
+def _headline(run):
+  split, values = _held_out(run)
+  own = _number(values, 'bits_per_byte')
+  if own is None:
+    card = ('<div class="card"><h3>Held-out bits per byte</h3><p class="soft">Not measured yet: '
+            '<code>llmjax evaluate</code> does, beside gzip and xz.</p></div>')
+  else:
+    bars = [('this model', own, 'own')]
+    bars += [(label, _number(values, key), '') for key, label in COMPRESSORS
+             if _number(values, key) is not None]
+    longest = max(v for _, v, _ in bars)
+    rows = ''.join(
+        f'<span>{_e(label)}</span><div class="{kind}" style="width:{100 * v / longest:.1f}%"></div>'
+        f'<b>{v:.3f}</b>' for label, v, kind in bars)
+    compared = ', '.join(
+        f'{abs(1 - own / v):.0%} {"fewer" if own < v else "more"} than {label}'
+        for label, v, kind in bars if not kind)
+    card = (f'<div class="card"><h3>Held-out bits per byte</h3><div class="big">{own:.3f}'
+            f'<i>{_e(split)}</i></div><p class="soft small">{_e(compared) or "Less is better."}</p>'
+            f'<div class="bars">{rows}</div></div>')
+  tiles = ''.join(
+      f'<div class="card tile"><span>{_e(label)}</span><b>{_valued(value)}</b>'
+      f'<em>{_e(note)}</em></div>'
+      for label, value, note in _tiles(run))
+  return f'<div class="head">{card}<div class="tiles">{tiles}</div></div>'
+
+
+def _valued(text):
+  """Returns '58.5 M' with its unit set smaller."""
+  number, space, unit = text.partition(' ')
+  if space and ' ' not in unit:
+    return f'{_e(number)}<i>{_e(unit)}</i>'
+  return _e(text)
+
+
+def _tiles(run):
+  """Yields (label, value, note) of the small headline figures."""
+  done = _steps_done(run)
+  yield 'Parameters', count(_parameters(run)), _layers_note(run)
+  tokens = None
+  rows, length = run.get('train', 'batch_size'), run.get('data', 'seq_len')
+  if done is not None and rows and length:
+    tokens = done * rows * length
+  yield 'Tokens seen', count(tokens), f'{count(rows * length)} a step' if tokens else ''
+  speed = _median(run, 'train/tokens_per_second')
+  yield 'Tokens a second', count(speed), 'median of the log' if speed else ''
+  mfu = _median(run, 'train/mfu')
+  yield 'Model FLOPs used', '–' if mfu is None else f'{100 * mfu:.3g} %', 'of the peak (MFU)'
+  seconds = sum(v for v in map(lambda k: _number(run.time, k), run.time) if v)
+  yield 'Wall time', duration(seconds or None), 'all of it, start to end' if seconds else ''
+  step, loss = run.last('train/loss')
+  yield ('Training loss', '–' if loss is None else f'{loss:.3f}',
+         '' if step is None else f'nats a token, step {step:,}')
+
+
+def _layers_note(run):
+  layers, width = run.get('model', 'num_layers'), run.get('model', 'd_model')
+  return f'{layers} layers, width {width}' if layers and width else ''
+
+
+def _median(run, key):
+  values = [v for v in run.curve(key)[1] if math.isfinite(v)]
+  return statistics.median(values) if values else None
+
+
+def _parameters(run):
+  """Returns the number of parameters, counted from the config, or None."""
+  known = {f.name for f in dataclasses.fields(ModelSpec)}
+  model = run.config.get('model')
+  if not isinstance(model, dict) or not model.get('vocab_size'):
+    return _number(run.environment, 'parameters')
+  try:
+    spec = configs.build(ModelSpec, {k: v for k, v in model.items() if k in known})
+    return counts.count_params(spec)['total']
+  except configs.ConfigError:
+    return _number(run.environment, 'parameters')
+
+
+def _curves(run, charts):
+  """Returns the charts' HTML and adds their data to `charts`."""
+  parts = []
+
+  def add(name, title, series, height=200, **options):
+    series = [s for s in series if s is not None and s['x']]
+    if not any(s['kind'] != 'rule' for s in series):
+      return
+    charts[name] = {'title': title, 'height': height, 'series': series, **options}
+    parts.append((name, page.line_chart(name, charts[name])))
+
+  steps, losses = run.curve('train/loss')
+  names = run.eval_names()
+  add('loss', 'Loss, nats a token', _trend('as logged', 0, steps, losses) + [
+      _series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/loss'))
+      for i, name in enumerate(names[:6])],
+      height=340, switches=['ylog', 'xlog'],
+      bad=[s for s, v in zip(steps, losses, strict=True) if not math.isfinite(v)][:200])
+  _, best = _held_out(run)
+  rules = [_series(label, 'rule', 5 + i, [0], [_number(best, key)])
+           for i, (key, label) in enumerate(COMPRESSORS) if _number(best, key) is not None]
+  add('bits', 'Held-out bits per byte', [
+      _series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/bits_per_byte'))
+      for i, name in enumerate(names[:4])] + rules)
+  add('speed', 'Tokens a second',
+      _trend('as logged', 2, *run.curve('train/tokens_per_second')), zero=True)
+  add('lr', 'Learning rate', [_series('learning rate', 'line', 3, *run.curve('train/lr'))],
+      zero=True)
+  add('grad_norm', 'Gradient norm',
+      _trend('as logged', 4, *run.curve('train/grad_norm')), switches=['ylog'], ylog=True)
+  if not parts:
+    return ''
+  first = parts[0][1] if parts[0][0] == 'loss' else ''
+  rest = ''.join(chart for name, chart in parts if name != 'loss')
+  return _section('Curves', first + (f'<div class="grid">{rest}</div>' if rest else ''))
+
+
+def _trend(label, color, steps, values):
+  """Returns the series of a noisy curve: as measured, light, and smoothed over it, strong."""
+  if len(values) < 60:  # Few enough to see the trend without help.
+    return [_series(label, 'line', color, steps, values)]
+  return [_series(label, 'faint', color, steps, values),
+          _series('smoothed', 'line', color, steps, metrics.smooth(values, len(values) // 60))]
+
+
+def _series(label, kind, color, steps, values):
+  """Returns a thinned series for the page: NaN is null, six significant digits are kept."""
+  kept = metrics.downsample(values, POINTS)
+  return {'label': label, 'kind': kind, 'color': color % 8, 'x': [steps[i] for i in kept],
+          'y': [float(f'{values[i]:.6g}') if math.isfinite(values[i]) else None for i in kept]}
+
+
+def _time(run):
+  spent = [(k, _number(run.time, k)) for k in run.time]
+  spent = [(k, v) for k, v in spent if v]
+  whole = sum(v for _, v in spent)
+  if not whole:
+    return ''
+  # The steps are what a run is for: they come first and in the first colour.
+  spent.sort(key=lambda kv: (kv[0] != 'step', kv[0] == 'other', -kv[1]))
+  names = {'init': 'start', 'compile': 'compilation', 'data_wait': 'waiting for data',
+           'step': 'training steps', 'eval': 'evaluation', 'sample': 'sampling',
+           'checkpoint': 'checkpoints', 'other': 'other'}
+  bar = ''.join(f'<div style="flex:{v / whole:.5f};background:var(--c{_color(i, k)})" '
+                f'title="{_e(names.get(k, k))}: {_e(duration(v))}"></div>'
+                for i, (k, v) in enumerate(spent))
+  legend = ''.join(
+      f'<div><s style="background:var(--c{_color(i, k)})"></s><span>{_e(names.get(k, k))}</span>'
+      f'<b>{_e(duration(v))}</b><span>{100 * v / whole:.1f} %</span></div>'
+      for i, (k, v) in enumerate(spent))
+  return _section('Where the time went', f'<div class="card"><div class="stack">{bar}</div>'
+                  f'<div class="legend">{legend}</div></div>')
+
+
+def _color(index, name):
+  return 5 if name == 'other' else (0, 1, 2, 3, 4, 6, 7)[index % 7]
+
+
+def _samples(run):
+  by_step = {}
+  for row in run.samples:
+    if isinstance(row.get('step'), int) and isinstance(row.get('text'), str):
+      by_step.setdefault(row['step'], []).append((str(row.get('prompt') or ''), row['text']))
+  if not by_step:
+    return ''
+  steps = sorted(by_step, reverse=True)
+  if len(steps) > SAMPLE_STEPS:  # Evenly over the run, the first and the last among them.
+    chosen = {round(i * (len(steps) - 1) / (SAMPLE_STEPS - 1)) for i in range(SAMPLE_STEPS)}
+    steps = [s for i, s in enumerate(steps) if i in chosen]
+  parts = []
+  for i, step in enumerate(steps):
+    texts = [(p, t.removeprefix(p) if p else t) for p, t in by_step[step]]
+    begin = ' '.join((texts[0][0] + texts[0][1])[:160].split())
+    body = ''.join(f'<pre><mark>{_e(prompt)}</mark>{_clipped(text)}</pre>'
+                   for prompt, text in texts)
+    parts.append(f'<details{" open" if i == 0 else ""}><summary><b>step {step:,}</b>'
+                 f'<code>{_e(begin)}</code></summary>{body}</details>')
+  note = ('' if len(steps) == len(by_step) else
+          f'<p class="soft small note">{len(steps)} of the {len(by_step)} steps with samples.</p>')
+  return _section('Samples', f'<div class="card">{"".join(parts)}</div>{note}')
+
+
+def _clipped(text):
+  if len(text) <= SAMPLE_CHARACTERS:
+    return _e(text)
+  return (f'{_e(text[:SAMPLE_CHARACTERS])}<span class="cut"> … {len(text) - SAMPLE_CHARACTERS:,} '
+          'more characters in samples.jsonl</span>')
+
+
+def _evaluation(run):
+  columns = (('step', '{:,}'), ('loss', '{:.4f}'), ('perplexity', '{:.3f}'),
+             ('bits_per_byte', '{:.4f}'), ('xz_bits_per_byte', '{:.4f}'),
+             ('gzip_bits_per_byte', '{:.4f}'), ('tokens', '{:,}'), ('bytes', '{:,}'))
+  table = {split: values for split, values in run.evaluation.items() if isinstance(values, dict)}
+  note = ''
+  if not table:
+    for name in run.eval_names():
+      step, loss = run.last(f'eval/{name}/loss')
+      table[name] = {'step': step, 'loss': loss, **{
+          key: run.last(f'eval/{name}/{key}')[1] for key in ('perplexity', 'bits_per_byte')}}
+    note = '<p class="soft small note">The last evaluation made while training.</p>'
+  if not table:
+    return ''
+  rows, best = [], []
+  for r, (split, values) in enumerate(table.items()):
+    rows.append([split, *(
+        '–' if _number(values, key) is None else form.format(_number(values, key))
+        for key, form in columns)])
+    in_bits = {c: _number(values, key) for c, (key, _) in enumerate(columns, 1)
+               if key.endswith('bits_per_byte') and _number(values, key) is not None}
+    if in_bits:
+      best.append((r, min(in_bits, key=in_bits.get)))
+  header = ['split', 'step', 'loss, nats', 'perplexity', 'bits/byte', 'xz -9', 'gzip -9', 'tokens',
+            'bytes']
+  return _section('Evaluation', f'<div class="card">{page.table(header, rows, best)}</div>{note}')
+
+
+def _data(run):
+  rows = []
+  for source, values in run.data.items():
+    if not isinstance(values, dict):
+      continue
+    quarantined = values.get('quarantined')
+    reasons = quarantined if isinstance(quarantined, dict) else {}
+    total = sum(n for n in reasons.values() if isinstance(n, int))
+    listed = ', '.join(f'{n:,} {reason.replace("_", " ")}' for reason, n in sorted(
+        reasons.items(), key=lambda kv: -kv[1] if isinstance(kv[1], int) else 0) if n)
+    tokens, size = _number(values, 'tokens'), _number(values, 'bytes')
+    rows.append([source, *(f'{v:,}' if v is not None else '–' for v in (
+        _number(values, 'documents'), tokens, size)),
+        f'{size / tokens:.2f}' if tokens and size else '–',
+        f'{total:,} ({listed})' if total else '0'])
+  if not rows:
+    return ''
+  header = ['source', 'documents', 'tokens', 'bytes', 'bytes a token', 'records set aside']
+  return _section('Data', f'<div class="card">{page.table(header, rows)}</div>')
+
+
+def _profile(run):
+  operations = run.profile.get('operations')
+  if not isinstance(operations, list) or not operations:
+    return ''
+  largest = max((_number(o, 'percent') or 0.0 for o in operations), default=0.0) or 1.0
+  rows = ''.join(
+      f'<tr><td><code>{_e(o.get("name"))}</code></td><td class="left share"><span class="meter" '
+      f'style="width:{90 * (_number(o, "percent") or 0) / largest:.0f}px"></span>'
+      f'{_number(o, "percent") or 0:.1f} %</td><td>{_number(o, "total_ms") or 0:,.2f}</td><td>{_e(o.get("count"))}</td>'
+      f'<td class="left soft small">{_e(o.get("origin", ""))}</td></tr>'
+      for o in operations if isinstance(o, dict))
+  first, end = (run.profile.get('steps') or ['?', '?'])[:2]
+  return _section('Most expensive operations', (
+      '<div class="card"><div class="scroll"><table><tr><th>operation</th>'
+      '<th class="left">share</th><th>ms</th><th>count</th><th class="left">from</th></tr>'
+      f'{rows}</table></div></div><p class="soft small note">'
+      f'Own time over steps {_e(first)} to {_e(end)}, the end not included.</p>'))
+
+
+def _settings(run):
+  parts = []
+  for title, values in (('Environment', run.environment), ('Config', run.config)):
+    shown = {k: v for k, v in values.items() if k != 'command'}
+    if shown:
+      parts.append(f'<details><summary><b>{title}</b></summary>{page.settings(shown)}</details>')
+  return _section('Environment and config', parts and f'<div class="card">{"".join(parts)}</div>')
+
+
+def _command(run):
+  command = run.environment.get('command')
+  if isinstance(command, list):
+    command = ' '.join(map(str, command))
+  again = f'llmjax pretrain --config={run.folder / "config.json"} --workdir=NEW_FOLDER'
+  blocks = ([('The command of this run', command)] if command else []) + (
+      [('The same run from its resolved config', again)] if run.config else [])
+  body = ''.join(f'<p class="soft small">{_e(title)}</p><div class="copy"><pre>{_e(text)}</pre>'
+                 '<button>copy</button></div>' for title, text in blocks)
+  return _section('Run it again', body and f'<div class="card">{body}</div>')
+
+
+def _missing(run):
+  if not run.missing:
+    return ''
+  items = '; '.join(f'<code>{_e(name)}</code> ({_e(why)})' for name, why in run.missing)
+  return f'<footer>Not in this folder: {items}.</footer>'

@@ -1,0 +1,347 @@
+"""Generation: a KV cache, prefill, decode steps, and a Generator that runs them in compiled chunks.
+
+Letters: B batch, P prompt slots, S cache slots, T tokens of one step, K key/value heads, H head_dim,
+V vocab_size.
+
+Prompts are padded on the left, so the next token of every row goes into the same slot and the cache is
+updated in place.  A slot knows its token's position and whether it holds a token at all, so a row gets
+the same logits whatever its padding.  Slots come in buckets; compiled programs depend on the bucket and
+not on the length.
+"""
+
+import contextlib
+import functools
+from typing import NamedTuple
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+
+from llmjax.generate.spec import SamplingSpec
+from llmjax.model import decoder
+from llmjax.ops import sampling as sampling_ops
+from llmjax.parallel.mesh import batch_shards
+from llmjax.parallel.sharding import constrain, mesh_spec
+
+CHUNK = 64  # Most tokens made between two looks of the host; 64 host round trips become one.
+STREAM_CHUNK = 12  # Tokens between two looks when someone is reading along.
+MIN_BUCKET = 32  # Fewer slots than this save no time.
+MIN_CACHE = 256  # A cache starts no smaller, so that a short answer never meets a second compile.
+STOP_IDS = 8  # Stop token ids come in multiples of this, so that their number is no new program.
+
+
+class Cache(NamedTuple):
+  """Keys and values of the tokens so far.
+
+  layers: for each layer {'keys', 'values'} [B, S, K, H].  positions: int32 [B, S] of the slots' tokens.
+  segment_ids: int32 [B, S], 1 where a slot holds a token, else 0.  index: int32 [], the next free slot.
+  lengths: int32 [B], tokens held, which is the position of the next one.
+  """
+
+  layers: list
+  positions: jax.Array
+  segment_ids: jax.Array
+  index: jax.Array
+  lengths: jax.Array
+
+
+def bucket(length, minimum=MIN_BUCKET):
+  """Returns the least of 4, 5, 6 or 7 times a power of two that is at least `length` and `minimum`.
+
+  Four programs to every doubling, and never more than a fifth of the slots unused.
+  """
+  length = max(length, minimum)
+  unit = 1 << max(0, (length - 1).bit_length() - 3)
+  return -(-length // unit) * unit
+
+
+def init_cache(spec, batch, slots, dtype=jnp.float32):
+  """Returns an empty Cache."""
+  shape = (batch, slots, spec.kv_heads, spec.heads_dim)
+  layers = [{'keys': jnp.zeros(shape, dtype), 'values': jnp.zeros(shape, dtype)}
+            for _ in range(spec.num_layers)]
+  blank = jnp.zeros((batch, slots), jnp.int32)
+  return Cache(layers, blank, blank, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
+
+
+def grow_cache(cache, slots):
+  """Returns the cache with its free slots extended to `slots` in all."""
+  extra = slots - cache.positions.shape[1]
+  grow = lambda x: jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
+  return cache._replace(layers=jax.tree.map(grow, cache.layers), positions=grow(cache.positions),
+                        segment_ids=grow(cache.segment_ids))
+
+
+def prefill(spec, params, tokens, lengths, *, compute_dtype=jnp.float32):
+  """Returns (logits float32 [B, V] of the token after each prompt, a full Cache of P slots).
+
+  params: unstacked (`decoder.unstack`).  tokens: int32 [B, P], each row's prompt at its right end.
+  lengths: int32 [B], at least 1.
+  """
+  batch, slots = tokens.shape
+  offsets = jnp.arange(slots) - (slots - lengths[:, None])
+  positions = jnp.maximum(offsets, 0).astype(jnp.int32)
+  segment_ids = (offsets >= 0).astype(jnp.int32)
+  cache = init_cache(spec, batch, slots, compute_dtype)
+  # Keys and queries are the same slots here, so attention may skip those after the query: aligned.
+  context = decoder.make_context(
+      spec, positions, segment_ids, implementation='blockwise', aligned=True,
+      cache={'index': 0, 'positions': positions, 'segment_ids': segment_ids})
+  x, layers, _ = decoder.hidden_states(spec, params, tokens, context, _pin(cache.layers),
+                                       compute_dtype=compute_dtype)
+  cache = Cache(layers, positions, segment_ids, jnp.asarray(slots, jnp.int32), lengths)
+  return decoder.unembed(spec, params, x[:, -1]), cache
+
+
+def decode_step(spec, params, cache, tokens, *, compute_dtype=jnp.float32):
+  """Returns (logits float32 [B, T, V] of the token after each of `tokens`, the Cache with them in it).
+
+  tokens: int32 [B, T]; T is 1 in plain decoding, more when a draft is checked or a prompt goes on.  The
+  cache must have T free slots.
+  """
+  batch, count = tokens.shape
+  start = (0, cache.index)
+  new_positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
+  new_segments = jnp.ones((batch, count), jnp.int32)
+  positions = jax.lax.dynamic_update_slice(cache.positions, new_positions, start)
+  segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, new_segments, start)
+  context = decoder.make_context(
+      spec, new_positions, new_segments, implementation='blockwise', aligned=False,
+      cache={'index': cache.index, 'positions': positions, 'segment_ids': segment_ids})
+  x, layers, _ = decoder.hidden_states(spec, params, tokens, context, cache.layers,
+                                       compute_dtype=compute_dtype)
+  cache = Cache(_pin(layers), positions, segment_ids, cache.index + count, cache.lengths + count)
+  return decoder.unembed(spec, params, x), cache
+
+
+def _pin(layers):
+  """Returns the cache laid out over the mesh, if one is set: rows over data, heads over tensor."""
+  return jax.tree.map(lambda x: constrain(x, 'batch', None, 'kv_heads', None), layers)
+
+
+class _State(NamedTuple):
+  """What the decode loop carries.
+
+  token, done: [B], the last token, not yet in the cache, and whether the row has met a stop token.
+  seen: bool [B, V], tokens in the row.  keys: [B], one PRNG key for each row.
+  """
+
+  cache: Cache
+  token: jax.Array
+  done: jax.Array
+  seen: jax.Array
+  keys: jax.Array
+
+
+class _Choice(NamedTuple):
+  """How tokens are chosen, all of it traced: sampling parameters, stop ids, number of real tokens."""
+
+  sampling: dict
+  stop_ids: jax.Array
+  vocab_size: jax.Array
+
+
+def _choose(choice, logits, seen, keys, positions):
+  """Returns (token, logprob, is_stop), each [B]; the draw depends on the row's key and position only."""
+  ids = jnp.arange(logits.shape[-1])
+  logits = jnp.where(ids < choice.vocab_size, logits, sampling_ops.REMOVED)
+  keys = jax.vmap(jax.random.fold_in)(keys, positions)
+  token, logprob = sampling_ops.sample(keys, logits, seen=seen, **choice.sampling)
+  return token, logprob, jnp.any(token[:, None] == choice.stop_ids, axis=-1)
+
+
+def _see(seen, token):
+  return seen.at[jnp.arange(seen.shape[0]), token].set(True)
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'compute_dtype'))
+def _start(spec, params, tokens, lengths, keys, choice, *, compute_dtype):
+  """Returns (the state after prefill and the first token, that token [B], its logprob [B])."""
+  logits, cache = prefill(spec, params, tokens, lengths, compute_dtype=compute_dtype)
+  seen = jnp.zeros(logits.shape, bool)
+  # Padding must not count as seen: it is sent out of range, where a scatter drops it.
+  ids = jnp.where(cache.segment_ids > 0, tokens, logits.shape[-1])
+  seen = jax.vmap(lambda row, row_ids: row.at[row_ids].set(True, mode='drop'))(seen, ids)
+  token, logprob, done = _choose(choice, logits, seen, keys, lengths)
+  return _State(cache, token, done, _see(seen, token), keys), token, logprob
+
+
+@functools.partial(jax.jit, static_argnames=('slots',))
+def _grow(cache, slots):
+  return grow_cache(cache, slots)
+
+
+@functools.partial(jax.jit, static_argnames=('spec', 'compute_dtype'), donate_argnames=('state',))
+def _decode_chunk(spec, params, state, choice, steps, *, compute_dtype):
+  """Returns (state, tokens int32 [B, CHUNK], logprobs [B, CHUNK], the steps done) after `steps` at most.
+
+  Stops early when every row is done.  A done row goes on in the dark: its tokens are written as 0.
+  """
+  batch = state.token.shape[0]
+
+  def unfinished(carry):
+    count, state, _, _ = carry
+    return (count < steps) & ~jnp.all(state.done)
+
+  def step(carry):
+    count, state, tokens, logprobs = carry
+    logits, cache = decode_step(spec, params, state.cache, state.token[:, None],
+                                compute_dtype=compute_dtype)
+    token, logprob, is_stop = _choose(choice, logits[:, 0], state.seen, state.keys, cache.lengths)
+    token, logprob = jnp.where(state.done, 0, token), jnp.where(state.done, 0.0, logprob)
+    put = lambda rows, new: jax.lax.dynamic_update_slice(rows, new[:, None], (0, count))
+    state = _State(cache, token, state.done | is_stop, _see(state.seen, token), state.keys)
+    return count + 1, state, put(tokens, token), put(logprobs, logprob)
+
+  blank = jnp.zeros((batch, CHUNK), jnp.int32), jnp.zeros((batch, CHUNK), jnp.float32)
+  count, state, tokens, logprobs = jax.lax.while_loop(unfinished, step, (0, state, *blank))
+  return state, tokens, logprobs, count
+
+
+class Generation(NamedTuple):
+  """tokens: int32 [B, max_new_tokens], 0 after a row's end.  logprobs: float32, the same shape, nats.
+  lengths: int32 [B], tokens of each row, the stop token included where there was one.
+  """
+
+  tokens: np.ndarray
+  logprobs: np.ndarray
+  lengths: np.ndarray
+
+
+class Generator:
+  """A model ready to speak.  Programs are shared by all Generators of the same spec and dtype."""
+
+  def __init__(self, model_spec, params, compute_dtype=jnp.float32, mesh=None, *, bos_id=None,
+               vocab_size=None, context_length=None):
+    """params: as trained, stacked; held unstacked from here on, matrices in compute_dtype.
+
+    bos_id: what an empty prompt starts from.  vocab_size: the tokenizer's, when the model's is rounded
+    up; no token beyond it is ever chosen.  context_length: the length trained on; longer rows warn.
+    """
+    self.spec, self.mesh = model_spec, mesh
+    self.compute_dtype = jnp.dtype(compute_dtype)
+    self.bos_id, self.context_length = bos_id, context_length
+    self.vocab_size = vocab_size or model_spec.vocab_size
+    with self._mesh():
+      self.params = _prepare(params, compute_dtype=self.compute_dtype)
+
+  def generate(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=()):
+    """Returns a Generation: (tokens [B, max_new_tokens], logprobs, lengths).
+
+    prompts: token ids, one int array for each row, of any lengths; each row gets what it would get
+    alone.  sampling: a SamplingSpec; None is greedy.  key: a PRNG key, or one for each row [B].
+    """
+    tokens = np.zeros((len(prompts), max_new_tokens), np.int32)
+    logprobs = np.zeros((len(prompts), max_new_tokens), np.float32)
+    lengths, at = np.zeros(len(prompts), np.int32), 0
+    for new, new_logprobs, counts in self.stream(prompts, max_new_tokens, sampling, key, stop_ids,
+                                                 chunk=CHUNK):
+      tokens[:, at:at + new.shape[1]] = new
+      logprobs[:, at:at + new.shape[1]] = new_logprobs
+      lengths += counts
+      at += new.shape[1]
+    return Generation(tokens, logprobs, lengths)
+
+  def stream(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=(),
+             chunk=STREAM_CHUNK):
+    """Yields (tokens int32 [B, n], logprobs float32 [B, n], counts int32 [B]) as they are made.
+
+    counts: how many of the n belong to each row; a row that has ended has 0.  The first yield is one
+    token, right after prefill; then `chunk` at a time, CHUNK at most.  The tokens are the same for
+    every chunk.
+    """
+    prompts = [self._checked(prompt) for prompt in prompts]
+    if not prompts or max_new_tokens < 1:
+      return
+    key = jax.random.key(0) if key is None else key
+    longest = max(map(len, prompts))
+    if self.context_length and longest + max_new_tokens > self.context_length:
+      warnings.warn(
+          f'{longest} prompt tokens and {max_new_tokens} new ones go past the {self.context_length} '
+          'that the model was trained on; rotary positions allow it, quality may fall', stacklevel=2)
+    rows = len(prompts)
+    # Every device has as many rows; the added ones repeat the last and are dropped.
+    shards = batch_shards(self.mesh) if self.mesh else 1
+    prompts += [prompts[-1]] * (-rows % shards)
+    padded = np.zeros((len(prompts), bucket(longest)), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+      row[len(row) - len(prompt):] = prompt
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    # A row's key depends on its place only, so rows added or left out change nothing.
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
+    keys = keys[np.minimum(np.arange(len(prompts)), rows - 1)]
+    choice = self._choice(sampling, stop_ids)
+    done = np.zeros(rows, bool)
+
+    def cut(tokens, logprobs):
+      """Drops added rows, and counts each row's tokens up to its stop token."""
+      nonlocal done
+      tokens, logprobs = self._fetch(tokens)[:rows], self._fetch(logprobs)[:rows]
+      stops = np.isin(tokens, stop_ids) & ~done[:, None]
+      first = np.where(stops.any(1), stops.argmax(1) + 1, tokens.shape[1])
+      counts = np.where(done, 0, first).astype(np.int32)
+      done = done | stops.any(1)
+      return tokens, logprobs, counts
+
+    run = {'compute_dtype': self.compute_dtype}
+    with self._mesh():
+      state, token, logprob = _start(self.spec, self.params, self._rows(padded),
+                                     self._rows(lengths), self._rows(keys), choice, **run)
+    yield cut(token[:, None], logprob[:, None])
+    made, slots = 1, padded.shape[1]
+    while made < max_new_tokens and not done.all():
+      # The last token is never written into the cache.
+      used, total = padded.shape[1] + made - 1, padded.shape[1] + max_new_tokens - 1
+      if used == slots:
+        slots = bucket(min(total, max(2 * used, MIN_CACHE)))
+        with self._mesh():
+          state = state._replace(cache=_grow(state.cache, slots))
+      steps = min(chunk, CHUNK, max_new_tokens - made, slots - used)
+      with self._mesh():
+        state, tokens, logprobs, count = _decode_chunk(
+            self.spec, self.params, state, choice, np.int32(steps), **run)
+      count = int(self._fetch(count))
+      yield cut(tokens[:, :count], logprobs[:, :count])
+      made += count
+
+  def _checked(self, prompt):
+    prompt = np.asarray(prompt, np.int32).reshape(-1)
+    if not prompt.size:
+      if self.bos_id is None:
+        raise ValueError('an empty prompt needs a beginning: give the Generator a bos_id')
+      prompt = np.asarray([self.bos_id], np.int32)
+    if prompt.min() < 0 or prompt.max() >= self.spec.vocab_size:
+      raise ValueError(f'a prompt holds token id {prompt.max() if prompt.min() >= 0 else prompt.min()}'
+                       f'; the model knows 0 to {self.spec.vocab_size - 1}')
+    return prompt
+
+  def _choice(self, sampling, stop_ids):
+    sampling = sampling or SamplingSpec(temperature=0.0)
+    names = ('temperature', 'top_p', 'min_p', 'repetition_penalty')
+    values = {name: np.float32(getattr(sampling, name)) for name in names}
+    ids = np.full(max(1, -(-len(stop_ids) // STOP_IDS)) * STOP_IDS, -1, np.int32)
+    ids[:len(stop_ids)] = stop_ids
+    return _Choice({**values, 'top_k': np.int32(sampling.top_k)}, ids, np.int32(self.vocab_size))
+
+  def _mesh(self):
+    return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
+
+  def _rows(self, x):
+    if not self.mesh:
+      return x
+    return jax.device_put(x, NamedSharding(self.mesh, mesh_spec(('batch',))))
+
+  def _fetch(self, x):
+    """Returns a host array; on a mesh over several processes every one of them gets all rows."""
+    if self.mesh and not x.is_fully_addressable:
+      x = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(x)
+    return np.asarray(x)
+
+
+@functools.partial(jax.jit, static_argnames=('compute_dtype',))
+def _prepare(params, *, compute_dtype):
+  """Returns unstacked parameters, matrices in compute_dtype; norms stay as they are."""
+  params = decoder.unstack(params)
+  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 1 else p, params)

@@ -1,0 +1,62 @@
+"""What `llmjax generate` can be asked for.  No JAX here."""
+
+import dataclasses
+
+from llmjax.config import setting
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSpec:
+  """How the next token is chosen.  The defaults take the model's own distribution as it is."""
+
+  temperature: float = setting(1.0, 'divides the logits; 0 always takes the most likely token',
+                               minimum=0.0)
+  top_k: int = setting(0, 'choose among this many most likely tokens; 0: all', minimum=0)
+  top_p: float = setting(1.0, 'choose among the most likely tokens that hold this much probability; '
+                         '1: all', minimum=0.0, maximum=1.0)
+  min_p: float = setting(0.0, 'leave out tokens less likely than this times the most likely one; '
+                         '0: none', minimum=0.0, maximum=1.0)
+  repetition_penalty: float = setting(1.0, 'above 1 makes tokens that were there before less likely')
+
+  def problems(self):
+    if self.repetition_penalty <= 0:
+      yield (f'repetition_penalty={self.repetition_penalty} must be above 0; 1 is no penalty, '
+             'and 1.1 to 1.3 are usual')
+    if self.top_p == 0:
+      yield 'top_p=0.0 leaves no token; write temperature=0 for the most likely one'
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(SamplingSpec):
+  """Flags of `llmjax generate`."""
+
+  temperature: float = setting(0.8, 'divides the logits; 0 always takes the most likely token',
+                               minimum=0.0)
+  top_p: float = setting(0.95, 'choose among the most likely tokens that hold this much '
+                         'probability; 1: all', minimum=0.0, maximum=1.0)
+  workdir: str = setting('', 'folder of the run whose model speaks')
+  step: int = setting(0, 'checkpoint to load; 0: the latest', minimum=0)
+  prompt: str = setting('', 'text to go on from; without it: standard input, or a prompt line')
+  prompt_file: str = setting('', 'file with the text to go on from, UTF-8')
+  max_new_tokens: int = setting(256, 'tokens to make at most', minimum=1)
+  stop: tuple[str, ...] = setting(
+      (), r"""texts that end the answer and are not printed: --stop='END,\n\n' or, where a text """
+      r"""has a comma, --stop='["a, b", "\n\n"]'""")
+  num_samples: int = setting(1, 'answers to each prompt', minimum=1)
+  seed: int = setting(0, 'same seed, same answer', minimum=0)
+  stream: bool = setting(True, 'print while it is made; --nostream prints it when done')
+  json: bool = setting(False, 'print one JSON object for each answer, with tokens and logprobs')
+
+  def problems(self):
+    yield from super().problems()
+    if not self.workdir:
+      yield 'workdir is missing; write --workdir=runs/NAME, the folder of a pretrain run'
+    if self.prompt and self.prompt_file:
+      yield 'prompt and prompt_file are both set; write one of them'
+    if '' in self.stop:
+      yield 'stop holds an empty text, which would end every answer at once; leave it out'
+
+  @property
+  def stop_texts(self):
+    r"""The stop texts, with \n and \t standing for themselves as a shell would not write them."""
+    return tuple(s.replace('\\n', '\n').replace('\\t', '\t') for s in self.stop)

@@ -1,0 +1,63 @@
+"""`llmjax evaluate`: held-out perplexity and bits per byte of a run, beside gzip and xz."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+
+from llmjax import config
+from llmjax.checkpoint.checkpoints import load_params
+from llmjax.checkpoint.checkpoints import read_config
+from llmjax.data import stream
+from llmjax.evaluate.compressors import compressor_bits_per_byte
+from llmjax.evaluate.report import write_report
+from llmjax.loops import harness
+from llmjax.loops.pretrain import make_evaluators
+from llmjax.loops.spec import PretrainSpec
+from llmjax.model import decoder
+from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.sharding import tree_shardings
+
+
+def run(spec, options):
+  """Evaluates the checkpoint, prints a table, writes evaluation.json and the report."""
+  del spec  # The run's own config.json is the config.
+  workdir = pathlib.Path(options.workdir)
+  spec = config.build(PretrainSpec, read_config(workdir))
+  spec = dataclasses.replace(spec, evaluate=dataclasses.replace(
+      spec.evaluate, splits=tuple(options.splits), limit=options.limit,
+      batch_size=options.batch_size or spec.evaluate.batch_size))
+  harness.enable_compilation_cache(spec.train.compilation_cache)
+  mesh = make_mesh(dataclasses.replace(spec.mesh, data=-1))
+  with jax.set_mesh(mesh):
+    params, _, _, step = load_params(
+        workdir, options.step,
+        shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
+    results = {split: {**evaluate(params), **_baselines(spec.data, split), 'step': step}
+               for split, evaluate in make_evaluators(spec, mesh).items()}
+  file = workdir / 'evaluation.json'
+  before = json.loads(file.read_text()) if file.exists() else {}
+  file.write_text(json.dumps({**before, **results}, indent=2) + '\n')
+  print(_table(results))
+  print(f'written to {file} and {write_report(workdir)}')
+  return 0
+
+
+def _baselines(data, split):
+  """Returns the compressors' bits per byte over all sources' text of the split, documents joined."""
+  text = '\n'.join(text for folder in data.sources
+                   for _, text in stream.read_documents(folder, split))
+  return compressor_bits_per_byte(text.encode())
+
+
+def _table(results):
+  """Returns the results as aligned text; every column is in bits per byte but where it says."""
+  rows = [('split', 'step', 'tokens', 'bytes', 'perplexity', 'bits/byte', 'gzip -9', 'xz -9')]
+  for split, r in results.items():
+    rows.append((split, str(r['step']), f'{r["tokens"]:,}', f'{r["bytes"]:,}',
+                 f'{r["perplexity"]:.2f}', f'{r["bits_per_byte"]:.3f}',
+                 f'{r["gzip_bits_per_byte"]:.3f}', f'{r["xz_bits_per_byte"]:.3f}'))
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+                   for row in rows)

@@ -1,0 +1,102 @@
+"""`llmjax prepare`: text to a corpus, a tokenizer and a token store."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+
+from llmjax import config
+from llmjax.data import corpus, prepared
+
+
+def run(spec, options):
+  """Prepares spec.folder, unless it is prepared already, and prints what came out."""
+  if options.text_dir:
+    spec = dataclasses.replace(spec, source='text_dir', path=options.text_dir, name='')
+    if problems := list(config.find_problems(spec)):
+      raise config.ConfigError(problems)
+  show = Progress()
+  start = time.monotonic()
+  manifest, was_finished = corpus.prepare(spec, force=options.force, progress=show)
+  show.finish()
+  if was_finished:
+    print(f'{spec.folder} is prepared already; --force prepares it again')
+  else:
+    print(f'prepared in {time.monotonic() - start:.1f} s')
+  print(describe(manifest, spec.folder))
+  return 0
+
+
+def describe(manifest, folder) -> str:
+  """Returns the table of a prepared folder, what was left out, and the next command."""
+  lines = [f'{"split":<11}{"documents":>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}']
+  for split in prepared.SPLITS:
+    if split in manifest['splits']:
+      row = manifest['splits'][split]
+      lines.append(f'{split:<11}{row["documents"]:>11,}{row["bytes"]:>15,}{row["tokens"]:>14,}'
+                   f'{row["bytes"] / max(row["tokens"], 1):>13.2f}')
+  found, asked = manifest['tokenizer']['vocab_size'], manifest['tokenizer']['asked_vocab_size']
+  lines.append(f'tokenizer: {found:,} ids' + (
+      f', not {asked:,}: the text supports no more' if found < asked else ''))
+  quarantine, duplicates = manifest['quarantine'], manifest['duplicates']
+  if quarantine['records']:
+    reasons = ', '.join(f'{count} {reason}' for reason, count in quarantine['reasons'].items())
+    lines.append(f'left out: {quarantine["records"]:,} bad records ({reasons}), listed in '
+                 f'{prepared.quarantine_path(folder)}')
+  if quarantine['byte_order_marks_removed']:
+    lines.append(f'byte-order marks removed: {quarantine["byte_order_marks_removed"]:,}')
+  if any(duplicates.values()):
+    lines.append(f'exact copies left out: {duplicates["repeated"]:,}, and from train '
+                 f'{duplicates["train_copies_of_held_out"]:,} of held-out documents')
+  if manifest['ignored_files']:
+    ignored = ', '.join(f'{n} {s or "without suffix"}' for s, n in manifest['ignored_files'].items())
+    lines.append(f'files not read: {ignored}')
+  name = pathlib.Path(folder)
+  command = 'llmjax pretrain --config=configs/pretrain/quickstart.py'
+  if name != pathlib.Path('data/python_docs'):
+    command += f' --workdir=runs/{name.name} --config.data.sources="{{\'{folder}\': 1.0}}"'
+  else:
+    command += ' --workdir=runs/quickstart'
+  return '\n'.join([*lines, f'folder: {folder}', f'next: {command}'])
+
+
+class Progress:
+  """Prints the steps: one line each, rewritten in a terminal, at most every 10 s elsewhere."""
+
+  def __init__(self, stream=None):
+    self._stream = stream or sys.stderr
+    self._terminal = self._stream.isatty()
+    self._step, self._start, self._shown = None, 0.0, 0.0
+    self._line = self._summary = ''  # While a step runs, and when it is over.
+
+  def __call__(self, step, done, total):
+    now = time.monotonic()
+    if step != self._step:
+      self.finish()
+      self._step, self._start, self._shown = step, now, now
+    seconds = now - self._start
+    rate = done / seconds if seconds > 0.1 else 0.0
+    self._summary = f'{step}: {done:,} documents' if done else step
+    if not done:
+      self._line = f'{step} ...'
+    elif total is None:
+      self._line = f'{step}: {done:,} documents, {rate:,.0f}/s'
+    else:
+      left = f', {(total - done) / rate:,.0f} s left' if rate and done < total else ''
+      self._line = f'{step}: {done:,} of {total:,} documents, {rate:,.0f}/s{left}'
+    if now - self._shown >= (0.2 if self._terminal else 10.0) or not done:
+      self._shown = now
+      self._write(self._line, final=False)
+
+  def finish(self):
+    """Ends the line of the step with how long it took."""
+    if self._step is not None:
+      self._write(f'{self._summary}, {time.monotonic() - self._start:.1f} s', final=True)
+      self._step = None
+
+  def _write(self, line, final):
+    if self._terminal:
+      self._stream.write(f'\r\x1b[K{line}' + ('\n' if final else ''))
+    else:
+      self._stream.write(line + '\n')
+    self._stream.flush()

@@ -1,0 +1,43 @@
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+
+from llmjax.data import splits
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 1000)), min_size=3, max_size=200))
+@hypothesis.settings(deadline=None, max_examples=200)
+def test_a_unit_is_in_one_split(documents):
+  hashed = np.random.default_rng(0).integers(0, 2**63, 31).astype(np.uint64)
+  units = hashed[[unit for unit, _ in documents]]
+  sizes = np.array([size for _, size in documents])
+  codes = splits.choose_held_out(units, sizes, 0.05, 0.05)
+  for unit in set(units.tolist()):
+    assert len(set(codes[units == unit].tolist())) == 1
+  if len(set(units.tolist())) >= 3:
+    assert set(codes.tolist()) == {splits.TRAIN, splits.VALIDATION, splits.TEST}
+  np.testing.assert_array_equal(codes, splits.choose_held_out(units, sizes, 0.05, 0.05))
+
+
+def test_shares_of_bytes():
+  rng = np.random.default_rng(0)
+  units, sizes = rng.integers(0, 2**63, 5000).astype(np.uint64), rng.integers(1, 5000, 5000)
+  codes = splits.choose_held_out(units, sizes, 0.05, 0.1)
+  for code, share in ((splits.VALIDATION, 0.05), (splits.TEST, 0.1)):
+    assert abs(sizes[codes == code].sum() / sizes.sum() - share) < 0.005
+  assert not splits.choose_held_out(units, sizes, 0.0, 0.0).any()
+
+
+def test_one_huge_unit_stays_in_train():
+  units, sizes = np.arange(40, dtype=np.uint64), np.full(40, 10)
+  sizes[:3] = 10_000  # First in the order of hashes.
+  codes = splits.choose_held_out(units, sizes, 0.05, 0.05)
+  assert not codes[:3].any() and set(codes.tolist()) == {0, 1, 2}
+
+
+def test_copies():
+  train, validation, test, duplicate, leak = range(5)
+  codes = np.array([train, train, validation, train, test, validation, train], np.int8)
+  digests = [b'a', b'b', b'b', b'a', b'c', b'c', b'd']
+  assert splits.drop_duplicates(codes, digests).tolist() == [
+      train, leak, validation, duplicate, test, duplicate, train]

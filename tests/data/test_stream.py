@@ -1,0 +1,162 @@
+import collections
+import itertools
+
+import numpy as np
+import pytest
+
+from llmjax.config import ConfigError
+from llmjax.data import packing, prepared, stream, token_store
+from llmjax.data.spec import DataSpec
+
+
+def draw(spec, count, **kwargs):
+  """Returns `count` batches of a new stream."""
+  with stream.open_stream(spec, **{'batch_size': 8, 'seed': 0, **kwargs}) as batches:
+    return list(itertools.islice(batches, count))
+
+
+def assert_equal(first, second):
+  assert len(first) == len(second)
+  for one, two in zip(first, second):
+    assert one.keys() == two.keys()
+    for field in one:
+      assert one[field].dtype == two[field].dtype
+      np.testing.assert_array_equal(one[field], two[field])
+
+
+@pytest.fixture
+def spec(small_folder, other_folder):
+  return DataSpec(sources={small_folder: 1.0, other_folder: 3.0}, seq_len=32)
+
+
+def test_shapes_and_types(spec):
+  (batch,) = draw(spec, 1)
+  assert {k: v.dtype for k, v in batch.items()} == packing.FIELDS
+  assert all(v.shape == (8, 32) for v in batch.values())
+
+
+def test_every_row_once_an_epoch_in_a_new_order(small_folder):
+  spec = DataSpec(sources={small_folder: 1.0}, seq_len=16)
+  rows = packing.PackedRows(token_store.TokenStore(prepared.tokens_path(small_folder, 'train')), 16)
+  expected = collections.Counter(row.tobytes() for row in rows.batch(range(len(rows)))['tokens'])
+  drawn = [batch['tokens'][0].tobytes() for batch in draw(spec, 2 * len(rows), batch_size=1)]
+  first, second = drawn[:len(rows)], drawn[len(rows):]
+  assert collections.Counter(first) == collections.Counter(second) == expected
+  assert first != second
+  with stream.open_stream(spec, batch_size=1, seed=0) as batches:
+    assert batches.rows_per_epoch == len(rows)
+
+
+def test_seeds_differ(spec):
+  assert any((a['tokens'] != b['tokens']).any()
+             for a, b in zip(draw(spec, 3), draw(spec, 3, seed=1)))
+
+
+@pytest.mark.parametrize('packed', ['concat', 'pad'])
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_hosts_hold_blocks_of_the_same_global_batch(spec, hosts, packed):
+  spec = DataSpec(sources=spec.sources, seq_len=32, packing=packed)
+  whole = draw(spec, 5)
+  parts = [draw(spec, 5, host_index=h, host_count=hosts) for h in range(hosts)]
+  joined = [{k: np.concatenate([p[i][k] for p in parts]) for k in whole[0]} for i in range(5)]
+  assert_equal(joined, whole)
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(spec):
+  whole = draw(spec, 6)
+  for workers in (2, 4):
+    with_workers = DataSpec(sources=spec.sources, seq_len=32, workers=workers)
+    assert_equal(draw(with_workers, 6), whole)
+  with stream.open_stream(with_workers, batch_size=8, seed=0) as batches:
+    batches.restore(4)
+    assert_equal([next(batches), next(batches)], whole[4:])
+
+
+def test_state_is_the_number_of_batches(spec):
+  whole = draw(spec, 9)
+  with stream.open_stream(spec, batch_size=8, seed=0) as batches:
+    assert batches.state == 0
+    assert_equal([next(batches) for _ in range(4)], whole[:4])
+    assert batches.state == 4 and isinstance(batches.state, int)
+    next(batches)
+    batches.restore(4)
+    assert_equal([next(batches) for _ in range(5)], whole[4:])
+    batches.close()  # Goes on where it was.
+    assert batches.state == 9
+    batches.restore(0)
+    assert_equal([next(batches)], whole[:1])
+    for bad in (-1, 1.5, True):
+      with pytest.raises(ValueError):
+        batches.restore(bad)
+  with stream.open_stream(spec, batch_size=8, seed=0, host_index=1, host_count=2) as batches:
+    batches.restore(7)
+    np.testing.assert_array_equal(next(batches)['tokens'], whole[7]['tokens'][4:])
+
+
+def test_a_state_far_on_costs_nothing(spec):
+  with stream.open_stream(spec, batch_size=8, seed=0) as batches:
+    batches.restore(10**9)
+    next(batches)
+    assert batches.state == 10**9 + 1
+
+
+def test_weights(small_folder, other_folder, spec):
+  documents = {}
+  for folder in (small_folder, other_folder):
+    store = token_store.TokenStore(prepared.tokens_path(folder, 'train'))
+    rows = packing.PackedRows(store, 32)
+    documents[folder] = {r.tobytes() for r in rows.batch(range(len(rows)))['tokens']}
+  assert not documents[small_folder] & documents[other_folder]
+  drawn = [r.tobytes() for batch in draw(spec, 100) for r in batch['tokens']]
+  share = sum(r in documents[other_folder] for r in drawn) / len(drawn)
+  assert abs(share - 0.75) < 0.01
+  turned = DataSpec(sources=dict(reversed(spec.sources.items())), seq_len=32)
+  assert_equal(draw(turned, 3), draw(spec, 3))
+
+
+@pytest.mark.parametrize('packed', ['concat', 'pad'])
+@pytest.mark.parametrize('hosts', [1, 2])
+def test_eval_batches_hold_every_pair_once(spec, hosts, packed):
+  spec = DataSpec(sources=spec.sources, seq_len=24, packing=packed)
+  parts = [list(stream.eval_batches(spec, 'validation', 6, host_index=h, host_count=hosts))
+           for h in range(hosts)]
+  assert len({len(part) for part in parts}) == 1
+  batches = [batch for step in zip(*parts) for batch in step]
+  assert all(v.shape == (6 // hosts, 24) for b in batches for v in b.values())
+  found = np.concatenate([np.stack([b['tokens'], b['targets']], -1)[b['loss_mask'] > 0]
+                          for b in batches])
+  expected = []
+  for folder in sorted(spec.sources):
+    store = token_store.TokenStore(prepared.tokens_path(folder, 'validation'))
+    for d in range(len(store)):
+      expected += list(zip(store[d][:-1].tolist(), store[d][1:].tolist()))
+  assert [tuple(pair) for pair in found.tolist()] == expected
+  assert len(expected) == stream.split_counts(spec, 'validation')['pairs']
+  padding = np.concatenate([b['segment_ids'] for b in batches]) == 0
+  assert not np.concatenate([b['loss_mask'] for b in batches])[padding].any()
+  assert len(list(stream.eval_batches(spec, 'validation', 6, limit=1))) == 1
+
+
+def test_decoded_rows_are_the_documents(small_folder):
+  spec = DataSpec(sources={small_folder: 1.0}, seq_len=4096, packing='pad')
+  tokenizer = stream.load_tokenizer(spec)
+  assert stream.vocab_size(spec) == tokenizer.vocab_size
+  (batch,) = stream.eval_batches(spec, 'test', 16)
+  rows = [tokenizer.decode(t[m > 0]) for t, m in zip(batch['targets'], batch['loss_mask'])]
+  texts = [text for _, text in stream.read_documents(small_folder, 'test')]
+  assert rows[:len(texts)] == texts and not any(rows[len(texts):])
+  counts = stream.split_counts(spec, 'test')
+  assert counts['documents'] == len(texts)
+  assert counts['bytes'] == sum(len(t.encode()) for t in texts)
+  sizes = tokenizer.token_bytes()[batch['targets']] * batch['loss_mask']
+  assert sizes.sum() == counts['bytes']  # Bits per byte may be summed over targets.
+
+
+def test_wrong_requests(spec, small_folder):
+  with pytest.raises(ConfigError, match='write 9'):
+    draw(spec, 1, batch_size=8, host_count=3)
+  with pytest.raises(ConfigError, match='has no other split'):
+    draw(spec, 1, split='other')
+  with pytest.raises(ConfigError, match='write 9'):
+    next(stream.eval_batches(spec, 'test', 7, host_count=3))

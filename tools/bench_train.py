@@ -1,0 +1,219 @@
+"""Training speed and memory of llmjax on this machine's CPU, beside PyTorch with transformers.
+
+  python tools/bench_train.py --steps=8 --peer-python=PATH/bin/python --output=bench.json
+
+One full optimizer step of a 58 M parameter Llama (8 layers, d_model 512, 8 heads of 64, SwiGLU 1408, vocabulary
+32000, untied) on 8 rows of 512 tokens in float32: forward, backward, clipping by global norm, AdamW. Every contestant
+is a process of its own that stays alive and does one step on request, so that the contestants take turns on the same
+machine, on all of its cores, and only one of them works at a time. A round also measures the 2048^3 matrix product of
+XLA, which is the peak that a step is held against. Medians are over rounds; the first step, which compiles, is left
+out of them and reported as the start.
+
+FLOPs of a step = tokens * (6 * matmul parameters + 6 * layers * T * heads * head_dim): 2 for each multiply-add,
+3 for forward and backward. The embedding table is no matmul parameter. Causal attention needs QK^T and PV over half
+of the T * T square, so 4 * T * heads * head_dim per token and layer is halved. What a contestant computes in excess
+of this (blocks above the diagonal, recomputation) counts as time, not as FLOPs.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SPEC = {'num_layers': 8, 'd_model': 512, 'num_heads': 8, 'num_kv_heads': 8, 'head_dim': 64, 'mlp_dim': 1408,
+        'vocab_size': 32000}
+LR, B1, B2, EPSILON, WEIGHT_DECAY, CLIP_NORM = 3e-4, 0.9, 0.95, 1e-8, 0.1, 1.0
+
+
+def matmul_parameters(spec):
+  """Parameters that take part in a matrix product: all but the embedding table and the norms."""
+  heads = 2 * (spec['num_heads'] + spec['num_kv_heads']) * spec['head_dim']
+  layer = spec['d_model'] * (heads + 3 * spec['mlp_dim'])
+  return spec['num_layers'] * layer + spec['d_model'] * spec['vocab_size']
+
+
+def step_flops(spec, batch, length):
+  """FLOPs of one step on [batch, length] tokens, by the formula at the head of this file."""
+  attention = 6 * spec['num_layers'] * length * spec['num_heads'] * spec['head_dim']
+  return batch * length * (6 * matmul_parameters(spec) + attention)
+
+
+# What each contestant's process does. Imports stay inside, because the two run in different environments.
+
+
+def random_tokens(args, count):
+  import numpy as np
+  return np.random.default_rng(0).integers(0, SPEC['vocab_size'], (args.batch, count))
+
+
+def build_llmjax(args):
+  """Returns (step() -> loss, matmul() -> GFLOP/s)."""
+  sys.path.insert(0, ROOT)
+  import jax
+  import jax.numpy as jnp
+  step = build_step(args)
+  square = jax.random.normal(jax.random.key(0), (2048, 2048))
+  product = jax.jit(lambda a: a @ a)
+  product(square).block_until_ready()
+
+  def matmul():
+    start = time.perf_counter()
+    product(square).block_until_ready()
+    return 2 * 2048**3 / (time.perf_counter() - start) / 1e9
+
+  return step, matmul
+
+
+def build_step(args):
+  raise NotImplementedError
+
+
+def build_transformers(args):
+  """The same step in PyTorch: LlamaForCausalLM and the fused AdamW."""
+  import torch
+  from transformers import LlamaConfig, LlamaForCausalLM
+  config = LlamaConfig(
+      vocab_size=SPEC['vocab_size'], hidden_size=SPEC['d_model'], intermediate_size=SPEC['mlp_dim'],
+      num_hidden_layers=SPEC['num_layers'], num_attention_heads=SPEC['num_heads'],
+      num_key_value_heads=SPEC['num_kv_heads'], head_dim=SPEC['head_dim'], max_position_embeddings=args.length,
+      tie_word_embeddings=False, use_cache=False)
+  config._attn_implementation = args.peer_attention
+  torch.manual_seed(0)
+  model = LlamaForCausalLM(config).train()
+  if args.remat == 'full':
+    model.gradient_checkpointing_enable()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(B1, B2), eps=EPSILON,
+                                weight_decay=WEIGHT_DECAY, fused=True)
+  tokens = torch.tensor(random_tokens(args, args.length))
+
+  def step():
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+  return step, None
+
+
+BUILDERS = {'llmjax': build_llmjax, 'transformers': build_transformers}
+
+
+def serve(args):
+  """Answers 'step', 'matmul' and 'peak' lines on standard input with one JSON line each."""
+  step, matmul = BUILDERS[args.serve](args)
+  for line in sys.stdin:
+    command = line.strip()
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    answer = {}
+    if command == 'step':
+      answer['loss'] = step()
+    elif command == 'matmul':
+      answer['gflops'] = matmul()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if platform.system() == 'Darwin' else 1024
+    answer.update(seconds=time.perf_counter() - start, user=after.ru_utime - before.ru_utime,
+                  system=after.ru_stime - before.ru_stime, peak_bytes=after.ru_maxrss * unit)
+    print(json.dumps(answer), file=sys.__stdout__, flush=True)
+
+
+class Contestant:
+  """A process that serves steps."""
+
+  def __init__(self, name, python, kind, args, **options):
+    self.name, self.steps, self.started = name, [], time.perf_counter()
+    flags = {'batch': args.batch, 'length': args.length, 'peer-attention': args.peer_attention, **options}
+    command = [python, os.path.abspath(__file__), f'--serve={kind}', *(f'--{k}={v}' for k, v in flags.items())]
+    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    self.first = self.ask('step')
+    self.start_seconds = time.perf_counter() - self.started
+
+  def ask(self, command):
+    self.process.stdin.write(command + '\n')
+    self.process.stdin.flush()
+    line = self.process.stdout.readline()
+    if not line:
+      raise RuntimeError(f'{self.name} ended with code {self.process.wait()}; its error is above.')
+    return json.loads(line)
+
+  def result(self, tokens, flops, peak_gflops):
+    median = {k: statistics.median(s[k] for s in self.steps) for k in ('seconds', 'user', 'system')}
+    return {'name': self.name, **median, 'all_seconds': [round(s['seconds'], 4) for s in self.steps],
+            'tokens_per_second': tokens / median['seconds'],
+            'peak_fraction': flops / median['seconds'] / peak_gflops / 1e9,
+            'peak_gb': max(s['peak_bytes'] for s in self.steps) / 1e9,
+            'start_seconds': self.start_seconds, 'losses': [s['loss'] for s in (self.first, *self.steps)]}
+
+  def close(self):
+    self.process.stdin.close()
+    self.process.wait()
+
+
+def compare(args):
+  """Runs the contestants in turns; returns everything measured."""
+  contestants, matmul = [], []
+  try:
+    for remat in args.remat.split(','):
+      contestants.append(Contestant(f'llmjax, remat {remat}', sys.executable, 'llmjax', args, remat=remat,
+                                    accumulation=args.accumulation))
+    if args.peer_python:
+      contestants.append(Contestant('transformers', args.peer_python, 'transformers', args))
+    for _ in range(args.steps):
+      matmul += [contestants[0].ask('matmul')['gflops'] for _ in range(5)]
+      for contestant in contestants:
+        contestant.steps.append(contestant.ask('step'))
+  finally:
+    for contestant in contestants:
+      contestant.close()
+  tokens, flops = args.batch * args.length, step_flops(SPEC, args.batch, args.length)
+  return {'spec': SPEC, 'batch': args.batch, 'length': args.length, 'accumulation': args.accumulation,
+          'cores': len(os.sched_getaffinity(0)), 'step_flops': flops, 'matmul_gflops': max(matmul),
+          'matmul_gflops_median': statistics.median(matmul),
+          'results': [c.result(tokens, flops, max(matmul)) for c in contestants]}
+
+
+def table(report):
+  """The report as text."""
+  peak = report['matmul_gflops']
+  lines = [f'{report["batch"]} x {report["length"]} tokens, {report["step_flops"] / 1e12:.3f} TFLOP a step, '
+           f'{report["cores"]} cores, best 2048^3 product {peak:.0f} GFLOP/s',
+           f'{"":24}{"median s":>9}{"tokens/s":>10}{"of peak":>9}{"user s":>8}{"sys s":>7}{"peak GB":>9}{"start s":>9}']
+  for r in report['results']:
+    lines.append(f'{r["name"]:24}{r["seconds"]:9.2f}{r["tokens_per_second"]:10.0f}{r["peak_fraction"]:9.1%}'
+                 f'{r["user"]:8.1f}{r["system"]:7.2f}{r["peak_gb"]:9.2f}{r["start_seconds"]:9.1f}')
+  return '\n'.join(lines)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--steps', type=int, default=8, help='rounds; each contestant does one step in each')
+  parser.add_argument('--batch', type=int, default=8)
+  parser.add_argument('--length', type=int, default=512)
+  parser.add_argument('--accumulation', type=int, default=4, help='microbatches of our step')
+  parser.add_argument('--remat', default='none', help='variants of our step, e.g. none,full')
+  parser.add_argument('--peer-python', help='interpreter with torch and transformers; left out: no peer')
+  parser.add_argument('--peer-attention', default='sdpa', choices=['sdpa', 'eager'])
+  parser.add_argument('--output', help='JSON file to write')
+  parser.add_argument('--serve', choices=sorted(BUILDERS), help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.serve:
+    serve(args)
+    return
+  report = compare(args)
+  print(table(report))
+  if args.output:
+    with open(args.output, 'w') as file:
+      json.dump(report, file, indent=1)
+
+
+if __name__ == '__main__':
+  main()
