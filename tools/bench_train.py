@@ -72,7 +72,51 @@ def build_llmjax(args):
 
 
 def build_step(args):
-  raise NotImplementedError
+  """Returns step() -> loss: the project's own train step, as `llmjax pretrain` runs it."""
+  import jax
+  from llmjax.model.spec import ModelSpec
+  from llmjax.parallel.mesh import make_mesh, place_batch
+  from llmjax.parallel.spec import MeshSpec
+  from llmjax.train import objectives
+  from llmjax.train.optimizers import make_optimizer
+  from llmjax.train.spec import OptimizerSpec, TrainSpec
+  from llmjax.train.state import init_state
+  from llmjax.train.step import make_train_step
+  model = ModelSpec(**SPEC)
+  train = TrainSpec(batch_size=args.batch, accumulation=args.accumulation, remat=args.remat,
+                    compute_dtype='float32')
+  optimizer = OptimizerSpec(lr=LR, b1=B1, b2=B2, epsilon=EPSILON, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM,
+                            schedule='constant')
+  mesh = make_mesh(MeshSpec())
+  tx, schedule = make_optimizer(optimizer, train.steps)
+  tokens = random_tokens(args, args.length + 1)
+  batch = make_batch(tokens[:, :-1], tokens[:, 1:])
+  with jax.set_mesh(mesh):
+    batch = place_batch(mesh, batch)
+    state, shardings = init_state(model, tx, 0, 'float32', mesh)
+    loss_fn = objectives.next_token(model, train, mesh.devices.flat[0].platform)
+    train_step = jax.jit(make_train_step(loss_fn, tx, schedule, train.accumulation), donate_argnums=0,
+                         out_shardings=(shardings, None)).lower(state, batch).compile()
+  del shardings
+  holder = [state]
+  del state  # The step takes the state's memory over; no other name may keep it.
+
+  def step():
+    new_state, metrics = train_step(holder.pop(), batch)
+    holder.append(jax.block_until_ready(new_state))
+    return float(metrics['loss'])
+
+  return step
+
+
+def make_batch(tokens, targets):
+  """Returns the batch of whole rows, each one segment."""
+  import numpy as np
+  rows, length = tokens.shape
+  return {'tokens': tokens.astype(np.int32), 'targets': targets.astype(np.int32),
+          'loss_mask': np.ones((rows, length), np.float32),
+          'segment_ids': np.ones((rows, length), np.int32),
+          'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1))}
 
 
 def build_transformers(args):

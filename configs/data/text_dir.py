@@ -1,4 +1,4 @@
-"""Your own text: add --config.path=DIR (plain text, Markdown, JSONL, Parquet, compressed, archives)."""
+"""Your own text: add --config.path=DIR (text, Markdown, JSONL, Parquet, compressed, tar)."""
 
 from ml_collections import config_dict
 

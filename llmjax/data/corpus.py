@@ -26,7 +26,7 @@ from llmjax.data import prepared, python_docs, splits, text_files, token_store
 from llmjax.data.spec import PrepareSpec
 from llmjax.text import tokenizer as tokenizers
 
-# With fewer files than this, held-out text is drawn from parts of files instead of whole files.
+# With fewer files (or records) than this, held-out text is drawn from parts of files.
 _FEW_FILES = 20
 
 
@@ -68,7 +68,8 @@ def _request(spec):
     for file in text_files.list_files(spec.path):
       with contextlib.suppress(OSError):
         stat = os.stat(file)
-        digest.update(f'{os.path.relpath(file, spec.path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
+        name = os.path.relpath(file, spec.path)
+        digest.update(f'{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
     request['files_sha256'] = digest.hexdigest()
   elif spec.source == 'python_docs':
     request['python'] = python_docs.version()
@@ -155,7 +156,10 @@ def _swap(new, folder):
 
 @dataclasses.dataclass
 class _Scan:
-  """What a first reading of the input found; lists have one entry a document."""
+  """What a first reading of the input found; lists have one entry a document.
+
+  units: what must not be divided between splits, a hash of the file of plain text or of the record.
+  """
 
   digests: list = dataclasses.field(default_factory=list)
   units: list = dataclasses.field(default_factory=list)
@@ -180,18 +184,16 @@ def _read(spec, found=None):
     yield from tfds_source.read_tfds(spec.name, spec.text_key, limits)
 
 
-def _scan(spec, progress, by_file):
-  """Reads the input once.  by_file: a plain-text file is one unit, else each document is."""
+def _scan(spec, progress):
+  """Reads the input once; keeps about 200 bytes of memory a document."""
   scan = _Scan()
   for item in _read(spec, scan.found):
     if isinstance(item, text_files.Rejected):
       scan.rejected.append(item)
       continue
     digest = splits.text_digest(item.text)
-    whole_file = by_file and spec.source == 'text_dir' and not item.record
-    unit = splits.text_digest(item.file) if whole_file else digest
     scan.digests.append(digest)
-    scan.units.append(int.from_bytes(unit[:8], 'big'))
+    scan.units.append(_unit(digest if item.record else splits.text_digest(item.file)))
     scan.sizes.append(len(item.text.encode()))
     scan.fixed.append(item.split)
     scan.files.add(item.file)
@@ -200,20 +202,26 @@ def _scan(spec, progress, by_file):
   return scan
 
 
+def _unit(digest):
+  return int.from_bytes(digest[:8], 'big')
+
+
 def _write_documents(spec, folder, progress):
   """Reads the input, splits it, writes the TFDS dataset; returns the counts for the manifest."""
   path = folder / 'documents.json'
   if path.is_file():
     return json.loads(path.read_text())
-  scan = _scan(spec, progress, by_file=True)
+  scan = _scan(spec, progress)
   if not scan.digests:
     raise ConfigError([_nothing_found(spec, scan)])
   counts = {'files': len(scan.files), 'ignored_files': dict(sorted(scan.found.ignored.items()))}
-  if spec.source == 'text_dir' and len(scan.files) < _FEW_FILES:
+  if spec.source == 'text_dir' and len(set(scan.units)) < _FEW_FILES:
     # Whole files would be too coarse: cut them so that a few per cent are a few documents.
     size = max(1024, min(spec.document_bytes, sum(scan.sizes) // 40))
-    spec = dataclasses.replace(spec, document_bytes=size)
-    scan = _scan(spec, progress, by_file=False)
+    if size != spec.document_bytes:
+      spec = dataclasses.replace(spec, document_bytes=size)
+      scan = _scan(spec, progress)
+    scan.units = [_unit(digest) for digest in scan.digests]
   counts['document_bytes'] = spec.document_bytes
   codes = _assign(spec, scan)
   (folder / 'refused.jsonl').write_text(_json_lines(scan.rejected), encoding='utf-8')
@@ -252,12 +260,16 @@ def _assign(spec, scan):
   """Returns the split code of each document; raises ConfigError when none can be held out."""
   codes = np.array([splits.CODES.get(split, -1) for split in scan.fixed], np.int8)
   free = np.flatnonzero(codes < 0)
+  # A split that the source itself provides is not added to.
+  fractions = {'validation': spec.validation_fraction, 'test': spec.test_fraction}
+  fractions = {name: 0.0 if np.any(codes == splits.CODES[name]) else fraction
+               for name, fraction in fractions.items()}
   if free.size:
     codes[free] = splits.choose_held_out(
         np.array(scan.units, np.uint64)[free], np.array(scan.sizes, np.int64)[free],
-        spec.validation_fraction, spec.test_fraction)
+        fractions['validation'], fractions['test'])
   codes = splits.drop_duplicates(codes, scan.digests)
-  for name, fraction in (('validation', spec.validation_fraction), ('test', spec.test_fraction)):
+  for name, fraction in fractions.items():
     if free.size and fraction and not np.any(codes == splits.CODES[name]):
       raise ConfigError([
           f'the corpus has only {len(set(scan.digests))} different documents, too few to hold some '

@@ -1,8 +1,9 @@
 """Rows of a fixed length, by number, from documents of any length.
 
 A document of n stored ids gives n - 1 pairs (input, target).  `PackedRows` lays the pairs of all
-documents end to end and cuts every T of them; `PaddedRows` starts each document in a row of its own.
-Either way a pair is in exactly one row, and no target or segment reaches into another document.
+documents end to end and cuts every T of them; `PaddedRows` starts each document in a row of its
+own.  Either way a pair is in exactly one row, and no target or segment reaches into another
+document.
 
 A batch is a dict of [B, T] arrays: tokens, targets, segment_ids (1, 2, ... within the row, 0 is
 padding), positions (from 0 in each segment), all int32; loss_mask float32.
@@ -51,7 +52,7 @@ class _Rows:
   def fill(self, out, places, rows):
     """Writes row rows[k] to place places[k] of a batch."""
     count = len(self)
-    for place, row in zip(places, rows):
+    for place, row in zip(places, rows, strict=True):
       if not 0 <= row < count:
         raise IndexError(f'row {row} of {count}')
       self._fill_row(out, place, row)

@@ -1,6 +1,6 @@
 """A prepared folder: where its files lie, and its manifest.  Imports nothing heavy.
 
-    <folder>/manifest.json          counts, hashes, versions; written last, so its presence means done
+    <folder>/manifest.json          counts, hashes, versions; the last file: where it is, all is
     <folder>/documents/             the text, a TFDS dataset of ArrayRecord files
     <folder>/tokenizer.model        SentencePiece
     <folder>/tokens/<split>/        tokens.bin and offsets.npy, see token_store

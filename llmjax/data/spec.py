@@ -1,4 +1,4 @@
-"""The `data` group of a training config, and the config of `llmjax prepare`.  Nothing heavy here."""
+"""The `data` group of a training config, and the config of `llmjax prepare`.  No heavy imports."""
 
 import dataclasses
 import difflib
@@ -109,7 +109,7 @@ class PrepareSpec:
   max_record_bytes: int = setting(16 << 20, 'longer lines and records are quarantined',
                                   minimum=1024, maximum=1 << 30)
   include_site_packages: bool = setting(
-      False, "python_docs: train on installed packages' sources too; the corpus is then yours alone")
+      False, "python_docs: train on installed packages' sources too; nobody else has that corpus")
   tokenizer: TokenizerSpec = group(TokenizerSpec)
 
   @property

@@ -31,7 +31,8 @@ def choose_held_out(units, sizes, validation_fraction, test_fraction):
     # One unit much larger than the share would hold out far more than was asked for.
     small = np.flatnonzero(free & (totals <= max(2 * target, totals[free].min())))
     middle = np.cumsum(totals[small]) - totals[small] / 2
-    taken = small[:max(1, int(np.searchsorted(middle, target)))]
+    # At most half: the next split needs small units too.
+    taken = small[:max(1, min(int(np.searchsorted(middle, target)), len(small) // 2))]
     free[taken] = False
     codes[np.isin(member, taken)] = code
   return codes

@@ -1,10 +1,10 @@
 """Batches for training and evaluation, out of prepared folders.
 
-Grain orders row numbers: each source's rows are shuffled anew every epoch, and the sources are mixed
-by weight.  Batch b of the whole job is entries b * B ... (b + 1) * B - 1 of that order, whatever the
-number of hosts and workers; host h reads the h-th of `host_count` equal blocks of it, which is how
-`jax.make_array_from_process_local_data` puts rows together.  So the state of a stream is the number
-of batches drawn.
+Grain orders row numbers: each source's rows are shuffled anew every epoch, and the sources are
+mixed by weight.  Batch b of the whole job is entries b * B ... (b + 1) * B - 1 of that order,
+whatever the number of hosts and workers; host h reads the h-th of `host_count` equal blocks of it,
+which is how `jax.make_array_from_process_local_data` puts rows together.  So the state of a stream
+is the number of batches drawn.
 """
 
 import hashlib
@@ -41,6 +41,18 @@ def split_counts(spec: DataSpec, split: str) -> dict[str, int]:
   return {**counts, 'pairs': counts['tokens'] - counts['documents']}
 
 
+def fingerprint(spec: DataSpec, split: str = 'train') -> str:
+  """Returns a hash of all that decides a stream's rows: tokens, weights, row length and packing.
+
+  A stream's state means the same only where this is the same; paths and workers do not count.
+  """
+  digest = hashlib.sha256(f'{spec.seq_len} {spec.packing}\n'.encode())
+  for folder in sorted(spec.sources):
+    tokens = prepared.read_manifest(folder)['splits'].get(split, {}).get('tokens_sha256', '')
+    digest.update(f'{spec.sources[folder]!r} {tokens}\n'.encode())
+  return digest.hexdigest()
+
+
 def read_documents(folder, split):
   """Yields (name, text) of a prepared folder's documents, in the order of its token store."""
   from llmjax.data import builders
@@ -71,7 +83,7 @@ class _Mixture:
       self.rows[0].fill(out, range(len(numbers)), numbers)
       return out
     sources = np.searchsorted(self.ends, numbers, 'right')
-    for place, (source, number) in enumerate(zip(sources.tolist(), numbers)):
+    for place, (source, number) in enumerate(zip(sources.tolist(), numbers, strict=True)):
       start = self.ends[source - 1] if source else 0
       self.rows[source].fill(out, [place], [number - start])
     return out
@@ -191,8 +203,8 @@ def open_stream(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'tra
   """Returns the stream of batches of a split.
 
   batch_size: rows of the whole job's batch.  Host h of H yields its rows h * batch_size / H up to
-  (h + 1) * batch_size / H.  The batches depend on sources, weights, seq_len, packing, batch_size and
-  seed alone.  Raises ConfigError when batch_size does not divide by the hosts or a split is empty.
+  (h + 1) * batch_size / H.  The batches depend on sources, weights, seq_len, packing, batch_size
+  and seed alone.  Raises ConfigError when the hosts do not divide batch_size, or a split is empty.
   """
   return BatchStream(spec, batch_size, seed, split, host_index, host_count)
 

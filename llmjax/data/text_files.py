@@ -163,21 +163,44 @@ def _decompress(raw, compression):
 
 
 class _Counted:
-  """A binary stream that knows how many bytes were read."""
+  """A binary stream that knows how many bytes were taken, and loses none when reading fails.
+
+  The standard library's buffered readers drop what they hold when a compressed file breaks off.
+  """
 
   def __init__(self, stream):
-    self._stream, self.offset = stream, 0
+    self._stream, self._buffer, self._start, self.offset = stream, b'', 0, 0
+
+  def _fill(self):
+    """Adds what one read gives to the buffer; returns False at the end."""
+    data = self._stream.read1(_BLOCK)
+    self._buffer = self._buffer[self._start:] + data
+    self._start = 0
+    return bool(data)
+
+  def _take(self, end):
+    data = self._buffer[self._start:end]
+    self._start = end
+    self.offset += len(data)
+    return data
 
   def read(self, size):
-    # What there is of it: a full read from a truncated gzip file would lose what it had.
-    data = self._stream.read1(size)
-    self.offset += len(data)
-    return data
+    """Returns up to `size` bytes, b'' at the end."""
+    if self._start == len(self._buffer):
+      self._fill()
+    return self._take(min(self._start + size, len(self._buffer)))
 
   def readline(self, size):
-    data = self._stream.readline(size)
-    self.offset += len(data)
-    return data
+    """Returns a line with its end, or its first `size` bytes."""
+    searched = self._start
+    while True:
+      end = self._buffer.find(b'\n', searched, self._start + size)
+      if end >= 0:
+        return self._take(end + 1)
+      held = len(self._buffer) - self._start
+      if held >= size or not self._fill():
+        return self._take(min(self._start + size, len(self._buffer)))
+      searched = held
 
 
 def _read_archive(stream, name, limits, found):
@@ -290,8 +313,12 @@ def _blocks(stream, name, limits):
       if not mark.kept:
         return
       block, start = block[len(BOM):], len(BOM)
+    damage = None
     if not block.endswith(b'\n'):
-      block += stream.readline(limits.max_record_bytes + 1)
+      try:
+        block += stream.readline(limits.max_record_bytes + 1)
+      except Exception as e:  # Raised below, after the lines that are whole.
+        damage, block = e, block[:block.rfind(b'\n') + 1]
     last = block.rfind(b'\n', 0, len(block) - 1) + 1
     tail, overlong = block[last:], None
     if len(tail) > limits.max_record_bytes:
@@ -307,6 +334,8 @@ def _blocks(stream, name, limits):
     if overlong:
       yield overlong
       number += 1
+    if damage:
+      raise damage
 
 
 def _good_lines(block, name, start, number):
@@ -388,8 +417,8 @@ def check_text(text, name, file, limits, offset=None, line=None):
     except UnicodeDecodeError as e:
       return Rejected(file, f'invalid UTF-8 (byte 0x{text[e.start]:02x})', offset, line, len(text))
   if not isinstance(text, str):
-    return Rejected(file, f'field {limits.text_key!r} holds {type(text).__name__}, not text', offset,
-                    line)
+    reason = f'field {limits.text_key!r} holds {type(text).__name__}, not text'
+    return Rejected(file, reason, offset, line)
   if not text.strip():
     return Rejected(file, 'empty', offset, line)
   if '\0' in text:

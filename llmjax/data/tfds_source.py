@@ -45,7 +45,7 @@ def read_tfds(name, text_key, limits: Limits):
 def _find(name):
   """Returns the builder of a name; raises ConfigError naming the nearest known ones."""
   import tensorflow_datasets as tfds
-  import tensorflow_datasets.text  # noqa: F401 - registers lm1b, c4 and others
+  import tensorflow_datasets.text
   from tensorflow_datasets.core import registered
 
   try:

@@ -23,7 +23,7 @@ class TokenStoreWriter:
     self.vocab_size = vocab_size
     self.dtype = np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')
     self._bos, self._eos = (np.array([i], self.dtype).tobytes() for i in (bos_id, eos_id))
-    self._file = open(self.folder / 'tokens.bin', 'wb')  # noqa: SIM115 - closed in __exit__
+    self._file = open(self.folder / 'tokens.bin', 'wb')
     self._hash = hashlib.sha256()
     self._lengths = []
 

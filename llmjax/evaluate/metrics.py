@@ -67,9 +67,8 @@ def read_metrics(path) -> list[dict]:
 
 
 def curve(rows, key):
-  """Returns ([steps], [values]) of a key, leaving out rows where it is missing or null."""
-  points = [(row['step'], row[key]) for row in rows
-            if row.get(key) is not None and row.get('step') is not None]
+  """Returns ([steps], [values]) of a key, leaving out rows where it is missing or no number."""
+  points = [(row['step'], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
   return [p[0] for p in points], [float(p[1]) for p in points]
 
 

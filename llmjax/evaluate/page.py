@@ -45,6 +45,7 @@ color:var(--soft);margin-left:3px}
 .tile em{display:block;font-style:normal;font-size:12.5px;
 color:var(--soft)}
 .head>.card:first-child{display:flex;flex-direction:column}
+.head>.alone{justify-content:center}
 .big{font-size:44px;line-height:1.05;font-weight:700;letter-spacing:-.025em}
 .big i{font-style:normal;font-size:17px;font-weight:500;letter-spacing:0;color:var(--soft);
 margin-left:6px}
@@ -193,7 +194,7 @@ function draw(figure) {
   let xs = chart.series.flatMap(s => s.kind === 'rule' ? [] : s.x);
   if (chart.xlog) xs = xs.filter(x => x > 0);
   let x0 = Math.min(...xs), x1 = Math.max(...xs);
-  if (!chart.xlog && x0 < x1 / 5) x0 = 0;
+  if (!chart.xlog && x0 < x1 * .6) x0 = 0;
   if (x0 === x1) { x0 -= chart.xlog ? x0 / 2 : 1; x1 += 1; }
   const X = scale(x0, x1, L, W - R, chart.xlog), Y = scale(y.lo, y.hi, H - B, T, chart.ylog);
   const ok = (px, py) => py !== null && (!chart.ylog || py > 0) && (!chart.xlog || px > 0);

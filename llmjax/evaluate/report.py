@@ -48,6 +48,10 @@ class Run:
     values = self.config.get(group)
     return values.get(name) if isinstance(values, dict) else None
 
+  def number(self, group, name):
+    """Returns a number of the config, or None."""
+    return _number(self.config.get(group), name)
+
   def curve(self, key):
     """Returns ([steps], [values]) of a metric."""
     if key not in self._curves:
@@ -177,7 +181,7 @@ def _held_out(run):
 
 
 def _header(run):
-  done, total = _steps_done(run), run.get('train', 'steps')
+  done, total = _steps_done(run), run.number('train', 'steps')
   model = run.config.get('model')
   parts = []
   if isinstance(model, dict):
@@ -193,7 +197,7 @@ def _header(run):
   device = run.environment.get('device_kind')
   if device:
     number = run.environment.get('device_count')
-    parts.append(f'{number} × {device}' if number else device)
+    parts.append(f'{number} × {device}' if number else str(device))
   return (f'<header><div><h1>{_e(_name(run))}</h1><span class="soft">{_e(" · ".join(parts))}</span>'
           '</div><button id="theme">light / dark</button></header>')
 
@@ -212,22 +216,26 @@ def _headline(run):
   split, values = _held_out(run)
   own = _number(values, 'bits_per_byte')
   if own is None:
-    card = ('<div class="card"><h3>Held-out bits per byte</h3><p class="soft">Not measured yet: '
-            '<code>llmjax evaluate</code> does, beside gzip and xz.</p></div>')
+    card = ('<div class="card alone"><h3>Held-out bits per byte</h3><p class="soft">Not measured '
+            'yet: <code>llmjax evaluate</code> does, beside gzip and xz.</p></div>')
   else:
     bars = [('this model', own, 'own')]
     bars += [(label, _number(values, key), '') for key, label in COMPRESSORS
-             if _number(values, key) is not None]
-    longest = max(v for _, v, _ in bars)
+             if _number(values, key)]
+    longest = max(v for _, v, _ in bars) or 1.0
     rows = ''.join(
         f'<span>{_e(label)}</span><div class="{kind}" style="width:{100 * v / longest:.1f}%"></div>'
         f'<b>{v:.3f}</b>' for label, v, kind in bars)
+    if len(bars) == 1:
+      rows = ''
     compared = ', '.join(
         f'{abs(1 - own / v):.0%} {"fewer" if own < v else "more"} than {label}'
-        for label, v, kind in bars if not kind)
-    card = (f'<div class="card"><h3>Held-out bits per byte</h3><div class="big">{own:.3f}'
-            f'<i>{_e(split)}</i></div><p class="soft small">{_e(compared) or "Less is better."}</p>'
-            f'<div class="bars">{rows}</div></div>')
+        for label, v, kind in bars if not kind) or (
+            'Less is better. <code>llmjax evaluate</code> sets gzip and xz beside it.')
+    card = (f'<div class="card{"" if rows else " alone"}"><h3>Held-out bits per byte</h3>'
+            f'<div class="big">{own:.3f}<i>{_e(split)}</i></div>'
+            f'<p class="soft small">{compared}</p>'
+            f'{rows and f"<div class=bars>{rows}</div>"}</div>')
   tiles = ''.join(
       f'<div class="card tile"><span>{_e(label)}</span><b>{_valued(value)}</b>'
       f'<em>{_e(note)}</em></div>'
@@ -248,14 +256,15 @@ def _tiles(run):
   done = _steps_done(run)
   yield 'Parameters', count(_parameters(run)), _layers_note(run)
   tokens = None
-  rows, length = run.get('train', 'batch_size'), run.get('data', 'seq_len')
+  rows, length = run.number('train', 'batch_size'), run.number('data', 'seq_len')
   if done is not None and rows and length:
     tokens = done * rows * length
   yield 'Tokens seen', count(tokens), f'{count(rows * length)} a step' if tokens else ''
   speed = _median(run, 'train/tokens_per_second')
   yield 'Tokens a second', count(speed), 'median of the log' if speed else ''
   mfu = _median(run, 'train/mfu')
-  yield 'Model FLOPs used', '–' if mfu is None else f'{100 * mfu:.3g} %', 'of the peak (MFU)'
+  yield ('Model FLOPs used', '–' if mfu is None else f'{100 * mfu:.3g} %',
+         '' if mfu is None else 'of the peak (MFU)')
   seconds = sum(v for v in map(lambda k: _number(run.time, k), run.time) if v)
   yield 'Wall time', duration(seconds or None), 'all of it, start to end' if seconds else ''
   step, loss = run.last('train/loss')
@@ -404,8 +413,11 @@ def _evaluation(run):
   if not table:
     for name in run.eval_names():
       step, loss = run.last(f'eval/{name}/loss')
-      table[name] = {'step': step, 'loss': loss, **{
-          key: run.last(f'eval/{name}/{key}')[1] for key in ('perplexity', 'bits_per_byte')}}
+      table[name] = {'step': step, 'loss': loss}
+      for key in ('perplexity', 'bits_per_byte', 'tokens', 'bytes'):
+        value = run.last(f'eval/{name}/{key}')[1]
+        is_count = key in ('tokens', 'bytes') and value is not None
+        table[name][key] = int(value) if is_count else value
     note = '<p class="soft small note">The last evaluation made while training.</p>'
   if not table:
     return ''
@@ -452,10 +464,12 @@ def _profile(run):
   rows = ''.join(
       f'<tr><td><code>{_e(o.get("name"))}</code></td><td class="left share"><span class="meter" '
       f'style="width:{90 * (_number(o, "percent") or 0) / largest:.0f}px"></span>'
-      f'{_number(o, "percent") or 0:.1f} %</td><td>{_number(o, "total_ms") or 0:,.2f}</td><td>{_e(o.get("count"))}</td>'
+      f'{_number(o, "percent") or 0:.1f} %</td><td>{_number(o, "total_ms") or 0:,.2f}</td>'
+      f'<td>{_e(o.get("count"))}</td>'
       f'<td class="left soft small">{_e(o.get("origin", ""))}</td></tr>'
       for o in operations if isinstance(o, dict))
-  first, end = (run.profile.get('steps') or ['?', '?'])[:2]
+  steps = run.profile.get('steps')
+  first, end = steps if isinstance(steps, list) and len(steps) == 2 else ('?', '?')
   return _section('Most expensive operations', (
       '<div class="card"><div class="scroll"><table><tr><th>operation</th>'
       '<th class="left">share</th><th>ms</th><th>count</th><th class="left">from</th></tr>'

@@ -1,12 +1,12 @@
-"""Generation: a KV cache, prefill, decode steps, and a Generator that runs them in compiled chunks.
+"""Generation: a KV cache, prefill, decode steps, and a Generator that runs them in chunks.
 
-Letters: B batch, P prompt slots, S cache slots, T tokens of one step, K key/value heads, H head_dim,
-V vocab_size.
+Letters: B batch, P prompt slots, S cache slots, T tokens of one step, K key/value heads, H
+head_dim, V vocab_size.
 
-Prompts are padded on the left, so the next token of every row goes into the same slot and the cache is
-updated in place.  A slot knows its token's position and whether it holds a token at all, so a row gets
-the same logits whatever its padding.  Slots come in buckets; compiled programs depend on the bucket and
-not on the length.
+Prompts are padded on the left, so the next token of every row goes into the same slot and the cache
+is updated in place.  A slot knows its token's position and whether it holds a token at all, so a
+row gets the same logits whatever its padding.  Slots come in buckets; compiled programs depend on
+the bucket and not on the length.
 """
 
 import contextlib
@@ -35,9 +35,10 @@ STOP_IDS = 8  # Stop token ids come in multiples of this, so that their number i
 class Cache(NamedTuple):
   """Keys and values of the tokens so far.
 
-  layers: for each layer {'keys', 'values'} [B, S, K, H].  positions: int32 [B, S] of the slots' tokens.
-  segment_ids: int32 [B, S], 1 where a slot holds a token, else 0.  index: int32 [], the next free slot.
-  lengths: int32 [B], tokens held, which is the position of the next one.
+  layers: for each layer {'keys', 'values'} [B, K, S, H].  positions: int32 [B, S], of
+  the slots' tokens.
+  segment_ids: int32 [B, S], 1 where a slot holds a token, else 0.  index: int32 [], the next free
+  slot. lengths: int32 [B], tokens held, which is the position of the next one.
   """
 
   layers: list
@@ -59,7 +60,7 @@ def bucket(length, minimum=MIN_BUCKET):
 
 def init_cache(spec, batch, slots, dtype=jnp.float32):
   """Returns an empty Cache."""
-  shape = (batch, slots, spec.kv_heads, spec.heads_dim)
+  shape = (batch, spec.kv_heads, slots, spec.heads_dim)
   layers = [{'keys': jnp.zeros(shape, dtype), 'values': jnp.zeros(shape, dtype)}
             for _ in range(spec.num_layers)]
   blank = jnp.zeros((batch, slots), jnp.int32)
@@ -69,9 +70,9 @@ def init_cache(spec, batch, slots, dtype=jnp.float32):
 def grow_cache(cache, slots):
   """Returns the cache with its free slots extended to `slots` in all."""
   extra = slots - cache.positions.shape[1]
-  grow = lambda x: jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
-  return cache._replace(layers=jax.tree.map(grow, cache.layers), positions=grow(cache.positions),
-                        segment_ids=grow(cache.segment_ids))
+  grow = lambda x, axis: jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)])
+  return cache._replace(layers=jax.tree.map(lambda x: grow(x, 2), cache.layers),
+                        positions=grow(cache.positions, 1), segment_ids=grow(cache.segment_ids, 1))
 
 
 def prefill(spec, params, tokens, lengths, *, compute_dtype=jnp.float32):
@@ -96,10 +97,10 @@ def prefill(spec, params, tokens, lengths, *, compute_dtype=jnp.float32):
 
 
 def decode_step(spec, params, cache, tokens, *, compute_dtype=jnp.float32):
-  """Returns (logits float32 [B, T, V] of the token after each of `tokens`, the Cache with them in it).
+  """Returns (logits float32 [B, T, V] of the token after each of `tokens`, the Cache with them).
 
-  tokens: int32 [B, T]; T is 1 in plain decoding, more when a draft is checked or a prompt goes on.  The
-  cache must have T free slots.
+  tokens: int32 [B, T]; T is 1 in plain decoding, more when a draft is checked or a prompt goes on.
+  The cache must have T free slots.
   """
   batch, count = tokens.shape
   start = (0, cache.index)
@@ -118,7 +119,7 @@ def decode_step(spec, params, cache, tokens, *, compute_dtype=jnp.float32):
 
 def _pin(layers):
   """Returns the cache laid out over the mesh, if one is set: rows over data, heads over tensor."""
-  return jax.tree.map(lambda x: constrain(x, 'batch', None, 'kv_heads', None), layers)
+  return jax.tree.map(lambda x: constrain(x, 'batch', 'kv_heads', None, None), layers)
 
 
 class _State(NamedTuple):
@@ -136,7 +137,7 @@ class _State(NamedTuple):
 
 
 class _Choice(NamedTuple):
-  """How tokens are chosen, all of it traced: sampling parameters, stop ids, number of real tokens."""
+  """How tokens are chosen, all traced: sampling parameters, stop ids, number of real tokens."""
 
   sampling: dict
   stop_ids: jax.Array
@@ -144,7 +145,7 @@ class _Choice(NamedTuple):
 
 
 def _choose(choice, logits, seen, keys, positions):
-  """Returns (token, logprob, is_stop), each [B]; the draw depends on the row's key and position only."""
+  """Returns (token, logprob, is_stop), each [B]; a draw depends on the row's key and position."""
   ids = jnp.arange(logits.shape[-1])
   logits = jnp.where(ids < choice.vocab_size, logits, sampling_ops.REMOVED)
   keys = jax.vmap(jax.random.fold_in)(keys, positions)
@@ -175,7 +176,8 @@ def _grow(cache, slots):
 
 @functools.partial(jax.jit, static_argnames=('spec', 'compute_dtype'), donate_argnames=('state',))
 def _decode_chunk(spec, params, state, choice, steps, *, compute_dtype):
-  """Returns (state, tokens int32 [B, CHUNK], logprobs [B, CHUNK], the steps done) after `steps` at most.
+  """Returns (state, tokens int32 [B, CHUNK], logprobs [B, CHUNK], the steps done) after `steps` at
+  most.
 
   Stops early when every row is done.  A done row goes on in the dark: its tokens are written as 0.
   """
@@ -201,8 +203,8 @@ def _decode_chunk(spec, params, state, choice, steps, *, compute_dtype):
 
 
 class Generation(NamedTuple):
-  """tokens: int32 [B, max_new_tokens], 0 after a row's end.  logprobs: float32, the same shape, nats.
-  lengths: int32 [B], tokens of each row, the stop token included where there was one.
+  """tokens: int32 [B, max_new_tokens], 0 after a row's end.  logprobs: float32, the same shape,
+  nats. lengths: int32 [B], tokens of each row, the stop token included where there was one.
   """
 
   tokens: np.ndarray
@@ -217,8 +219,9 @@ class Generator:
                vocab_size=None, context_length=None):
     """params: as trained, stacked; held unstacked from here on, matrices in compute_dtype.
 
-    bos_id: what an empty prompt starts from.  vocab_size: the tokenizer's, when the model's is rounded
-    up; no token beyond it is ever chosen.  context_length: the length trained on; longer rows warn.
+    bos_id: what an empty prompt starts from.  vocab_size: the tokenizer's, when the model's is
+    rounded up; no token beyond it is ever chosen.  context_length: the length trained on; longer
+    rows warn.
     """
     self.spec, self.mesh = model_spec, mesh
     self.compute_dtype = jnp.dtype(compute_dtype)
@@ -248,9 +251,9 @@ class Generator:
              chunk=STREAM_CHUNK):
     """Yields (tokens int32 [B, n], logprobs float32 [B, n], counts int32 [B]) as they are made.
 
-    counts: how many of the n belong to each row; a row that has ended has 0.  The first yield is one
-    token, right after prefill; then `chunk` at a time, CHUNK at most.  The tokens are the same for
-    every chunk.
+    counts: how many of the n belong to each row; a row that has ended has 0.  The first yield is
+    one token, right after prefill; then `chunk` at a time, CHUNK at most.  The tokens are the same
+    for every chunk.
     """
     prompts = [self._checked(prompt) for prompt in prompts]
     if not prompts or max_new_tokens < 1:
@@ -259,8 +262,9 @@ class Generator:
     longest = max(map(len, prompts))
     if self.context_length and longest + max_new_tokens > self.context_length:
       warnings.warn(
-          f'{longest} prompt tokens and {max_new_tokens} new ones go past the {self.context_length} '
-          'that the model was trained on; rotary positions allow it, quality may fall', stacklevel=2)
+          f'{longest} prompt tokens and {max_new_tokens} new ones go past the '
+          f'{self.context_length} that the model was trained on; rotary positions allow it, but '
+          'quality may fall', stacklevel=2)
     rows = len(prompts)
     # Every device has as many rows; the added ones repeat the last and are dropped.
     shards = batch_shards(self.mesh) if self.mesh else 1
@@ -313,8 +317,8 @@ class Generator:
         raise ValueError('an empty prompt needs a beginning: give the Generator a bos_id')
       prompt = np.asarray([self.bos_id], np.int32)
     if prompt.min() < 0 or prompt.max() >= self.spec.vocab_size:
-      raise ValueError(f'a prompt holds token id {prompt.max() if prompt.min() >= 0 else prompt.min()}'
-                       f'; the model knows 0 to {self.spec.vocab_size - 1}')
+      raise ValueError(f'prompts have token ids {prompt.min()} to {prompt.max()}; the model knows '
+                       f'0 to {self.spec.vocab_size - 1}')
     return prompt
 
   def _choice(self, sampling, stop_ids):

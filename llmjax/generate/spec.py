@@ -12,11 +12,12 @@ class SamplingSpec:
   temperature: float = setting(1.0, 'divides the logits; 0 always takes the most likely token',
                                minimum=0.0)
   top_k: int = setting(0, 'choose among this many most likely tokens; 0: all', minimum=0)
-  top_p: float = setting(1.0, 'choose among the most likely tokens that hold this much probability; '
-                         '1: all', minimum=0.0, maximum=1.0)
+  top_p: float = setting(1.0, 'choose among the most likely tokens that hold this much '
+                         'probability; 1: all', minimum=0.0, maximum=1.0)
   min_p: float = setting(0.0, 'leave out tokens less likely than this times the most likely one; '
                          '0: none', minimum=0.0, maximum=1.0)
-  repetition_penalty: float = setting(1.0, 'above 1 makes tokens that were there before less likely')
+  repetition_penalty: float = setting(
+      1.0, 'above 1 makes tokens that were there before less likely')
 
   def problems(self):
     if self.repetition_penalty <= 0:

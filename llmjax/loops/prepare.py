@@ -49,7 +49,8 @@ def describe(manifest, folder) -> str:
     lines.append(f'exact copies left out: {duplicates["repeated"]:,}, and from train '
                  f'{duplicates["train_copies_of_held_out"]:,} of held-out documents')
   if manifest['ignored_files']:
-    ignored = ', '.join(f'{n} {s or "without suffix"}' for s, n in manifest['ignored_files'].items())
+    ignored = ', '.join(f'{count} {suffix or "without suffix"}'
+                        for suffix, count in manifest['ignored_files'].items())
     lines.append(f'files not read: {ignored}')
   name = pathlib.Path(folder)
   command = 'llmjax pretrain --config=configs/pretrain/quickstart.py'

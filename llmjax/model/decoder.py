@@ -122,7 +122,7 @@ def hidden_states(spec, params, tokens, context, kv_cache=None, *, compute_dtype
                   remat='none', unroll=1):
   """Returns (final normalised hidden states [B, T, D] of compute_dtype, kv_cache, aux).
 
-  tokens: int [B, T].  kv_cache: leaves [layers, B, S, K, H] or None.
+  tokens: int [B, T].  kv_cache: leaves [layers, B, K, S, H] or None.
   """
   # Cast once, outside the layers: what is gathered over the mesh is then already small.
   params = jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params)

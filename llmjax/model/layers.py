@@ -115,10 +115,12 @@ class Attention(nn.Module):
     query = constrain(apply_rope(query, context.angles), 'batch', 'length', 'act_heads', None)
     keys = apply_rope(keys, context.angles)
     if kv_cache is not None:
-      start = (0, context.cache_index, 0, 0)
-      kv_cache = {'keys': jax.lax.dynamic_update_slice(kv_cache['keys'], keys, start),
-                  'values': jax.lax.dynamic_update_slice(kv_cache['values'], values, start)}
-      keys, values = kv_cache['keys'], kv_cache['values']
+      # [B, K, S, H]: each head's keys lie together, so a decoding step reads them where they are.
+      start = (0, 0, context.cache_index, 0)
+      swap = lambda a: a.transpose(0, 2, 1, 3)
+      kv_cache = {'keys': jax.lax.dynamic_update_slice(kv_cache['keys'], swap(keys), start),
+                  'values': jax.lax.dynamic_update_slice(kv_cache['values'], swap(values), start)}
+      keys, values = swap(kv_cache['keys']), swap(kv_cache['values'])
     y = attention(
         query, keys, values, q_positions=context.positions, k_positions=context.key_positions,
         q_segment_ids=context.segment_ids, k_segment_ids=context.key_segment_ids,

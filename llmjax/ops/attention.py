@@ -1,7 +1,8 @@
-"""Multi-head attention over packed batches, one dispatch table of implementations.
+"""Multi-head attention over packed batches; one table of implementations.
 
-Letters: B batch, T query length, S key length, N query heads, K key-value heads, G = N / K query heads that share one
-key-value head, H head_dim.
+Letters: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K query heads
+that share a key/value head, H head_dim.  Inside this file queries are [B, K, G, T, H] and keys and
+values [B, K, S, H]: repeated keys never exist, and every product is a plain batched matrix product.
 """
 
 import functools
@@ -9,121 +10,154 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Large and negative, but finite: a row with no visible key then gets a uniform, finite average instead of NaN.
+# Large but finite: a row that sees no key then averages values uniformly instead of dividing 0 by 0.
 MASKED = -1e30
 
-# Cost of a causal row of n blocks is (n + 1) / 2n of the whole square, so more blocks skip more of it, but each block
-# is a smaller product. 128 was the fastest of 64, 128, 256 on x86 at T = 512; at most 16 blocks bounds compile time.
+# n query blocks of a causal row compute (n + 1) / 2n of the whole square; smaller blocks skip more of it
+# but multiply less efficiently.  64, 128 and 256 take the same CPU time at T = 512 within 15%, 128 least.
+# The bound on their number keeps compile time of a long row in check, because blocks are unrolled.
 BLOCK = 128
 MAX_BLOCKS = 16
 
 
 def attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, window=None,
               soft_cap=None, scale=None, implementation='blockwise', aligned=True):
-  if q.shape[2] % k.shape[2]:
-    raise ValueError(f'{q.shape[2]} query heads are not a multiple of {k.shape[2]} kv heads.')
+  """Returns the softmax-weighted mean of values, [B, T, N, H] in v's dtype.
+
+  q: [B, T, N, H].  k, v: [B, S, K, H] with N a multiple of K (grouped queries, arXiv:2305.13245).
+  q_positions, q_segment_ids: int [B, T].  k_positions, k_segment_ids: int [B, S].
+
+  Query t sees key s if and only if q_segment == k_segment and q_position >= k_position and
+  (window is None or q_position - k_position < window).  Segment 0 is padding, which sees padding.
+  A query that sees no key gets a finite result without meaning.  Softmax is float32 whatever q is.
+
+  soft_cap: logits become soft_cap * tanh(logits / soft_cap) before the mask (Gemma 2,
+  arXiv:2408.00118, section 2).  scale: of the logits, H**-0.5 by default.
+  aligned: promises that the keys are those of the queries themselves (T == S), that segments are
+  contiguous and that positions rise strictly within each; blocks that no query sees are then left
+  out.  False, as against a cache, promises nothing.
+  Raises ValueError on an unknown implementation, heads that do not divide, or aligned with T != S.
+  """
+  batch, length, heads, head_dim = q.shape
+  kv_heads = k.shape[2]
+  if heads % kv_heads:
+    raise ValueError(f'{heads} query heads are no multiple of {kv_heads} key/value heads')
+  if aligned and length != k.shape[1]:
+    raise ValueError(f'aligned attention needs as many keys as queries: {k.shape[1]} != {length}')
   if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'Unknown attention {implementation!r}; known: {sorted(IMPLEMENTATIONS)}')
-  scale = q.shape[-1] ** -0.5 if scale is None else scale
-  q_ids = (q_segment_ids, q_positions)
-  k_ids = (k_segment_ids, k_positions)
-  b, t, n, h = q.shape
-  grouped = q.reshape(b, t, k.shape[2], -1, h).transpose(0, 2, 3, 1, 4)
-  k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-  out = IMPLEMENTATIONS[implementation](window, soft_cap, scale, aligned, grouped, k, v, q_ids, k_ids)
-  return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    raise ValueError(f'attention implementation {implementation!r} is not known; write one of '
+                     f'{", ".join(IMPLEMENTATIONS)}')
+  options = (window, soft_cap, head_dim**-0.5 if scale is None else scale, aligned)
+  q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+  out = IMPLEMENTATIONS[implementation](
+      options, q, k.swapaxes(1, 2), v.swapaxes(1, 2), (q_segment_ids, q_positions),
+      (k_segment_ids, k_positions))
+  return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 def visible(q_ids, k_ids, window):
+  """Returns bool [B, T, S], who sees whom.  q_ids, k_ids: (segment_ids, positions) of each side."""
   (q_segment, q_position), (k_segment, k_position) = q_ids, k_ids
   distance = q_position[:, :, None] - k_position[:, None, :]
   mask = (q_segment[:, :, None] == k_segment[:, None, :]) & (distance >= 0)
   return mask if window is None else mask & (distance < window)
 
 
-def _logits(q, k, scale, soft_cap, sub):
-  s = jnp.einsum(sub, q, k, preferred_element_type=jnp.float32) * scale
-  return s if soft_cap is None else soft_cap * jnp.tanh(s / soft_cap)
+def _masked_logits(options, q, k, q_ids, k_ids):
+  """Returns float32 logits [B, K, G, T, S], MASKED where invisible."""
+  window, soft_cap, scale, _ = options
+  logits = scale * jnp.einsum('BKGTH,BKSH->BKGTS', q, k, preferred_element_type=jnp.float32)
+  if soft_cap is not None:
+    logits = soft_cap * jnp.tanh(logits / soft_cap)
+  return jnp.where(visible(q_ids, k_ids, window)[:, None, None], logits, MASKED)
 
 
-def reference_attention(window, soft_cap, scale, aligned, q, k, v, q_ids, k_ids):
-  s = _logits(q, k, scale, soft_cap, 'BKGTH,BKSH->BKGTS')
-  s = jnp.where(visible(q_ids, k_ids, window)[:, None, None], s, MASKED)
-  p = jax.nn.softmax(s, axis=-1)
-  return jnp.einsum('BKGTS,BKSH->BKGTH', p.astype(v.dtype), v)
+def reference_attention(options, q, k, v, q_ids, k_ids):
+  """The definition, over the whole square at once."""
+  p = jax.nn.softmax(_masked_logits(options, q, k, q_ids, k_ids), axis=-1)
+  return jnp.einsum('BKGTS,BKSH->BKGTH', p.astype(v.dtype), v,
+                    preferred_element_type=jnp.float32).astype(v.dtype)
 
 
-def _bounds(t, s, window, aligned):
-  """(start, stop, key start, key stop) of every query block."""
-  import os
-  BLK = int(os.environ.get('ABLK', BLOCK))
-  size = max(BLK, -(-t // MAX_BLOCKS))
-  out = []
-  for start in range(0, t, size):
-    stop = min(start + size, t)
-    lo, hi = 0, s
-    if aligned:
-      hi = stop
-      lo = 0 if window is None else max(0, start - window + 1)
-    out.append((start, stop, lo, hi))
-  return out
+def _blocks(options, length, keys):
+  """Yields slices (queries, keys) that together hold all that is visible."""
+  window, _, _, aligned = options
+  size = max(BLOCK, -(-length // MAX_BLOCKS))
+  for start in range(0, length, size):
+    stop = min(start + size, length)
+    # Positions rise by at least 1 a token, so what is `window` tokens away is out of its reach.
+    first = max(0, start - window + 1) if aligned and window is not None else 0
+    yield slice(start, stop), slice(first, stop if aligned else keys)
 
 
-def _cut(ids, start, stop):
-  return tuple(x[:, start:stop] for x in ids)
-
-
-def _forward(window, soft_cap, scale, aligned, q, k, v, q_ids, k_ids):
-  outs, lses = [], []
-  for start, stop, lo, hi in _bounds(q.shape[3], k.shape[2], window, aligned):
-    s = _logits(q[:, :, :, start:stop], k[:, :, lo:hi], scale, soft_cap, 'BKGTH,BKSH->BKGTS')
-    mask = visible(_cut(q_ids, start, stop), _cut(k_ids, lo, hi), window)[:, None, None]
-    s = jnp.where(mask, s, MASKED)
-    top = s.max(-1, keepdims=True)
-    p = jnp.exp(s - top)
-    total = p.sum(-1, keepdims=True)
-    out = jnp.einsum('BKGTS,BKSH->BKGTH', p.astype(v.dtype), v[:, :, lo:hi],
+def _forward(options, q, k, v, q_ids, k_ids):
+  """Returns (outputs, float32 log of the softmax denominators [B, K, G, T, 1])."""
+  outs, log_sums = [], []
+  for t, s in _blocks(options, q.shape[3], k.shape[2]):
+    logits = _masked_logits(options, q[..., t, :], k[..., s, :], _cut(q_ids, t), _cut(k_ids, s))
+    top = logits.max(axis=-1, keepdims=True)
+    p = jnp.exp(logits - top)
+    total = p.sum(axis=-1, keepdims=True)
+    out = jnp.einsum('BKGTS,BKSH->BKGTH', p.astype(v.dtype), v[..., s, :],
                      preferred_element_type=jnp.float32)
     outs.append((out / total).astype(v.dtype))
-    lses.append((top + jnp.log(total))[..., 0])
-  return jnp.concatenate(outs, 3), jnp.concatenate(lses, 3)
+    log_sums.append(top + jnp.log(total))
+  return jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def blockwise_attention(window, soft_cap, scale, aligned, q, k, v, q_ids, k_ids):
-  return _forward(window, soft_cap, scale, aligned, q, k, v, q_ids, k_ids)[0]
+def _cut(ids, part):
+  return tuple(x[:, part] for x in ids)
 
 
-def _fwd(window, soft_cap, scale, aligned, q, k, v, q_ids, k_ids):
-  out, lse = _forward(window, soft_cap, scale, aligned, q, k, v, q_ids, k_ids)
-  return out, (q, k, v, q_ids, k_ids, out, lse)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def blockwise_attention(options, q, k, v, q_ids, k_ids):
+  """The same by blocks of queries; the backward pass makes the probabilities again.
+
+  Saves the output and one number a query instead of the square (FlashAttention-2, arXiv:2307.08691,
+  algorithm 2).  The blocks are unrolled, because XLA's CPU backend runs loop bodies slower.
+  """
+  return _forward(options, q, k, v, q_ids, k_ids)[0]
 
 
-def _bwd(window, soft_cap, scale, aligned, residuals, d_out):
-  q, k, v, q_ids, k_ids, out, lse = residuals
-  delta = jnp.einsum('BKGTH,BKGTH->BKGT', d_out, out, preferred_element_type=jnp.float32)
-  dqs, dk, dv = [], 0., 0.
-  dks, dvs = [], []
-  s_len = k.shape[2]
-  for start, stop, lo, hi in _bounds(q.shape[3], s_len, window, aligned):
-    qb, kb, vb, dob = q[:, :, :, start:stop], k[:, :, lo:hi], v[:, :, lo:hi], d_out[:, :, :, start:stop]
-    s = _logits(qb, kb, scale, soft_cap, 'BKGTH,BKSH->BKSGT')
-    mask = visible(_cut(q_ids, start, stop), _cut(k_ids, lo, hi), window)
-    mask = mask.transpose(0, 2, 1)[:, None, :, None, :]
-    p = jnp.where(mask, jnp.exp(s - lse[:, :, None, :, start:stop]), 0.)
-    dv = jnp.einsum('BKSGT,BKGTH->BKSH', p.astype(v.dtype), dob, preferred_element_type=jnp.float32)
-    dp = jnp.einsum('BKSH,BKGTH->BKSGT', vb, dob, preferred_element_type=jnp.float32)
-    ds = p * (dp - delta[:, :, None, :, start:stop]) * scale
+def _blockwise_fwd(options, q, k, v, q_ids, k_ids):
+  out, log_sum = _forward(options, q, k, v, q_ids, k_ids)
+  return out, (q, k, v, q_ids, k_ids, out, log_sum)
+
+
+def _blockwise_bwd(options, residuals, d_out):
+  q, k, v, q_ids, k_ids, out, log_sum = residuals
+  _, soft_cap, scale, _ = options
+  # sum_s P * dP = dO . O, row by row (arXiv:2307.08691, algorithm 2, line 4).
+  delta = jnp.einsum('BKGTH,BKGTH->BKGT', d_out, out, preferred_element_type=jnp.float32)[..., None]
+  d_q = []
+  d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+  for t, s in _blocks(options, q.shape[3], k.shape[2]):
+    q_t, d_out_t, k_s, v_s = q[..., t, :], d_out[..., t, :], k[..., s, :], v[..., s, :]
+    logits = _masked_logits(options, q_t, k_s, _cut(q_ids, t), _cut(k_ids, s))
+    p = jnp.exp(logits - log_sum[..., t, :])
+    d_p = jnp.einsum('BKGTH,BKSH->BKGTS', d_out_t, v_s, preferred_element_type=jnp.float32)
+    d_logits = p * (d_p - delta[..., t, :])
     if soft_cap is not None:
-      ds = ds * (1 - (s / soft_cap) ** 2)
-    ds = ds.astype(q.dtype)
-    dqs.append(jnp.einsum('BKSGT,BKSH->BKGTH', ds, kb))
-    dk = jnp.einsum('BKSGT,BKGTH->BKSH', ds, qb, preferred_element_type=jnp.float32)
-    pad = ((0, 0), (0, 0), (lo, s_len - hi), (0, 0))
-    dks.append(jnp.pad(dk, pad))
-    dvs.append(jnp.pad(dv, pad))
-  return (jnp.concatenate(dqs, 3), sum(dks).astype(k.dtype), sum(dvs).astype(v.dtype), None, None)
+      # p is 0 where logits are MASKED; the clip keeps the square of MASKED from overflowing there.
+      d_logits = d_logits * (1 - jnp.square(jnp.maximum(logits / soft_cap, -1)))
+    d_logits = (scale * d_logits).astype(q.dtype)
+    d_q.append(jnp.einsum('BKGTS,BKSH->BKGTH', d_logits, k_s))
+    d_v = d_v.at[..., s, :].add(_sum_over_queries(p.astype(v.dtype), d_out_t))
+    d_k = d_k.at[..., s, :].add(_sum_over_queries(d_logits, q_t))
+  return jnp.concatenate(d_q, axis=3), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
 
-blockwise_attention.defvjp(_fwd, _bwd)
+def _sum_over_queries(square, x):
+  """Returns float32 [B, K, S, H] from square [B, K, G, T, S] and x [B, K, G, T, H].
+
+  The small factor is transposed by hand, and the barrier keeps XLA from undoing it: its CPU backend
+  would transpose the square instead, which costs as much as the product.
+  """
+  x = jax.lax.optimization_barrier(x.transpose(0, 1, 4, 2, 3))
+  product = jnp.einsum('BKHGT,BKGTS->BKHS', x, square, preferred_element_type=jnp.float32)
+  return product.swapaxes(2, 3)
+
+
+blockwise_attention.defvjp(_blockwise_fwd, _blockwise_bwd)
+
 IMPLEMENTATIONS = {'reference': reference_attention, 'blockwise': blockwise_attention}

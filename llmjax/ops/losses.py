@@ -1,7 +1,8 @@
 """Losses and log-probabilities of next tokens, without the logits of a whole batch.
 
-Letters: B batch, T query length, D model, V vocab, C tokens of one row in one chunk. A loss is a sum and a weight;
-whoever averages divides them once, after all microbatches and devices.
+Letters: B batch, T query length, D model, V vocab, C tokens of a row that are in one chunk.  A loss is a
+sum and a weight: they are divided once, after all microbatches and devices.  The output matrix w is
+[D, V] with vocab_axis=1, or a tied embedding table [V, D] with vocab_axis=0.
 """
 
 import functools
@@ -9,124 +10,192 @@ import functools
 import jax
 import jax.numpy as jnp
 
+# Tokens of the whole batch in one chunk.  Of 512 to 4096, all take the same time on x86; 1024 tokens times
+# 32000 words are 131 MB of float32 logits.
 CHUNK_TOKENS = 1024
 
 
 def cross_entropy(logits, targets, loss_mask, *, z_loss=0.0):
-  """Sum of next-token losses in nats, and the weight to divide it by: the plain form, for small V.
+  """Returns (sum of next-token losses in nats, weight), from logits that exist already.
 
-  logits: [B, T, V] any float, reduced in float32.  targets: int [B, T].  loss_mask: float [B, T],
-  0 ignores.  z_loss scales log(Z)^2, Z the softmax denominator (PaLM, arXiv:2204.02311, section 5).
-  Returns (loss_sum, weight), float32 scalars.
+  logits: [B, T, V] any float, reduced in float32.  targets: int [B, T].  loss_mask: float [B, T], 0
+  ignores.  z_loss scales log(Z)^2, Z the softmax denominator (PaLM, arXiv:2204.02311, section 5).
   """
-  logits = logits.astype(jnp.float32)
-  log_z = jax.nn.logsumexp(logits, axis=-1)
-  logprobs = _pick(logits, targets) - log_z
+  log_z, target, _ = _statistics(logits.astype(jnp.float32), targets)
   loss_mask = loss_mask.astype(jnp.float32)
-  return jnp.sum(loss_mask * (z_loss * log_z**2 - logprobs)), jnp.sum(loss_mask)
+  return jnp.sum(loss_mask * (log_z - target + z_loss * jnp.square(log_z))), jnp.sum(loss_mask)
 
 
 def chunked_cross_entropy(x, w, targets, loss_mask, *, z_loss=0.0, soft_cap=None, chunk=None,
                           vocab_axis=1):
-  chunks = _num_chunks(x, chunk)
+  """Returns (sum of next-token losses in nats, weight, aux), float32 scalars.
+
+  x: final hidden states [B, T, D].  w: the output matrix.  targets: int [B, T].  loss_mask: float
+  [B, T], 0 ignores.  z_loss: as in `cross_entropy`; it is part of the sum.  soft_cap: logits become
+  soft_cap * tanh(logits / soft_cap).  chunk: tokens of each row per chunk; None chooses.
+  aux, sums without gradient: `z_loss`, and `correct`, the weight of targets that no other word beats.
+
+  Products are in x's dtype with float32 sums, softmax in float32.  The gradient of the sum is made in
+  the forward pass, chunk by chunk, so logits are made once and none outlive their chunk; without
+  differentiation no gradient is made.
+  """
   loss_mask = loss_mask.astype(jnp.float32)
-  loss, aux = _cross_entropy((chunks, z_loss, soft_cap, vocab_axis), x, w, targets, loss_mask)
-  return loss, jnp.sum(loss_mask), aux
+  options = (_count_chunks(targets.shape, chunk), z_loss, soft_cap, vocab_axis)
+  loss, aux = _loss_sum(options, x, w, targets, loss_mask)
+  return loss, jnp.sum(loss_mask), jax.lax.stop_gradient(aux)
 
 
-def _num_chunks(x, chunk):
-  b, t, _ = x.shape
-  chunk = chunk or max(1, CHUNK_TOKENS // b)
-  return -(-t // chunk)
+def token_logprobs(x, w, targets, *, soft_cap=None, chunk=None, vocab_axis=1):
+  """Returns log p(targets), float32 [B, T] in nats; arguments as in `chunked_cross_entropy`.
+
+  The backward pass makes each chunk's logits again.
+  """
+  options = (_count_chunks(targets.shape, chunk), 0.0, soft_cap, vocab_axis)
+  return _logprobs(options, x, w, targets)
 
 
-def _split(a, chunks):
-  """[B, T, ...] to [chunks, B, C, ...], padded with zeros; chunk i holds tokens i, i + chunks, ..."""
-  size = -(-a.shape[1] // chunks)
-  a = jnp.pad(a, ((0, 0), (0, size * chunks - a.shape[1])) + ((0, 0),) * (a.ndim - 2))
-  return jnp.moveaxis(a.reshape(a.shape[0], size, chunks, *a.shape[2:]), 2, 0)
+# Chunks. A scan over them keeps one chunk's logits alive, whatever XLA's scheduler prefers.
 
 
-def _join(a, length):
-  """Undoes `_split`: [chunks, B, C, ...] to [B, T, ...]."""
-  a = jnp.moveaxis(a, 0, 2)
-  return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :length]
+def _count_chunks(shape, chunk):
+  batch, length = shape
+  return -(-length // (chunk or max(1, CHUNK_TOKENS // batch)))
 
 
-def _pick(logits, targets):
-  """logits[..., targets].  A comparison, not a gather, so that a vocabulary may be sharded."""
-  hit = targets[..., None] == jnp.arange(logits.shape[-1])
-  return jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+def _split(chunks, *arrays):
+  """[B, T, ...] to [chunks, B, C, ...] with zeros at the end; chunk i has tokens i, i + chunks, ...
+
+  Rows are cut, not the flattened batch, and each chunk takes tokens from all over the row, so that a
+  batch or a row which lies over many devices gives each of them an equal part of every chunk.
+  """
+  def split(a):
+    size = -(-a.shape[1] // chunks)
+    a = jnp.pad(a, ((0, 0), (0, size * chunks - a.shape[1])) + ((0, 0),) * (a.ndim - 2))
+    return jnp.moveaxis(a.reshape(a.shape[0], size, chunks, *a.shape[2:]), 2, 0)
+  return tuple(split(a) for a in arrays)
 
 
-def _logits(x, w, soft_cap, vocab_axis):
+def _join(length, *arrays):
+  """Undoes `_split`."""
+  def join(a):
+    a = jnp.moveaxis(a, 0, 2)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :length]
+  return tuple(join(a) for a in arrays)
+
+
+def _chunk_logits(options, x, w):
+  """Returns float32 logits [B, C, V]."""
+  _, _, soft_cap, vocab_axis = options
   logits = jax.lax.dot_general(x, w.astype(x.dtype), (((2,), (1 - vocab_axis,)), ((), ())),
                                preferred_element_type=jnp.float32)
   return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
 
 
 def _statistics(logits, targets):
-  """(log Z, target's logit, largest logit), each [B, C]."""
-  top = logits.max(axis=-1)
+  """Returns (log softmax denominator, the target's logit, the largest logit), each [B, C]."""
+  top = jax.lax.stop_gradient(logits.max(axis=-1))
   log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
-  return log_z, _pick(logits, targets), top
+  return log_z, jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], top
 
 
-def _gradients(x, w, targets, logits, log_z, spread, peak, soft_cap, vocab_axis):
-  """(dx, dw) where d logits = spread * softmax - peak * one_hot(targets); spread, peak: [B, C]."""
+def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak):
+  """Returns (d x, float32 d w) for d logits = spread * softmax - peak * one_hot(targets).
+
+  spread, peak: float32 [B, C].
+  """
+  _, _, soft_cap, vocab_axis = options
   hit = targets[..., None] == jnp.arange(logits.shape[-1])
-  d = jnp.exp(logits - log_z[..., None]) * spread[..., None] - jnp.where(hit, peak[..., None], 0)
+  d = spread[..., None] * jnp.exp(logits - log_z[..., None]) - jnp.where(hit, peak[..., None], 0)
   if soft_cap is not None:
     d = d * (1 - jnp.square(logits / soft_cap))
   d = d.astype(x.dtype)
-  dx = jax.lax.dot_general(d, w.astype(x.dtype), (((2,), (vocab_axis,)), ((), ())))
+  d_x = jax.lax.dot_general(d, w.astype(x.dtype), (((2,), (vocab_axis,)), ((), ())))
   pair = (x, d) if vocab_axis == 1 else (d, x)
-  dw = jax.lax.dot_general(*pair, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
-  return dx, dw
+  d_w = jax.lax.dot_general(*pair, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+  return d_x, d_w
 
 
-def _cross_entropy_chunk(options, x, w, targets, loss_mask):
-  _, z_loss, soft_cap, vocab_axis = options
-  logits = _logits(x, w, soft_cap, vocab_axis)
+# The loss.
+
+
+def _chunk_loss(options, x, w, targets, loss_mask):
+  """Returns ((loss sum, aux), losses [B, C], logits, log_z) of one chunk."""
+  logits = _chunk_logits(options, x, w)
   log_z, target, top = _statistics(logits, targets)
-  z = z_loss * jnp.square(log_z)
-  loss = log_z - target + z
-  aux = {'z_loss': jnp.sum(loss_mask * z),
-         'correct': jnp.sum((target >= top) * (loss_mask > 0).astype(jnp.float32))}
-  return loss, aux, logits, log_z
+  penalty = options[1] * jnp.square(log_z)
+  losses = log_z - target + penalty
+  aux = {'z_loss': jnp.sum(loss_mask * penalty), 'correct': jnp.sum(loss_mask * (target >= top))}
+  return (jnp.sum(loss_mask * losses), aux), losses, logits, log_z
+
+
+def _zero_loss():
+  return jnp.zeros(()), {'z_loss': jnp.zeros(()), 'correct': jnp.zeros(())}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(options, x, w, targets, loss_mask):
-  def body(total, c):
-    loss, aux, _, _ = _cross_entropy_chunk(options, c[0], w, c[1], c[2])
-    return jax.tree.map(jnp.add, total, (jnp.sum(loss * c[2]), aux)), None
-  zero = jnp.zeros(())
-  split = [_split(a, options[0]) for a in (x, targets, loss_mask)]
-  return jax.lax.scan(body, (zero, {'z_loss': zero, 'correct': zero}), split)[0]
+def _loss_sum(options, x, w, targets, loss_mask):
+  def add_chunk(total, chunk):
+    rows, targets, loss_mask = chunk
+    return jax.tree.map(jnp.add, total, _chunk_loss(options, rows, w, targets, loss_mask)[0]), None
+  return jax.lax.scan(add_chunk, _zero_loss(), _split(options[0], x, targets, loss_mask))[0]
 
 
-def _cross_entropy_fwd(options, x, w, targets, loss_mask):
-  chunks, z_loss, soft_cap, vocab_axis = options
-  def body(total, c):
-    xc, tc, mc = c
-    loss, aux, logits, log_z = _cross_entropy_chunk(options, xc, w, tc, mc)
-    dx, dw = _gradients(xc, w, tc, logits, log_z, mc * (1 + 2 * z_loss * log_z), mc, soft_cap, vocab_axis)
-    return jax.tree.map(jnp.add, total, ((jnp.sum(loss * mc), aux), dw)), (dx, loss)
-  zero = jnp.zeros(())
-  total = (zero, {'z_loss': zero, 'correct': zero}), jnp.zeros(w.shape, jnp.float32)
-  split = [_split(a, chunks) for a in (x, targets, loss_mask)]
-  (out, dw), (dx, loss) = jax.lax.scan(body, total, split, unroll=UNROLL)
-  t = x.shape[1]
-  return out, (_join(dx, t), dw.astype(w.dtype), _join(loss, t))
+def _loss_sum_fwd(options, x, w, targets, loss_mask):
+  chunks, z_loss, _, _ = options
 
-import os
-UNROLL = int(os.environ.get('CEU', 1))
+  def add_chunk(total, chunk):
+    rows, targets, loss_mask = chunk
+    loss, losses, logits, log_z = _chunk_loss(options, rows, w, targets, loss_mask)
+    # d (z_loss * log_z^2) / d logits = 2 z_loss * log_z * softmax.
+    spread = loss_mask * (1 + 2 * z_loss * log_z)
+    d_x, d_w = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, loss_mask)
+    return jax.tree.map(jnp.add, total, (loss, d_w)), (d_x, losses)
 
-def _cross_entropy_bwd(options, residuals, cotangents):
-  dx, dw, loss = residuals
-  scale, _ = cotangents
-  return (dx * scale.astype(dx.dtype), dw * scale.astype(dw.dtype), None, loss * scale)
+  zeros = _zero_loss(), jnp.zeros(w.shape, jnp.float32)
+  (loss, d_w), parts = jax.lax.scan(add_chunk, zeros, _split(chunks, x, targets, loss_mask))
+  d_x, losses = _join(x.shape[1], *parts)
+  return loss, (d_x, d_w.astype(w.dtype), losses)
 
 
-_cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+def _loss_sum_bwd(options, residuals, cotangents):
+  d_x, d_w, losses = residuals
+  scale, _ = cotangents  # aux has no gradient.
+  return d_x * scale.astype(d_x.dtype), d_w * scale.astype(d_w.dtype), None, losses * scale
+
+
+_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
+
+
+# Log-probabilities. Their cotangent differs from token to token, so the gradient cannot be made forward.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprobs(options, x, w, targets):
+  return _logprobs_fwd(options, x, w, targets)[0]
+
+
+def _logprobs_fwd(options, x, w, targets):
+  def one_chunk(_, chunk):
+    rows, targets = chunk
+    log_z, target, _ = _statistics(_chunk_logits(options, rows, w), targets)
+    return None, (target - log_z, log_z)
+  parts = jax.lax.scan(one_chunk, None, _split(options[0], x, targets))[1]
+  logprobs, log_z = _join(x.shape[1], *parts)
+  return logprobs, (x, w, targets, log_z)
+
+
+def _logprobs_bwd(options, residuals, d_logprobs):
+  x, w, targets, log_z = residuals
+
+  def add_chunk(d_w, chunk):
+    rows, targets, log_z, d = chunk
+    logits = _chunk_logits(options, rows, w)
+    d_x, more = _chunk_gradients(options, rows, w, targets, logits, log_z, -d, -d)
+    return d_w + more, d_x
+
+  chunks = _split(options[0], x, targets, log_z, d_logprobs)
+  d_w, d_x = jax.lax.scan(add_chunk, jnp.zeros(w.shape, jnp.float32), chunks)
+  return *_join(x.shape[1], d_x), d_w.astype(w.dtype), None
+
+
+_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)

@@ -1,28 +1,28 @@
 """From logits to the next token: penalties, warpers and the draw.
 
-Letters: B batch, V vocab_size.  Logits are float32 [B, V].  Every parameter is a Python number, a traced
-scalar or an array [B] with one value for each row, so changing a parameter never compiles again, and a
-warper that is off costs nothing at run time.
+Letters: B batch, V vocab_size.  Logits are float32 [B, V].  Every parameter is a Python number, a
+traced scalar or an array [B] with one value for each row, so changing a parameter never compiles
+again, and a warper that is off costs nothing at run time.
 
-No sort: the threshold of top-k and top-p is found by bisection over the ordered bits of the floats.  Its
-32 passes are exact, run as plain vector code, and cost a tenth of sorting 32000 logits on a CPU.
+No sort: the threshold of top-k and top-p is found by bisection over the ordered bits of the floats.
+Its 32 passes are exact, run as plain vector code, and cost a tenth of sorting 32000 logits on a CPU.
 """
 
 import jax
 import jax.numpy as jnp
 
 REMOVED = -jnp.inf
-BLOCK = 128  # Tokens in a block of the cumulative distribution; about sqrt(V), a multiple of a vector.
+BLOCK = 128  # Tokens to a block of the cumulative distribution: near sqrt(V), whole vectors.
 
 
 def sample(key, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
            seen=None):
   """Returns (token int32 [B], logprob float32 [B]).
 
-  The token is drawn from the warped logits; temperature 0 takes the most likely one.  The logprob, in
-  nats, is the model's own: of the logits as they came in, whatever the warpers did to the choice.
-  key: one PRNG key, or keys [B]: a row then gets the same token whichever rows are beside it.
-  seen: bool [B, V], the tokens that the repetition penalty is for; None for none.
+  The token is drawn from the warped logits; temperature 0 takes the most likely one.  The logprob,
+  in nats, is the model's own: of the logits as they came in, whatever the warpers did to the
+  choice. key: one PRNG key, or keys [B]: a row then gets the same token whichever rows are beside
+  it. seen: bool [B, V], the tokens that the repetition penalty is for; None for none.
   """
   batch = logits.shape[0]
   keys = jax.random.split(key, batch) if key.ndim == 0 else key
@@ -73,7 +73,8 @@ def warp(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def penalise_repeats(logits, seen, penalty):
-  """Returns logits with those of seen tokens made smaller: divided by the penalty, or if negative times it.
+  """Returns logits with those of seen tokens made smaller: divided by the penalty, or if negative
+  times it.
 
   seen: bool [B, V].  Source: arXiv:1909.05858, section 4.1, in the form that transformers gave it.
   """
@@ -87,7 +88,7 @@ def scale_temperature(logits, temperature):
 
 
 def keep_top_k(logits, k):
-  """Returns logits with all but each row's k largest at -inf; ties with the last stay.  0 keeps all."""
+  """Returns logits with all but the k largest at -inf; ties with the last stay.  0 keeps all."""
   k = _column(k, jnp.int32)
   count = jnp.where(k > 0, jnp.minimum(k, logits.shape[-1]), logits.shape[-1])
 
@@ -153,7 +154,7 @@ def _largest(logits, holds):
 
 
 def _ordered(x):
-  """Returns uint32 that sort as the float32 x do: negative floats have all bits turned, others the sign."""
+  """Returns uint32 that sort as the float32 x do: negative ones all turned, others the sign."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 

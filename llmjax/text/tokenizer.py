@@ -54,7 +54,7 @@ def _pieces(line):
 
 
 class Tokenizer:
-  """Text to ids and back.  The model file is read at first use, so instances are cheap to pickle."""
+  """Text to ids and back.  The model file is read at first use, so instances pickle small."""
 
   bos_id, eos_id, pad_id, unk_id = BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
@@ -125,7 +125,7 @@ class Tokenizer:
       raise
 
   def decode(self, ids) -> str:
-    """Returns the text of ids; special ids stand for nothing, bytes that are not UTF-8 for U+FFFD."""
+    """Returns the text of ids; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
   def decode_bytes(self, ids) -> bytes:

@@ -35,7 +35,8 @@ def make_schedule(spec, steps):
                                  optax.linear_schedule(spec.lr, end, fall)], [rest - fall])
   elif spec.schedule == 'rsqrt':
     offset = max(spec.warmup_steps, 1)
-    body = lambda step: spec.lr * jnp.sqrt(offset / (offset + step))
+    # join_schedules asks for steps before the boundary too, counted from it: they are below zero.
+    body = lambda step: spec.lr * jnp.sqrt(offset / (offset + jnp.maximum(step, 0)))
   else:
     raise ConfigError([f'optimizer.schedule={spec.schedule!r} is not known'])
   if not spec.warmup_steps:

@@ -14,7 +14,8 @@ def write_store(folder, lengths, vocab_size=70_000, seed=0):
   """Writes documents of `lengths` ids between BOS and EOS; returns (store, documents)."""
   rng = np.random.default_rng(seed)
   documents = [rng.integers(4, vocab_size, n) for n in lengths]
-  with token_store.TokenStoreWriter(folder, vocab_size=vocab_size, bos_id=BOS, eos_id=EOS) as writer:
+  with token_store.TokenStoreWriter(
+      folder, vocab_size=vocab_size, bos_id=BOS, eos_id=EOS) as writer:
     for ids in documents:
       assert writer.add(ids) is None
   return (token_store.TokenStore(folder),

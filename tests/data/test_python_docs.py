@@ -16,10 +16,12 @@ def test_what_is_read(items):
   documents = [i for i in items if isinstance(i, Document)]
   names = [d.name for d in documents]
   assert len(set(names)) == len(names) and len([i for i in items if isinstance(i, Rejected)]) < 5
-  kinds = {kind: [n for n in names if n.startswith(kind)] for kind in ('topic/', 'source/', 'builtin/')}
+  kinds = {kind: [n for n in names if n.startswith(kind)]
+           for kind in ('topic/', 'source/', 'builtin/')}
   assert len(kinds['topic/']) >= 70 and len(kinds['source/']) > 300 and len(kinds['builtin/']) > 20
   assert {'source/argparse.py', 'source/email/message.py', 'builtin/itertools'} <= set(names)
-  for part in ('encodings', 'test', 'idlelib', 'lib2to3', 'turtledemo', 'site-packages', 'pydoc_data'):
+  for part in ('encodings', 'test', 'idlelib', 'lib2to3', 'turtledemo', 'site-packages',
+               'pydoc_data'):
     assert not [n for n in names if part in n.split('/')[:-1]]
   assert 8e6 < sum(len(d.text) for d in documents) < 20e6
 
@@ -49,6 +51,22 @@ def test_lists_name_what_exists(items):
     assert {f'topic/{topic}' for topic in topics} <= names
   every = [m for modules in python_docs.HELD_OUT_MODULES.values() for m in modules]
   assert len(set(every)) == len(every)
+
+
+def test_held_out_text_is_not_in_train(items):
+  lines = {}
+  for d in items:
+    if isinstance(d, Document):
+      long = {line.strip() for line in d.text.splitlines() if len(line.strip()) > 50}
+      lines.setdefault((d.split, d.name.startswith('topic/')), []).append((d.name, long))
+  train = set().union(*(long for (split, _), found in lines.items() if split == 'train'
+                        for _, long in found))
+  for (split, is_topic), found in lines.items():
+    if split != 'train':
+      every = set().union(*(long for _, long in found))
+      assert len(every & train) <= 0.03 * len(every), (split, is_topic)
+      if is_topic:
+        assert not [n for n, long in found if len(long & train) > 0.1 * len(long)]
 
 
 def test_same_each_time(items):

@@ -5,7 +5,8 @@ import numpy as np
 from llmjax.data import splits
 
 
-@hypothesis.given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 1000)), min_size=3, max_size=200))
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 1000)),
+                           min_size=3, max_size=200))
 @hypothesis.settings(deadline=None, max_examples=200)
 def test_a_unit_is_in_one_split(documents):
   hashed = np.random.default_rng(0).integers(0, 2**63, 31).astype(np.uint64)

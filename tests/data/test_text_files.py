@@ -34,7 +34,8 @@ def test_byte_order_marks(tmp_path):
   (tmp_path / 'c.jsonl').write_bytes(b'\xef\xbb\xbf{"text": "x"}\n')
   texts, rejected = read(tmp_path)
   assert texts == {'a.txt': 'hello\n', 'c.jsonl#1': 'x'}
-  assert [(r.file, r.kept) for r in rejected] == [('a.txt', True), ('b.txt', False), ('c.jsonl', True)]
+  assert [(r.file, r.kept) for r in rejected] == [
+      ('a.txt', True), ('b.txt', False), ('c.jsonl', True)]
   assert 'UTF-16' in rejected[1].reason
 
 
@@ -77,8 +78,8 @@ def test_pieces_joined_are_the_file(tmp_path, lines, size):
   assert all(piece.strip() for piece in pieces)
 
 
-@hypothesis.given(st.lists(st.sampled_from([b'good line', b'also \xc3\xa9', b'bad \xff', b'\0', b'']),
-                           max_size=40))
+@hypothesis.given(st.lists(st.sampled_from(
+    [b'good line', b'also \xc3\xa9', b'bad \xff', b'\0', b'']), max_size=40))
 @hypothesis.settings(deadline=None, max_examples=100,
                      suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_every_good_line_survives(tmp_path, lines):
@@ -106,7 +107,8 @@ def test_jsonl_problems(tmp_path):
   assert texts == {'a.jsonl#1': 'good', 'a.jsonl#10': 'also good'}
   assert [r.line for r in rejected] == [2, 3, 4, 5, 6, 7, 8]
   reasons = ' | '.join(r.reason for r in rejected)
-  for part in ('not JSON', "no field 'text' (found: body)", 'empty', 'holds int', 'NUL', 'surrogate'):
+  for part in ('not JSON', "no field 'text' (found: body)", 'empty', 'holds int', 'NUL',
+               'surrogate'):
     assert part in reasons
   assert read(tmp_path, text_key='body')[0] == {'a.jsonl#3': 'x'}
 

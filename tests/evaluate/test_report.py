@@ -171,7 +171,9 @@ def test_an_empty_folder_still_makes_a_page_that_says_what_is_missing(tmp_path):
 @pytest.mark.parametrize('name', sorted(report.FILES))
 def test_any_file_may_be_absent_damaged_or_of_another_form(run_folder, name):
   for content in (None, '{"a": ', '[1, 2]', '{"x": null}', '{"model": 3, "validation": []}',
-                  '{"step": 1, "train/loss": "a", "train/lr": [], "text": 1, "data": {}}'):
+                  '{"step": 1, "train/loss": "a", "train/lr": [], "text": 1, "data": {}}',
+                  '{"train": {"steps": "x", "batch_size": []}, "data": {"sources": 3},'
+                  ' "model": {"vocab_size": "z"}, "device_kind": 7, "command": {}, "step": -1}'):
     if content is None:
       (run_folder / name).unlink()
     else:
@@ -214,3 +216,11 @@ def test_counts(value, text):
     (None, '–'), (0.25, '0.25 s'), (100, '1 min 40 s'), (3700, '1 h 1 min'), (90_000, '1 d 1 h')])
 def test_durations(seconds, text):
   assert report.duration(seconds) == text
+
+
+def test_before_llmjax_evaluate_the_last_evaluation_of_the_run_is_shown(run_folder):
+  (run_folder / 'evaluation.json').unlink()
+  text = _Reader(report.write_report(run_folder).read_text()).text
+  assert '2.025 validation' in text  # 2 + 1 / 40.
+  assert 'The last evaluation made while training' in text
+  assert 'evaluation.json' in text

@@ -103,7 +103,8 @@ def test_other_processes_are_silent():
 
 @pytest.mark.parametrize('seconds, text', [
     (0.04, '0.0s'), (9.94, '9.9s'), (9.96, '10s'), (59.6, '1:00'), (134, '2:14'),
-    (3599.7, '1:00:00'), (11109, '3:05:09'), (86400 * 2 + 4 * 3600, '2d 4h'), (None, '?'), (math.inf, '?')])
+    (3599.7, '1:00:00'), (11109, '3:05:09'),
+    (86400 * 2 + 4 * 3600, '2d 4h'), (None, '?'), (math.inf, '?')])
 def test_durations(seconds, text):
   assert progress.format_duration(seconds) == text
 

@@ -1,8 +1,8 @@
+import argparse
 import inspect
 import pickle
 import textwrap
 
-import argparse
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -13,11 +13,13 @@ from llmjax.text import tokenizer as tokenizers
 LINES = [line for module in (argparse, textwrap, inspect)
          for line in inspect.getsource(module).splitlines() if line.strip()]
 NASTY = [
-    '', ' ', '   ', '\n', '\n\n\n', '\t', 'a\tb', 'a\r\nb\r', '\x00', 'a\x00b', '\u00a0', 'e\u0301 é',
-    '\u2581', 'a\u2581b \u2581\u2581', '\ufeff', '\u2028\u2029\u0085', '日本語 한국어 العربية', '👩‍👩‍👧 🇩🇪',
-    '  lead and trail  ', 'ﬁ ① Ａ', '<s></s><pad><unk>', '<|user|>hi<|end|>', '<0x41>', '\U0010ffff',
-    'x' * 10_000, 'def f(x):\n    return x\n\n\nclass A:\n\tpass\n']
-ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=('Cs',)), st.sampled_from(' \n\t▁<|>s/')))
+    '', ' ', '   ', '\n', '\n\n\n', '\t', 'a\tb', 'a\r\nb\r', '\x00', 'a\x00b', '\u00a0',
+    'e\u0301 é', '\u2581', 'a\u2581b \u2581\u2581', '\ufeff', '\u2028\u2029\u0085',
+    '日本語 한국어 العربية', '👩\u200d👩\u200d👧 🇩🇪', '  lead and trail  ', 'ﬁ ① Ａ',
+    '<s></s><pad><unk>', '<|user|>hi<|end|>', '<0x41>', '\U0010ffff', 'x' * 10_000,
+    'def f(x):\n    return x\n\n\nclass A:\n\tpass\n']
+CHARACTERS = st.one_of(st.characters(exclude_categories=('Cs',)),
+                       st.sampled_from(' \n\t\u2581<|>s/'))
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +41,7 @@ def test_round_trip_of_nasty_texts(tokenizer, text):
   assert tokenizer.decode(ids) == text
 
 
-@hypothesis.given(ANY_TEXT)
+@hypothesis.given(st.text(CHARACTERS))
 @hypothesis.settings(deadline=None, max_examples=300)
 def test_round_trip_bytes_and_stream(tokenizer, text):
   ids = tokenizer.encode(text)
@@ -51,8 +53,9 @@ def test_round_trip_bytes_and_stream(tokenizer, text):
   assert not set(ids.tolist()) & set(tokenizer.special_ids.values())
 
 
-@hypothesis.given(st.lists(st.sampled_from([*tokenizers.CHAT_MARKERS, '<s>', '</s>', '<pad>', '<unk>',
-                                            ' ', '\n', 'a', '<|', '|>'])).map(''.join))
+@hypothesis.given(st.lists(st.sampled_from(
+    [*tokenizers.CHAT_MARKERS, '<s>', '</s>', '<pad>', '<unk>', ' ', '\n', 'a', '<|', '|>'])
+    ).map(''.join))
 @hypothesis.settings(deadline=None, max_examples=100)
 def test_text_never_encodes_to_control_symbols(tokenizer, text):
   ids = tokenizer.encode(text)

@@ -1,0 +1,175 @@
+"""`llmjax generate`: text from a run's model, streamed to the terminal."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax import config
+from llmjax.checkpoint.checkpoints import load_params, read_config
+from llmjax.config import ConfigError
+from llmjax.data import stream
+from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
+from llmjax.generate.stops import TextStream
+from llmjax.loops import harness
+from llmjax.loops.spec import PretrainSpec
+from llmjax.model import decoder
+from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.sharding import tree_shardings
+
+DIM, PLAIN = '\x1b[2m', '\x1b[0m'
+REASONS = {'end': 'the model ended the text', 'stop': 'stop text {!r}', '': 'max_new_tokens'}
+
+
+def run(spec, options):
+  """Answers the prompts that the options name, or those typed at the prompt line."""
+  del spec  # The run's own config.json is the config.
+  run_spec = config.build(PretrainSpec, read_config(options.workdir))
+  prompt = _given_prompt(options)
+  harness.enable_compilation_cache(run_spec.train.compilation_cache)
+  generator, tokenizer, step = load_generator(options, run_spec)
+  print(f'llmjax generate: step {step} of {options.workdir}', file=sys.stderr)
+  if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='replace')  # A terminal that cannot show a character shows '?'.
+  key = jax.random.key(options.seed)
+  if prompt is not None:
+    answer(generator, tokenizer, prompt, options, key)
+    return 0
+  for count, typed in enumerate(_typed_prompts()):
+    answer(generator, tokenizer, typed, options, jax.random.fold_in(key, count))
+  return 0
+
+
+def load_generator(options, run_spec):
+  """Returns (Generator, Tokenizer, step) of the run, sharded as in training."""
+  mesh = make_mesh(dataclasses.replace(run_spec.mesh, data=-1))
+  params, model, _, step = load_params(
+      options.workdir, options.step,
+      shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
+  tokenizer = stream.load_tokenizer(run_spec.data)
+  # CPUs have no fast bf16 product, so float32 costs nothing there and is closer to the truth.
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  dtype = jnp.float32 if on_cpu else jnp.dtype(run_spec.train.compute_dtype)
+  generator = Generator(model, params, dtype, mesh, bos_id=tokenizer.bos_id,
+                        vocab_size=tokenizer.vocab_size, context_length=run_spec.data.seq_len)
+  return generator, tokenizer, step
+
+
+def answer(generator, tokenizer, prompt, options, key, output=None):
+  """Writes options.num_samples answers to one prompt; returns their TextStreams."""
+  output = output or sys.stdout
+  try:
+    ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)])
+  except UnicodeEncodeError as e:
+    raise ConfigError([f'the prompt is not valid UTF-8: {e}']) from e
+  live = options.stream and options.num_samples == 1 and not options.json
+  show = _Display(output, prompt)
+  rows = [TextStream(tokenizer, options.stop_texts, (tokenizer.eos_id,))
+          for _ in range(options.num_samples)]
+  texts = ['' for _ in rows]
+  if live:
+    show.prompt()
+  started = time.monotonic()
+  for tokens, logprobs, counts in generator.stream(
+      [ids] * len(rows), options.max_new_tokens, options, key, (tokenizer.eos_id,),
+      chunk=STREAM_CHUNK if live or options.stop else CHUNK):
+    for i, row in enumerate(rows):
+      piece = row.add(tokens[i, :counts[i]], logprobs[i, :counts[i]])
+      texts[i] += piece
+      if live:
+        show.completion(piece)
+    if all(row.stopped for row in rows):
+      break
+  seconds = time.monotonic() - started
+  for i, row in enumerate(rows):
+    rest = row.finish()
+    texts[i] += rest
+    if options.json:
+      print(json.dumps(_record(prompt, texts[i], row), ensure_ascii=False), file=output)
+    elif live:
+      show.completion(rest)
+      show.end()
+    else:
+      if len(rows) > 1:
+        print(f'--- {i + 1} of {len(rows)}', file=output)
+      show.prompt()
+      show.completion(texts[i])
+      show.end()
+  output.flush()
+  made = sum(len(row.tokens) for row in rows)
+  reasons = ', '.join(dict.fromkeys(REASONS[row.stopped].format(row.stop_text) for row in rows))
+  print(f'{made} tokens, {made / max(seconds, 1e-9):.1f} tokens/s, stopped by: {reasons}',
+        file=sys.stderr)
+  return rows
+
+
+def _record(prompt, text, row):
+  return {'prompt': prompt, 'text': text, 'tokens': row.tokens,
+          'logprobs': [round(p, 6) for p in row.logprobs], 'stopped': row.stopped or 'length',
+          'stop_text': row.stop_text or None}
+
+
+class _Display:
+  """The prompt, dim on a terminal, and the completion after it."""
+
+  def __init__(self, output, prompt):
+    self._output, self._prompt = output, prompt
+    self._is_terminal = output.isatty()
+    self._colour = self._is_terminal and 'NO_COLOR' not in os.environ
+
+  def prompt(self):
+    self._write(self._prompt, *((DIM, PLAIN) if self._colour else ('', '')))
+
+  def completion(self, text):
+    self._write(text)
+
+  def end(self):
+    self._output.write('\n')
+    self._output.flush()
+
+  def _write(self, text, before='', after=''):
+    if self._is_terminal:
+      # What a model says must not move the cursor or change the title of the window.
+      text = ''.join(c if c.isprintable() or c in '\n\t' else '\ufffd' for c in text)
+    if text:
+      self._output.write(before + text + after)
+      self._output.flush()
+
+
+def _given_prompt(options):
+  """Returns the prompt of the flags or of standard input; None when a person sits at a terminal."""
+  if options.prompt:
+    return options.prompt
+  if options.prompt_file:
+    try:
+      return pathlib.Path(options.prompt_file).read_text(encoding='utf-8')
+    except OSError as e:
+      raise ConfigError([f'--prompt_file={options.prompt_file} cannot be read: {e.strerror}; give '
+                         'a text file, or --prompt=TEXT']) from e
+    except UnicodeDecodeError as e:
+      raise ConfigError([f'--prompt_file={options.prompt_file} is not UTF-8 (byte {e.start}); save '
+                         'it as UTF-8']) from e
+  if sys.stdin is None or not sys.stdin.isatty():
+    return sys.stdin.read() if sys.stdin else ''
+  return None
+
+
+def _typed_prompts():
+  """Yields lines typed at the terminal until Ctrl-D."""
+  try:
+    import readline  # noqa: F401  Editing and history, where the platform has them.
+  except ImportError:
+    pass
+  print('type a prompt; Ctrl-D ends', file=sys.stderr)
+  while True:
+    try:
+      yield input('> ')
+    except EOFError:
+      print(file=sys.stderr)
+      return

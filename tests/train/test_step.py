@@ -1,0 +1,147 @@
+"""The step's loss and gradient do not depend on how the batch is cut, padded or ordered."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmjax.model import decoder
+from llmjax.model.spec import ModelSpec
+from llmjax.train import objectives
+from llmjax.train.optimizers import make_optimizer
+from llmjax.train.spec import OptimizerSpec, TrainSpec
+from llmjax.train.state import TrainState
+from llmjax.train.step import make_train_step
+
+MODEL = ModelSpec(num_layers=2, d_model=32, num_heads=2, mlp_dim=64, vocab_size=97)
+TRAIN = TrainSpec(compute_dtype='float32')
+SGD = optax.sgd(1.0)
+
+
+def packed_batch(seed=0, batch=4, length=16):
+  """Rows of three documents and some padding, lengths differing from row to row."""
+  rng = np.random.default_rng(seed)
+  rows = {k: np.zeros((batch, length), np.int32) for k in ('tokens', 'targets', 'segment_ids', 'positions')}
+  rows['loss_mask'] = np.zeros((batch, length), np.float32)
+  for b in range(batch):
+    cuts = [0, *sorted(rng.choice(np.arange(1, length), 3, replace=False))]
+    for segment, (start, end) in enumerate(zip(cuts, cuts[1:]), 1):
+      rows['segment_ids'][b, start:end] = segment
+      rows['positions'][b, start:end] = np.arange(end - start)
+      rows['loss_mask'][b, start:end] = 1
+    rows['tokens'][b] = rng.integers(0, MODEL.vocab_size, length)
+    rows['targets'][b] = rng.integers(0, MODEL.vocab_size, length)
+  return rows
+
+
+def fresh_state(tx, model=MODEL, seed=0):
+  params = jax.jit(lambda k: decoder.init_params(model, k))(jax.random.key(seed))
+  if not model.tie_embeddings:  # The head starts at zero, which would hide the rest.
+    params['head']['kernel'] = 0.2 * jax.random.normal(jax.random.key(9), params['head']['kernel'].shape)
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
+                    key=jax.random.key_data(jax.random.key(1)))
+
+
+def gradient(batch, accumulation=1, train=TRAIN, model=MODEL):
+  """Returns (metrics, gradient) as the step sees them, from a plain SGD step of size 1."""
+  loss_fn = objectives.next_token(model, train, 'cpu')
+  state = fresh_state(SGD, model)
+  step = jax.jit(make_train_step(loss_fn, SGD, lambda _: 1.0, accumulation))
+  after, metrics = step(state, batch)
+  return metrics, jax.tree.map(jnp.subtract, state.params, after.params)
+
+
+def assert_same(a, b, rtol=2e-5, atol=1e-6):
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+def reference_loss(params, batch):
+  context = decoder.make_context(MODEL, batch['positions'], batch['segment_ids'],
+                                 implementation='reference')
+  x, _, _ = decoder.hidden_states(MODEL, params, batch['tokens'], context)
+  logprobs = jax.nn.log_softmax(decoder.unembed(MODEL, params, x))
+  picked = jnp.take_along_axis(logprobs, batch['targets'][..., None], axis=-1)[..., 0]
+  return -jnp.sum(picked * batch['loss_mask']) / jnp.sum(batch['loss_mask'])
+
+
+def test_loss_and_gradient_equal_the_plain_form():
+  batch = packed_batch()
+  metrics, found = gradient(batch)
+  loss, expected = jax.jit(jax.value_and_grad(reference_loss))(fresh_state(SGD).params, batch)
+  assert float(metrics['loss']) == pytest.approx(float(loss), rel=1e-5)
+  assert float(metrics['grad_norm']) == pytest.approx(float(optax.global_norm(expected)), rel=1e-5)
+  assert_same(found, expected)
+
+
+@pytest.mark.parametrize('accumulation', [2, 4])
+def test_accumulation_changes_nothing(accumulation):
+  batch = packed_batch()  # Rows hold different numbers of targets: a mean of means would differ.
+  assert len(set(batch['loss_mask'].sum(1))) > 1
+  assert_same(gradient(batch), gradient(batch, accumulation))
+
+
+def test_padding_rows_and_their_content_change_nothing():
+  batch = packed_batch()
+  padded = {k: np.concatenate([v, np.zeros_like(v[:2])]) for k, v in batch.items()}
+  assert_same(gradient(batch), gradient(padded))
+  junk = {k: v.copy() for k, v in batch.items()}
+  for name in ('tokens', 'targets'):
+    junk[name][batch['segment_ids'] == 0] = 11
+  assert_same(gradient(batch)[1], gradient(junk)[1])
+
+
+def test_order_of_rows_changes_nothing():
+  batch = packed_batch()
+  assert_same(gradient(batch), gradient({k: v[::-1] for k, v in batch.items()}))
+
+
+def test_a_batch_of_padding_is_harmless():
+  batch = {k: np.zeros_like(v) for k, v in packed_batch().items()}
+  metrics, found = gradient(batch)
+  assert float(metrics['loss']) == 0.0
+  assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(found))
+
+
+def test_bfloat16_is_near_float32():
+  batch = packed_batch()
+  narrow = dataclasses.replace(TRAIN, compute_dtype='bfloat16')
+  loss = [float(gradient(batch, train=t)[0]['loss']) for t in (TRAIN, narrow)]
+  assert loss[0] == pytest.approx(loss[1], rel=0.02)
+  assert loss[0] != loss[1]
+
+
+def test_dropout_follows_the_step_and_is_repeatable():
+  model = dataclasses.replace(MODEL, dropout=0.3)
+  step = jax.jit(make_train_step(objectives.next_token(model, TRAIN, 'cpu'), SGD, lambda _: 1.0))
+  state, batch = fresh_state(SGD, model), packed_batch()
+  loss = lambda s: float(step(s, batch)[1]['loss'])
+  assert loss(state) == loss(state)
+  assert loss(state) != loss(state.replace(step=state.step + 1))
+
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_first_loss_is_the_entropy_of_a_uniform_guess(tied):
+  model = dataclasses.replace(MODEL, vocab_size=1024, tie_embeddings=tied)
+  batch = packed_batch()
+  params = jax.jit(lambda k: decoder.init_params(model, k))(jax.random.key(0))
+  loss, (weight, _) = jax.jit(objectives.next_token(model, TRAIN, 'cpu'))(params, batch, None)
+  assert float(loss / weight) == pytest.approx(np.log(1024), abs=0.05)
+
+
+def test_learns_one_batch_by_heart():
+  spec = OptimizerSpec(lr=1e-2, warmup_steps=5, weight_decay=0.0)
+  tx, schedule = make_optimizer(spec, 80)
+  step = jax.jit(make_train_step(objectives.next_token(MODEL, TRAIN, 'cpu'), tx, schedule),
+                 donate_argnums=0)
+  state, batch = fresh_state(tx), packed_batch()
+  losses = []
+  for _ in range(80):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics['loss']))
+  assert losses[0] > 4
+  assert losses[-1] < 0.05
+  assert int(state.step) == 80
