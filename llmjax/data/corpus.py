@@ -47,7 +47,11 @@ def prepare(spec: PrepareSpec, *, force=False, progress=lambda *args: None):
   unfinished.mkdir(parents=True, exist_ok=True)
   with _locked(unfinished):
     _start_or_resume(unfinished, request, force)
-    found = _write_documents(spec, unfinished, progress)
+    try:
+      found = _write_documents(spec, unfinished, progress)
+    except ConfigError:
+      shutil.rmtree(unfinished)  # There is nothing to go on from.
+      raise
     tokenizer = _make_tokenizer(spec, unfinished, progress)
     manifest = _write_tokens(spec, unfinished, tokenizer, found, request, progress)
     _write_json(prepared.manifest_path(unfinished), manifest)

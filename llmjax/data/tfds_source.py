@@ -1,7 +1,9 @@
 """Documents from any text dataset of TensorFlow Datasets, by name, without TensorFlow."""
 
+import contextlib
 import dataclasses
 import difflib
+import logging
 
 from llmjax.config import ConfigError
 from llmjax.data.text_files import Limits, Rejected, check_text
@@ -19,7 +21,8 @@ def read_tfds(name, text_key, limits: Limits):
   builder = _find(name)
   key = _text_field(name, builder.info.features, text_key)
   try:
-    builder.download_and_prepare(file_format='array_record')
+    with _few_retries():
+      builder.download_and_prepare(file_format='array_record')
   except ModuleNotFoundError as e:
     raise ConfigError([f'name={name}: TFDS needs the package {e.name} to prepare it; '
                        f'pip install {e.name}']) from e
@@ -40,6 +43,22 @@ def read_tfds(name, text_key, limits: Limits):
       else:
         target = target or ('train' if has_held_out else '')
         yield dataclasses.replace(item, split=target)
+
+
+@contextlib.contextmanager
+def _few_retries():
+  """Without a network TFDS would try for minutes, with a warning each time; so it takes seconds."""
+  from tensorflow_datasets.core.download import downloader
+
+  logger = logging.getLogger('urllib3')
+  before = downloader.MAX_RETRIES, logger.level
+  downloader.MAX_RETRIES = 3
+  logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    downloader.MAX_RETRIES = before[0]
+    logger.setLevel(before[1])
 
 
 def _find(name):

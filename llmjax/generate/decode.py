@@ -82,9 +82,9 @@ def prefill(spec, params, tokens, lengths, *, compute_dtype=jnp.float32):
   lengths: int32 [B], at least 1.
   """
   batch, slots = tokens.shape
-  offsets = jnp.arange(slots) - (slots - lengths[:, None])
-  positions = jnp.maximum(offsets, 0).astype(jnp.int32)
-  segment_ids = (offsets >= 0).astype(jnp.int32)
+  # Padding has positions below 0: they rise along the row, as aligned attention wants them to.
+  positions = (jnp.arange(slots) - (slots - lengths[:, None])).astype(jnp.int32)
+  segment_ids = (positions >= 0).astype(jnp.int32)
   cache = init_cache(spec, batch, slots, compute_dtype)
   # Keys and queries are the same slots here, so attention may skip those after the query: aligned.
   context = decoder.make_context(
@@ -299,7 +299,7 @@ class Generator:
       # The last token is never written into the cache.
       used, total = padded.shape[1] + made - 1, padded.shape[1] + max_new_tokens - 1
       if used == slots:
-        slots = bucket(min(total, max(2 * used, MIN_CACHE)))
+        slots = bucket(max(min(total, 2 * used), MIN_CACHE))
         with self._mesh():
           state = state._replace(cache=_grow(state.cache, slots))
       steps = min(chunk, CHUNK, max_new_tokens - made, slots - used)

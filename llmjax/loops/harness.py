@@ -7,17 +7,16 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any, Callable
 
 import jax
 
-from llmjax.checkpoint.checkpoints import Checkpoints, restore_params
-from llmjax.checkpoint.checkpoints import find_step
+from llmjax.checkpoint.checkpoints import Checkpoints, find_step, restore_params
 from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
+from llmjax.loops import doctor
 from llmjax.loops.ledger import Ledger
 from llmjax.loops.profiling import Profiler
 from llmjax.loops.progress import Progress
@@ -53,12 +52,8 @@ def enable_compilation_cache(setting):
   """Keeps compiled programs between runs, by default in the user's cache directory."""
   if setting == 'none':
     return
-  if setting == 'default':
-    if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-      return
-    cache = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    setting = pathlib.Path(cache) / 'llmjax' / 'xla'
-  jax.config.update('jax_compilation_cache_dir', str(setting))
+  folder = doctor.cache_folder() if setting == 'default' else setting
+  jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
@@ -88,143 +83,179 @@ def claim_workdir(workdir, spec):
 
 
 def train(job, workdir):
-  """Runs the job to its last step; returns the exit status."""
-  spec, mesh, ledger = job.spec, job.mesh, job.ledger
-  total = spec.train.steps
-  checkpoints = Checkpoints(workdir, spec.checkpoint.keep)
-  tx, schedule = make_optimizer(spec.optimizer, total)
-
-  # ---- Where to start: this run's own checkpoint, else init_from, else scratch.
-  start = checkpoints.latest()
-  if start is not None and start >= total:
+  """Runs the job to its last step; returns the exit status: 0, 1 for a lost run, 130 after Ctrl-C."""
+  total = job.spec.train.steps
+  checkpoints = Checkpoints(workdir, job.spec.checkpoint.keep)
+  first = checkpoints.latest() or 0
+  if first and first >= total:
     checkpoints.close()
-    print(f'{workdir} is done: step {start} of {total}; raise --config.train.steps to go on')
+    print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to go on')
     return 0
-  with ledger.charge('init'):
-    if start is not None:
-      state, stream_state = checkpoints.restore(
-          start, abstract_state(spec.model, tx, spec.train.param_dtype, mesh))
-      job.batches.restore(stream_state)
-    else:
-      state, shardings = init_state(spec.model, tx, spec.train.seed, spec.train.param_dtype, mesh)
-      if spec.train.init_from:
-        state = state.replace(params=_load_initial(spec.train.init_from, state.params, shardings.params))
-  first = start or 0
-  writers = open_writers(workdir, to_dict(spec), spec.logs.writers, resume_step=start)
-  progress = Progress(total, first, enabled=jax.process_index() == 0)
-  profiler = Profiler(workdir, spec.profile.steps, say=progress.say)
-  if start is not None:
-    progress.say(f'going on from step {start} of {workdir}')
-  elif spec.train.init_from:
-    progress.say(f'starting from the parameters of {spec.train.init_from}')
-
-  # ---- Compile the step ahead, so that no timed step holds a compilation.
-  def next_batch():
-    host = next(job.batches)
-    return place_batch(mesh, host), job.batches.state
-
-  step_fn = jax.jit(make_train_step(job.loss_fn, tx, schedule, spec.train.accumulation),
-                    donate_argnums=0)
-  with ledger.charge('data_wait'):
-    batch, stream_state = next_batch()
-  with ledger.charge('compile'):
-    layout = jax.tree.map(lambda x: x.sharding, state)
-    compiled = step_fn.lower(state, batch).compile()
-    state = jax.device_put(state, layout)
-  devices = mesh.devices.size
-  with ledger.charge('init'):
-    peak = chips.peak_flops(mesh.devices.flat[0])
-  flops = counts.train_flops_per_token(spec.model, spec.data.seq_len)
-  progress.say(_headline(spec, devices, mesh, ledger.seconds['compile']))
-
-  def evaluate(step):
-    for name, evaluator in job.evaluators.items():
-      with ledger.charge('eval'):
-        begin = time.perf_counter()
-        values = evaluator(state.params)
-      writers.write(step, {f'eval/{name}/{k}': v for k, v in values.items()})
-      progress.evaluated(step, name, values, time.perf_counter() - begin)
-
-  def sample(step):
-    if job.sample is None:
-      return
-    with ledger.charge('sample'):
-      for prompt, text in job.sample(state.params):
-        writers.write_sample(step, prompt, text)
-
-  def save(step, stream_state):
-    with ledger.charge('checkpoint'):
-      begin = time.perf_counter()
-      checkpoints.save(step, state, stream_state, to_dict(spec))
-    progress.saved(step, checkpoints.folder / str(step), time.perf_counter() - begin)
-
-  interruptions = (spec.train.eval_every, spec.train.sample_every, spec.train.checkpoint_every)
-  due = lambda every, step: step == total or (every and step % every == 0)
-  window = _Window()
-  done, saved = first, first
-  consumed = None  # The stream's state after the batch of step `done`.
-  status = 0
+  loop = Loop(job, workdir, checkpoints, first)
   try:
-    for step in range(first + 1, total + 1):
-      # Everything in this span is the step's own time but for the wait for data.
-      with ledger.charge('step'):
-        profiler.before(step)
-        state, metrics = compiled(state, batch)
-        consumed, done = stream_state, step
-        if step < total:  # While the devices work.
-          begin = time.perf_counter()
-          batch, stream_state = next_batch()
-          waited = time.perf_counter() - begin
-          # Only a wait that outlasts the devices' work is one.
-          if metrics['loss'].is_ready():
-            ledger.seconds['data_wait'] += waited
-            window.data_wait += waited
-        window.add(step, metrics)
-        log = due(spec.train.log_every, step)
-        if log or any(due(every, step) for every in interruptions):
-          window.wait()
-        if log:
-          values = window.read()
-        profiler.after(step)
-      if log:
-        loss_is_bad = [s for s, loss in values.pop('losses') if not math.isfinite(loss)]
-        if flops and values['train/tokens_per_second'] and peak:
-          values['train/mfu'] = values['train/tokens_per_second'] * flops / (peak * devices)
-        writers.write(step, values)
-        progress.log(step, values)
-        if loss_is_bad:
-          progress.say(f'stopped: the loss is not finite at step {loss_is_bad[0]}; the last '
-                       f'checkpoint is step {saved}. Lower optimizer.lr, raise '
-                       'optimizer.warmup_steps, or look at the data')
-          status = 1
-          break
-      else:
-        progress.tick(step)
-      with window.paused():
-        if due(spec.train.eval_every, step):
-          evaluate(step)
-        if due(spec.train.sample_every, step):
-          sample(step)
-        if due(spec.train.checkpoint_every, step):
-          save(step, consumed)
-          saved = step
+    status = loop.run()
   except KeyboardInterrupt:
-    progress.say(f'interrupted after step {done}; saving it')
-    if done > saved:
-      save(done, consumed)
-    status = 130
+    status = loop.interrupt()
   finally:
-    profiler.close()
-    with ledger.charge('checkpoint'):
-      checkpoints.close()
-    job.batches.close()
-    writers.close()
-    progress.close()
-    ledger.write()
-  if status == 130:
-    print(f'go on with the same command: it starts from step {done}')
-  write_report(workdir)
+    loop.close()
+  if jax.process_index() == 0:
+    print(f'report: {write_report(workdir)}')
   return status
+
+
+class Loop:
+  """One sitting of a run, from step `first` to the last."""
+
+  def __init__(self, job, workdir, checkpoints, first):
+    self.job, self.spec, self.ledger = job, job.spec, job.ledger
+    self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
+    self.done = self.saved = first
+    self.tx, self.schedule = make_optimizer(self.spec.optimizer, self.total)
+    with self.ledger.charge('init'):
+      self.state = self._initial_state()
+      self.writers = open_writers(workdir, to_dict(self.spec), self.spec.logs.writers,
+                                  resume_step=first or None)
+    self.progress = Progress(self.total, first, enabled=jax.process_index() == 0)
+    self.profiler = Profiler(workdir, self.spec.profile.steps, say=self.progress.say)
+    if first:
+      self.progress.say(f'going on from step {first} of {workdir}')
+    elif self.spec.train.init_from:
+      self.progress.say(f'starting from the parameters of {self.spec.train.init_from}')
+
+  def _initial_state(self):
+    """Returns the state of this run's own checkpoint, else of init_from, else fresh."""
+    spec, mesh = self.spec, self.job.mesh
+    if self.first:
+      state, position = self.checkpoints.restore(
+          self.first, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh))
+      self.job.batches.restore(position)
+      return state
+    state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh)
+    if spec.train.init_from:
+      params = _load_initial(spec.train.init_from, state.params, shardings.params)
+      state = state.replace(params=params)
+    return state
+
+  def _next_batch(self):
+    """Returns a batch on the devices, and the stream's state once it is used up."""
+    return place_batch(self.job.mesh, next(self.job.batches)), self.job.batches.state
+
+  def _compile(self, batch):
+    """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
+    step = make_train_step(self.job.loss_fn, self.tx, self.schedule, self.spec.train.accumulation)
+    layout = jax.tree.map(lambda x: x.sharding, self.state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+    return jitted.lower(self.state, batch).compile()
+
+  def run(self):
+    """Trains to the last step, or until the loss is lost."""
+    train, ledger, progress = self.spec.train, self.ledger, self.progress
+    with ledger.charge('data_wait'):
+      batch, position = self._next_batch()
+    with ledger.charge('compile'):
+      step_fn = self._compile(batch)
+    with ledger.charge('init'):
+      speed = _Speed(self.spec, self.job.mesh)
+    progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile']))
+    pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
+    window = _Window()
+    for step in range(self.first + 1, self.total + 1):
+      logs, pausing = self._due(train.log_every, step), any(self._due(n, step) for n in pauses)
+      with ledger.charge('step'):
+        self.profiler.before(step)
+        self.state, metrics = step_fn(self.state, batch)
+        self.done, self.position = step, position
+        window.add(step, metrics)
+        if step < self.total:
+          begin = time.perf_counter()
+          batch, position = self._next_batch()  # While the devices work.
+          if metrics['loss'].is_ready():  # Only what outlasts their work is waiting.
+            window.data_wait += time.perf_counter() - begin
+            ledger.seconds['data_wait'] += time.perf_counter() - begin
+        if logs or pausing:
+          window.wait()
+      with window.paused():
+        self.profiler.after(step)
+      if not logs:
+        progress.tick(step)
+      elif bad := self._log(step, window.read(), speed):
+        progress.say(f'stopped: the loss is not finite at step {bad}; the last checkpoint is step '
+                     f'{self.saved}. Lower optimizer.lr, raise optimizer.warmup_steps, or look at '
+                     'the data')
+        return 1
+      with window.paused():
+        if self._due(train.eval_every, step):
+          self._evaluate(step)
+        if self._due(train.sample_every, step):
+          self._sample(step)
+        if self._due(train.checkpoint_every, step):
+          self._save()
+    return 0
+
+  def interrupt(self):
+    """Saves what is done after Ctrl-C; returns the exit status."""
+    self.progress.say(f'interrupted after step {self.done}')
+    if self.done > self.saved:
+      self._save()
+    self.progress.say(f'the same command goes on from step {self.saved}')
+    return 130
+
+  def close(self):
+    """Waits for what is being written and writes the rest."""
+    self.profiler.close()
+    with self.ledger.charge('checkpoint'):
+      self.checkpoints.close()
+    self.job.batches.close()
+    self.writers.close()
+    self.progress.close()
+    if jax.process_index() == 0:
+      self.ledger.write()
+
+  def _due(self, every, step):
+    return step == self.total or (every > 0 and step % every == 0)
+
+  def _log(self, step, values, speed):
+    """Writes the window's metrics; returns the first step whose loss is not finite, or None."""
+    losses = values.pop('losses')
+    values['train/mfu'] = speed.mfu(values['train/tokens_per_second'])
+    self.writers.write(step, values)
+    self.progress.log(step, values)
+    return next((s for s, loss in losses if not math.isfinite(loss)), None)
+
+  def _evaluate(self, step):
+    for name, evaluator in self.job.evaluators.items():
+      begin = time.perf_counter()
+      with self.ledger.charge('eval'):
+        values = evaluator(self.state.params)
+      self.writers.write(step, {f'eval/{name}/{k}': v for k, v in values.items()})
+      self.progress.evaluated(step, name, values, time.perf_counter() - begin)
+
+  def _sample(self, step):
+    if self.job.sample is not None:
+      with self.ledger.charge('sample'):
+        for prompt, text in self.job.sample(self.state.params):
+          self.writers.write_sample(step, prompt, text)
+
+  def _save(self):
+    begin = time.perf_counter()
+    with self.ledger.charge('checkpoint'):
+      self.checkpoints.save(self.done, self.state, self.position, to_dict(self.spec))
+    self.saved = self.done
+    self.progress.saved(self.done, self.checkpoints.folder / str(self.done),
+                        time.perf_counter() - begin)
+
+
+class _Speed:
+  """Turns tokens per second into the part of the devices' peak that the model's own FLOPs use."""
+
+  def __init__(self, spec, mesh):
+    peak = chips.peak_flops(mesh.devices.flat[0])
+    self._flops = counts.train_flops_per_token(spec.model, spec.data.seq_len)
+    self._peak = peak and peak * mesh.devices.size
+
+  def mfu(self, tokens_per_second):
+    """Returns the fraction, or None for a device whose peak is unknown."""
+    return self._peak and tokens_per_second * self._flops / self._peak
 
 
 class _Window:
@@ -285,11 +316,10 @@ def _load_initial(source, params, shardings):
     raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
 
 
-def _headline(spec, devices, mesh, compile_seconds):
+def _headline(spec, mesh, compile_seconds):
   """Returns the line that says what is being trained, on what."""
   total = counts.count_params(spec.model)['total']
   axes = ' x '.join(f'{a} {n}' for a, n in mesh.shape.items() if n > 1) or 'one device'
   rows = spec.train.batch_size * spec.data.seq_len
-  kind = mesh.devices.flat[0].device_kind
-  return (f'{total / 1e6:.2f} M parameters, {rows} tokens a step, {devices} x {kind} ({axes}), '
-          f'compiled in {compile_seconds:.1f}s')
+  return (f'{total / 1e6:.2f} M parameters, {rows} tokens a step, {mesh.devices.size} x '
+          f'{mesh.devices.flat[0].device_kind} ({axes}), compiled in {compile_seconds:.1f}s')

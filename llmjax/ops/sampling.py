@@ -5,7 +5,7 @@ traced scalar or an array [B] with one value for each row, so changing a paramet
 again, and a warper that is off costs nothing at run time.
 
 No sort: the threshold of top-k and top-p is found by bisection over the ordered bits of the floats.
-Its 32 passes are exact, run as plain vector code, and cost a tenth of sorting 32000 logits on a CPU.
+Its 32 passes are exact, run as plain vector code, and cost a tenth of a sort of 32000 on a CPU.
 """
 
 import jax

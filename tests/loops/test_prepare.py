@@ -136,7 +136,7 @@ def test_an_empty_corpus_says_what_was_looked_for(tmp_path, make, message):
     corpus.prepare(spec_for(folder, tmp_path / 'out'))
   (problem,) = error.value.problems
   assert message in problem and str(folder) in problem and '.jsonl' in problem
-  assert not (tmp_path / 'out').exists()
+  assert [p.name for p in tmp_path.iterdir()] == ['texts']
 
 
 def test_too_few_documents_to_hold_out(tmp_path):

@@ -1,0 +1,270 @@
+"""Decoding speed of llmjax on this machine's CPU, beside PyTorch with transformers' `generate`.
+
+  python tools/bench_decode.py --peer-python=PATH/bin/python --output=decode.json
+
+A 58.47 M parameter Llama (8 layers, d_model 512, 8 heads of 64, gated MLP 1408, vocabulary 32000,
+untied) in float32 goes on greedily from a 512-token prompt for 128 tokens, with a KV cache, for 1
+and for 8 rows.  Both contestants have the same weights and prompts.  Each is a process that stays
+alive and answers one request at a time, in turns, so that both meet the same machine and only one
+of them works. The first request, which compiles and warms up, is left out.
+
+Prefill is the time to the first new token; decode is the rest.  Both are taken inside one call.
+CPU seconds are the process's own, over all its threads.  Figures are medians over the rounds, and a
+ratio is the median of the rounds' ratios.  `same tokens` is the part of the new tokens on which
+both agree: float32 sums in another order let near ties fall the other way, and a row then goes its
+own way.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIZES = dict(num_layers=8, d_model=512, num_heads=8, mlp_dim=1408, vocab_size=32000)
+MEASURES = {  # From a request's times to what the table shows.
+    'tokens_per_second': lambda r: r['tokens'] / r['wall'],
+    'tokens_per_cpu_second': lambda r: r['tokens'] / r['cpu'],
+    'prefill_seconds': lambda r: r['prefill_wall'],
+    'prefill_cpu_seconds': lambda r: r['prefill_cpu'],
+    'decode_tokens_per_second': lambda r: r['decoded'] / (r['wall'] - r['prefill_wall']),
+    'decode_tokens_per_cpu_second': lambda r: r['decoded'] / (r['cpu'] - r['prefill_cpu']),
+}
+
+
+def make_prompts(batch, length):
+  import numpy as np
+  return np.random.default_rng(0).integers(0, SIZES['vocab_size'], (batch, length))
+
+
+def times(started, first, ended, tokens):
+  """Returns the record of one request.  started, first, ended: (wall, CPU) seconds; tokens: [B, n]."""
+  return {'wall': ended[0] - started[0], 'cpu': ended[1] - started[1],
+          'prefill_wall': first[0] - started[0], 'prefill_cpu': first[1] - started[1],
+          'tokens': tokens.size, 'decoded': tokens.size - len(tokens), 'made': tokens.tolist()}
+
+
+def clock():
+  return time.perf_counter(), time.process_time()
+
+
+def build_llmjax(args):
+  """Returns (versions, function of the batch size to a record); writes the weights to args.weights."""
+  sys.path.insert(0, str(ROOT))
+  import jax
+  import numpy as np
+
+  from llmjax.generate.decode import CHUNK, Generator
+  from llmjax.model import decoder
+  from llmjax.model.spec import ModelSpec
+
+  spec = ModelSpec(**SIZES)
+  params = jax.jit(decoder.init_params, static_argnums=0)(spec, jax.random.key(0))
+  kernel = params['head']['kernel']  # Zeros at first: every token would be the likeliest.
+  params['head']['kernel'] = 0.05 * jax.random.normal(jax.random.key(1), kernel.shape)
+  flat = jax.tree_util.tree_flatten_with_path(params)[0]
+  np.savez(args.weights, **{'/'.join(str(k.key) for k in path): leaf for path, leaf in flat})
+  generator = Generator(spec, params)
+
+  def request(batch):
+    prompts = list(make_prompts(batch, args.prompt))
+    started, pieces = clock(), []
+    for tokens, _, _ in generator.stream(prompts, args.new, chunk=CHUNK):
+      first = first if pieces else clock()
+      pieces.append(tokens)
+    return times(started, first, clock(), np.concatenate(pieces, axis=1))
+
+  count = sum(leaf.size for _, leaf in flat)
+  return {'jax': jax.__version__, 'parameters': int(count)}, request
+
+
+def build_transformers(args):
+  """Returns (versions, function of the batch size to a record); reads the weights of llmjax."""
+  import numpy as np
+  import torch
+  import transformers
+
+  transformers.logging.set_verbosity_error()
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      vocab_size=SIZES['vocab_size'], hidden_size=SIZES['d_model'],
+      intermediate_size=SIZES['mlp_dim'], num_hidden_layers=SIZES['num_layers'],
+      num_attention_heads=SIZES['num_heads'], num_key_value_heads=SIZES['num_heads'],
+      max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0,
+      tie_word_embeddings=False)).eval()
+  ours, theirs = np.load(args.weights), {}
+  # Their linear layers hold [out, in].
+  flip = lambda w, rows: torch.from_numpy(np.ascontiguousarray(w.reshape(rows, -1).T))
+  for i in range(SIZES['num_layers']):
+    mine = lambda name, i=i: ours[f'blocks/{name}'][i]
+    at, d = f'model.layers.{i}.', SIZES['d_model']
+    for name, part in (('q_proj', 'query'), ('k_proj', 'key'), ('v_proj', 'value')):
+      theirs[f'{at}self_attn.{name}.weight'] = flip(mine(f'attention/{part}'), d)
+    out = mine('attention/out')
+    theirs[f'{at}self_attn.o_proj.weight'] = flip(out, out.shape[0] * out.shape[1])
+    for part in ('gate', 'up', 'down'):
+      w = mine(f'mlp/{part}')
+      theirs[f'{at}mlp.{part}_proj.weight'] = flip(w, w.shape[0])
+    for name, part in (('input_layernorm', 'attention_norm'), ('post_attention_layernorm',
+    'mlp_norm')):
+      theirs[f'{at}{name}.weight'] = torch.from_numpy(mine(f'{part}/scale'))
+  theirs['model.embed_tokens.weight'] = torch.from_numpy(ours['embed/table'])
+  theirs['model.norm.weight'] = torch.from_numpy(ours['final_norm/scale'])
+  theirs['lm_head.weight'] = flip(ours['head/kernel'], SIZES['d_model'])
+  model.load_state_dict(theirs)
+
+  class FirstToken:
+    """A streamer that notes when the first new token is there; the prompt is put before it."""
+
+    def __init__(self):
+      self.puts, self.first = 0, None
+
+    def put(self, _):
+      self.puts += 1
+      if self.puts == 2:
+        self.first = clock()
+
+    def end(self):
+      pass
+
+  def request(batch):
+    prompts, streamer = torch.from_numpy(make_prompts(batch, args.prompt)), FirstToken()
+    started = clock()
+    with torch.inference_mode():
+      made = model.generate(
+          prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=args.new,
+          min_new_tokens=args.new, do_sample=False, use_cache=True, pad_token_id=0,
+          eos_token_id=None, streamer=streamer)
+    return times(started, streamer.first, clock(), made[:, args.prompt:].numpy())
+
+  count = sum(p.numel() for p in model.parameters())
+  return {'torch': torch.__version__, 'transformers': transformers.__version__,
+          'threads': torch.get_num_threads(), 'attention': model.config._attn_implementation,
+          'parameters': count}, request
+
+
+BUILDERS = {'llmjax': build_llmjax, 'transformers': build_transformers}
+
+
+def work(args):
+  """Answers each line of standard input, a batch size, with one line of JSON."""
+  answers = os.fdopen(os.dup(1), 'w')
+  os.dup2(2, 1)  # Whatever a library prints goes elsewhere.
+  versions, request = BUILDERS[args.worker](args)
+  print(json.dumps(versions), file=answers, flush=True)
+  for line in sys.stdin:
+    print(json.dumps(request(int(line))), file=answers, flush=True)
+
+
+class Contestant:
+  """A worker process."""
+
+  def __init__(self, name, python, args, weights):
+    self.name = name
+    self._process = subprocess.Popen(
+        [python, __file__, f'--worker={name}', f'--weights={weights}', f'--prompt={args.prompt}',
+         f'--new={args.new}'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    self.versions = self._read()
+
+  def request(self, batch):
+    print(batch, file=self._process.stdin, flush=True)
+    return self._read()
+
+  def close(self):
+    self._process.stdin.close()
+    self._process.wait()
+
+  def _read(self):
+    line = self._process.stdout.readline()
+    if not line:
+      sys.exit(f'{self.name} ended with status {self._process.wait()}; its messages are above')
+    return json.loads(line)
+
+
+def compare(contestants, batch, rounds):
+  """Returns {'records', 'medians', 'ratios', 'same_tokens'} of one batch size."""
+  records = {c.name: [] for c in contestants}
+  for c in contestants:
+    c.request(batch)
+  for i in range(rounds):
+    # Who goes first changes from round to round.
+    for c in contestants if i % 2 == 0 else contestants[::-1]:
+      records[c.name].append(c.request(batch))
+      print(f'batch {batch}, round {i + 1}, {c.name}: {records[c.name][-1]["wall"]:.2f} s',
+            file=sys.stderr)
+  values = {name: {m: [f(r) for r in rows] for m, f in MEASURES.items()}
+            for name, rows in records.items()}
+  result = {'medians': {name: {m: statistics.median(v) for m, v in measured.items()}
+                        for name, measured in values.items()}, 'rounds': values}
+  if len(contestants) == 2:
+    ours, theirs = (values[c.name] for c in contestants)
+    # Above 1 is in our favour, whether more or less is better.
+    ratio = lambda m, a, b: b / a if m.startswith('prefill') else a / b
+    result['ratios'] = {m: statistics.median(map(lambda a, b, m=m: ratio(m, a, b), ours[m],
+    theirs[m]))
+                        for m in MEASURES}
+    a, b = (sum(records[c.name][0]['made'], []) for c in contestants)
+    result['same_tokens'] = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+  return result
+
+
+def table(results):
+  """Returns the medians as a Markdown table."""
+  lines = ['| batch | | tokens/s | tokens/CPU s | prefill s | prefill CPU s | decode tokens/s '
+           '| decode tokens/CPU s |', '|' + ' --- |' * 8]
+  for batch, result in results.items():
+    rows = [*result['medians'].items(), *([('ratio', result['ratios'])] if 'ratios' in result else
+    [])] for name, row in rows:
+      cells = [f'{v:.2f}' if name == 'ratio' or m.startswith('prefill') else f'{v:.1f}'
+               for m, v in row.items()]
+      lines.append(f'| {batch} | {name} | ' + ' | '.join(cells) + ' |')
+  return '\n'.join(lines)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--peer-python', help='python with torch and transformers; without: no peer')
+  parser.add_argument('--batches', default='1,8', help='numbers of rows')
+  parser.add_argument('--prompt', type=int, default=512, help='tokens of the prompt')
+  parser.add_argument('--new', type=int, default=128, help='new tokens')
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--output', help='file for all figures, JSON')
+  parser.add_argument('--worker', choices=BUILDERS, help=argparse.SUPPRESS)
+  parser.add_argument('--weights', help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.worker:
+    work(args)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    weights = f'{folder}/weights.npz'
+    contestants = [Contestant('llmjax', sys.executable, args, weights)]
+    if args.peer_python:
+      contestants.append(Contestant('transformers', args.peer_python, args, weights))
+    results = {batch: compare(contestants, batch, args.rounds)
+               for batch in map(int, args.batches.split(','))}
+    for c in contestants:
+      c.close()
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  print(f'{args.prompt}-token prompt, {args.new} new tokens, float32, greedy, {cores} cores, '
+        f'{args.rounds} rounds\n')
+  print(table(results))
+  for batch, result in results.items():
+    if 'same_tokens' in result:
+      print(f'\nbatch {batch}: same tokens {100 * result["same_tokens"]:.1f} %', end='')
+  print()
+  if args.output:
+    record = {'prompt': args.prompt, 'new': args.new, 'cores': cores, 'machine':
+    platform.platform(),
+              'load_at_end': os.getloadavg(), 'versions': {c.name: c.versions for c in contestants},
+              'batches': results}
+    pathlib.Path(args.output).write_text(json.dumps(record, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+  main()
