@@ -25,9 +25,11 @@ setuptools.setup(
         'optax>=0.2.8',  # Optimizers and schedules.
         'orbax-checkpoint>=0.12',  # Checkpoints.
         'tensorflow-datasets>=4.9.10',  # Documents, as ArrayRecord; TensorFlow is not needed.
+        'importlib_resources',  # TensorFlow Datasets imports it without asking for it.
         'array-record>=0.8',
         'grain>=0.2.18',  # Order, shuffling, mixing, workers.
         'sentencepiece>=0.2.1',  # Tokenizer.
+        'zstandard',  # Reading .zst text.
         'ml-collections>=1.1',  # Recipes.
         'absl-py>=2.1',  # Flags.
         'tensorboardX>=2.6',  # TensorBoard events without TensorFlow.

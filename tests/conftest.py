@@ -10,7 +10,7 @@ import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0')
+    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1')
 # One folder for all of pytest-xdist's workers; the first process of a test run names it.
 _CACHE = os.environ.setdefault(
     'LLMJAX_TEST_CACHE', tempfile.mkdtemp(prefix='llmjax-tests-'))

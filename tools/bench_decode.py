@@ -44,7 +44,7 @@ def make_prompts(batch, length):
 
 
 def times(started, first, ended, tokens):
-  """Returns the record of one request.  started, first, ended: (wall, CPU) seconds; tokens: [B, n]."""
+  """Returns a request's record.  started, first, ended: (wall, CPU) seconds; tokens: [B, n]."""
   return {'wall': ended[0] - started[0], 'cpu': ended[1] - started[1],
           'prefill_wall': first[0] - started[0], 'prefill_cpu': first[1] - started[1],
           'tokens': tokens.size, 'decoded': tokens.size - len(tokens), 'made': tokens.tolist()}
@@ -55,7 +55,7 @@ def clock():
 
 
 def build_llmjax(args):
-  """Returns (versions, function of the batch size to a record); writes the weights to args.weights."""
+  """Returns (versions, function of the batch size to a record); writes args.weights."""
   sys.path.insert(0, str(ROOT))
   import jax
   import numpy as np
@@ -110,8 +110,8 @@ def build_transformers(args):
     for part in ('gate', 'up', 'down'):
       w = mine(f'mlp/{part}')
       theirs[f'{at}mlp.{part}_proj.weight'] = flip(w, w.shape[0])
-    for name, part in (('input_layernorm', 'attention_norm'), ('post_attention_layernorm',
-    'mlp_norm')):
+    for name, part in (('input_layernorm', 'attention_norm'),
+                       ('post_attention_layernorm', 'mlp_norm')):
       theirs[f'{at}{name}.weight'] = torch.from_numpy(mine(f'{part}/scale'))
   theirs['model.embed_tokens.weight'] = torch.from_numpy(ours['embed/table'])
   theirs['model.norm.weight'] = torch.from_numpy(ours['final_norm/scale'])
@@ -205,9 +205,9 @@ def compare(contestants, batch, rounds):
     ours, theirs = (values[c.name] for c in contestants)
     # Above 1 is in our favour, whether more or less is better.
     ratio = lambda m, a, b: b / a if m.startswith('prefill') else a / b
-    result['ratios'] = {m: statistics.median(map(lambda a, b, m=m: ratio(m, a, b), ours[m],
-    theirs[m]))
-                        for m in MEASURES}
+    result['ratios'] = {
+        m: statistics.median(ratio(m, a, b) for a, b in zip(ours[m], theirs[m], strict=True))
+        for m in MEASURES}
     a, b = (sum(records[c.name][0]['made'], []) for c in contestants)
     result['same_tokens'] = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
   return result
@@ -218,8 +218,10 @@ def table(results):
   lines = ['| batch | | tokens/s | tokens/CPU s | prefill s | prefill CPU s | decode tokens/s '
            '| decode tokens/CPU s |', '|' + ' --- |' * 8]
   for batch, result in results.items():
-    rows = [*result['medians'].items(), *([('ratio', result['ratios'])] if 'ratios' in result else
-    [])] for name, row in rows:
+    rows = dict(result['medians'])
+    if 'ratios' in result:
+      rows['ratio'] = result['ratios']
+    for name, row in rows.items():
       cells = [f'{v:.2f}' if name == 'ratio' or m.startswith('prefill') else f'{v:.1f}'
                for m, v in row.items()]
       lines.append(f'| {batch} | {name} | ' + ' | '.join(cells) + ' |')
@@ -259,8 +261,8 @@ def main():
       print(f'\nbatch {batch}: same tokens {100 * result["same_tokens"]:.1f} %', end='')
   print()
   if args.output:
-    record = {'prompt': args.prompt, 'new': args.new, 'cores': cores, 'machine':
-    platform.platform(),
+    record = {'prompt': args.prompt, 'new': args.new, 'cores': cores,
+              'machine': platform.platform(),
               'load_at_end': os.getloadavg(), 'versions': {c.name: c.versions for c in contestants},
               'batches': results}
     pathlib.Path(args.output).write_text(json.dumps(record, indent=2) + '\n')

@@ -15,6 +15,7 @@ from llmjax.loops import harness
 from llmjax.loops.doctor import require_platform
 from llmjax.loops.environment import describe_data, describe_environment
 from llmjax.loops.ledger import Ledger
+from llmjax.parallel.host import keep_freed_memory
 from llmjax.parallel.mesh import batch_shards, make_mesh, place_batch
 from llmjax.train import objectives
 
@@ -24,7 +25,8 @@ def run(spec, options):
   ledger = Ledger(options.workdir)
   with ledger.charge('init'):
     harness.enable_compilation_cache(spec.train.compilation_cache)
-    require_platform(spec.train.platform)
+    if require_platform(spec.train.platform) == 'cpu':
+      keep_freed_memory()
     spec = resolve(spec)
     workdir = harness.claim_workdir(options.workdir, spec)
     mesh = make_mesh(spec.mesh)

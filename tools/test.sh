@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Runs the tests.  On a fresh machine it first makes an environment in .venv and installs llmjax there;
+# PYTHON names the interpreter to make it with.  Arguments go to pytest: tools/test.sh tests/ops -k rope
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/environment.sh
+install_llmjax '.[test]'
+exec python -m pytest -n "${TEST_WORKERS:-$(nproc)}" "$@"
