@@ -11,14 +11,16 @@ from llmjax.generate import decode
 from llmjax.generate.spec import SamplingSpec
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
+from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.sharding import tree_shardings
+from llmjax.parallel.spec import MeshSpec
 
-VOCAB, BOS = 97, 1
+VOCAB, BOS = 98, 1
 SIZES = dict(num_layers=2, d_model=32, num_heads=4, mlp_dim=48, vocab_size=VOCAB)
 SPECS = {
     'plain': ModelSpec(**SIZES),
-    'grouped': ModelSpec(**SIZES, num_kv_heads=2, qk_norm=True, tie_embeddings=True),
-    'window': ModelSpec(**SIZES, num_kv_heads=1, window=7, attention_soft_cap=20.0,
-                        logits_soft_cap=30.0),
+    'varied': ModelSpec(**SIZES, num_kv_heads=2, qk_norm=True, tie_embeddings=True, window=7,
+                        attention_soft_cap=20.0, logits_soft_cap=30.0),
 }
 LENGTHS = (5, 37, 1, 0, 20)
 
@@ -95,7 +97,7 @@ SAMPLED = SamplingSpec(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, repeti
 
 @pytest.mark.parametrize('sampling', [None, SAMPLED])
 def test_rows_get_what_they_would_get_alone(prompts, sampling):
-  generator = make_generator('grouped')
+  generator = make_generator('varied')
   keys = jax.random.split(jax.random.key(9), len(prompts))
   together = generator.generate(prompts, 20, sampling, keys)
   for i, prompt in enumerate(prompts):
@@ -180,3 +182,14 @@ def test_errors_and_warnings(prompts):
   generator.bos_id = None
   with pytest.raises(ValueError, match='bos_id'):
     generator.generate([np.array([], int)], 1)
+
+
+def test_a_mesh_gives_the_same_tokens(prompts):
+  spec, key = SPECS['plain'], jax.random.key(3)
+  want = make_generator('plain').generate(prompts, 20, SAMPLED, key)
+  mesh = make_mesh(MeshSpec(data=2, fsdp=2, tensor=2))
+  params = jax.device_put(make_params(spec), tree_shardings(mesh, decoder.param_names(spec)))
+  generator = decode.Generator(spec, params, mesh=mesh, bos_id=BOS)
+  made = generator.generate(prompts, 20, SAMPLED, key)  # Five rows on four shards.
+  np.testing.assert_array_equal(made.tokens, want.tokens)
+  np.testing.assert_allclose(made.logprobs, want.logprobs, atol=1e-4)
