@@ -1,0 +1,128 @@
+"""A whole life in small: text, tokens, training, resuming, evaluation, samples, report."""
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = ['--config.model.num_layers=2', '--config.model.d_model=32', '--config.model.num_heads=2',
+        '--config.model.mlp_dim=64', '--config.model.dropout=0.1', '--config.data.seq_len=32',
+        '--config.train.batch_size=8', '--config.train.accumulation=2', '--config.train.log_every=1',
+        '--config.optimizer.warmup_steps=2', '--config.optimizer.lr=0.01',
+        '--config.train.compute_dtype=float32', '--config.sample.prompts=the cat',
+        '--config.sample.max_new_tokens=8', '--config.evaluate.splits=validation']
+
+
+def llmjax(folder, *argv, status=0):
+  """Runs a command in the folder; returns its output."""
+  env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  done = subprocess.run([sys.executable, '-m', 'llmjax', *argv], cwd=folder, env=env, text=True,
+                        capture_output=True, check=False)
+  assert done.returncode == status, done.stdout + done.stderr
+  assert 'Traceback' not in done.stderr
+  return done.stdout + done.stderr
+
+
+def pretrain(folder, workdir, steps, *argv, **options):
+  return llmjax(folder, 'pretrain', '--config=recipe.py', f'--workdir={workdir}', *TINY,
+                f'--config.train.steps={steps}', *argv, **options)
+
+
+def rows(workdir, key):
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return {row['step']: row[key] for row in lines if key in row}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder with a prepared corpus, an empty recipe, and one finished run of 6 steps."""
+  folder = tmp_path_factory.mktemp('life')
+  (folder / 'recipe.py').write_text(
+      'from ml_collections import config_dict\n\n\ndef get_config():\n'
+      "  return config_dict.ConfigDict({'data': {'sources': {'data/text': 1.0}}})\n")
+  rng = random.Random(0)
+  words = 'the a cat dog bird sees hears finds small big old new house tree river'.split()
+  for i in range(60):
+    (folder / 'text').mkdir(exist_ok=True)
+    text = '\n'.join(' '.join(rng.choices(words, k=9)) + '.' for _ in range(20))
+    (folder / 'text' / f'{i}.txt').write_text(text)
+  out = llmjax(folder, 'prepare', '--text-dir=text', '--config.output=data/text',
+               '--config.tokenizer.vocab_size=320')
+  assert 'llmjax pretrain' in out
+  pretrain(folder, 'whole', 6, '--config.train.checkpoint_every=3')
+  return folder
+
+
+def test_the_run_folder(folder):
+  run = folder / 'whole'
+  losses = rows(run, 'train/loss')
+  assert list(losses) == [1, 2, 3, 4, 5, 6]
+  assert losses[6] < losses[1]
+  for key in ('train/grad_norm', 'train/lr', 'train/tokens_per_second', 'train/mfu',
+              'train/step_seconds', 'train/data_wait_seconds'):
+    assert set(rows(run, key)) == set(losses)
+  for key in ('loss', 'perplexity', 'bits_per_byte'):
+    assert set(rows(run, f'eval/validation/{key}')) == {6}
+  assert sorted(p.name for p in (run / 'checkpoints').iterdir()) == ['3', '6']
+  assert json.loads((run / 'samples.jsonl').read_text().splitlines()[0])['prompt'] == 'the cat'
+  assert '<html' in (run / 'report.html').read_text()
+  assert any((run / 'tensorboard').iterdir())
+  assert json.loads((run / 'config.json').read_text())['model']['vocab_size'] % 128 == 0
+  assert 'is done: step 6 of 6' in pretrain(folder, 'whole', 6)
+
+
+def test_a_stopped_run_goes_on_to_the_bit(folder):
+  pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
+  # What is left after a kill between steps 3 and 6: the first checkpoint, and lines that ran ahead.
+  import shutil
+  shutil.rmtree(folder / 'half' / 'checkpoints' / '6')
+  out = pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
+  assert 'going on from step 3' in out
+  for key in ('train/loss', 'train/grad_norm', 'eval/validation/loss'):
+    assert rows(folder / 'half', key) == rows(folder / 'whole', key)
+
+
+def test_another_model_in_the_same_folder_is_refused(folder):
+  out = pretrain(folder, 'whole', 9, '--config.model.d_model=64', '--config.data.seq_len=16', status=2)
+  assert 'model.d_model was 32 in whole and is 64 now' in out
+  assert 'data.seq_len was 32' in out
+
+
+def test_starting_from_another_run(folder):
+  pretrain(folder, 'second', 1, '--config.train.init_from=whole', '--config.model.dropout=0.0',
+           '--config.optimizer.warmup_steps=0')
+  assert rows(folder / 'second', 'train/loss')[1] < rows(folder / 'whole', 'train/loss')[4]
+
+
+def test_evaluate_and_generate(folder):
+  out = llmjax(folder, 'evaluate', '--workdir=whole', '--splits=validation,test')
+  assert 'gzip -9' in out
+  found = json.loads((folder / 'whole' / 'evaluation.json').read_text())
+  assert set(found) == {'validation', 'test'}
+  in_loop = rows(folder / 'whole', 'eval/validation/bits_per_byte')[6]
+  assert found['validation']['bits_per_byte'] == pytest.approx(in_loop, rel=1e-5)
+  manifest = json.loads((folder / 'data/text/manifest.json').read_text())
+  for split in found:
+    assert found[split]['bytes'] == manifest['splits'][split]['bytes']
+  out = llmjax(folder, 'generate', '--workdir=whole', '--prompt=the cat', '--max-new-tokens=12')
+  assert 'the cat' in out
+  assert '12 tokens' in out or 'ended' in out
+
+
+def test_a_lost_loss_stops_the_run(folder):
+  out = pretrain(folder, 'lost', 8, '--config.optimizer.lr=1e30', '--config.optimizer.clip_norm=0',
+                 status=1)
+  assert 'the loss is not finite at step' in out
+  assert not list((folder / 'lost' / 'checkpoints').glob('[0-9]*'))
+
+
+def test_tensorflow_stays_out(folder):
+  code = ('import sys; sys.argv = ["llmjax"]\n'
+          'import llmjax.loops.pretrain, llmjax.loops.evaluate, llmjax.loops.generate\n'
+          'assert "tensorflow" not in sys.modules')
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
