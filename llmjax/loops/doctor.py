@@ -350,6 +350,11 @@ def _hardware():
       'tpu_present': any(map(is_tpu, glob.glob('/sys/bus/pci/devices/*/vendor')))}
 
 
+def accelerator_present():
+  """Returns whether the operating system shows a GPU or a TPU; JAX is not asked."""
+  return any(_hardware().values())
+
+
 def _memory():
   """Returns (free, total) bytes, of the container if it is limited."""
   try:

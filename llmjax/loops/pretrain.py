@@ -11,7 +11,7 @@ from llmjax.data import stream
 from llmjax.evaluate import perplexity
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import SamplingSpec
-from llmjax.loops import harness
+from llmjax.loops import doctor, harness
 from llmjax.loops.doctor import require_platform
 from llmjax.loops.environment import describe_data, describe_environment
 from llmjax.loops.ledger import Ledger
@@ -25,8 +25,9 @@ def run(spec, options):
   ledger = Ledger(options.workdir)
   with ledger.charge('init'):
     harness.enable_compilation_cache(spec.train.compilation_cache)
-    if require_platform(spec.train.platform) == 'cpu':
-      keep_freed_memory()
+    if not doctor.accelerator_present():
+      keep_freed_memory()  # Before JAX makes its threads, whose memory is bound to them.
+    require_platform(spec.train.platform)
     spec = resolve(spec)
     workdir = harness.claim_workdir(options.workdir, spec)
     mesh = make_mesh(spec.mesh)
