@@ -5,12 +5,12 @@ from ml_collections import config_dict
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.model = dict(num_layers=4, d_model=192, num_heads=3, num_kv_heads=1, mlp_dim=512,
+  c.model = dict(num_layers=4, d_model=128, num_heads=2, num_kv_heads=1, mlp_dim=384,
                  tie_embeddings=True)
   c.data = dict(sources={'data/python_docs': 1.0}, seq_len=256)
-  c.train = dict(steps=300, batch_size=8, log_every=10, eval_every=100, checkpoint_every=100,
-                 sample_every=100)
-  c.optimizer = dict(name='adamw', lr=6e-3, warmup_steps=20, schedule='linear',
+  c.train = dict(steps=1400, batch_size=4, log_every=20, eval_every=350, checkpoint_every=350,
+                 sample_every=350)
+  c.optimizer = dict(name='adamw', lr=8e-3, warmup_steps=40, schedule='linear',
                      final_lr_fraction=0.02)
   c.evaluate = dict(limit=64)
   c.sample = dict(prompts=('def read_', 'Return the ', 'class Test'), max_new_tokens=96)
