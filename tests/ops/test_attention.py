@@ -170,7 +170,7 @@ def test_rows_and_heads_may_be_sharded():
   gradient = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.square(call(*x, IDS, IDS))), argnums=(0, 1, 2)))
   placed = jax.device_put((q, k, v), sharding)
   for sharded, whole in zip(gradient(*placed), gradient(q, k, v), strict=True):
-    np.testing.assert_allclose(sharded, whole, atol=2e-5)
+    np.testing.assert_allclose(sharded, whole, rtol=1e-5, atol=2e-5)
   text = gradient.lower(*placed).compile().as_text()
   assert 'all-gather' not in text and 'all-reduce' not in text and 'all-to-all' not in text
 
