@@ -10,7 +10,7 @@ def get_config():
   c.data = dict(sources={'data/python_docs': 1.0}, seq_len=256)
   c.train = dict(steps=1400, batch_size=4, log_every=20, eval_every=350, checkpoint_every=350,
                  sample_every=350)
-  c.optimizer = dict(name='adamw', lr=8e-3, warmup_steps=40, schedule='linear',
+  c.optimizer = dict(name='adamw', lr=3e-3, warmup_steps=60, schedule='linear',
                      final_lr_fraction=0.02)
   c.evaluate = dict(limit=64)
   c.sample = dict(prompts=('def read_', 'Return the ', 'class Test'), max_new_tokens=96)
