@@ -16,7 +16,6 @@ of this (blocks above the diagonal, recomputation) counts as time, not as FLOPs.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -57,7 +56,6 @@ def build_llmjax(args):
   """Returns (step() -> loss, matmul() -> GFLOP/s)."""
   sys.path.insert(0, ROOT)
   import jax
-  import jax.numpy as jnp
   step = build_step(args)
   square = jax.random.normal(jax.random.key(0), (2048, 2048))
   product = jax.jit(lambda a: a @ a)
@@ -74,6 +72,7 @@ def build_llmjax(args):
 def build_step(args):
   """Returns step() -> loss: the project's own train step, as `llmjax pretrain` runs it."""
   import jax
+
   from llmjax.model.spec import ModelSpec
   from llmjax.parallel.host import keep_freed_memory
   from llmjax.parallel.mesh import make_mesh, place_batch

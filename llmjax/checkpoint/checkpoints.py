@@ -9,9 +9,9 @@
 import json
 import pathlib
 
-from etils import epath
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from llmjax import config
 from llmjax.config import ConfigError

@@ -11,13 +11,13 @@ the bucket and not on the length.
 
 import contextlib
 import functools
-from typing import NamedTuple
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llmjax.generate.spec import SamplingSpec
 from llmjax.model import decoder

@@ -7,8 +7,7 @@ import pathlib
 import jax
 
 from llmjax import config
-from llmjax.checkpoint.checkpoints import load_params
-from llmjax.checkpoint.checkpoints import read_config
+from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.data import stream
 from llmjax.evaluate.compressors import compressor_bits_per_byte
 from llmjax.evaluate.report import write_report

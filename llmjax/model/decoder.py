@@ -8,9 +8,9 @@ whole batch never exist.
 """
 
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from llmjax.model.layers import Block, Context, Embed, Head, Norm
 from llmjax.ops.norms import rms_norm

@@ -4,10 +4,10 @@ Letters: B batch, T query length, S key length, N query heads, K key/value heads
 D d_model, F mlp_dim, V vocab_size.
 """
 
-from flax import linen as nn
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
 
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.attention import attention

@@ -1,8 +1,8 @@
 """TrainState, made sharded."""
 
-from flax import struct
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import NamedSharding
 
 from llmjax.model import decoder

@@ -2,11 +2,11 @@
 
 import functools
 
-from hypothesis import given, settings, strategies
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies
 
 from llmjax.ops import attention as module
 from llmjax.ops.attention import attention
