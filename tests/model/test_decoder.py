@@ -1,6 +1,7 @@
 """The decoder against truths that hold for every causal language model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,10 @@ def spec(request):
 
 def random_params(spec, seed=0):
   """Fresh parameters with every leaf moved, so that no zero or one hides a mistake."""
-  params = decoder.init_params(spec, jax.random.key(seed))
+  params = jax.jit(decoder.init_params, static_argnums=0)(spec, jax.random.key(seed))
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+  return tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
 
 
 def rows(seed=0, batch=2, length=T):
@@ -38,10 +39,15 @@ def rows(seed=0, batch=2, length=T):
   return tokens, positions, jnp.ones_like(tokens)
 
 
-def run(spec, params, tokens, positions, segments, **options):
+@functools.partial(jax.jit, static_argnums=0)
+def compiled(spec, params, tokens, positions, segments):
   context = decoder.make_context(spec, positions, segments)
-  x, _, _ = decoder.hidden_states(spec, params, tokens, context, **options)
-  return np.asarray(decoder.unembed(spec, params, x))
+  x, _, _ = decoder.hidden_states(spec, params, tokens, context)
+  return decoder.unembed(spec, params, x)
+
+
+def run(*arguments):
+  return np.asarray(compiled(*arguments))
 
 
 def numpy_forward(spec, params, tokens):
