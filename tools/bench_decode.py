@@ -74,9 +74,9 @@ def build_llmjax(args):
 
   def request(batch):
     prompts = list(make_prompts(batch, args.prompt))
-    started, pieces = clock(), []
+    started, first, pieces = clock(), None, []
     for tokens, _, _ in generator.stream(prompts, args.new, chunk=CHUNK):
-      first = first if pieces else clock()
+      first = first or clock()
       pieces.append(tokens)
     return times(started, first, clock(), np.concatenate(pieces, axis=1))
 

@@ -2,7 +2,7 @@
 
   params     the parameters alone, so that evaluation and generation read no optimizer state
   optimizer  step, optimizer state and PRNG key
-  stream     the data stream's state: one number
+  stream     the data stream's state, one number, and the fingerprint of its data
   spec       the resolved config of the run
 """
 
@@ -35,20 +35,23 @@ class Checkpoints:
     """Returns the newest step that is saved, or None."""
     return self._manager.latest_step()
 
-  def save(self, step, state, stream_state, spec):
-    """Starts to save; the state may be donated to the next step at once.  spec: nested dicts."""
+  def save(self, step, state, stream, spec):
+    """Starts to save; the state may be donated to the next step at once.
+
+    stream: {'batches': drawn so far, 'fingerprint': of the data}.  spec: the config as nested dicts.
+    """
     rest = {'step': state.step, 'opt_state': state.opt_state, 'key': state.key}
     self._manager.save(step, args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(rest),
-        stream=ocp.args.JsonSave({'batches': stream_state}), spec=ocp.args.JsonSave(spec)))
+        stream=ocp.args.JsonSave(stream), spec=ocp.args.JsonSave(spec)))
 
   def restore(self, step, abstract):
-    """Returns (state, stream_state).  abstract: the TrainState of shapes, dtypes and shardings."""
+    """Returns (state, stream) as saved.  abstract: the TrainState of shapes, dtypes and shardings."""
     rest = {'step': abstract.step, 'opt_state': abstract.opt_state, 'key': abstract.key}
     items = self._manager.restore(step, args=ocp.args.Composite(
         params=ocp.args.StandardRestore(abstract.params),
         optimizer=ocp.args.StandardRestore(rest), stream=ocp.args.JsonRestore()))
-    return TrainState(params=items.params, **items.optimizer), items.stream['batches']
+    return TrainState(params=items.params, **items.optimizer), items.stream
 
   def wait(self):
     """Returns when every save has reached the disk."""

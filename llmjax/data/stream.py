@@ -140,6 +140,7 @@ class BatchStream:
     mixture = _Mixture(spec, split)
     self.rows_per_epoch = len(mixture)
     self.workers = spec.workers
+    self.fingerprint = fingerprint(spec, split)
     self._batches = _HostBatches(mixture, _order(mixture, seed), batch_size, host_index, host_count)
     self._drawn, self._iterator = 0, None
 

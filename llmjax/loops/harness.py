@@ -35,7 +35,8 @@ class Job:
   """What a loop supplies.
 
   spec: the command's spec, whose groups `model, train, optimizer, checkpoint, profile, logs` the harness
-  reads.  batches: iterator of host batches with `state` (one int), `restore(state)` and `close()`.
+  reads.  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data),
+  `restore(state)` and `close()`.
   loss_fn: see train/step.py.  evaluators: name -> function of the parameters that returns metrics.
   sample: function of the parameters that returns [(prompt, continuation)], or None.
   """
@@ -108,7 +109,7 @@ class Loop:
   """One sitting of a run, from step `first` to the last."""
 
   def __init__(self, job, workdir, checkpoints, first):
-    self.job, self.spec, self.ledger = job, job.spec, job.ledger
+    self.job, self.spec, self.ledger, self.workdir = job, job.spec, job.ledger, workdir
     self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
     self.done = self.saved = first
     self.tx, self.schedule = make_optimizer(self.spec.optimizer, self.total)
@@ -127,9 +128,13 @@ class Loop:
     """Returns the state of this run's own checkpoint, else of init_from, else fresh."""
     spec, mesh = self.spec, self.job.mesh
     if self.first:
-      state, position = self.checkpoints.restore(
+      state, stream = self.checkpoints.restore(
           self.first, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh))
-      self.job.batches.restore(position)
+      if stream['fingerprint'] != self.job.batches.fingerprint:
+        raise ConfigError([f'the data is not what steps 1 to {self.first} read: a folder of data.sources was '
+                           'prepared again, with other text or another tokenizer. Put it back, or start a new '
+                           f'run from these weights: --workdir=NEW --config.train.init_from={self.workdir}'])
+      self.job.batches.restore(stream['batches'])
       return state
     state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh)
     if spec.train.init_from:
@@ -240,7 +245,8 @@ class Loop:
   def _save(self):
     begin = time.perf_counter()
     with self.ledger.charge('checkpoint'):
-      self.checkpoints.save(self.done, self.state, self.position, to_dict(self.spec))
+      stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
+      self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec))
     self.saved = self.done
     self.progress.saved(self.done, self.checkpoints.folder / str(self.done),
                         time.perf_counter() - begin)

@@ -71,7 +71,7 @@ def unstack(params):
   out of it, which doubles the memory traffic of a decoding step.
   """
   count = jax.tree.leaves(params['blocks'])[0].shape[0]
-  layers = [jax.tree.map(lambda leaf: leaf[i], params['blocks']) for i in range(count)]
+  layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params['blocks']) for i in range(count)]
   return {**params, 'blocks': layers}
 
 

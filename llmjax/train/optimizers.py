@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from llmjax.config import ConfigError
 
@@ -12,6 +13,14 @@ from llmjax.config import ConfigError
 DECAY = (
     (r'(^|/)scale$', False),
     (r'(^|/)(table|kernel|query|key|value|out|gate|up|down)$', True),
+)
+
+# The axes of a matrix inside a block that its input runs over, and its output's: what Muon makes
+# orthogonal.  Axes before them (layers, experts) are a batch of matrices.  All else is AdamW's.
+MATRICES = (
+    (r'(^|/)(query|key|value)$', ((-3,), (-2, -1))),
+    (r'(^|/)out$', ((-3, -2), (-1,))),
+    (r'(^|/)(gate|up|down)$', ((-2,), (-1,))),
 )
 
 
@@ -46,17 +55,32 @@ def make_schedule(spec, steps):
   return optax.join_schedules([rise, body], [spec.warmup_steps])
 
 
+def _by_name(rows, params, missing):
+  """Returns what the first row (pattern, value) that matches says of every parameter, else missing(name)."""
+
+  def find(path, _):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for pattern, value in rows:
+      if re.search(pattern, name):
+        return value
+    return missing(name)
+
+  return jax.tree_util.tree_map_with_path(find, params)
+
+
 def decay_mask(params):
   """Returns True for every parameter that decays; raises ValueError for one that no pattern names."""
 
-  def decide(path, _):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    for pattern, decays in DECAY:
-      if re.search(pattern, name):
-        return decays
+  def missing(name):
     raise ValueError(f'no weight-decay pattern matches the parameter {name}; add one to DECAY')
 
-  return jax.tree_util.tree_map_with_path(decide, params)
+  return _by_name(DECAY, params, missing)
+
+
+def matrix_axes(params):
+  """Returns which axes of every parameter make its matrix, None for those that Muon leaves to AdamW."""
+  rows = [(pattern, MuonDimensionNumbers(*axes)) for pattern, axes in MATRICES]
+  return _by_name(rows, params, lambda name: None)
 
 
 OPTIMIZERS = {
@@ -69,6 +93,11 @@ OPTIMIZERS = {
     'adafactor': lambda s, lr: optax.adafactor(
         lr, weight_decay_rate=s.weight_decay or None, weight_decay_mask=decay_mask,
         multiply_by_parameter_scale=False),
+    # arXiv:2502.16982, eq. 4: updates as large as AdamW's, so that lr and decay serve both.
+    'muon': lambda s, lr: muon(
+        lr, beta=s.momentum, weight_decay=s.weight_decay, weight_decay_mask=decay_mask,
+        adam_b1=s.b1, adam_b2=s.b2, eps=s.epsilon, adam_weight_decay=s.weight_decay,
+        muon_weight_dimension_numbers=matrix_axes, consistent_rms=0.2),
     'sgd': lambda s, lr: optax.chain(optax.add_decayed_weights(s.weight_decay, decay_mask),
                                      optax.sgd(lr, momentum=s.b1 or None)),
 }

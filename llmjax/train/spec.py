@@ -49,7 +49,7 @@ class TrainSpec:
 class OptimizerSpec:
   """The optimizer and its schedule."""
 
-  name: str = setting('adamw', 'the update rule', choices=('adamw', 'lion', 'adafactor', 'sgd'))
+  name: str = setting('adamw', 'the update rule', choices=('adamw', 'muon', 'lion', 'adafactor', 'sgd'))
   lr: float = setting(3e-4, 'peak learning rate', minimum=0.0)
   warmup_steps: int = setting(0, 'steps of linear rise from 0 to lr', minimum=0)
   schedule: str = setting('cosine', 'shape after the warm-up', choices=SCHEDULES)
@@ -60,5 +60,6 @@ class OptimizerSpec:
   weight_decay: float = setting(0.1, 'decoupled; matrices only, not norms', minimum=0.0)
   b1: float = setting(0.9, 'decay of the first moment', minimum=0.0, maximum=1.0)
   b2: float = setting(0.95, 'decay of the second moment', minimum=0.0, maximum=1.0)
+  momentum: float = setting(0.95, "Muon's decay of the gradient", minimum=0.0, maximum=1.0)
   epsilon: float = setting(1e-8, 'added to the root of the second moment', minimum=0.0)
   clip_norm: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', minimum=0.0)

@@ -43,7 +43,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1):
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {'loss': loss / weight, 'grad_norm': optax.global_norm(grads),
+    metrics = {'loss': loss / weight, 'grad_norm': optax.tree.norm(grads),
                'lr': jnp.asarray(schedule(state.step), jnp.float32), 'target_tokens': weight,
                **{name: total / weight for name, total in aux.items()}}
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics

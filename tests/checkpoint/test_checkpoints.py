@@ -29,7 +29,7 @@ def test_save_and_restore_on_another_mesh(tmp_path):
     state = state.replace(step=state.step + 7, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (5, 6, 7):
-      checkpoints.save(step, state, 123, SETTINGS)
+      checkpoints.save(step, state, {'batches': 123, 'fingerprint': 'abc'}, SETTINGS)
     checkpoints.close()
   (tmp_path / 'config.json').write_text(json.dumps(SETTINGS))
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['6', '7']
@@ -37,10 +37,10 @@ def test_save_and_restore_on_another_mesh(tmp_path):
 
   other = make_mesh(MeshSpec(fsdp=2, tensor=2))
   checkpoints = Checkpoints(tmp_path)
-  found, stream_state = checkpoints.restore(
+  found, stream = checkpoints.restore(
       checkpoints.latest(), abstract_state(MODEL, tx, 'float32', other))
   checkpoints.close()
-  assert stream_state == 123
+  assert stream == {'batches': 123, 'fingerprint': 'abc'}
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
     np.testing.assert_array_equal(a, b)
     assert a.dtype == b.dtype

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
@@ -79,7 +80,6 @@ def test_the_run_folder(folder):
 def test_a_stopped_run_goes_on_to_the_bit(folder):
   pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
   # What is left after a kill between steps 3 and 6: the first checkpoint, and lines that ran ahead.
-  import shutil
   shutil.rmtree(folder / 'half' / 'checkpoints' / '6')
   out = pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
   assert 'going on from step 3' in out
@@ -91,6 +91,21 @@ def test_another_model_in_the_same_folder_is_refused(folder):
   out = pretrain(folder, 'whole', 9, '--config.model.d_model=64', '--config.data.seq_len=16', status=2)
   assert 'model.d_model was 32 in whole and is 64 now' in out
   assert 'data.seq_len was 32' in out
+
+
+def test_other_data_in_the_same_folder_is_refused(folder):
+  file = folder / 'data/text/manifest.json'
+  before = file.read_text()
+  shutil.copytree(folder / 'whole', folder / 'changed')
+  manifest = json.loads(before)
+  manifest['splits']['train']['tokens_sha256'] = 'of other text'
+  try:
+    file.write_text(json.dumps(manifest))
+    out = pretrain(folder, 'changed', 9, status=2)
+  finally:
+    file.write_text(before)
+  assert 'the data is not what steps 1 to 6 read' in out
+  assert '--config.train.init_from=changed' in out
 
 
 def test_starting_from_another_run(folder):

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.train.optimizers import OPTIMIZERS, decay_mask, make_optimizer, make_schedule
+from llmjax.model import decoder
+from llmjax.model.spec import ModelSpec
+from llmjax.train.optimizers import OPTIMIZERS, decay_mask, make_optimizer, make_schedule, matrix_axes
 from llmjax.train.spec import SCHEDULES, OptimizerSpec
 
 SPEC = OptimizerSpec(lr=0.1, warmup_steps=10, final_lr_fraction=0.2, decay_fraction=0.5)
@@ -66,8 +68,8 @@ def test_every_optimizer_goes_downhill(name):
   spec = dataclasses.replace(SPEC, name=name, lr=0.02, weight_decay=0.0)
   tx, _ = make_optimizer(spec, 100)
   target = jax.random.normal(jax.random.key(0), (8, 8))
-  loss = lambda p: jnp.mean((p['kernel'] - target)**2)
-  params = {'kernel': jnp.zeros((8, 8))}
+  loss = lambda p: sum(jnp.mean((x - target)**2) for x in p.values())
+  params = {name: jnp.zeros((8, 8)) for name in ('kernel', 'gate')}  # A head's, and one in a block.
 
   @jax.jit
   def step(params, state):
@@ -83,3 +85,49 @@ def test_every_optimizer_goes_downhill(name):
 def test_a_parameter_that_no_pattern_names_is_an_error():
   with pytest.raises(ValueError, match='blocks/mystery'):
     decay_mask({'blocks': {'mystery': jnp.zeros(3)}})
+
+
+def newton_schulz(m):
+  """The quintic iteration of Muon on one matrix."""
+  x = m / np.linalg.norm(m)
+  x = x.T if m.shape[0] > m.shape[1] else x
+  for _ in range(5):
+    a = x @ x.T
+    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+  return x.T if m.shape[0] > m.shape[1] else x
+
+
+def test_muon_equals_numpy():
+  spec = dataclasses.replace(SPEC, name='muon', warmup_steps=0, schedule='constant', weight_decay=0.3,
+                             clip_norm=0.0)
+  tx, _ = make_optimizer(spec, 10)
+  rng = np.random.default_rng(0)
+  shapes = {'query': (2, 6, 2, 4), 'out': (2, 2, 4, 6), 'down': (2, 10, 6)}  # [layers, ...]
+  matrix = {'query': (6, 8), 'out': (8, 6), 'down': (10, 6)}
+  params = {k: rng.normal(size=s) for k, s in shapes.items()}
+  mine = jax.tree.map(jnp.asarray, params)
+  state, m = tx.init(mine), dict.fromkeys(params, 0.0)
+  for step in range(1, 4):
+    grads = {k: rng.normal(size=x.shape) for k, x in params.items()}
+    updates, state = tx.update(jax.tree.map(jnp.asarray, grads), state, mine)
+    mine = jax.tree.map(jnp.add, mine, updates)
+    for k, g in grads.items():
+      b = spec.momentum
+      m[k] = b * m[k] + (1 - b) * g
+      nesterov = b * m[k] / (1 - b**(step + 1)) + (1 - b) * g / (1 - b**step)
+      update = np.stack([newton_schulz(x.reshape(matrix[k])) for x in nesterov])
+      # arXiv:2502.16982, eq. 4.
+      update = 0.2 * np.sqrt(max(matrix[k])) * update.reshape(shapes[k])
+      params[k] = params[k] - 0.1 * (update + 0.3 * params[k])
+  for k in params:
+    np.testing.assert_allclose(mine[k], params[k], rtol=2e-4, atol=2e-5)
+
+
+def test_muon_takes_every_matrix_of_the_blocks_and_nothing_else():
+  model = ModelSpec(num_layers=2, d_model=8, num_heads=2, mlp_dim=16, vocab_size=32)
+  params = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
+  is_axes = lambda x: x is None or hasattr(x, 'output_axis')
+  flat = jax.tree_util.tree_flatten_with_path(matrix_axes(params), is_leaf=is_axes)[0]
+  for path, axes in flat:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    assert (axes is not None) == ('blocks' in name and 'norm' not in name), name
