@@ -91,7 +91,10 @@ def apply_stack(block, params, x, kv_cache, context, remat='none', unroll=1):
     return x, (layer_cache, aux)
 
   if remat != 'none':
-    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    # Inside a loop nothing can be shared between the passes; unrolled, XLA would merge what is computed
+    # again with what was computed before, and keep it.
+    in_loop = unroll == 1 and not isinstance(params, list)
+    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not in_loop)
   if isinstance(params, list):
     outputs = []
     for i, layer_params in enumerate(params):

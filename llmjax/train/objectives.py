@@ -11,19 +11,20 @@ def resolve_attention(name, platform):
   return 'blockwise' if name == 'auto' else name
 
 
-def resolve_unroll(unroll, num_layers, platform):
+def resolve_unroll(train, num_layers, platform):
   """Returns how many layers each turn of the scan holds.
 
   XLA's CPU backend runs the body of a loop with less parallelism than straight-line code, and compile
-  time is no concern at the sizes a CPU trains; elsewhere one layer compiles fastest.
+  time is no concern at the sizes a CPU trains.  With remat only a loop saves memory: unrolled, XLA is
+  free to compute again long before it must.  Elsewhere one layer compiles fastest.
   """
-  return unroll or (num_layers if platform == 'cpu' else 1)
+  return train.scan_unroll or (num_layers if platform == 'cpu' and train.remat == 'none' else 1)
 
 
 def next_token(model, train, platform):
   """Returns the loss_fn of language modelling; its sum is in nats."""
   implementation = resolve_attention(train.attention, platform)
-  unroll = resolve_unroll(train.scan_unroll, model.num_layers, platform)
+  unroll = resolve_unroll(train, model.num_layers, platform)
 
   def loss_fn(params, batch, key):
     context = decoder.make_context(

@@ -24,7 +24,7 @@ class TrainSpec:
                        'matrix products, or everything', choices=REMATS)
   attention: str = setting('auto', 'attention kernel; auto follows the platform',
                            choices=('auto', 'reference', 'blockwise'))
-  scan_unroll: int = setting(0, 'layers unrolled in each turn of the scan; 0: all on CPU, 1 elsewhere',
+  scan_unroll: int = setting(0, 'layers in each turn of the scan; 0: all on CPU without remat, else 1',
                              minimum=0)
   z_loss: float = setting(0.0, 'weight of log(Z)^2 in the loss', minimum=0.0)
   log_every: int = setting(10, 'steps between lines in metrics.jsonl', minimum=1)
