@@ -1,37 +1,73 @@
 """The device mesh, and placing host batches on it."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from llmjax.config import ConfigError
-from llmjax.parallel.sharding import mesh_spec
-from llmjax.parallel.spec import AXES
+from llmjax.parallel.sharding import axes_of, mesh_spec
+from llmjax.parallel.spec import AXES, MeshSpec
 
 
 def make_mesh(spec, devices=None):
   """Returns a Mesh over the devices with the axes of AXES, in that order.
 
-  Auto axes: under Explicit ones a gather from a sharded embedding raises.  Raises ConfigError when
-  the sizes do not multiply to the number of devices.
+  Neighbours along the last axes (tensor, context) are neighbouring chips.  With several slices the
+  slower network between them is crossed along data, fsdp and stage alone.  Auto axes: under Explicit
+  ones a gather from a sharded embedding raises.  Raises ConfigError when the sizes do not multiply to
+  the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = list(jax.devices() if devices is None else devices)
   sizes = [getattr(spec, axis) for axis in AXES]
+  outer = [getattr(spec, f'dcn_{axis}', 1) for axis in AXES]
+  inside = len(devices) // spec.slices
   fixed = math.prod(s for s in sizes if s != -1)
-  if -1 in sizes and len(devices) % fixed == 0:
-    sizes[sizes.index(-1)] = len(devices) // fixed
-  if math.prod(sizes) != len(devices):
-    asked = ' x '.join(f'{a} {s}' for a, s in zip(AXES, sizes, strict=True) if s != 1)
-    raise ConfigError([f'mesh: {asked} does not fill {len(devices)} devices; the product must be '
+  if -1 in sizes and inside % fixed == 0:
+    sizes[sizes.index(-1)] = inside // fixed
+  if math.prod(sizes) * spec.slices != len(devices):
+    asked = ' x '.join(f'{a} {s}' for a, s in zip(AXES, sizes, strict=True) if s != 1) or 'all axes 1'
+    slices = f' in each of {spec.slices} slices' if spec.slices > 1 else ''
+    raise ConfigError([f'mesh: {asked}{slices} does not fill {len(devices)} devices; the product must be '
                        f'{len(devices)}, and -1 lets one axis fill'])
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  parts = [mesh_utils.create_device_mesh(sizes, part) for part in _slices(devices, spec.slices)]
+  # [outer..., sizes...] to [outer and size of each axis, side by side].
+  grid = np.array(parts).reshape(*outer, *sizes)
+  order = [i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))]
+  grid = grid.transpose(order).reshape([o * s for o, s in zip(outer, sizes, strict=True)])
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fitting_mesh(spec, devices=None):
+  """Returns the mesh of a training run where it fits the devices at hand, else plain data parallelism."""
+  try:
+    return make_mesh(dataclasses.replace(spec, data=-1), devices)
+  except ConfigError:
+    return make_mesh(MeshSpec(), devices)
+
+
+def _slices(devices, count):
+  """Returns the devices of each slice: as the platform says, else equal parts in order."""
+  if count == 1:
+    return [devices]
+  found = {}
+  for device in devices:
+    found.setdefault(getattr(device, 'slice_index', 0), []).append(device)
+  if len(found) == 1:  # Emulated devices, or GPU nodes, whose order goes node by node.
+    size = len(devices) // count
+    return [devices[i * size:(i + 1) * size] for i in range(count)]
+  if len(found) != count:
+    raise ConfigError([f'mesh: the dcn sizes multiply to {count}, but there are {len(found)} slices; '
+                       f'make dcn_data x dcn_fsdp x dcn_stage {len(found)}'])
+  return [found[i] for i in sorted(found)]
 
 
 def batch_shards(mesh):
   """Returns into how many parts the rows of a batch are divided."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
+  return math.prod(mesh.shape[axis] for axis in axes_of('batch'))
 
 
 def place_batch(mesh, batch):
