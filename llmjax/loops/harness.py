@@ -112,7 +112,8 @@ class Loop:
     self.job, self.spec, self.ledger, self.workdir = job, job.spec, job.ledger, workdir
     self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
     self.done = self.saved = first
-    self.tx, self.schedule = make_optimizer(self.spec.optimizer, self.total)
+    self.tx, self.schedule = make_optimizer(self.spec.optimizer, self.total,
+                                                 self.spec.train.seed)
     with self.ledger.charge('init'):
       self.state = self._initial_state()
       self.writers = open_writers(workdir, to_dict(self.spec), self.spec.logs.writers,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.attention import attention
@@ -147,7 +148,8 @@ class GatedMlp(nn.Module):
     gate = weight('gate', (d, f), ('embed', 'mlp'))
     up = weight('up', (d, f), ('embed', 'mlp'))
     down = weight('down', (f, d), ('mlp', 'embed'), (2 * spec.num_layers)**-0.5)
-    hidden = getattr(nn, spec.activation)(project(x, gate)) * project(x, up)
+    gated, raised = checkpoint_name(project(x, gate), 'gate'), checkpoint_name(project(x, up), 'up')
+    hidden = getattr(nn, spec.activation)(gated) * raised
     return project(constrain(hidden, 'batch', 'length', 'act_mlp'), down)
 
 
@@ -162,9 +164,10 @@ class Block(nn.Module):
     spec = self.spec
     norm = lambda name: Norm(spec.norm_epsilon, self.param_dtype, name=name)
     keys = (None, None) if context.key is None else jax.random.split(context.key)
+    x = checkpoint_name(x, 'block_input')
     y, kv_cache = Attention(spec, self.param_dtype, name='attention')(
         norm('attention_norm')(x), kv_cache, context)
-    x = x + dropout(y, spec.dropout, keys[0])
+    x = checkpoint_name(x + dropout(y, spec.dropout, keys[0]), 'attended')
     y = GatedMlp(spec, self.param_dtype, name='mlp')(norm('mlp_norm')(x))
     x = x + dropout(y, spec.dropout, keys[1])
     return constrain(x, 'batch', 'length', 'act_embed'), kv_cache, {}
