@@ -27,7 +27,7 @@ from llmjax.parallel import chips
 from llmjax.parallel.mesh import place_batch
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.state import abstract_state, init_state
-from llmjax.train.step import make_train_step
+from llmjax.train.step import lower_step, make_train_step
 
 
 @dataclasses.dataclass
@@ -150,9 +150,7 @@ class Loop:
   def _compile(self, batch):
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
     step = make_train_step(self.job.loss_fn, self.tx, self.schedule, self.spec.train.accumulation)
-    layout = jax.tree.map(lambda x: x.sharding, self.state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
-    return jitted.lower(self.state, batch).compile()
+    return lower_step(step, self.state, batch).compile()
 
   def run(self):
     """Trains to the last step, or until the loss is lost."""

@@ -12,8 +12,8 @@ from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import MeshSpec
 from llmjax.train.spec import OptimizerSpec, TrainSpec
 
-__all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'PrepareOptions', 'PrepareSpec',
-           'PretrainOptions', 'PretrainSpec', 'ReportOptions']
+__all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions',
+           'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,15 @@ class PretrainOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshOptions:
+  """Flags of `llmjax mesh`."""
+
+  devices: int = setting(0, 'how many to emulate; 0: the product of the mesh sizes, with 1 for a -1',
+                         minimum=0)
+  no_compile: bool = setting(False, "leave out the step's collectives, which take a compilation to find")
+
+
+@dataclasses.dataclass(frozen=True)
 class PretrainSpec:
   """The config of `llmjax pretrain`."""
 
@@ -85,3 +94,24 @@ class PretrainSpec:
       yield (f'train.batch_size={self.train.batch_size} gives {rows} rows a microbatch, which '
              f'mesh.data x mesh.fsdp = {shards} devices cannot share; write a multiple of '
              f'{shards * self.train.accumulation}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesOnlyData(DataSpec):
+  """The data group where only shapes matter: its folders need not be there."""
+
+  def problems(self):
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutSpec(PretrainSpec):
+  """The config of `llmjax mesh`: pretraining's, which may be looked at before there is any data."""
+
+  data: ShapesOnlyData = group(ShapesOnlyData)
+
+  def problems(self):
+    yield from super().problems()
+    if not self.model.vocab_size:
+      yield from (f'data.{p}; or set model.vocab_size, and no data is needed'
+                  for p in DataSpec.problems(self.data))

@@ -26,8 +26,8 @@ from llmjax.parallel.sharding import constrain
 #
 # Every product costs as much a value as any other, so what is left out is what costs no product: norms, the
 # activation and its product with `up`, and the `down` projection, whose result the backward pass does not
-# need.  Without any remat a block keeps those too, 8 D + 5 F values and more.  8 layers, D 512, F 1408, T 512,
-# B 8, float32, XLA's CPU backend (temporary memory of the gradient, scanned; FLOPs of it, unrolled):
+# need.  Without any remat a block keeps those too, 8 D + 5 F values and more.  8 layers, D 512, F 1408, T
+# 512, B 8, float32, XLA's CPU backend (temporary memory of the gradient, scanned; FLOPs of it, unrolled):
 #
 #   none 2198 MiB, 802.0 GFLOP     minimal 1045 MiB, +0.7%     ... without attended         981 MiB, +2.8%
 #   dots  980 MiB, +1.5%           full     404 MiB, +23%      ... without gate             875 MiB, +6.5%

@@ -1,5 +1,6 @@
 """The device mesh, and placing host batches on it."""
 
+import dataclasses
 import math
 
 import jax
@@ -18,15 +19,21 @@ def make_mesh(spec, devices=None):
   the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [getattr(spec, axis) for axis in AXES]
-  fixed = math.prod(s for s in sizes if s != -1)
-  if -1 in sizes and len(devices) % fixed == 0:
-    sizes[sizes.index(-1)] = len(devices) // fixed
-  if math.prod(sizes) != len(devices):
-    asked = ' x '.join(f'{a} {s}' for a, s in zip(AXES, sizes, strict=True) if s != 1)
-    raise ConfigError([f'mesh: {asked} does not fill {len(devices)} devices; the product must be '
-                       f'{len(devices)}, and -1 lets one axis fill'])
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  sizes = tuple(getattr(fill(spec, len(devices)), axis) for axis in AXES)
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def fill(spec, devices):
+  """Returns the MeshSpec with its -1 replaced by what fills a number of devices; errors as `make_mesh`."""
+  sizes = {axis: getattr(spec, axis) for axis in AXES}
+  fixed = math.prod(s for s in sizes.values() if s != -1)
+  if devices % fixed == 0:
+    sizes = {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
+  if math.prod(sizes.values()) != devices:
+    asked = ' x '.join(f'{axis} {s}' for axis, s in sizes.items() if s != 1)
+    raise ConfigError([f'mesh: {asked} does not fill {devices} devices; the product must be {devices}, '
+                       'and -1 lets one axis fill'])
+  return dataclasses.replace(spec, **sizes)
 
 
 def batch_shards(mesh):

@@ -168,7 +168,7 @@ def _read(module, mesh, frame, instruction, kind, loops, conditional):
 def _device_groups(module, instruction, kind):
   """Returns the groups of device numbers (replica x partitions + partition) that an instruction joins."""
   partitions, replicas = module.num_partitions, module.num_replicas
-  groups = parse_groups(instruction.attribute('replica_groups') or '{}')
+  groups = parse_groups(_groups_text(instruction))
   if instruction.attribute('use_global_device_ids') == 'true':
     return groups or [list(range(partitions * replicas))]
   if instruction.attribute('channel_id') is None:  # Between replicas, for each partition.
@@ -181,18 +181,27 @@ def _device_groups(module, instruction, kind):
   return [[r * partitions + p for r in group for p in range(partitions)] for group in groups]
 
 
+def _groups_text(instruction):
+  text = instruction.attribute('replica_groups') or '{}'
+  if text.startswith('mesh[') and not text.endswith('}'):  # Its second part follows a comma.
+    rest = instruction.attributes.split(text, 1)[1]
+    text = f'{text}, {split_top(rest.lstrip(" ,"))[0]}'
+  return text
+
+
 def parse_groups(text):
   """Returns the groups that a `replica_groups` text spells, as lists of ids; [] for `{}`, which means all.
 
   Forms: `{{0,1},{2,3}}`; `[2,2]<=[4]` and `[2,2]<=[2,2]T(1,0)`, which are numbers counted in the order of
   the dimensions on the right, transposed, and cut into the rows on the left; `mesh['a'=2,'b'=4] {'a'}` and
-  `mesh['a'=2,'b'=4], device_ids=(...) {'b':(2)2}`, where an axis `b` split as (before, size, after) is
-  grouped over its middle part.  Raises ValueError on any other.
+  `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(2)2}`, whose devices are listed or counted in that
+  way, and where `b`, cut into parts of 2, 2 and the rest, is grouped over the second part.  Raises
+  ValueError on any other.
   """
   text = text.strip()
   if text.startswith('mesh['):
     return _mesh_groups(text)
-  if text.startswith('['):
+  if text.startswith('[') and '<=' in text:
     return _tiles(text).tolist()
   if text.startswith('{'):
     return _numbers(text)
@@ -205,13 +214,13 @@ def _numbers(text):
 
 
 def _tiles(text):
-  """'[2,4]<=[4,2]T(1,0)' -> the array of that shape."""
-  match = re.fullmatch(r'\[([\d,]+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?', text.strip())
-  if match is None or match[2] is None:
+  """'[2,4]<=[4,2]T(1,0)' -> the array of that shape; '[4,2]T(1,0)' -> it before it is cut into rows."""
+  match = re.fullmatch(r'(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?', text.strip())
+  if match is None:
     raise ValueError(f'replica groups of an unknown form: {text!r}')
   shape, counted, order = ([int(n) for n in part.split(',')] if part else None for part in match.groups())
-  ids = np.arange(math.prod(counted)).reshape(counted)
-  return (ids if order is None else ids.transpose(order)).reshape(shape)
+  ids = np.arange(math.prod(counted)).reshape(counted).transpose(order)
+  return ids if shape is None else ids.reshape(shape)
 
 
 def _mesh_groups(text):
@@ -222,10 +231,10 @@ def _mesh_groups(text):
   sizes = {unquote(n): int(size) for n, size in (axis.rsplit('=', 1) for axis in split_top(match[1]))}
   if match[2] is None:
     ids = np.arange(math.prod(sizes.values()))
-  elif '<=' in match[2]:
-    ids = _tiles(match[2]).reshape(-1)
+  elif '[' in match[2]:
+    ids = _tiles(match[2])
   else:
-    ids = np.array([int(n) for n in re.findall(r'\d+', match[2])])
+    ids = np.array([int(n) for n in match[2].split(',')])
   # Each axis is cut wherever a part of it begins or ends; grouped parts go last.
   cuts, grouped = {name: {1, size} for name, size in sizes.items()}, []
   for part in split_top(match[3]):

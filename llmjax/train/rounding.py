@@ -10,7 +10,7 @@ from llmjax.parallel.sharding import mirrored
 
 
 class MomentsState(NamedTuple):
-  """count: int32, updates done: what the next rounding's randomness is folded from.  inner: tx's own state."""
+  """count: int32, updates done, which the next rounding's randomness is folded from.  inner: tx's state."""
 
   count: jax.Array
   inner: Any
@@ -70,7 +70,7 @@ def _widen(tree):
 
 
 def _map_moments(function, state, params):
-  """Returns the state with the function applied to each of its moments; params: any tree like the parameters."""
+  """Returns the state with the function applied to its moments.  params: a tree like the parameters."""
   return jax.tree.map(
       lambda leaf, name: function(leaf) if name and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
       state, mirrored(state, params))

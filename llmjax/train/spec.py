@@ -25,8 +25,8 @@ class TrainSpec:
                        'as minimal, kept in host memory', choices=REMATS)
   attention: str = setting('auto', 'attention kernel; auto follows the platform',
                            choices=('auto', 'reference', 'blockwise'))
-  scan_unroll: int = setting(0, 'layers unrolled in each turn of the scan; 0: all on CPU without remat, else 1',
-                             minimum=0)
+  scan_unroll: int = setting(0, 'layers unrolled in each turn of the scan; 0: on CPU without remat all, '
+                             'else 1', minimum=0)
   z_loss: float = setting(0.0, 'weight of log(Z)^2 in the loss', minimum=0.0)
   log_every: int = setting(10, 'steps between lines in metrics.jsonl', minimum=1)
   eval_every: int = setting(0, 'steps between evaluations; 0: only at the end', minimum=0)
