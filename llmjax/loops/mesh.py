@@ -61,8 +61,7 @@ def run(spec, options):
     for r in largest_replicated(compiled, LARGE):
       print(f'whole on every device: {r.where} {r.name} {r.dtype}{list(r.shape)}, {mebibytes(r.bytes)} MiB')
   for array in warned:
-    print(f'XLA gathers {array} whole on every device to lay it out anew (its "involuntary full '
-          'rematerialization")')
+    print(f'XLA copies {array} whole to every device to lay it out anew: involuntary rematerialization')
   return 0
 
 
@@ -244,8 +243,7 @@ def describe_collectives(collectives):
            table(rows, right=(2, 3, 4, 5))]
   if unknown := total('unknown'):
     lines.append(f'{unknown} of them are in loops of unknown length and are counted once')
-  lines.append('CPUs reduce bfloat16 as float32, twice the bytes, and all-reduce where accelerators may '
-               'reduce-scatter')
+  lines.append('CPUs reduce bfloat16 as float32 (twice the bytes), and all where others may reduce-scatter')
   return '\n'.join(lines)
 
 
