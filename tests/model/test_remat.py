@@ -14,7 +14,7 @@ from llmjax.model.spec import ModelSpec
 from llmjax.train import objectives
 from llmjax.train.spec import REMATS
 
-SPEC = ModelSpec(num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=88, vocab_size=67,
+SPEC = ModelSpec(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=88, vocab_size=67,
                  tie_embeddings=True)
 B, T = 2, 48
 
@@ -34,7 +34,10 @@ def compiled(remat, unroll=1):
 
 @functools.cache
 def params():
-  return jax.jit(decoder.init_params, static_argnums=0)(SPEC, jax.random.key(1))
+  """Random numbers of the right size: nothing of the initializers is at stake."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda: decoder.init_params(SPEC, jax.random.key(1)))
+  return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), shapes)
 
 
 def temporary(remat, **kwargs):
@@ -50,7 +53,7 @@ def test_every_name_has_a_policy():
 
 
 @pytest.mark.parametrize(('remat', 'unroll'), [
-    ('dots', 1), ('minimal', 1), ('full', 1), ('offload', 1), ('full', 3)])
+    ('dots', 1), ('minimal', 1), ('full', 1), ('offload', 1), ('full', 2)])
 def test_gradients_are_the_same(remat, unroll):
   expected, found = compiled('none')(params()), compiled(remat, unroll)(params())
   for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
@@ -59,8 +62,8 @@ def test_gradients_are_the_same(remat, unroll):
 
 
 def test_memory_and_flops_are_ordered():
-  assert temporary('none') > 1.4 * temporary('minimal') > 1.4 * 1.3 * temporary('full')
-  assert temporary('none') > 1.4 * temporary('dots') > 1.4 * 1.3 * temporary('full')
+  assert temporary('none') > 1.3 * temporary('minimal') > 1.3 * 1.15 * temporary('full')
+  assert temporary('none') > 1.3 * temporary('dots') > 1.3 * 1.15 * temporary('full')
   # XLA counts the body of a loop once, so these are one layer's.
   assert flops('none') <= flops('minimal') < flops('dots') < flops('full')
 
@@ -86,7 +89,7 @@ def test_products_computed_again():
 
 def test_straight_code_computes_again_as_well():
   """Without a barrier XLA would merge what is computed twice."""
-  assert flops('full', unroll=3) > 1.15 * flops('none', unroll=3)
+  assert flops('full', unroll=2) > 1.15 * flops('none', unroll=2)
 
 
 def test_offload_is_refused_where_there_is_no_such_memory():
