@@ -15,7 +15,7 @@ from llmjax.loops import harness
 from llmjax.loops.pretrain import make_evaluators
 from llmjax.loops.spec import PretrainSpec
 from llmjax.model import decoder
-from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
 
 
@@ -28,7 +28,7 @@ def run(spec, options):
       spec.evaluate, splits=tuple(options.splits), limit=options.limit,
       batch_size=options.batch_size or spec.evaluate.batch_size))
   harness.enable_compilation_cache(spec.train.compilation_cache)
-  mesh = make_mesh(dataclasses.replace(spec.mesh, data=-1))
+  mesh = fitting_mesh(spec.mesh)
   with jax.set_mesh(mesh):
     params, _, _, step = load_params(
         workdir, options.step,

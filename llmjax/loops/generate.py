@@ -1,6 +1,5 @@
 """`llmjax generate`: text from a run's model, streamed to the terminal."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -20,7 +19,7 @@ from llmjax.generate.stops import TextStream
 from llmjax.loops import harness
 from llmjax.loops.spec import PretrainSpec
 from llmjax.model import decoder
-from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
 
 DIM, PLAIN = '\x1b[2m', '\x1b[0m'
@@ -48,7 +47,7 @@ def run(spec, options):
 
 def load_generator(options, run_spec):
   """Returns (Generator, Tokenizer, step) of the run, sharded as in training."""
-  mesh = make_mesh(dataclasses.replace(run_spec.mesh, data=-1))
+  mesh = fitting_mesh(run_spec.mesh)
   params, model, _, step = load_params(
       options.workdir, options.step,
       shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))

@@ -34,18 +34,17 @@ LARGE = 1 << 20  # Bytes from which an array that every device holds whole is na
 
 def run(spec, options):
   """Prints the mesh, the layout of state and batch, and the step's collectives; returns the exit status."""
-  count = options.devices or math.prod(max(getattr(spec.mesh, axis), 1) for axis in AXES)
-  spec = dataclasses.replace(spec, mesh=fill(spec.mesh, count))
-  if problems := list(find_problems(spec)):
-    raise ConfigError(problems)
+  count = options.devices or spec.mesh.size(*AXES)
   if not spec.model.vocab_size:
     from llmjax.loops import pretrain  # Slow to import, and needed only to look into the data.
     spec = pretrain.resolve(spec)
+  spec = dataclasses.replace(spec, mesh=fill(spec.mesh, count))
+  if problems := list(find_problems(spec)):
+    raise ConfigError(problems)
   mesh = make_mesh(spec.mesh, emulate_devices(count))
   print(draw(mesh))
   tx, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
-  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh)
-  check_shards(state, mesh)
+  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero1)
   print()
   print(describe_state(state, mesh))
   batch = abstract_batch(spec, mesh)
@@ -106,7 +105,7 @@ def compile_step(spec, mesh, tx, schedule, state, batch):
   """Returns pretraining's step, compiled for the mesh."""
   # One layer a turn, as on an accelerator: the program stays small however deep the model is.
   train = dataclasses.replace(spec.train, scan_unroll=spec.train.scan_unroll or 1)
-  loss_fn = objectives.next_token(spec.model, train, mesh.devices.flat[0].platform)
+  loss_fn = objectives.next_token(spec.model, train, mesh.devices.flat[0].platform, spec.pipeline)
   step = make_train_step(loss_fn, tx, schedule, train.accumulation)
   with jax.set_mesh(mesh):
     # Machine code that is never run need not be fast; partitioning comes before it.
@@ -119,20 +118,6 @@ def abstract_batch(spec, mesh):
   layout = jax.NamedSharding(mesh, sharding.mesh_spec(('batch', 'length')))
   shape = spec.train.batch_size, spec.data.seq_len
   return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in FIELDS.items()}
-
-
-def check_shards(state, mesh):
-  """Raises ConfigError for every parameter that its mesh axes do not divide."""
-  problems = []
-  for path, leaf in jax.tree_util.tree_flatten_with_path(state.params)[0]:
-    for axis, (size, names) in enumerate(zip(leaf.shape, axes_of(leaf, mesh), strict=True)):
-      parts = math.prod(mesh.shape[n] for n in names)
-      if size % parts:
-        problems.append(f'{path_name(path)}: axis {axis} of {list(leaf.shape)} cannot be shared by '
-                        f'{" x ".join(f"mesh.{n}={mesh.shape[n]}" for n in names)}; make it a multiple of '
-                        f'{parts}, or the mesh axis smaller')
-  if problems:
-    raise ConfigError(problems)
 
 
 def draw(mesh):

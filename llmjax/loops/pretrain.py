@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.evaluate import perplexity
 from llmjax.generate.decode import Generator
@@ -31,6 +32,7 @@ def run(spec, options):
     spec = resolve(spec)
     workdir = harness.claim_workdir(options.workdir, spec)
     mesh = make_mesh(spec.mesh)
+    check_mesh(spec, mesh)
     objectives.require_remat(spec.train.remat, mesh.devices.flat[0])
     for name, content in (('environment', describe_environment(mesh)),
                           ('data', describe_data(spec.data))):
@@ -41,7 +43,7 @@ def run(spec, options):
   platform = mesh.devices.flat[0].platform
   job = harness.Job(
       spec=spec, mesh=mesh, batches=batches, ledger=ledger,
-      loss_fn=objectives.next_token(spec.model, spec.train, platform),
+      loss_fn=objectives.next_token(spec.model, spec.train, platform, spec.pipeline),
       evaluators=make_evaluators(spec, mesh), sample=make_sampler(spec, mesh))
   with jax.set_mesh(mesh):
     return harness.train(job, workdir)
@@ -56,13 +58,19 @@ def resolve(spec):
   return dataclasses.replace(spec, model=dataclasses.replace(spec.model, vocab_size=vocab_size))
 
 
+def check_mesh(spec, mesh):
+  """Raises ConfigError when the mesh, now that its sizes are known, does not divide the run's arrays."""
+  sizes = {axis: size // getattr(spec.mesh, f'dcn_{axis}', 1) for axis, size in mesh.shape.items()}
+  if problems := list(spec.mesh_problems(dataclasses.replace(spec.mesh, **sizes))):
+    raise ConfigError(problems)
+
+
 def make_evaluators(spec, mesh):
   """Returns {split: function of the parameters to perplexity and bits per byte}."""
-  train = dataclasses.replace(spec.train, z_loss=0.0)
-  loss_fn = objectives.next_token(spec.model, train, mesh.devices.flat[0].platform)
+  loss_fn = objectives.likelihood(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
   token_bytes = stream.load_tokenizer(spec.data).token_bytes()
   eval_step = perplexity.make_eval_step(loss_fn, token_bytes)
-  shards = batch_shards(mesh)
+  shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)
   batch_size = -(-(spec.evaluate.batch_size or spec.train.batch_size) // shards) * shards
 
   def evaluator(split):

@@ -9,7 +9,7 @@ from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec
 from llmjax.model.spec import ModelSpec
-from llmjax.parallel.spec import MeshSpec
+from llmjax.parallel.spec import MeshSpec, PipelineSpec
 from llmjax.train.spec import OptimizerSpec, TrainSpec
 
 __all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions',
@@ -70,6 +70,7 @@ class PretrainSpec:
   model: ModelSpec = group(ModelSpec)
   data: DataSpec = group(DataSpec)
   mesh: MeshSpec = group(MeshSpec)
+  pipeline: PipelineSpec = group(PipelineSpec)
   train: TrainSpec = group(TrainSpec)
   optimizer: OptimizerSpec = group(OptimizerSpec)
   checkpoint: CheckpointSpec = group(CheckpointSpec)
@@ -82,18 +83,44 @@ class PretrainSpec:
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
              f'train.steps={self.train.steps}; write {max(self.train.steps // 10, 1)} for a tenth')
-    for size, axis in (('num_heads', 'tensor'), ('kv_heads', 'tensor'), ('mlp_dim', 'tensor'),
-                       ('d_model', 'fsdp'), ('num_layers', 'stage')):
-      parts, whole = getattr(self.mesh, axis), getattr(self.model, size)
-      if parts > 1 and whole % parts:
-        yield (f'model.{size}={whole} is not divisible by mesh.{axis}={parts}; write '
-               f'mesh.{axis}={max(n for n in range(1, parts + 1) if whole % n == 0)}')
-    rows = self.train.batch_size // self.train.accumulation
-    shards = max(self.mesh.data, 1) * max(self.mesh.fsdp, 1)
-    if rows % shards:
-      yield (f'train.batch_size={self.train.batch_size} gives {rows} rows a microbatch, which '
-             f'mesh.data x mesh.fsdp = {shards} devices cannot share; write a multiple of '
-             f'{shards * self.train.accumulation}')
+    yield from self.mesh_problems(self.mesh)
+
+  def mesh_problems(self, mesh):
+    """Yields a line for every size that the mesh does not divide, naming the nearest that it does."""
+    model, size = self.model, mesh.size
+    heads, rows = ('tensor',), ('data', 'fsdp', 'expert', 'stage')
+    wholes = [('model.num_heads', model.num_heads, heads, 1, ''),
+              ('model.num_kv_heads', model.kv_heads, heads, 1, ''),
+              ('model.mlp_dim', model.mlp_dim, heads, 1, ''),
+              ('model.d_model', model.d_model, rows if mesh.zero1 else rows[1:], 1, ''),
+              ('data.seq_len', self.data.seq_len, ('context', 'tensor'), 1, '')]
+    if model.vocab_size:
+      wholes.append(('model.vocab_size', model.vocab_size, heads, 1, ''))
+    if model.num_experts:
+      wholes.append(('model.num_experts', model.num_experts, ('expert',), 1, ''))
+    elif size('expert') > 1:
+      yield (f'mesh.expert={size("expert")} needs experts; set model.num_experts, or write mesh.expert=1 and '
+             f'mesh.fsdp={size("fsdp") * size("expert")}')
+    if size('context') > 1:
+      wholes.append(('data.seq_len', self.data.seq_len, ('context',), 2, '2 (both ends of a causal row)'))
+    microbatches, pipe = self.train.accumulation, self.pipeline
+    if size('stage') > 1:
+      stages = ('stage',)
+      wholes.append(('model.num_layers', model.num_layers, stages, pipe.groups, f'pipeline.rounds={pipe.groups}'))
+      if pipe.microbatches:
+        wholes.append(('pipeline.microbatches', pipe.microbatches, stages, 1, ''))
+        microbatches *= max(pipe.microbatches // size('stage'), 1)
+      if pipe.schedule == '1f1b':
+        wholes.append(('data.seq_len', self.data.seq_len, stages, 1, ''))
+    wholes.append(('train.batch_size', self.train.batch_size, rows, microbatches,
+                   f'{microbatches} microbatches'))
+    for name, whole, axes, times, words in wholes:
+      parts = size(*axes) * times
+      if whole % parts:
+        below = whole // parts * parts
+        fits = ' or '.join(str(n) for n in (below, below + parts) if n)
+        text = ' x '.join([f'mesh.{a}={size(a)}' for a in axes if size(a) > 1] + [words] * (times > 1))
+        yield f'{name}={whole} is not divisible by {text}; write {name}={fits}, or change the mesh'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,20 @@ def count_params(spec):
   d, f, v = spec.d_model, spec.mlp_dim, spec.vocab_size
   attention = 2 * d * spec.heads_dim * (spec.num_heads + spec.kv_heads)
   norms = 2 * d + (2 * spec.heads_dim if spec.qk_norm else 0)
-  parts = {'embed': v * d, 'blocks': spec.num_layers * (attention + 3 * d * f + norms),
+  mlps = (spec.num_experts + spec.shared_experts if spec.num_experts else 1) * 3 * d * f
+  router = spec.num_experts * d
+  parts = {'embed': v * d, 'blocks': spec.num_layers * (attention + mlps + router + norms),
            'final_norm': d, 'head': 0 if spec.tie_embeddings else v * d}
   return {**parts, 'total': sum(parts.values())}
 
 
 def matmul_params(spec):
-  """Returns the parameters that multiply every token: all but the embedding look-up and the norms."""
+  """Returns the parameters that multiply a token: not the embedding look-up, the norms, and experts it skips."""
   d = spec.d_model
   attention = 2 * d * spec.heads_dim * (spec.num_heads + spec.kv_heads)
-  return spec.num_layers * (attention + 3 * d * spec.mlp_dim) + spec.vocab_size * d
+  mlps = spec.experts_per_token + spec.shared_experts if spec.num_experts else 1
+  router = spec.num_experts * d
+  return spec.num_layers * (attention + mlps * 3 * d * spec.mlp_dim + router) + spec.vocab_size * d
 
 
 def train_flops_per_token(spec, seq_len):

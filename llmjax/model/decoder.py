@@ -16,7 +16,8 @@ from llmjax.model.layers import Block, Context, Embed, Head, Norm
 from llmjax.ops.norms import rms_norm
 from llmjax.ops.products import project
 from llmjax.ops.rotary import rotary_angles
-from llmjax.parallel.sharding import constrain
+from llmjax.parallel import pipeline
+from llmjax.parallel.sharding import constrain, row_shards
 
 # What `minimal` keeps of a block besides its input, by the marks in layers.py and ops/attention.py.  Values
 # a token, and the FLOPs to make one of them again:
@@ -103,8 +104,9 @@ def apply_stack(block, params, x, kv_cache, context, remat='none', unroll=1):
   params: leaves [layers, ...], scanned `unroll` layers at a time, or a list of layers.  kv_cache: in the
   same form, or None.  context.key: the key that layers' dropout keys come from, or None.
   """
-  num_layers = block.spec.num_layers
-  keys = None if context.key is None else jax.random.split(context.key, num_layers)
+  num_layers = len(params) if isinstance(params, list) else jax.tree.leaves(params)[0].shape[0]
+  use_keys = context.key is not None and block.spec.dropout > 0
+  keys = jax.random.split(context.key, num_layers) if use_keys else None
 
   def body(x, layer):
     layer_params, layer_cache, key = layer
@@ -113,10 +115,10 @@ def apply_stack(block, params, x, kv_cache, context, remat='none', unroll=1):
     return x, (layer_cache, aux)
 
   if remat != 'none':
-    # In straight-line code XLA would find what is computed twice and keep it after all; the two loops of a
-    # scan it cannot compare.
-    straight = isinstance(params, list) or unroll >= num_layers
-    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=straight)
+    # Inside a loop nothing can be shared between the passes; unrolled, XLA would merge what is computed
+    # again with what was computed before, and keep it.
+    in_loop = unroll == 1 and not isinstance(params, list)
+    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not in_loop)
   if isinstance(params, list):
     outputs = []
     for i, layer_params in enumerate(params):
@@ -144,24 +146,67 @@ def make_context(spec, positions, segment_ids, *, key=None, implementation='bloc
 
 
 def hidden_states(spec, params, tokens, context, kv_cache=None, *, compute_dtype=jnp.float32,
-                  remat='none', unroll=1):
+                  remat='none', unroll=1, pipe=None):
   """Returns (final normalised hidden states [B, T, D] of compute_dtype, kv_cache, aux).
 
-  tokens: int [B, T].  kv_cache: leaves [layers, B, K, S, H] or None.
+  tokens: int [B, T].  kv_cache: leaves [layers, B, K, S, H] or None.  aux: sums over rows and layers.
+  pipe: the PipelineSpec by which rows go through the stages of the mesh; None runs the layers in order
+  on whatever mesh there is.
   """
-  # Cast once, outside the layers: what is gathered over the mesh is then already small.
-  params = jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params)
+  params = cast(params, compute_dtype)
+  x = embed(spec, params, tokens, compute_dtype)
+  stages = pipeline.num_stages()
+  if pipe is None or stages == 1 or kv_cache is not None:
+    x, kv_cache, aux = apply_stack(Block(spec), params['blocks'], x, kv_cache, context, remat, unroll)
+    aux = jax.tree.map(lambda a: a.sum(0), aux)
+  else:
+    rows = {'positions': context.positions, 'segment_ids': context.segment_ids}
+    x, aux = pipeline.forward(
+        stage_fn(spec, context, remat, unroll), params['blocks'], x, rows, rounds=pipe.groups,
+        microbatches=pipe.count(stages, x.shape[0] // row_shards()))
+  return final_norm(spec, params, x), kv_cache, aux
+
+
+def cast(params, compute_dtype):
+  """Returns the parameters with the blocks' matrices in compute_dtype.
+
+  Once, outside the layers: what is gathered over the mesh is then already small.
+  """
+  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params)
+
+
+def embed(spec, params, tokens, compute_dtype):
+  """Returns the vectors of int tokens [B, T], [B, T, D] of compute_dtype."""
   x = Embed(spec).apply({'params': params['embed']}, tokens, compute_dtype)
-  x = constrain(x, 'batch', 'length', 'act_embed')
-  if context.key is not None and spec.dropout == 0.0:
-    context = context.replace(key=None)
-  x, kv_cache, aux = apply_stack(Block(spec), params['blocks'], x, kv_cache, context, remat, unroll)
-  return rms_norm(x, params['final_norm']['scale'], spec.norm_epsilon), kv_cache, aux
+  return constrain(x, 'batch', 'block_length', 'act_embed')
+
+
+def final_norm(spec, params, x):
+  """Returns the normalised hidden states that the output matrix takes."""
+  x = rms_norm(x, params['final_norm']['scale'], spec.norm_epsilon)
+  return constrain(x, 'batch', 'length', 'act_embed')
+
+
+def stage_fn(spec, context, remat, unroll):
+  """Returns the function of one group of layers that the schedules of parallel/pipeline.py run.
+
+  context: that of the whole batch; of it, the dropout key and the choice of kernels are used.
+  """
+  def run(params, x, rows, index):
+    key = None if context.key is None or not spec.dropout else jax.random.fold_in(context.key, index)
+    part = make_context(spec, rows['positions'], rows['segment_ids'], key=key,
+                        implementation=context.implementation)
+    x, _, aux = apply_stack(Block(spec), params, x, None, part, remat, unroll)
+    return x, jax.tree.map(lambda a: a.sum(0), aux)
+
+  return run
 
 
 def output_matrix(spec, params):
   """Returns (matrix, vocab_axis): [D, V] and 1, or the tied embedding table [V, D] and 0."""
-  return (params['embed']['table'], 0) if spec.tie_embeddings else (params['head']['kernel'], 1)
+  if spec.tie_embeddings:
+    return constrain(params['embed']['table'], 'vocab', None), 0
+  return constrain(params['head']['kernel'], None, 'vocab'), 1
 
 
 def unembed(spec, params, x):

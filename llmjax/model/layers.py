@@ -1,7 +1,7 @@
 """Leaf layers of the transformer.
 
 Letters: B batch, T query length, S key length, N query heads, K key/value heads, H head_dim,
-D d_model, F mlp_dim, V vocab_size.
+D d_model, F mlp_dim, V vocab_size, E experts.
 """
 
 import jax
@@ -11,10 +11,12 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.model.spec import ModelSpec
+from llmjax.ops import moe
 from llmjax.ops.attention import attention
 from llmjax.ops.norms import rms_norm
 from llmjax.ops.products import project
 from llmjax.ops.rotary import apply_rope
+from llmjax.parallel.experts import dropless
 from llmjax.parallel.sharding import constrain
 
 
@@ -70,9 +72,9 @@ class Embed(nn.Module):
   @nn.compact
   def __call__(self, tokens, dtype):
     init = nn.initializers.normal(0.02 * self.spec.init_scale)  # arXiv:2005.14165's choice.
-    table = self.param('table', nn.with_logical_partitioning(init, ('vocab', 'embed')),
+    table = self.param('table', nn.with_logical_partitioning(init, ('vocab', 'table_embed')),
                        (self.spec.vocab_size, self.spec.d_model), self.param_dtype)
-    return jnp.take(table.astype(dtype), tokens, axis=0)
+    return jnp.take(constrain(table.astype(dtype), 'vocab', None), tokens, axis=0)
 
 
 class Norm(nn.Module):
@@ -131,15 +133,16 @@ class Attention(nn.Module):
 
 
 class GatedMlp(nn.Module):
-  """activation(x Wgate) * (x Wup) Wdown (arXiv:2002.05202, eq. 6)."""
+  """activation(x Wgate) * (x Wup) Wdown (arXiv:2002.05202, eq. 6), `widths` times mlp_dim wide."""
 
   spec: ModelSpec
   param_dtype: jnp.dtype = jnp.float32
+  widths: int = 1
 
   @nn.compact
   def __call__(self, x):
     spec = self.spec
-    d, f = spec.d_model, spec.mlp_dim
+    d, f = spec.d_model, self.widths * spec.mlp_dim
 
     def weight(name, shape, names, scale=1.0):
       init = nn.with_logical_partitioning(scaled_normal(1, scale * spec.init_scale), names)
@@ -153,8 +156,64 @@ class GatedMlp(nn.Module):
     return project(constrain(hidden, 'batch', 'length', 'act_mlp'), down)
 
 
+class MoeMlp(nn.Module):
+  """A mixture of gated MLPs of which each token uses a few (arXiv:2401.04088, section 2.1).
+
+  Returns (y [B, T, D], aux): sums over tokens of `load_balance` and `router_z`, as means over layers,
+  and of the weighted `penalty` that the loss adds.  Without capacity_factor, and always on a cache, no
+  token is dropped.
+  """
+
+  spec: ModelSpec
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x, context):
+    spec = self.spec
+    d, f, e, k = spec.d_model, spec.mlp_dim, spec.num_experts, spec.experts_per_token
+
+    def weight(name, shape, names, in_axis, scale=1.0):
+      # Each expert is initialised like one MLP: its fan-in does not count the experts.
+      init = lambda key, shape, dtype: jax.vmap(lambda key: scaled_normal(1, scale * spec.init_scale)(
+          key, shape[1:], dtype))(jax.random.split(key, shape[0]))
+      init = scaled_normal(1, spec.init_scale) if in_axis == 0 else init
+      return self.param(name, nn.with_logical_partitioning(init, names), shape, self.param_dtype)
+
+    router = weight('router', (d, e), (None, 'router'), 0)
+    gate = weight('gate', (e, d, f), ('experts', 'expert_embed', 'mlp'), 1)
+    up = weight('up', (e, d, f), ('experts', 'expert_embed', 'mlp'), 1)
+    down = weight('down', (e, f, d), ('experts', 'mlp', 'expert_embed'), 1, (2 * spec.num_layers)**-0.5)
+
+    # In float32: close calls between experts would fall differently in bf16 (arXiv:2101.03961, 2.4).
+    logits = project(constrain(x, 'batch', 'length', 'act_embed').astype(jnp.float32), router)
+    weights, ids, probabilities = moe.route(logits, k)
+    mask = (context.segment_ids != 0).astype(jnp.float32)
+    balance = moe.balance_loss(probabilities, ids, mask) / spec.num_layers
+    router_z = moe.router_z_loss(logits, mask) / spec.num_layers
+    aux = {'load_balance': balance, 'router_z': router_z,
+           'penalty': spec.balance_loss * balance + spec.router_z_loss * router_z}
+
+    activation = getattr(nn, spec.activation)
+    if spec.capacity_factor and context.aligned:
+      size = moe.capacity(x.shape[1], e, k, spec.capacity_factor)
+      taken, slot = moe.slots(ids, mask, e, size)
+      layout = ('expert_rows', 'experts', None, None)
+      rows = constrain(moe.gather_slots(constrain(x, 'batch', 'length', 'act_embed'), taken), *layout)
+      product = lambda a, w: jnp.einsum('BECX,EXY->BECY', a, w.astype(a.dtype))
+      hidden = constrain(activation(product(rows, gate)) * product(rows, up), *layout[:3], 'act_mlp')
+      y = moe.combine_slots(constrain(product(hidden, down), *layout), weights, slot)
+    else:
+      y = dropless(x, weights, ids, gate, up, down, activation)
+    if spec.shared_experts:
+      y = y + GatedMlp(spec, self.param_dtype, spec.shared_experts, name='shared')(x)
+    return y, aux
+
+
 class Block(nn.Module):
-  """Attention, then MLP, each on a normalised copy and added to the residual stream x [B, T, D]."""
+  """Attention, then MLP, each on a normalised copy and added to the residual stream x [B, T, D].
+
+  Returns (x, kv_cache, aux): aux are float32 sums over rows, empty without experts.
+  """
 
   spec: ModelSpec
   param_dtype: jnp.dtype = jnp.float32
@@ -167,10 +226,15 @@ class Block(nn.Module):
     x = checkpoint_name(x, 'block_input')
     y, kv_cache = Attention(spec, self.param_dtype, name='attention')(
         norm('attention_norm')(x), kv_cache, context)
-    x = checkpoint_name(x + dropout(y, spec.dropout, keys[0]), 'attended')
-    y = GatedMlp(spec, self.param_dtype, name='mlp')(norm('mlp_norm')(x))
+    x = constrain(x + dropout(y, spec.dropout, keys[0]), 'batch', 'block_length', 'act_embed')
+    x = checkpoint_name(x, 'attended')
+    y, aux = norm('mlp_norm')(x), {}
+    if spec.num_experts:
+      y, aux = MoeMlp(spec, self.param_dtype, name='mlp')(y, context)
+    else:
+      y = GatedMlp(spec, self.param_dtype, name='mlp')(y)
     x = x + dropout(y, spec.dropout, keys[1])
-    return constrain(x, 'batch', 'length', 'act_embed'), kv_cache, {}
+    return constrain(x, 'batch', 'block_length', 'act_embed'), kv_cache, aux
 
 
 class Head(nn.Module):
@@ -182,6 +246,6 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, x):
     kernel = self.param('kernel',
-                        nn.with_logical_partitioning(nn.initializers.zeros, ('embed', 'vocab')),
+                        nn.with_logical_partitioning(nn.initializers.zeros, ('table_embed', 'vocab')),
                         (self.spec.d_model, self.spec.vocab_size), self.param_dtype)
     return project(x, kernel)

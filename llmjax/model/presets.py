@@ -16,4 +16,8 @@ PRESETS = {
                        mlp_dim=28672),
     'llama3_405b': dict(_LLAMA3, num_layers=126, d_model=16384, num_heads=128, num_kv_heads=8,
                         mlp_dim=53248),
+    # Mixtral, arXiv:2401.04088, table 1.
+    'mixtral_8x7b': dict(num_layers=32, d_model=4096, num_heads=32, num_kv_heads=8, mlp_dim=14336,
+                         num_experts=8, experts_per_token=2, rope_theta=1e6, norm_epsilon=1e-5,
+                         vocab_size=32000, balance_loss=0.02, router_z_loss=0.0),
 }

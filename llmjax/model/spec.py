@@ -32,6 +32,13 @@ class ModelSpec:
   qk_norm: bool = setting(False, 'RMSNorm on queries and keys, per head')
   dropout: float = setting(0.0, 'rate after attention and MLP, while training', minimum=0.0,
                            maximum=0.9)
+  num_experts: int = setting(0, 'experts of the MLP, each of mlp_dim; 0: one MLP for all tokens', minimum=0)
+  experts_per_token: int = setting(2, 'experts that each token uses', minimum=1)
+  shared_experts: int = setting(0, 'experts, besides, that every token uses', minimum=0)
+  capacity_factor: float = setting(0.0, "slots of an expert over its fair share of a row's tokens; what finds "
+                                   'none is dropped. 0: as many as it takes', minimum=0.0)
+  balance_loss: float = setting(0.01, 'weight of the load-balance loss, a mean over layers', minimum=0.0)
+  router_z_loss: float = setting(0.001, "weight of the router's log(Z)^2, a mean over layers", minimum=0.0)
   init_scale: float = setting(1.0, 'factor on the initial weights', minimum=0.0)
 
   @classmethod
@@ -58,3 +65,6 @@ class ModelSpec:
       fits = [k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]
       yield (f'num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; '
              f'write one of {", ".join(map(str, fits))}')
+    if self.num_experts and self.experts_per_token > self.num_experts:
+      yield (f'experts_per_token={self.experts_per_token} is more than num_experts={self.num_experts}; '
+             f'write at most {self.num_experts}')

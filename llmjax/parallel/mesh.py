@@ -5,40 +5,75 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from llmjax.config import ConfigError
-from llmjax.parallel.sharding import mesh_spec
-from llmjax.parallel.spec import AXES
+from llmjax.parallel.sharding import axes_of, mesh_spec
+from llmjax.parallel.spec import AXES, MeshSpec
 
 
 def make_mesh(spec, devices=None):
   """Returns a Mesh over the devices with the axes of AXES, in that order.
 
-  Auto axes: under Explicit ones a gather from a sharded embedding raises.  Raises ConfigError when
-  the sizes do not multiply to the number of devices.
+  Neighbours along the last axes (tensor, context) are neighbouring chips.  With several slices the
+  slower network between them is crossed along data, fsdp and stage alone.  Auto axes: under Explicit
+  ones a gather from a sharded embedding raises.  Raises ConfigError when the sizes do not multiply to
+  the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
-  sizes = tuple(getattr(fill(spec, len(devices)), axis) for axis in AXES)
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = [getattr(fill(spec, len(devices)), axis) for axis in AXES]
+  outer = [getattr(spec, f'dcn_{axis}', 1) for axis in AXES]
+  parts = [mesh_utils.create_device_mesh(sizes, part) for part in _slices(devices, spec.slices)]
+  # [outer..., sizes...] to [outer and size of each axis, side by side].
+  grid = np.array(parts).reshape(*outer, *sizes)
+  order = [i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))]
+  grid = grid.transpose(order).reshape([o * s for o, s in zip(outer, sizes, strict=True)])
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fill(spec, devices):
   """Returns the MeshSpec with its -1 replaced by what fills a number of devices; errors as `make_mesh`."""
   sizes = {axis: getattr(spec, axis) for axis in AXES}
+  inside = devices // spec.slices
   fixed = math.prod(s for s in sizes.values() if s != -1)
-  if devices % fixed == 0:
-    sizes = {axis: devices // fixed if s == -1 else s for axis, s in sizes.items()}
-  if math.prod(sizes.values()) != devices:
-    asked = ' x '.join(f'{axis} {s}' for axis, s in sizes.items() if s != 1)
-    raise ConfigError([f'mesh: {asked} does not fill {devices} devices; the product must be {devices}, '
-                       'and -1 lets one axis fill'])
+  if inside % fixed == 0:
+    sizes = {axis: inside // fixed if s == -1 else s for axis, s in sizes.items()}
+  if math.prod(sizes.values()) * spec.slices != devices:
+    asked = ' x '.join(f'{axis} {s}' for axis, s in sizes.items() if s != 1) or 'all axes 1'
+    slices = f' in each of {spec.slices} slices' if spec.slices > 1 else ''
+    raise ConfigError([f'mesh: {asked}{slices} does not fill {devices} devices; the product must be '
+                       f'{devices}, and -1 lets one axis fill'])
   return dataclasses.replace(spec, **sizes)
+
+
+def fitting_mesh(spec, devices=None):
+  """Returns the mesh of a training run where it fits the devices at hand, else plain data parallelism."""
+  try:
+    return make_mesh(dataclasses.replace(spec, data=-1), devices)
+  except ConfigError:
+    return make_mesh(MeshSpec(), devices)
+
+
+def _slices(devices, count):
+  """Returns the devices of each slice: as the platform says, else equal parts in order."""
+  if count == 1:
+    return [devices]
+  found = {}
+  for device in devices:
+    found.setdefault(getattr(device, 'slice_index', 0), []).append(device)
+  if len(found) == 1:  # Emulated devices, or GPU nodes, whose order goes node by node.
+    size = len(devices) // count
+    return [devices[i * size:(i + 1) * size] for i in range(count)]
+  if len(found) != count:
+    raise ConfigError([f'mesh: the dcn sizes multiply to {count}, but there are {len(found)} slices; '
+                       f'make dcn_data x dcn_fsdp x dcn_stage {len(found)}'])
+  return [found[i] for i in sorted(found)]
 
 
 def batch_shards(mesh):
   """Returns into how many parts the rows of a batch are divided."""
-  return mesh.shape['data'] * mesh.shape['fsdp']
+  return math.prod(mesh.shape[axis] for axis in axes_of('batch'))
 
 
 def place_batch(mesh, batch):

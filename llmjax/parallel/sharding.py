@@ -1,25 +1,47 @@
 """Logical axis names, the table that maps them to mesh axes, and what follows from it."""
 
+import math
+
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 # Weight axes (`embed`) and activation axes (`act_embed`) have their own names, so that one mesh axis
 # never appears twice in a spec.
 TRAIN_RULES = {
-    'batch': ('data', 'fsdp'),
+    # Rows.  A stage or an expert that held no rows of its own would stand idle outside its layers.
+    'batch': ('stage', 'data', 'fsdp', 'expert'),
     'length': 'context',
+    # Between blocks a row lies over `tensor` too (sequence parallelism, arXiv:2205.05198, section 4.2.2).
+    'block_length': ('context', 'tensor'),
     'act_embed': None,
     'act_heads': 'tensor',
     'act_mlp': 'tensor',
-    'embed': 'fsdp',
+    # Weights.
+    'embed': ('fsdp', 'expert'),
     'mlp': 'tensor',
     'heads': 'tensor',
     'kv_heads': 'tensor',
     'head_dim': None,
-    'vocab': 'tensor',
     'norm': None,
     'layers': 'stage',
+    'experts': 'expert',
+    'expert_embed': 'fsdp',
+    'expert_rows': ('stage', 'data', 'fsdp'),
+    'router': None,
+    # Embedding and head belong to no stage: all of them share the matrices.
+    'vocab': 'tensor',
+    'table_embed': ('fsdp', 'expert', 'stage'),
 }
+
+# ZeRO-1 (arXiv:1910.02054, section 5.1): optimizer state lies over `data` as well.
+ZERO1_RULES = {**TRAIN_RULES, 'embed': ('data', 'fsdp', 'expert'), 'expert_embed': ('data', 'fsdp'),
+               'table_embed': ('data', 'fsdp', 'expert', 'stage')}
+
+
+def axes_of(name, rules=TRAIN_RULES):
+  """Returns the mesh axes of a logical name, as a tuple."""
+  axes = rules[name]
+  return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
 def mesh_spec(names, rules=TRAIN_RULES):
@@ -44,10 +66,53 @@ def tree_shardings(mesh, names, rules=TRAIN_RULES):
 
 
 def constrain(x, *names, rules=TRAIN_RULES):
-  """Returns x laid out as its logical names say; x itself where no mesh is set."""
-  if jax.sharding.get_abstract_mesh().empty:
+  """Returns x laid out as its logical names say; x itself where no mesh is set.
+
+  Inside a shard_map, axes that it handles itself are left out.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return x
-  return jax.lax.with_sharding_constraint(x, mesh_spec(names, rules))
+  free = set(auto_axes(mesh))
+  spec = PartitionSpec(*(tuple(a for a in axes_of(n, rules) if a in free) or None if n else None
+                         for n in names))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def auto_axes(mesh=None):
+  """Returns the axes, larger than 1, that XLA divides work over: no shard_map around us has them."""
+  mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+  if mesh.empty:
+    return ()
+  return tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in mesh.manual_axes)
+
+
+def row_shards():
+  """Returns into how many parts the mesh that is set divides the rows of a batch."""
+  return math.prod(mesh_size(axis) for axis in axes_of('batch'))
+
+
+def mesh_size(axis):
+  """Returns the size of an axis of the mesh that is set; 1 without one."""
+  return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
+
+
+def sum_over_rows(fn, weights, *rows):
+  """Returns fn(weights, *rows) where fn's outputs are sums over rows and tokens.
+
+  rows: arrays [B, T, ...].  Each device adds up its own tokens, and one sum over the devices at the end
+  joins them: in a loop inside fn, XLA would join them in every turn.
+  """
+  free = auto_axes()
+  axes = tuple(a for a in (*axes_of('batch'), *axes_of('length')) if a in free)
+  if not axes:
+    return fn(weights, *rows)
+  divide = lambda name: tuple(a for a in axes_of(name) if a in axes) or None
+  row = PartitionSpec(divide('batch'), divide('length'))
+  outputs = jax.shard_map(
+      lambda *args: jax.tree.map(lambda y: y[None], fn(*args)), axis_names=set(axes), check_vma=False,
+      in_specs=(PartitionSpec(), *(row for _ in rows)), out_specs=PartitionSpec(axes))(weights, *rows)
+  return jax.tree.map(lambda y: y.sum(0), outputs)
 
 
 def mirrored(state, params):

@@ -1,6 +1,7 @@
-"""The mesh group of a config."""
+"""The mesh and pipeline groups of a config.  No JAX here."""
 
 import dataclasses
+import math
 
 from llmjax.config import setting
 
@@ -20,9 +21,44 @@ class MeshSpec:
   context: int = setting(1, 'devices that share a row along its length', minimum=-1)
   tensor: int = setting(1, 'devices that share heads, MLP columns and vocabulary', minimum=-1)
 
+  dcn_data: int = setting(1, 'slices that hold copies of the model; data within each', minimum=1)
+  dcn_fsdp: int = setting(1, 'slices that share parameters; fsdp within each', minimum=1)
+  dcn_stage: int = setting(1, 'slices that hold different pipeline stages', minimum=1)
+  zero1: bool = setting(False, 'share the optimizer state over data as well (ZeRO-1)')
+
   def problems(self):
     sizes = {axis: getattr(self, axis) for axis in AXES}
     if zeros := [axis for axis, size in sizes.items() if size == 0]:
       yield f'{", ".join(zeros)}=0: an axis has at least one device; write 1, or -1 to fill'
     if len(free := [axis for axis, size in sizes.items() if size == -1]) > 1:
       yield f'only one axis may be -1, not {" and ".join(free)}; write 1 for all but one'
+
+  @property
+  def slices(self):
+    """Groups of chips with a fast network of their own."""
+    return self.dcn_data * self.dcn_fsdp * self.dcn_stage
+
+  def size(self, *axes):
+    """Returns the product of these axes' sizes over all slices; an axis to be filled counts as 1."""
+    sizes = (max(getattr(self, a), 1) * getattr(self, f'dcn_{a}', 1) for a in axes)
+    return math.prod(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineSpec:
+  """How microbatches go through the pipeline stages; unused where mesh.stage is 1."""
+
+  schedule: str = setting('gpipe', '1f1b keeps the least memory, interleaved idles the least',
+                          choices=('gpipe', 'interleaved', '1f1b'))
+  microbatches: int = setting(0, 'parts of a batch that are in the pipeline one after the other; 0: four '
+                              'times the stages where the rows allow it', minimum=0)
+  rounds: int = setting(2, 'interleaved: groups of layers on each stage', minimum=1)
+
+  def count(self, stages, rows):
+    """Returns the number of microbatches.  rows: those of a batch that lie on one device."""
+    return self.microbatches or stages * next(n for n in (4, 3, 2, 1) if rows % n == 0)
+
+  @property
+  def groups(self):
+    """Groups of layers on each stage."""
+    return self.rounds if self.schedule == 'interleaved' else 1

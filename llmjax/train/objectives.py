@@ -1,10 +1,15 @@
 """Training objectives: each makes a loss_fn(params, batch, key) -> (sum, (weight, aux))."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 
 from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.ops.losses import chunked_cross_entropy
+from llmjax.parallel import pipeline
+from llmjax.parallel.sharding import row_shards, sum_over_rows
 
 
 def resolve_attention(name, platform):
@@ -12,14 +17,14 @@ def resolve_attention(name, platform):
   return 'blockwise' if name == 'auto' else name
 
 
-def resolve_unroll(unroll, num_layers, platform, remat='none'):
+def resolve_unroll(train, num_layers, platform):
   """Returns how many layers each turn of the scan holds.
 
   XLA's CPU backend runs the body of a loop with less parallelism than straight-line code, and compile
-  time is no concern at the sizes a CPU trains; elsewhere one layer compiles fastest.  With remat the CPU
-  scans as well: in straight-line code its scheduler computes again early and saves next to nothing.
+  time is no concern at the sizes a CPU trains.  With remat only a loop saves memory: unrolled, XLA is
+  free to compute again long before it must.  Elsewhere one layer compiles fastest.
   """
-  return unroll or (num_layers if platform == 'cpu' and remat == 'none' else 1)
+  return train.scan_unroll or (num_layers if platform == 'cpu' and train.remat == 'none' else 1)
 
 
 def require_remat(name, device):
@@ -32,22 +37,68 @@ def require_remat(name, device):
                          'train.remat=minimal'])
 
 
-def next_token(model, train, platform):
-  """Returns the loss_fn of language modelling; its sum is in nats."""
+def likelihood(model, train, platform, pipe=None):
+  """Returns the loss_fn of evaluation: the targets' negative log-likelihood and nothing else."""
+  return next_token(dataclasses.replace(model, balance_loss=0.0, router_z_loss=0.0),
+                    dataclasses.replace(train, z_loss=0.0), platform, pipe)
+
+
+def next_token(model, train, platform, pipe=None):
+  """Returns the loss_fn of language modelling; its sum is in nats.  pipe: see `decoder.hidden_states`."""
+  dtype = jnp.dtype(train.compute_dtype)
   implementation = resolve_attention(train.attention, platform)
-  unroll = resolve_unroll(train.scan_unroll, model.num_layers, platform, train.remat)
+  unroll = resolve_unroll(train, model.num_layers, platform)
+
+  def make_context(rows, key):
+    return decoder.make_context(model, rows['positions'], rows['segment_ids'],
+                                implementation=implementation, key=key if model.dropout else None)
+
+  def score(params, x, rows):
+    """Returns (sum of losses, (weight, aux)) of final hidden states x [B, T, D]."""
+    matrix, vocab_axis = decoder.output_matrix(model, params)
+
+    def sums(matrix, x, targets, loss_mask):
+      loss, weight, aux = chunked_cross_entropy(
+          x, matrix, targets, loss_mask, z_loss=train.z_loss, soft_cap=model.logits_soft_cap or None,
+          vocab_axis=vocab_axis)
+      return loss, (weight, aux)
+
+    return sum_over_rows(sums, matrix.astype(dtype), x, rows['targets'], rows['loss_mask'])
 
   def loss_fn(params, batch, key):
-    context = decoder.make_context(
-        model, batch['positions'], batch['segment_ids'], implementation=implementation,
-        key=key if model.dropout else None)
-    x, _, _ = decoder.hidden_states(
-        model, params, batch['tokens'], context, compute_dtype=jnp.dtype(train.compute_dtype),
-        remat=train.remat, unroll=unroll)
-    matrix, vocab_axis = decoder.output_matrix(model, params)
-    loss, weight, aux = chunked_cross_entropy(
-        x, matrix, batch['targets'], batch['loss_mask'], z_loss=train.z_loss,
-        soft_cap=model.logits_soft_cap or None, vocab_axis=vocab_axis)
-    return loss, (weight, aux)
+    x, _, aux = decoder.hidden_states(
+        model, params, batch['tokens'], make_context(batch, key), compute_dtype=dtype,
+        remat=train.remat, unroll=unroll, pipe=pipe)
+    loss, (weight, names) = score(params, x, batch)
+    return loss + aux.get('penalty', 0.0), (weight, {**names, **aux})
 
-  return loss_fn
+  if pipe is None or pipe.schedule != '1f1b':
+    return loss_fn
+
+  def totals_and_gradients(params, batch, key):
+    ends = {name: tree for name, tree in params.items() if name != 'blocks'}
+    layers = decoder.stage_fn(model, make_context(batch, key), train.remat, unroll)
+    first = lambda ends, rows: decoder.embed(model, ends, rows['tokens'], dtype)
+    last = lambda ends, x, rows: score(ends, decoder.final_norm(model, ends, x), rows)
+    blocks = decoder.cast(params['blocks'], dtype)
+    stages = pipeline.num_stages()
+    totals, (d_ends, d_blocks) = pipeline.forward_backward(
+        first, layers, last, (ends, blocks), batch,
+        microbatches=pipe.count(stages, batch['tokens'].shape[0] // row_shards()))
+    grads = {**d_ends, 'blocks': d_blocks}
+    return totals, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+  @jax.custom_vjp
+  def one_forward_one_backward(params, batch, key):
+    return loss_fn(params, batch, key)
+
+  def backward(grads, cotangents):
+    scale, _ = cotangents  # Only the sum has a gradient.
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), None, None
+
+  one_forward_one_backward.defvjp(totals_and_gradients, backward)
+
+  def dispatch(params, batch, key):
+    return (one_forward_one_backward if pipeline.num_stages() > 1 else loss_fn)(params, batch, key)
+
+  return dispatch

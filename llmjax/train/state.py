@@ -22,8 +22,11 @@ class TrainState:
   key: jax.Array
 
 
-def init_state(model, tx, seed, param_dtype, mesh):
-  """Returns (state, shardings); made sharded, so that no device ever holds the whole model."""
+def init_state(model, tx, seed, param_dtype, mesh, zero1=False):
+  """Returns (state, shardings); made sharded, so that no device ever holds the whole model.
+
+  zero1: optimizer state lies over `data` as well.
+  """
 
   def init():
     key, params_key = jax.random.split(jax.random.key(seed))
@@ -31,11 +34,11 @@ def init_state(model, tx, seed, param_dtype, mesh):
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
                       key=jax.random.key_data(key))
 
-  shardings = state_shardings(jax.eval_shape(init), decoder.param_names(model), mesh)
+  shardings = state_shardings(jax.eval_shape(init), decoder.param_names(model), mesh, zero1)
   return jax.jit(init, out_shardings=shardings)(), shardings
 
 
-def abstract_state(model, tx, param_dtype, mesh):
+def abstract_state(model, tx, param_dtype, mesh, zero1=False):
   """Returns the TrainState of ShapeDtypeStructs with their shardings: what a checkpoint restores into."""
 
   def init():
@@ -44,17 +47,18 @@ def abstract_state(model, tx, param_dtype, mesh):
                       key=jax.random.key_data(jax.random.key(0)))
 
   shapes = jax.eval_shape(init)
-  shardings = state_shardings(shapes, decoder.param_names(model), mesh)
+  shardings = state_shardings(shapes, decoder.param_names(model), mesh, zero1)
   return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes,
                       shardings)
 
 
-def state_shardings(state, names, mesh):
+def state_shardings(state, names, mesh, zero1=False):
   """Returns the sharding of every leaf; optimizer moments follow their parameter."""
+  rules = sharding.ZERO1_RULES if zero1 else sharding.TRAIN_RULES
   replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
   return TrainState(
       step=replicated,
       params=sharding.tree_shardings(mesh, names),
       opt_state=sharding.tree_shardings(
-          mesh, sharding.state_names(state.opt_state, state.params, names)),
+          mesh, sharding.state_names(state.opt_state, state.params, names), rules),
       key=replicated)

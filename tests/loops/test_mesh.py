@@ -95,8 +95,9 @@ def test_without_compiling_it_starts_fast_and_needs_no_data(recipe, tmp_path):
     (['--config.model.vocab_size=0'], 'data/nowhere'),
     (['--config.model.vocab_size=0'], 'or set model.vocab_size, and no data is needed'),
     (['--config.model.vocab_size=4095', '--config.mesh.tensor=2'],
-     'embed/table: axis 0 of [4095, 32] cannot be shared by mesh.tensor=2; make it a multiple of 2'),
-    (['--devices=8', '--config.train.batch_size=4'], 'train.batch_size=4 gives 4 rows a microbatch'),
+     'model.vocab_size=4095 is not divisible by mesh.tensor=2; write model.vocab_size=4094 or 4096'),
+    (['--devices=8', '--config.train.batch_size=4'],
+     'train.batch_size=4 is not divisible by mesh.data=8; write train.batch_size=8, or change the mesh'),
     (['--devices=900', '--config.train.batch_size=900'], 'this process has started JAX with 8 CPU devices'),
 ])
 def test_mistakes_get_a_line(recipe, capfd, arguments, message):

@@ -163,7 +163,7 @@ def test_dropout_depends_on_its_key_alone_and_is_off_without_one():
 @pytest.mark.parametrize('preset', presets.PRESETS)
 def test_presets_have_the_published_size(preset):
   billions = {'llama2_7b': 6.74, 'llama2_13b': 13.02, 'llama2_70b': 68.98, 'llama3_8b': 8.03,
-              'llama3_70b': 70.55, 'llama3_405b': 405.85}
+              'llama3_70b': 70.55, 'llama3_405b': 405.85, 'mixtral_8x7b': 46.7}
   spec = ModelSpec(**{**ModelSpec.base({'preset': preset}), 'preset': preset})
   shapes = jax.eval_shape(lambda: decoder.init_params(spec, jax.random.key(0)))
   total = sum(x.size for x in jax.tree.leaves(shapes))

@@ -1,0 +1,104 @@
+"""Mixtures of experts: routing, its two losses, and the experts' products.
+
+Letters: B batch, T length, n tokens, D d_model, F mlp_dim, E experts, k experts a token uses, C slots
+that an expert has for a row.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+
+def route(logits, count):
+  """Returns (weights [..., k] that sum to 1, expert ids int32 [..., k], probabilities [..., E]).
+
+  logits: float32 [..., E].  The k likeliest experts, weighted by a softmax over their logits
+  (arXiv:2401.04088, section 2.1).
+  """
+  probabilities = jax.nn.softmax(logits, axis=-1)
+  top, ids = jax.lax.top_k(probabilities, count)
+  return top / jnp.sum(top, axis=-1, keepdims=True), ids, probabilities
+
+
+def balance_loss(probabilities, ids, mask):
+  """Returns the load-balance loss of every row times its tokens, summed: 1 a token when balanced.
+
+  E sum_e f_e p_e with f_e the part of a row's choices that took expert e, p_e its mean probability
+  (arXiv:2101.03961, eq. 4).  By row (arXiv:2412.19437, eq. 17) and not by batch: a product of means
+  over a batch would depend on how the batch is cut.
+  probabilities: [B, T, E].  ids: [B, T, k].  mask: float [B, T], 0 for padding.
+  """
+  experts, count = probabilities.shape[-1], ids.shape[-1]
+  tokens = jnp.maximum(jnp.sum(mask, axis=1), 1.0)[:, None]
+  chosen = jnp.sum(jax.nn.one_hot(ids, experts), axis=2)
+  f = jnp.einsum('BTE,BT->BE', chosen, mask) / tokens / count
+  p = jnp.einsum('BTE,BT->BE', probabilities, mask) / tokens
+  return jnp.sum(experts * jnp.sum(f * p, axis=-1) * jnp.sum(mask, axis=1))
+
+
+def router_z_loss(logits, mask):
+  """Returns the sum over tokens of log(Z)^2, Z the router's denominator (arXiv:2202.08906, eq. 5)."""
+  return jnp.sum(mask * jnp.square(jax.nn.logsumexp(logits, axis=-1)))
+
+
+def dropless(x, weights, ids, gate, up, down, activation, first=0):
+  """Returns each token's weighted sum over those of its experts that are here, [n, D].
+
+  x: [n, D].  weights, ids: [n, k].  gate, up: [E', D, F] and down: [E', F, D] of the E' experts from
+  `first` on.  Tokens are sorted by expert, so that each expert multiplies one contiguous block
+  (arXiv:2211.15841, section 4); no token is dropped.
+  """
+  count, experts = ids.shape[1], gate.shape[0]
+  expert = ids.reshape(-1) - first
+  here = (expert >= 0) & (expert < experts)
+  expert = jnp.where(here, expert, experts)  # What is elsewhere sorts behind all that is here.
+  order = jnp.argsort(expert, stable=True)
+  sizes = jnp.bincount(expert, length=experts + 1)[:experts].astype(jnp.int32)
+  product = lambda a, w: jax.lax.ragged_dot(a, w.astype(a.dtype), sizes)
+  rows = x[order // count]
+  gated, raised = checkpoint_name(product(rows, gate), 'gate'), checkpoint_name(product(rows, up), 'up')
+  y = product(activation(gated) * raised, down)
+  # Rows behind the last block are not defined on every platform.
+  y = jnp.where(here[order, None], y, 0) * weights.reshape(-1)[order, None].astype(y.dtype)
+  return y[jnp.argsort(order)].reshape(-1, count, x.shape[1]).sum(axis=1)
+
+
+def slots(ids, mask, experts, capacity):
+  """Returns (token of every slot int32 [B, E, C], T where a slot is free; slot of every choice [B, T, k]).
+
+  Every row has C slots with each expert; first choices are served before second ones, tokens in order,
+  and what finds no slot is dropped: its slot is E C (arXiv:2006.16668, algorithm 1).  ids: int
+  [B, T, k].  mask: [B, T], 0 for padding, which takes no slot.
+  """
+  rows, length, count = ids.shape
+  choices = ids.swapaxes(1, 2).reshape(rows, -1)  # First choices of all tokens, then second ones.
+  hot = jax.nn.one_hot(choices, experts, dtype=jnp.int32) * jnp.tile(mask > 0, (1, count))[..., None]
+  place = jnp.sum((jnp.cumsum(hot, axis=1) - 1) * hot, axis=-1)
+  kept = (place < capacity) & (jnp.sum(hot, axis=-1) > 0)
+  slot = jnp.where(kept, choices * capacity + place, experts * capacity)
+  token = jnp.tile(jnp.arange(length), count)
+  taken = jax.vmap(lambda s: jnp.full(experts * capacity, length).at[s].set(token, mode='drop'))(slot)
+  return taken.reshape(rows, experts, capacity), slot.reshape(rows, count, length).swapaxes(1, 2)
+
+
+def capacity(length, experts, count, factor):
+  """Returns C: the slots of an expert for a row of `length` tokens."""
+  return max(1, math.ceil(factor * length * count / experts))
+
+
+def gather_slots(x, taken):
+  """Returns the tokens of every slot, [B, E, C, D]; zeros in free ones.  x: [B, T, D]."""
+  rows = taken.shape[0]
+  padded = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
+  flat = jnp.take_along_axis(padded, taken.reshape(rows, -1, 1), axis=1)
+  return flat.reshape(*taken.shape, x.shape[-1])
+
+
+def combine_slots(y, weights, slot):
+  """Returns each token's weighted sum over its slots, [B, T, D].  y: [B, E, C, D]."""
+  rows, length, count = slot.shape
+  flat = jnp.pad(y.reshape(rows, -1, y.shape[-1]), ((0, 0), (0, 1), (0, 0)))
+  found = jnp.take_along_axis(flat, slot.reshape(rows, -1, 1), axis=1)
+  return jnp.sum(found.reshape(rows, length, count, -1) * weights[..., None].astype(y.dtype), axis=2)
