@@ -50,6 +50,10 @@ COMMANDS = {
     'report': Command(
         "write a run's report.html again", 'llmjax.loops.report',
         'llmjax.loops.spec:ReportOptions', None, 'llmjax report --workdir=runs/quickstart'),
+    'mesh': Command(
+        'how a recipe lies on devices: mesh, parameters, memory, collectives', 'llmjax.loops.mesh',
+        'llmjax.loops.spec:MeshOptions', 'llmjax.loops.spec:LayoutSpec',
+        'llmjax mesh --config=configs/pretrain/quickstart.py --config.mesh.fsdp=4 --devices=8'),
     'doctor': Command(
         'versions, devices, memory, disk, and what is wrong with them', 'llmjax.loops.doctor',
         'llmjax.loops.spec:DoctorOptions', None, 'llmjax doctor'),

@@ -27,7 +27,7 @@ from llmjax.parallel import chips
 from llmjax.parallel.mesh import place_batch
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.state import abstract_state, init_state
-from llmjax.train.step import make_train_step
+from llmjax.train.step import lower_step, make_train_step
 
 
 @dataclasses.dataclass
@@ -70,7 +70,7 @@ def claim_workdir(workdir, spec):
     before = json.loads(file.read_text())
     fixed = [('model', k) for k in resolved['model']] + [
         ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('optimizer', 'name'),
-        ('train', 'batch_size'), ('train', 'seed'), ('train', 'param_dtype')]
+        ('optimizer', 'moment_dtype'), ('train', 'batch_size'), ('train', 'seed'), ('train', 'param_dtype')]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
@@ -112,7 +112,8 @@ class Loop:
     self.job, self.spec, self.ledger, self.workdir = job, job.spec, job.ledger, workdir
     self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
     self.done = self.saved = first
-    self.tx, self.schedule = make_optimizer(self.spec.optimizer, self.total)
+    self.tx, self.schedule = make_optimizer(self.spec.optimizer, self.total,
+                                                 self.spec.train.seed)
     with self.ledger.charge('init'):
       self.state = self._initial_state()
       self.writers = open_writers(workdir, to_dict(self.spec), self.spec.logs.writers,
@@ -150,9 +151,7 @@ class Loop:
   def _compile(self, batch):
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
     step = make_train_step(self.job.loss_fn, self.tx, self.schedule, self.spec.train.accumulation)
-    layout = jax.tree.map(lambda x: x.sharding, self.state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
-    return jitted.lower(self.state, batch).compile()
+    return lower_step(step, self.state, batch).compile()
 
   def run(self):
     """Trains to the last step, or until the loss is lost."""

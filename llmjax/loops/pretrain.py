@@ -33,6 +33,7 @@ def run(spec, options):
     workdir = harness.claim_workdir(options.workdir, spec)
     mesh = make_mesh(spec.mesh)
     check_mesh(spec, mesh)
+    objectives.require_remat(spec.train.remat, mesh.devices.flat[0])
     for name, content in (('environment', describe_environment(mesh)),
                           ('data', describe_data(spec.data))):
       (workdir / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')

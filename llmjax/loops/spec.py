@@ -12,8 +12,8 @@ from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import MeshSpec, PipelineSpec
 from llmjax.train.spec import OptimizerSpec, TrainSpec
 
-__all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'PrepareOptions', 'PrepareSpec',
-           'PretrainOptions', 'PretrainSpec', 'ReportOptions']
+__all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions',
+           'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,15 @@ class PretrainOptions:
   def problems(self):
     if not self.workdir:
       yield 'workdir=DIR is missing: where should the run be kept? For example --workdir=runs/first'
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+  """Flags of `llmjax mesh`."""
+
+  devices: int = setting(0, 'how many to emulate; 0: the product of the mesh sizes, with 1 for a -1',
+                         minimum=0)
+  no_compile: bool = setting(False, "leave out the step's collectives, which take a compilation to find")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,3 +121,24 @@ class PretrainSpec:
         fits = ' or '.join(str(n) for n in (below, below + parts) if n)
         text = ' x '.join([f'mesh.{a}={size(a)}' for a in axes if size(a) > 1] + [words] * (times > 1))
         yield f'{name}={whole} is not divisible by {text}; write {name}={fits}, or change the mesh'
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesOnlyData(DataSpec):
+  """The data group where only shapes matter: its folders need not be there."""
+
+  def problems(self):
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutSpec(PretrainSpec):
+  """The config of `llmjax mesh`: pretraining's, which may be looked at before there is any data."""
+
+  data: ShapesOnlyData = group(ShapesOnlyData)
+
+  def problems(self):
+    yield from super().problems()
+    if not self.model.vocab_size:
+      yield from (f'data.{p}; or set model.vocab_size, and no data is needed'
+                  for p in DataSpec.problems(self.data))

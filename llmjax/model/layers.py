@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.model.spec import ModelSpec
 from llmjax.ops import moe
@@ -150,7 +151,8 @@ class GatedMlp(nn.Module):
     gate = weight('gate', (d, f), ('embed', 'mlp'))
     up = weight('up', (d, f), ('embed', 'mlp'))
     down = weight('down', (f, d), ('mlp', 'embed'), (2 * spec.num_layers)**-0.5)
-    hidden = getattr(nn, spec.activation)(project(x, gate)) * project(x, up)
+    gated, raised = checkpoint_name(project(x, gate), 'gate'), checkpoint_name(project(x, up), 'up')
+    hidden = getattr(nn, spec.activation)(gated) * raised
     return project(constrain(hidden, 'batch', 'length', 'act_mlp'), down)
 
 
@@ -221,10 +223,11 @@ class Block(nn.Module):
     spec = self.spec
     norm = lambda name: Norm(spec.norm_epsilon, self.param_dtype, name=name)
     keys = (None, None) if context.key is None else jax.random.split(context.key)
+    x = checkpoint_name(x, 'block_input')
     y, kv_cache = Attention(spec, self.param_dtype, name='attention')(
         norm('attention_norm')(x), kv_cache, context)
-    x = x + dropout(y, spec.dropout, keys[0])
-    x = constrain(x, 'batch', 'block_length', 'act_embed')
+    x = constrain(x + dropout(y, spec.dropout, keys[0]), 'batch', 'block_length', 'act_embed')
+    x = checkpoint_name(x, 'attended')
     y, aux = norm('mlp_norm')(x), {}
     if spec.num_experts:
       y, aux = MoeMlp(spec, self.param_dtype, name='mlp')(y, context)

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 # Large but finite: a row that sees no key then averages values uniformly instead of dividing 0 by 0.
 MASKED = -1e30
@@ -49,9 +50,11 @@ def attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids
                      f'{", ".join(IMPLEMENTATIONS)}')
   options = (window, soft_cap, head_dim**-0.5 if scale is None else scale, aligned)
   q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
+  # Marked as the kernel takes them: rematerialization that keeps them repeats no transpose either.
+  q, k, v = (checkpoint_name(x, name) for x, name in (
+      (q, 'query'), (k.swapaxes(1, 2), 'key'), (v.swapaxes(1, 2), 'value')))
   out = IMPLEMENTATIONS[implementation](
-      options, q, k.swapaxes(1, 2), v.swapaxes(1, 2), (q_segment_ids, q_positions),
-      (k_segment_ids, k_positions))
+      options, q, k, v, (q_segment_ids, q_positions), (k_segment_ids, k_positions))
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
@@ -120,7 +123,8 @@ def blockwise_attention(options, q, k, v, q_ids, k_ids):
 
 
 def _blockwise_fwd(options, q, k, v, q_ids, k_ids):
-  out, log_sum = _forward(options, q, k, v, q_ids, k_ids)
+  # Both marked: were one of them not kept, the backward pass would run this whole forward pass again.
+  out, log_sum = (checkpoint_name(x, 'attention') for x in _forward(options, q, k, v, q_ids, k_ids))
   return out, (q, k, v, q_ids, k_ids, out, log_sum)
 
 

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def route(logits, count):
@@ -57,7 +58,8 @@ def dropless(x, weights, ids, gate, up, down, activation, first=0):
   sizes = jnp.bincount(expert, length=experts + 1)[:experts].astype(jnp.int32)
   product = lambda a, w: jax.lax.ragged_dot(a, w.astype(a.dtype), sizes)
   rows = x[order // count]
-  y = product(activation(product(rows, gate)) * product(rows, up), down)
+  gated, raised = checkpoint_name(product(rows, gate), 'gate'), checkpoint_name(product(rows, up), 'up')
+  y = product(activation(gated) * raised, down)
   # Rows behind the last block are not defined on every platform.
   y = jnp.where(here[order, None], y, 0) * weights.reshape(-1)[order, None].astype(y.dtype)
   return y[jnp.argsort(order)].reshape(-1, count, x.shape[1]).sum(axis=1)

@@ -14,10 +14,12 @@ def project(x, w, in_dims=1):
   return _product(in_dims, x, w.astype(x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(in_dims, x, w):
+def _forward(in_dims, x, w):
   axes = tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(in_dims))
   return jax.lax.dot_general(x, w, (axes, ((), ())))
+
+
+_product = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
 def _product_bwd(in_dims, residuals, d_out):
@@ -47,4 +49,5 @@ def _weight_gradient_cpu(in_dims, x, d_out):
   return (columns @ d_out.reshape(d_out.shape[0], -1)).reshape(*x.shape[rows:], *d_out.shape[1:])
 
 
-_product.defvjp(lambda in_dims, x, w: (_product(in_dims, x, w), (x, w)), _product_bwd)
+# The plain product, not `_product` again: a rematerialization policy must see that it is a matrix product.
+_product.defvjp(lambda in_dims, x, w: (_forward(in_dims, x, w), (x, w)), _product_bwd)

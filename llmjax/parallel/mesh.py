@@ -22,23 +22,29 @@ def make_mesh(spec, devices=None):
   the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = [getattr(spec, axis) for axis in AXES]
+  sizes = [getattr(fill(spec, len(devices)), axis) for axis in AXES]
   outer = [getattr(spec, f'dcn_{axis}', 1) for axis in AXES]
-  inside = len(devices) // spec.slices
-  fixed = math.prod(s for s in sizes if s != -1)
-  if -1 in sizes and inside % fixed == 0:
-    sizes[sizes.index(-1)] = inside // fixed
-  if math.prod(sizes) * spec.slices != len(devices):
-    asked = ' x '.join(f'{a} {s}' for a, s in zip(AXES, sizes, strict=True) if s != 1) or 'all axes 1'
-    slices = f' in each of {spec.slices} slices' if spec.slices > 1 else ''
-    raise ConfigError([f'mesh: {asked}{slices} does not fill {len(devices)} devices; the product must be '
-                       f'{len(devices)}, and -1 lets one axis fill'])
   parts = [mesh_utils.create_device_mesh(sizes, part) for part in _slices(devices, spec.slices)]
   # [outer..., sizes...] to [outer and size of each axis, side by side].
   grid = np.array(parts).reshape(*outer, *sizes)
   order = [i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))]
   grid = grid.transpose(order).reshape([o * s for o, s in zip(outer, sizes, strict=True)])
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fill(spec, devices):
+  """Returns the MeshSpec with its -1 replaced by what fills a number of devices; errors as `make_mesh`."""
+  sizes = {axis: getattr(spec, axis) for axis in AXES}
+  inside = devices // spec.slices
+  fixed = math.prod(s for s in sizes.values() if s != -1)
+  if inside % fixed == 0:
+    sizes = {axis: inside // fixed if s == -1 else s for axis, s in sizes.items()}
+  if math.prod(sizes.values()) * spec.slices != devices:
+    asked = ' x '.join(f'{axis} {s}' for axis, s in sizes.items() if s != 1) or 'all axes 1'
+    slices = f' in each of {spec.slices} slices' if spec.slices > 1 else ''
+    raise ConfigError([f'mesh: {asked}{slices} does not fill {devices} devices; the product must be '
+                       f'{devices}, and -1 lets one axis fill'])
+  return dataclasses.replace(spec, **sizes)
 
 
 def fitting_mesh(spec, devices=None):

@@ -115,23 +115,29 @@ def sum_over_rows(fn, weights, *rows):
   return jax.tree.map(lambda y: y.sum(0), outputs)
 
 
-def state_names(abstract_state, params, names):
-  """Returns the logical names of every leaf of a state: a leaf that follows a parameter takes its names.
+def mirrored(state, params):
+  """Returns which parameter every leaf of a state mirrors, as the text of its path; '' for none.
 
-  abstract_state: any tree whose paths end in a parameter's path where it mirrors that parameter (as
-  optimizer moments do).  params, names: the abstract parameters and their names, in the same tree.
-  Leaves of another shape (counters, factored moments) are replicated.
+  state: any tree whose paths end in a parameter's path where it mirrors that parameter (as optimizer
+  moments do).  Leaves of another shape (counters, factored moments) mirror nothing.
   """
-  flat = {jax.tree_util.keystr(path): n
-          for path, n in jax.tree_util.tree_flatten_with_path(names, is_leaf=is_names)[0]}
   shapes = {jax.tree_util.keystr(path): leaf.shape
             for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
   def find(path, leaf):
-    for start in range(len(path)):
-      key = jax.tree_util.keystr(path[start:])
-      if key in flat and shapes[key] == leaf.shape:
-        return flat[key]
-    return (None,) * len(leaf.shape)
+    keys = (jax.tree_util.keystr(path[start:]) for start in range(len(path)))
+    return next((key for key in keys if key in shapes and shapes[key] == leaf.shape), '')
 
-  return jax.tree_util.tree_map_with_path(find, abstract_state)
+  return jax.tree_util.tree_map_with_path(find, state)
+
+
+def state_names(abstract_state, params, names):
+  """Returns the logical names of every leaf of a state: a leaf that mirrors a parameter takes its names.
+
+  params, names: the abstract parameters and their names, in the same tree.  Leaves that mirror no
+  parameter are replicated.
+  """
+  flat = {jax.tree_util.keystr(path): n
+          for path, n in jax.tree_util.tree_flatten_with_path(names, is_leaf=is_names)[0]}
+  return jax.tree.map(lambda leaf, key: flat[key] if key else (None,) * len(leaf.shape), abstract_state,
+                      mirrored(abstract_state, params))

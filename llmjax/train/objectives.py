@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.ops.losses import chunked_cross_entropy
 from llmjax.parallel import pipeline
@@ -24,6 +25,16 @@ def resolve_unroll(train, num_layers, platform):
   free to compute again long before it must.  Elsewhere one layer compiles fastest.
   """
   return train.scan_unroll or (num_layers if platform == 'cpu' and train.remat == 'none' else 1)
+
+
+def require_remat(name, device):
+  """Raises ConfigError when train.remat is not possible on the devices of a mesh; device: one of them."""
+  if name == 'offload':
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if 'pinned_host' not in kinds:
+      raise ConfigError([f'train.remat=offload needs the host memory that JAX calls pinned_host, and '
+                         f'{device.device_kind} has {", ".join(sorted(kinds))} only; write '
+                         'train.remat=minimal'])
 
 
 def likelihood(model, train, platform, pipe=None):

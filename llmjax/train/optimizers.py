@@ -8,6 +8,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from llmjax.config import ConfigError
+from llmjax.train.rounding import keep_moments
 
 # Whether weight decay applies, by the last part of a parameter's path; the first pattern that matches.
 DECAY = (
@@ -103,11 +104,15 @@ OPTIMIZERS = {
 }
 
 
-def make_optimizer(spec, steps):
-  """Returns (tx, schedule): clip by global norm, then the named rule with its schedule."""
+def make_optimizer(spec, steps, seed=0):
+  """Returns (tx, schedule): clip by global norm, then the named rule with its schedule.
+
+  seed: of the rounding of moments that are kept in bfloat16.
+  """
   if spec.name not in OPTIMIZERS:
     raise ConfigError([f'optimizer.name={spec.name!r} is not known; write one of '
                        f'{", ".join(OPTIMIZERS)}'])
   schedule = make_schedule(spec, steps)
   clip = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
-  return optax.chain(*clip, OPTIMIZERS[spec.name](spec, schedule)), schedule
+  tx = optax.chain(*clip, OPTIMIZERS[spec.name](spec, schedule))
+  return keep_moments(tx, spec.moment_dtype, seed), schedule

@@ -5,7 +5,7 @@ import dataclasses
 from llmjax.config import setting
 
 DTYPES = ('float32', 'bfloat16')
-REMATS = ('none', 'dots', 'full')
+REMATS = ('none', 'dots', 'minimal', 'full', 'offload')
 SCHEDULES = ('cosine', 'linear', 'constant', 'wsd', 'rsqrt')
 
 
@@ -18,14 +18,15 @@ class TrainSpec:
   accumulation: int = setting(1, 'microbatches a batch is worked through in; the loss does not change',
                               minimum=1)
   seed: int = setting(0, 'of initial weights, data order and dropout', minimum=0)
-  param_dtype: str = setting('float32', 'of parameters and optimizer state', choices=DTYPES)
+  param_dtype: str = setting('float32', 'of parameters', choices=DTYPES)
   compute_dtype: str = setting('bfloat16', 'of products and activations', choices=DTYPES)
-  remat: str = setting('none', 'what the backward pass computes again to save memory: nothing, all but '
-                       'matrix products, or everything', choices=REMATS)
+  remat: str = setting('none', 'what the backward pass computes again to save memory. none: nothing; dots: '
+                       'all but weight products; minimal: norms and activations; full: everything; offload: '
+                       'as minimal, kept in host memory', choices=REMATS)
   attention: str = setting('auto', 'attention kernel; auto follows the platform',
                            choices=('auto', 'reference', 'blockwise'))
-  scan_unroll: int = setting(0, 'layers in each turn of the scan; 0: all on CPU without remat, else 1',
-                             minimum=0)
+  scan_unroll: int = setting(0, 'layers unrolled in each turn of the scan; 0: on CPU without remat all, '
+                             'else 1', minimum=0)
   z_loss: float = setting(0.0, 'weight of log(Z)^2 in the loss', minimum=0.0)
   log_every: int = setting(10, 'steps between lines in metrics.jsonl', minimum=1)
   eval_every: int = setting(0, 'steps between evaluations; 0: only at the end', minimum=0)
@@ -62,4 +63,6 @@ class OptimizerSpec:
   b2: float = setting(0.95, 'decay of the second moment', minimum=0.0, maximum=1.0)
   momentum: float = setting(0.95, "Muon's decay of the gradient", minimum=0.0, maximum=1.0)
   epsilon: float = setting(1e-8, 'added to the root of the second moment', minimum=0.0)
+  moment_dtype: str = setting('float32', 'of the moments between steps; bfloat16 halves their memory and is '
+                              'rounded stochastically', choices=DTYPES)
   clip_norm: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', minimum=0.0)

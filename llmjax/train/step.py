@@ -49,3 +49,12 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1):
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step
+
+
+def lower_step(step, state, batch):
+  """Returns the step lowered for this state and batch: the state is donated and keeps its layout.
+
+  state, batch: arrays, or ShapeDtypeStructs with their shardings.
+  """
+  layout = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)).lower(state, batch)
