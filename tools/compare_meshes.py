@@ -9,8 +9,7 @@ of any array, each held against that array's own largest value.
 Then the program of a larger step (PROGRAM below), compiled and not run: its collectives with every turn of every loop
 counted, the bytes that one device holds, and the FLOPs of its matrix products times the number of devices, over those
 of the one-device program.  A pipeline computes in its bubble too, on nothing: for it the ratio that its bubble
-explains stands beside.  1f1b runs each stage again in the backward pass, so it stands beside one device with
-remat=full.
+explains stands beside, counting that 1f1b runs each stage's forward pass again in the backward pass.
 """
 
 import argparse
@@ -27,11 +26,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests' / 'parallel')]
 
 import jax
 import numpy as np
-
 import test_meshes
+
 from llmjax.config import to_dict
 from llmjax.loops.mesh import abstract_batch, compile_step, local_bytes
 from llmjax.loops.spec import LayoutSpec
+from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.pipeline import bubble
@@ -64,13 +64,13 @@ def numbers(kind, sizes, pipe):
           'parameters': largest_difference(params, expected_params)}
 
 
-def program(kind, sizes, pipe, remat='none'):
+def program(model, sizes, pipe):
   """Returns what the compiled step of a mesh is made of.  sizes None: of one device."""
   mesh_spec = MeshSpec(**(sizes or {}))
   mesh = make_mesh(mesh_spec, None if sizes else jax.devices()[:1])
-  spec = dataclasses.replace(LayoutSpec(), model=PROGRAM[kind], mesh=mesh_spec, pipeline=pipe)
+  spec = dataclasses.replace(LayoutSpec(), model=model, mesh=mesh_spec, pipeline=pipe)
   spec = dataclasses.replace(
-      spec, train=dataclasses.replace(spec.train, batch_size=ROWS, compute_dtype='float32', remat=remat),
+      spec, train=dataclasses.replace(spec.train, batch_size=ROWS, compute_dtype='float32'),
       data=dataclasses.replace(spec.data, seq_len=LENGTH))
   tx, schedule = make_optimizer(spec.optimizer, 100)
   state = abstract_state(spec.model, tx, 'float32', mesh, mesh_spec.zero1)
@@ -86,23 +86,34 @@ def compare(kind, name, one_device):
   """Returns the row of a mesh."""
   sizes = dict(test_meshes.MESHES[name])
   pipe = PipelineSpec(**sizes.pop('pipeline', {}))
-  found = {**numbers(kind, sizes, pipe), **program(kind, sizes, pipe)}
-  again = pipe.schedule == '1f1b' and sizes.get('stage', 1) > 1
-  found['flops_ratio'] = found['flops'] / one_device['full' if again else 'none']['flops']
+  found = {**numbers(kind, sizes, pipe), **program(PROGRAM[kind], sizes, pipe)}
+  found['flops_ratio'] = found['flops'] / one_device['flops']
   stages = sizes.get('stage', 1) * sizes.get('dcn_stage', 1)
   if stages > 1:
     idle, ticks = bubble(pipe.schedule, stages, pipe.count(stages, 0), pipe.rounds)
     # Embedding and head are outside the pipeline and have no bubble.
-    part = one_device['full' if again else 'none']['layers']
-    found['bubble_ratio'] = 1 + part * idle / (ticks - idle)
+    layers = one_device['layers'] + (one_device['layers_forward'] if pipe.schedule == '1f1b' else 0)
+    found['bubble_ratio'] = 1 + (layers * ticks / (ticks - idle) - one_device['layers']) / one_device['flops']
   return found
 
 
-def layers_part(kind, remat):
-  """Returns the part of one device's FLOPs that the layers take: those of twice the layers tell it."""
-  PROGRAM['twice'] = dataclasses.replace(PROGRAM[kind], num_layers=2 * PROGRAM[kind].num_layers)
-  once, twice = (program(k, None, PipelineSpec(), remat)['flops'] for k in (kind, 'twice'))
-  return (twice - once) / once
+def alone(kind):
+  """Returns what one device's step is made of; of its FLOPs the layers' part, and that of their forward pass."""
+  model, found = PROGRAM[kind], program(PROGRAM[kind], None, PipelineSpec())
+  twice = dataclasses.replace(model, num_layers=2 * model.num_layers)
+  found['layers'] = program(twice, None, PipelineSpec())['flops'] - found['flops']
+  found['layers_forward'] = forward_flops(twice) - forward_flops(model)
+  return found
+
+
+def forward_flops(model):
+  """Returns the FLOPs of the hidden states of a batch."""
+  def forward(params, tokens):
+    return decoder.hidden_states(model, params, tokens, decoder.make_context(model, tokens, tokens))[0]
+
+  params = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
+  tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), 'int32')
+  return count_products(jax.jit(forward).lower(params, tokens).compile().as_text())
 
 
 def describe(rows):
@@ -114,11 +125,10 @@ def describe(rows):
 def table(kind, results, one_device):
   """Returns the Markdown table of a model."""
   lines = [f'## {kind}', '',
-           f"One device: {one_device['none']['flops'] / 1e9:.1f} GFLOP a step (with remat=full "
-           f"{one_device['full']['flops'] / 1e9:.1f}), {one_device['none']['state_bytes'] / 2**20:.1f} MiB of state, "
-           f"{one_device['none']['temporary_bytes'] / 2**20:.0f} MiB of temporaries.", '',
-           '| mesh | loss | gradient | parameters | FLOPs | bubble | state MiB | temporary MiB | collectives of a step: '
-           'kind, axes, runs x total MiB |',
+           f"One device: {one_device['flops'] / 1e9:.1f} GFLOP a step, {one_device['state_bytes'] / 2**20:.1f} MiB of "
+           f"state, {one_device['temporary_bytes'] / 2**20:.0f} MiB of temporaries.", '',
+           '| mesh | loss | gradient | parameters | FLOPs | bubble | state MiB | temporary MiB | '
+           'collectives of a step: kind, axes, runs x total MiB |',
            '| --- ' * 9 + '|']
   for name, r in results.items():
     explained = f"{r['bubble_ratio']:.3f}" if 'bubble_ratio' in r else ''
@@ -136,9 +146,7 @@ def main():
   args = parser.parse_args()
   parts, everything = [], {'jax': jax.__version__, 'program': {k: to_dict(m) for k, m in PROGRAM.items()}}
   for kind in list(PROGRAM):
-    one_device = {remat: {**program(kind, None, PipelineSpec(), remat), 'layers': layers_part(kind, remat)}
-                  for remat in ('none', 'full')}
-    results = {}
+    one_device, results = alone(kind), {}
     for name in test_meshes.MESHES:
       if args.only in name:
         results[name] = compare(kind, name, one_device)

@@ -17,7 +17,8 @@ from llmjax.ops.norms import rms_norm
 from llmjax.ops.products import project
 from llmjax.ops.rotary import apply_rope
 from llmjax.parallel.experts import dropless
-from llmjax.parallel.sharding import constrain
+from llmjax.parallel.sharding import by_rows, constrain
+from llmjax.parallel.vocabulary import lookup
 
 
 @struct.dataclass
@@ -74,7 +75,7 @@ class Embed(nn.Module):
     init = nn.initializers.normal(0.02 * self.spec.init_scale)  # arXiv:2005.14165's choice.
     table = self.param('table', nn.with_logical_partitioning(init, ('vocab', 'table_embed')),
                        (self.spec.vocab_size, self.spec.d_model), self.param_dtype)
-    return jnp.take(constrain(table.astype(dtype), 'vocab', None), tokens, axis=0)
+    return lookup(table.astype(dtype), tokens)
 
 
 class Norm(nn.Module):
@@ -115,8 +116,9 @@ class Attention(nn.Module):
     if spec.qk_norm:
       query = Norm(spec.norm_epsilon, self.param_dtype, name='query_norm')(query)
       keys = Norm(spec.norm_epsilon, self.param_dtype, name='key_norm')(keys)
-    query = constrain(apply_rope(query, context.angles), 'batch', 'length', 'act_heads', None)
-    keys = apply_rope(keys, context.angles)
+    heads = lambda a: constrain(a, 'batch', 'length', 'act_heads', None)
+    query = heads(apply_rope(query, context.angles))
+    keys, values = heads(apply_rope(keys, context.angles)), heads(values)
     if kv_cache is not None:
       # [B, K, S, H]: each head's keys lie together, so a decoding step reads them where they are.
       start = (0, 0, context.cache_index, 0)
@@ -186,7 +188,7 @@ class MoeMlp(nn.Module):
 
     # In float32: close calls between experts would fall differently in bf16 (arXiv:2101.03961, 2.4).
     logits = project(constrain(x, 'batch', 'length', 'act_embed').astype(jnp.float32), router)
-    weights, ids, probabilities = moe.route(logits, k)
+    weights, ids, probabilities = by_rows(lambda rows: moe.route(rows, k), logits)
     mask = (context.segment_ids != 0).astype(jnp.float32)
     balance = moe.balance_loss(probabilities, ids, mask) / spec.num_layers
     router_z = moe.router_z_loss(logits, mask) / spec.num_layers
@@ -221,7 +223,9 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, kv_cache, context):
     spec = self.spec
-    norm = lambda name: Norm(spec.norm_epsilon, self.param_dtype, name=name)
+    # The product that follows needs all of the length: gathered here, each device norms its part alone.
+    norm = lambda name: lambda x: constrain(
+        Norm(spec.norm_epsilon, self.param_dtype, name=name)(x), 'batch', 'length', 'act_embed')
     keys = (None, None) if context.key is None else jax.random.split(context.key)
     x = checkpoint_name(x, 'block_input')
     y, kv_cache = Attention(spec, self.param_dtype, name='attention')(

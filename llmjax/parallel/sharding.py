@@ -34,8 +34,8 @@ TRAIN_RULES = {
 }
 
 # ZeRO-1 (arXiv:1910.02054, section 5.1): optimizer state lies over `data` as well.
-ZERO1_RULES = {**TRAIN_RULES, 'embed': ('data', 'fsdp', 'expert'), 'expert_embed': ('data', 'fsdp'),
-               'table_embed': ('data', 'fsdp', 'expert', 'stage')}
+ZERO1_RULES = {**TRAIN_RULES, 'embed': ('fsdp', 'expert', 'data'), 'expert_embed': ('fsdp', 'data'),
+               'table_embed': ('fsdp', 'expert', 'stage', 'data')}
 
 
 def axes_of(name, rules=TRAIN_RULES):
@@ -103,12 +103,9 @@ def sum_over_rows(fn, weights, *rows):
   rows: arrays [B, T, ...].  Each device adds up its own tokens, and one sum over the devices at the end
   joins them: in a loop inside fn, XLA would join them in every turn.
   """
-  free = auto_axes()
-  axes = tuple(a for a in (*axes_of('batch'), *axes_of('length')) if a in free)
+  axes, row = _row_layout()
   if not axes:
     return fn(weights, *rows)
-  divide = lambda name: tuple(a for a in axes_of(name) if a in axes) or None
-  row = PartitionSpec(divide('batch'), divide('length'))
   outputs = jax.shard_map(
       lambda *args: jax.tree.map(lambda y: y[None], fn(*args)), axis_names=set(axes), check_vma=False,
       in_specs=(PartitionSpec(), *(row for _ in rows)), out_specs=PartitionSpec(axes))(weights, *rows)
@@ -129,6 +126,25 @@ def mirrored(state, params):
     return next((key for key in keys if key in shapes and shapes[key] == leaf.shape), '')
 
   return jax.tree_util.tree_map_with_path(find, state)
+
+
+def by_rows(fn, *rows):
+  """Returns fn(*rows), arrays [B, T, ...], where fn works on every token by itself.
+
+  Each device works on its own tokens; left to XLA, some functions (top_k) would gather those of all.
+  """
+  axes, row = _row_layout()
+  parts = [math.prod(mesh_size(a) for a in axes if a in axes_of(name)) for name in ('batch', 'length')]
+  if not axes or any(size % n for size, n in zip(rows[0].shape, parts, strict=False)):
+    return fn(*rows)
+  return jax.shard_map(fn, axis_names=set(axes), check_vma=False, in_specs=row, out_specs=row)(*rows)
+
+
+def _row_layout():
+  """Returns (mesh axes that XLA divides tokens over, the PartitionSpec of [B, T, ...] over them)."""
+  free = auto_axes()
+  batch, length = (tuple(a for a in axes_of(name) if a in free) for name in ('batch', 'length'))
+  return (*batch, *length), PartitionSpec(batch or None, length or None)
 
 
 def state_names(abstract_state, params, names):

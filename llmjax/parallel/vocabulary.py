@@ -1,0 +1,31 @@
+"""Looking tokens up in an embedding table that lies over the mesh axis `tensor`."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from llmjax.parallel.sharding import auto_axes, constrain, mesh_size
+
+AXIS = 'tensor'
+
+
+def lookup(table, tokens):
+  """Returns the rows of table [V, D] of int tokens [B, T], as [B, T, D].
+
+  Each device looks up the tokens of its own part of the vocabulary, and the sum over the devices puts the
+  parts together (arXiv:1909.08053, section 3).  Rows come back divided along their length, as between
+  blocks.  XLA by itself would gather the whole table to every device.
+  """
+  table = constrain(table, 'vocab', None)
+  if AXIS not in auto_axes():
+    return jnp.take(table, tokens, axis=0)
+  scatter = tokens.shape[1] % mesh_size(AXIS) == 0  # Not so for one token of a decoding step.
+
+  def local(table, tokens):
+    ids = tokens - jax.lax.axis_index(AXIS) * table.shape[0]
+    here = (ids >= 0) & (ids < table.shape[0])
+    x = jnp.where(here[..., None], jnp.take(table, jnp.where(here, ids, 0), axis=0), 0)
+    return jax.lax.psum_scatter(x, AXIS, scatter_dimension=1, tiled=True) if scatter else jax.lax.psum(x, AXIS)
+
+  return jax.shard_map(local, in_specs=(PartitionSpec(AXIS), PartitionSpec()), axis_names={AXIS}, check_vma=False,
+                       out_specs=PartitionSpec(None, AXIS) if scatter else PartitionSpec())(table, tokens)
