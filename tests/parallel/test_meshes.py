@@ -1,5 +1,6 @@
 """The mesh does not change the model: loss, gradients and training are one device's on every mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.spec import MeshSpec, PipelineSpec
 from llmjax.train import objectives
 from llmjax.train.spec import TrainSpec
-from llmjax.train.state import init_state
+from llmjax.train.state import abstract_state, init_state
 from llmjax.train.step import make_train_step
 
 B, T = 16, 32
@@ -71,8 +73,11 @@ def keep_gradients(lr):
       lambda grads, state, params: (jax.tree.map(lambda g: -lr * g, grads), {'grads': grads}))
 
 
-def run(model, mesh_spec, steps, pipe=None, **train):
-  """Returns (gradients of the last step, losses) of `steps` steps on a mesh; None is one device."""
+def run(model, mesh_spec, pipe=None, steps=10, **train):
+  """Trains; returns (gradients of the second step, final parameters, losses).  mesh_spec None: one device.
+
+  The head starts at zero and hides all that lies below it from the first gradient.
+  """
   mesh = make_mesh(mesh_spec or MeshSpec(), jax.devices()[:1] if mesh_spec is None else None)
   train = TrainSpec(compute_dtype='float32', scan_unroll=1, **train)
   tx = keep_gradients(0.5)
@@ -85,12 +90,23 @@ def run(model, mesh_spec, steps, pipe=None, **train):
     for i in range(steps):
       state, metrics = step(state, place_batch(mesh, packed_batch(i)))
       losses.append(float(metrics['loss']))
-    return jax.device_get(state.opt_state['grads']), losses
+      if i == 1:
+        grads = jax.device_get(state.opt_state['grads'])
+    return grads, jax.device_get(state.params), losses
 
 
 @functools.cache
-def alone(kind, steps):
-  return run(MODELS[kind], None, steps)
+def alone(kind):
+  return run(MODELS[kind], None)
+
+
+def assert_near(found, expected, tolerance):
+  """Every array is within `tolerance` times its own largest value."""
+  for path, a in jax.tree_util.tree_flatten_with_path(expected)[0]:
+    b = functools.reduce(lambda tree, k: tree[k.key], path, found)
+    scale = np.abs(a).max()
+    assert scale > 0, path
+    np.testing.assert_allclose(b / scale, a / scale, rtol=0, atol=tolerance, err_msg=str(path))
 
 
 @pytest.mark.parametrize('name', MESHES)
@@ -98,12 +114,51 @@ def alone(kind, steps):
 def test_the_mesh_does_not_change_the_model(kind, name):
   sizes = dict(MESHES[name])
   pipe = PipelineSpec(**sizes.pop('pipeline', {}))
-  # The head starts at zero and hides what lies below it from the first gradient.
-  grads, losses = run(MODELS[kind], MeshSpec(**sizes), 2, pipe)
-  expected_grads, expected_losses = alone(kind, 2)
-  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-  for path, g in jax.tree_util.tree_flatten_with_path(expected_grads)[0]:
-    found = functools.reduce(lambda tree, k: tree[k.key], path, grads)
-    scale = np.abs(g).max()
-    assert scale > 0
-    np.testing.assert_allclose(found / scale, g / scale, atol=1e-5, err_msg=str(path))
+  grads, params, losses = run(MODELS[kind], MeshSpec(**sizes), pipe)
+  expected_grads, expected_params, expected_losses = alone(kind)
+  np.testing.assert_allclose(losses[:2], expected_losses[:2], rtol=1e-5)
+  assert_near(grads, expected_grads, 1e-5)
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+  assert_near(params, expected_params, 1e-4)
+
+
+def test_experts_with_capacity_drop_the_same_tokens_on_a_mesh():
+  model = dataclasses.replace(MODELS['moe'], capacity_factor=0.75)
+  grads, params, losses = run(model, MeshSpec(data=1, expert=2, context=2, tensor=2))
+  expected = run(model, None)
+  assert_near(grads, expected[0], 1e-5)
+  assert_near(params, expected[1], 1e-4)
+  assert abs(losses[1] - alone('moe')[2][1]) > 1e-4  # Some were dropped.
+
+
+def test_accumulation_inside_a_pipeline():
+  grads, _, losses = run(MODELS['dense'], MeshSpec(data=1, fsdp=4, stage=2), PipelineSpec(schedule='1f1b'),
+                         accumulation=2, remat='full')
+  np.testing.assert_allclose(losses[:2], alone('dense')[2][:2], rtol=1e-5)
+  assert_near(grads, alone('dense')[0], 1e-5)
+
+
+@pytest.mark.parametrize('source', ['data2 fsdp2 tensor2', 'stage2 fsdp2 tensor2'])
+def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp_path):
+  tx = optax.adamw(1e-3)
+
+  def sizes(name):
+    return MeshSpec(**{k: v for k, v in MESHES[name].items() if k != 'pipeline'})
+
+  mesh = make_mesh(sizes(source))
+  with jax.set_mesh(mesh):
+    state, _ = init_state(MODELS['moe'], tx, 3, 'float32', mesh)
+    state = state.replace(opt_state=jax.tree.map(
+        lambda x: x + jnp.asarray(0.1, x.dtype) if x.dtype == jnp.float32 else x, state.opt_state))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {'batches': 1, 'fingerprint': ''}, {})
+    checkpoints.wait()
+  expected = jax.device_get(state)
+  for name in MESHES:
+    mesh = make_mesh(sizes(name))
+    with jax.set_mesh(mesh):
+      abstract = abstract_state(MODELS['moe'], tx, 'float32', mesh, zero1=sizes(name).zero1)
+      found, _ = checkpoints.restore(1, abstract)
+      jax.tree.map(lambda f, a: f.sharding == a.sharding or pytest.fail(name), found, abstract)
+      jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
+  checkpoints.close()
