@@ -170,7 +170,7 @@ def _parse_launch(command, arguments):
     problems = ['--' + p for p in e.problems]
   if not launched or launched[0] not in COMMANDS or COMMANDS[launched[0]].launches:
     near = difflib.get_close_matches(launched[0], COMMANDS, n=1) if launched else []
-    problems.append(' the command to start stands after `--`' + (
+    problems.append('the command to start stands after `--`' + (
         f', and {launched[0]!r} is none; did you mean {near[0]}?' if near else f'; for example {command.example}'))
   _raise(problems)
   return launched, options

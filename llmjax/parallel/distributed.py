@@ -13,6 +13,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 import time
 
 import jax
@@ -283,23 +284,32 @@ def _end(status):
 def agreed_stop():
   """Yields stop(step), which is true on all processes at one and the same step after Ctrl-C or SIGTERM on any.
 
-  Call it after every step.  A second Ctrl-C is the usual KeyboardInterrupt, and so is the first where
-  there is one process.
+  Call it after every step.  A second Ctrl-C is the usual KeyboardInterrupt; where there is one process,
+  so is the first one, and SIGTERM.
   """
-  if jax.process_count() == 1:
-    yield lambda step: False
-    return
   from jax.experimental import multihost_utils
 
   def ask(signum, frame):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.kill(os.getpid(), signal.SIGTERM)  # Which JAX's preemption service takes, and tells the others.
 
-  before = signal.signal(signal.SIGINT, ask)
+  if threading.current_thread() is not threading.main_thread():  # Only it may handle signals.
+    yield lambda step: False
+  elif not jax.distributed.is_initialized():
+    with _handling(signal.SIGTERM, signal.default_int_handler):
+      yield lambda step: False
+  else:
+    with _handling(signal.SIGINT, ask):
+      yield multihost_utils.reached_preemption_sync_point
+
+
+@contextlib.contextmanager
+def _handling(signum, handler):
+  before = signal.signal(signum, handler)
   try:
-    yield multihost_utils.reached_preemption_sync_point
+    yield
   finally:
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signum, before)
 
 
 def is_first():
