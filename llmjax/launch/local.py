@@ -9,12 +9,14 @@ import ctypes
 import dataclasses
 import os
 import pathlib
+import queue
 import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 from llmjax.config import setting
@@ -68,7 +70,8 @@ class _Group:
   """The processes, in order; each leads a process group of its own, so that a terminal signals only us."""
 
   def __init__(self, folder):
-    self._folder, self._children, self._interrupts = folder, [], 0
+    self._folder, self._children, self._signals = folder, [], 0
+    self._ended = queue.SimpleQueue()  # Numbers of processes, in the order in which they ended.
 
   def start(self, command, environment):
     log = self._log(len(self._children)) if self._children else None
@@ -77,11 +80,16 @@ class _Group:
           [sys.executable, '-m', 'llmjax', *command], env=environment, start_new_session=True,
           stdin=subprocess.DEVNULL, stdout=output, stderr=output and subprocess.STDOUT,
           preexec_fn=_end_with_parent))
+    threading.Thread(target=self._note_end, args=[len(self._children) - 1], daemon=True).start()
+
+  def _note_end(self, i):
+    self._children[i].wait()
+    self._ended.put(i)
 
   def forward(self, signum, frame):
     """Passes a signal on; the second Ctrl-C ends everything."""
-    self._interrupts += 1
-    if self._interrupts > 1:
+    self._signals += 1
+    if self._signals > 1:
       self.kill()
     for child in self._children:
       with contextlib.suppress(ProcessLookupError):
@@ -89,13 +97,11 @@ class _Group:
 
   def wait(self):
     """Returns the status when all have ended, having ended them if one failed and said which."""
-    while True:
-      states = [child.poll() for child in self._children]
-      if failed := [i for i, state in enumerate(states) if state]:
-        return self._after_failure(failed[0])
-      if None not in states:
-        return 0
-      time.sleep(0.05)
+    for _ in self._children:
+      i = self._ended.get()
+      if self._children[i].returncode:
+        return self._after_failure(i)
+    return 0
 
   def kill(self):
     for child in self._children:
@@ -107,7 +113,8 @@ class _Group:
 
   def _after_failure(self, i):
     status = self._children[i].returncode
-    deadline = time.monotonic() + GRACE_SECONDS
+    # After a signal, or a kill for memory, the others can only complain of a lost connection.
+    deadline = time.monotonic() + (GRACE_SECONDS if status > 0 else 0)
     while time.monotonic() < deadline and None in [child.poll() for child in self._children]:
       time.sleep(0.05)
     first = self._children[0].poll()

@@ -18,24 +18,10 @@ from llmjax.data.spec import PrepareSpec, TokenizerSpec
 ROOT = pathlib.Path(__file__).parents[2]
 TRAIN = ['pretrain', '--config=recipe.py', '--config.data.seq_len=16', '--config.train.batch_size=8',
          '--config.train.log_every=1', '--config.train.compute_dtype=float32', '--config.logs.writers=',
-         '--config.model.num_layers=2', '--config.model.d_model=16', '--config.model.num_heads=2',
-         '--config.model.mlp_dim=32', '--config.optimizer.lr=0.01']
-RECIPE = '''
-import os, pathlib, signal, threading, time
-
-
-def die_after_a_step(file):
-  while not file.exists() or not file.read_text().count('train/loss'):
-    time.sleep(0.02)
-  print('about to die')
-  os.kill(os.getpid(), signal.SIGKILL)
-
-
-def get_config():
-  if os.environ.get('DOOMED') == os.environ.get('LLMJAX_PROCESS_ID', ''):
-    threading.Thread(target=die_after_a_step, args=[pathlib.Path('doomed/metrics.jsonl')], daemon=True).start()
-  return {'data': {'sources': {'text': 1.0}}}
-'''
+         '--config.model.num_layers=1', '--config.model.d_model=16', '--config.model.num_heads=2',
+         '--config.model.mlp_dim=32', '--config.optimizer.lr=0.01',
+         '--config.optimizer.schedule=constant', '--config.mesh.fsdp=2']
+RECIPE = "def get_config():\n  return {'data': {'sources': {'text': 1.0}}}\n"
 
 
 @pytest.fixture(scope='module')
@@ -84,32 +70,45 @@ def rows(workdir):
 def four(folder):
   """A run of 4 steps by 4 processes of 1 device, with a checkpoint at step 2."""
   out = launch(folder, 4, 1, *TRAIN, '--workdir=four', '--config.train.steps=4',
-               '--config.train.checkpoint_every=2', '--config.mesh.fsdp=2')
+               '--config.train.checkpoint_every=2')
   assert '4 of 4 processes here' in out
   assert out.count('step  4/4') == 1
   assert not (folder / 'logs/process-1.log').read_text().count('step  ')
   return folder / 'four'
 
 
-def test_the_number_of_processes_changes_no_bit(folder, four):
-  launch(folder, 1, 4, *TRAIN, '--workdir=one', '--config.train.steps=4', '--config.mesh.fsdp=2')
+def test_fewer_processes_go_on_to_the_bit(folder, four):
+  shutil.copytree(four, folder / 'one')
+  shutil.rmtree(folder / 'one/checkpoints/4')
+  out = launch(folder, 1, 4, *TRAIN, '--workdir=one', '--config.train.steps=4')
+  assert 'going on from step 2' in out
   assert list(rows(four)) == [1, 2, 3, 4]
   assert 'eval/validation/bits_per_byte' in rows(four)[4]
   assert rows(folder / 'one') == rows(four)
 
 
-def test_another_number_of_processes_goes_on_to_the_bit(folder, four):
-  shutil.copytree(four, folder / 'two')
-  shutil.rmtree(folder / 'two/checkpoints/4')
-  out = launch(folder, 2, 2, *TRAIN, '--workdir=two', '--config.train.steps=4', '--config.mesh.fsdp=2')
-  assert 'going on from step 2' in out
-  assert rows(folder / 'two') == rows(four)
+def test_two_processes_lose_the_same_and_ctrl_c_stops_them_at_one_step(folder, four):
+  process = start(folder, 2, 2, *TRAIN, '--workdir=two', '--config.train.steps=100000', '--config.evaluate.splits=')
+  file, deadline = folder / 'two/metrics.jsonl', time.monotonic() + 60
+  while not file.exists() or len(file.read_text().splitlines()) < 4:
+    assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(0.05)
+  process.send_signal(signal.SIGINT)
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 130, out
+  (step,) = (int(p.name) for p in (folder / 'two/checkpoints').iterdir())
+  assert f'the same command goes on from step {step}' in out
+  assert 'Traceback' not in out
+  found, expected = rows(folder / 'two'), rows(four)
+  assert len(found) == step
+  for step in (1, 2, 3):
+    assert found[step] == expected[step]
 
 
-def test_rows_lie_where_the_mesh_wants_them(folder):
-  """On meshes whose processes hold neighbouring rows, rows far apart, or the same rows."""
+def test_rows_lie_where_the_mesh_wants_them_and_a_death_ends_the_run(folder):
+  """On meshes whose processes hold neighbouring rows, rows far apart, or the same rows; then process 1 dies."""
   (folder / 'place.py').write_text('''
-import sys
+import os, signal
 import jax, numpy as np
 from llmjax.data import stream
 from llmjax.data.spec import DataSpec
@@ -132,34 +131,15 @@ def get_config():
         assert array.shape == (8, 16)
         for shard in array.addressable_shards:
           np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+    distributed.wait_for_all('placed')
     if me == 1:
-      raise SystemExit('rows are right')
-    jax.experimental.multihost_utils.sync_global_devices('never')
+      print('rows are right', flush=True)
+      os.kill(os.getpid(), signal.SIGKILL)
+    distributed.wait_for_all('never')
 ''')
-  out = launch(folder, 2, 2, 'pretrain', '--config=place.py', '--workdir=x', status=1)
-  assert 'process 1 of 2 ended with status 1' in out
-  assert 'rows are right' in out
-
-
-def test_a_process_that_dies_ends_the_run(folder):
-  out = launch(folder, 2, 1, *TRAIN, '--workdir=doomed', '--config.train.steps=100000', status=137, DOOMED='1')
+  out = launch(folder, 2, 2, 'pretrain', '--config=place.py', '--workdir=x', status=137)
   assert 'process 1 of 2 ended with signal SIGKILL; the others were ended' in out
-  assert 'about to die' in out
-  assert 'Traceback' not in out
-
-
-def test_ctrl_c_saves_at_one_step_and_goes_on(folder):
-  process = start(folder, 2, 1, *TRAIN, '--workdir=stopped', '--config.train.steps=100000')
-  file, deadline = folder / 'stopped/metrics.jsonl', time.monotonic() + 60
-  while not file.exists() or not file.read_text():
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
-  out, _ = process.communicate(timeout=60)
-  assert process.returncode == 130, out
-  (step,) = (int(p.name) for p in (folder / 'stopped/checkpoints').iterdir())
-  assert f'the same command goes on from step {step}' in out
-  assert 'Traceback' not in out
+  assert 'rows are right' in out
 
 
 def test_a_missing_process_is_one_line(folder):
