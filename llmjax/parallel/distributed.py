@@ -7,6 +7,7 @@ handed to JAX's coordination service.  JAX by itself waits without a word and en
 import atexit
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import selectors
@@ -37,7 +38,7 @@ class Place:
   device_ids: tuple[int, ...] | None = None
 
 
-def initialize(spec, say=print):
+def initialize(spec):
   """Joins this process to the others of its run; does nothing where it is alone.  Returns whether it did.
 
   Call it before anything asks JAX for its devices.  A second call does nothing.  Raises ConfigError, on
@@ -50,7 +51,7 @@ def initialize(spec, say=print):
     return False
   host, port = place.coordinator
   bind = spec.bind or (host if host.startswith('127.') or host == 'localhost' else _all_interfaces())
-  meet(place, bind, spec.start_timeout_seconds, say)
+  meet(place, bind, spec.start_timeout_seconds, functools.partial(print, flush=True))
   try:
     jax.distributed.initialize(
         f'{_bracketed(host)}:{port}', place.processes, place.process_id, local_device_ids=place.device_ids,
@@ -134,7 +135,7 @@ def _ask_cluster(spec):
   return (address, count, cluster.get_process_id()), device_ids
 
 
-def meet(place, bind, timeout, say=print, clock=time.monotonic):
+def meet(place, bind, timeout, say, clock=time.monotonic):
   """Returns when all processes are there; raises the same ConfigError on each of them after `timeout` seconds.
 
   bind: the address that process 0 listens on.  say: prints who is missing, on process 0.
