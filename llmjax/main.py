@@ -21,6 +21,7 @@ class Command:
 
   module: holds `run(spec, options)`.  options: 'module:Class' of a spec whose fields are absl flags.
   spec: 'module:Class' of what `--config` fills, or None where the command takes no recipe.
+  launches: it starts another command, which stands after `--` and takes the spec's place in `run`.
   """
 
   summary: str
@@ -28,6 +29,7 @@ class Command:
   options: str
   spec: str | None = None
   example: str = ''
+  launches: bool = False
 
 
 COMMANDS = {
@@ -57,6 +59,23 @@ COMMANDS = {
     'doctor': Command(
         'versions, devices, memory, disk, and what is wrong with them', 'llmjax.loops.doctor',
         'llmjax.loops.spec:DoctorOptions', None, 'llmjax doctor'),
+    'launch local': Command(
+        'start a command as several processes of this machine', 'llmjax.launch.local',
+        'llmjax.launch.local:LocalOptions', None,
+        'llmjax launch local --processes=2 --devices-per-process=4 -- pretrain --config=FILE --workdir=DIR',
+        launches=True),
+    'launch tpu-vm': Command(
+        'start a command on all hosts of a Cloud TPU VM', 'llmjax.launch.tpu_vm',
+        'llmjax.launch.tpu_vm:TpuVmOptions', None,
+        'llmjax launch tpu-vm --name=NAME --zone=ZONE -- pretrain --config=FILE --workdir=DIR', launches=True),
+    'launch slurm': Command(
+        'submit a command to Slurm', 'llmjax.launch.slurm', 'llmjax.launch.slurm:SlurmOptions', None,
+        'llmjax launch slurm --nodes=4 --gpus-per-node=8 -- pretrain --config=FILE --workdir=DIR',
+        launches=True),
+    'launch gke': Command(
+        'submit a command to Kubernetes as a JobSet', 'llmjax.launch.gke', 'llmjax.launch.gke:GkeOptions', None,
+        'llmjax launch gke --name=NAME --image=IMAGE --accelerator=tpu-v6e-slice --topology=4x4 -- '
+        'pretrain --config=FILE --workdir=DIR', launches=True),
 }
 
 
@@ -69,13 +88,17 @@ def main(argv=None):
   if argv[0] in ('-V', '--version', 'version'):
     print(f'llmjax {llmjax.__version__}')
     sys.exit(0)
-  name, arguments = argv[0], argv[1:]
+  words = 2 if ' '.join(argv[:2]) in COMMANDS else 1
+  name, arguments = ' '.join(argv[:words]), argv[words:]
   if name not in COMMANDS:
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f'did you mean `llmjax {near[0]}`?' if near else 'known: ' + ', '.join(COMMANDS)
+    near = ([c for c in COMMANDS if c.startswith(f'{name} ')] or
+            difflib.get_close_matches(' '.join(argv[:2]), COMMANDS, n=1) or
+            difflib.get_close_matches(name, COMMANDS, n=1))
+    hint = f'did you mean `llmjax {"` or `llmjax ".join(near)}`?' if near else 'known: ' + ', '.join(COMMANDS)
     _fail(2, f'llmjax: there is no command {name!r}; {hint}')
   command = COMMANDS[name]
-  if any(a in ('-h', '--help') for a in arguments):
+  own = arguments[:arguments.index('--')] if '--' in arguments else arguments
+  if any(a in ('-h', '--help') for a in own):
     print(_help(name, command))
     sys.exit(0)
   try:
@@ -93,6 +116,8 @@ def main(argv=None):
 
 def parse(command, arguments):
   """Returns (spec or None, options) of a command line; raises ConfigError with all problems."""
+  if command.launches:
+    return _parse_launch(command, arguments)
   problems, recipe, recipe_path, overrides, plain = [], {}, None, [], []
   waiting = None  # A `--config.a.b` whose value is the next argument.
   for argument in arguments:
@@ -137,6 +162,22 @@ def parse(command, arguments):
     problems += e.problems
   _raise(problems)
   return spec, options
+
+
+def _parse_launch(command, arguments):
+  """Returns (what stands after `--`, options)."""
+  end = arguments.index('--') if '--' in arguments else len(arguments)
+  launched, problems, options = arguments[end + 1:], [], None
+  try:
+    options = config.build(_load(command.options), _parse_flags(_load(command.options), arguments[:end]))
+  except config.ConfigError as e:
+    problems = ['--' + p for p in e.problems]
+  if not launched or launched[0] not in COMMANDS or COMMANDS[launched[0]].launches:
+    near = difflib.get_close_matches(launched[0], COMMANDS, n=1) if launched else []
+    problems.append('the command to start stands after `--`' + (
+        f', and {launched[0]!r} is none; did you mean {near[0]}?' if near else f'; for example {command.example}'))
+  _raise(problems)
+  return launched, options
 
 
 def _raise(problems):

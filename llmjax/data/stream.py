@@ -2,9 +2,9 @@
 
 Grain orders row numbers: each source's rows are shuffled anew every epoch, and the sources are
 mixed by weight.  Batch b of the whole job is entries b * B ... (b + 1) * B - 1 of that order,
-whatever the number of hosts and workers; host h reads the h-th of `host_count` equal blocks of it,
-which is how `jax.make_array_from_process_local_data` puts rows together.  So the state of a stream
-is the number of batches drawn.
+whatever the number of processes and workers.  It is cut into equal blocks of rows, and a process reads
+those that its devices hold (`parallel.mesh.batch_blocks`).  So the state of a stream is the number of
+batches drawn.
 """
 
 import hashlib
@@ -96,21 +96,27 @@ def _open_store(folder, split):
   return token_store.TokenStore(prepared.tokens_path(folder, split))
 
 
-class _HostBatches:
-  """Grain source: item b is this host's block of batch b of the whole job."""
+class _LocalBatches:
+  """Grain source: item b is this process's rows of batch b of the whole job."""
 
-  def __init__(self, mixture, order, batch_size, host_index, host_count):
-    self.mixture, self.order, self.batch_size = mixture, order, batch_size
-    self.local_size = batch_size // host_count
-    self.first = host_index * self.local_size
+  def __init__(self, mixture, order, batch_size, rows):
+    self.mixture, self.order, self.batch_size, self.rows = mixture, order, batch_size, rows
 
   def __len__(self):
     return sys.maxsize // self.batch_size
 
   def __getitem__(self, batch):
-    start = int(batch) * self.batch_size + self.first
-    order = self.order
-    return self.mixture.batch([order[i] for i in range(start, start + self.local_size)])
+    start, order = int(batch) * self.batch_size, self.order
+    return self.mixture.batch([order[start + row] for row in self.rows])
+
+
+def _local_rows(batch_size, blocks, block_count, name):
+  """Returns the numbers of a batch's rows in these blocks; ConfigError when there are no equal blocks."""
+  if batch_size % block_count:
+    raise ConfigError([f'{name}={batch_size} is not divisible by the {block_count} blocks of rows that the '
+                       f'mesh makes of it; write {-(-batch_size // block_count) * block_count}'])
+  size = batch_size // block_count
+  return [row for block in blocks for row in range(block * size, (block + 1) * size)]
 
 
 def _order(mixture, seed):
@@ -131,22 +137,20 @@ def _order(mixture, seed):
 
 
 class BatchStream:
-  """An endless iterator of this host's batches: dicts of [batch_size / host_count, T] arrays."""
+  """An endless iterator of this process's batches: dicts of [rows of its blocks, T] arrays."""
 
-  def __init__(self, spec, batch_size, seed, split, host_index, host_count):
-    if batch_size % host_count:
-      raise ConfigError([f'train.batch_size={batch_size} is not divisible by the {host_count} '
-                         f'hosts; write {-(-batch_size // host_count) * host_count}'])
+  def __init__(self, spec, batch_size, seed, split, blocks, block_count):
+    rows = _local_rows(batch_size, blocks, block_count, 'train.batch_size')
     mixture = _Mixture(spec, split)
     self.rows_per_epoch = len(mixture)
     self.workers = spec.workers
     self.fingerprint = fingerprint(spec, split)
-    self._batches = _HostBatches(mixture, _order(mixture, seed), batch_size, host_index, host_count)
+    self._batches = _LocalBatches(mixture, _order(mixture, seed), batch_size, rows)
     self._drawn, self._iterator = 0, None
 
   @property
   def state(self) -> int:
-    """Batches of the whole job drawn so far; the same on every host."""
+    """Batches of the whole job drawn so far; the same in every process."""
     return self._drawn
 
   def restore(self, state: int):
@@ -200,32 +204,31 @@ def _mark_flags_parsed():
 
 
 def open_stream(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'train',
-                host_index: int = 0, host_count: int = 1) -> BatchStream:
+                blocks=(0,), block_count: int = 1) -> BatchStream:
   """Returns the stream of batches of a split.
 
-  batch_size: rows of the whole job's batch.  Host h of H yields its rows h * batch_size / H up to
-  (h + 1) * batch_size / H.  The batches depend on sources, weights, seq_len, packing, batch_size
-  and seed alone.  Raises ConfigError when the hosts do not divide batch_size, or a split is empty.
+  batch_size: rows of the whole job's batch.  blocks: which of its `block_count` equal blocks of rows
+  this process yields, one after the other.  The batches depend on sources, weights, seq_len, packing,
+  batch_size and seed alone.  Raises ConfigError when block_count does not divide batch_size, or a split
+  is empty.
   """
-  return BatchStream(spec, batch_size, seed, split, host_index, host_count)
+  return BatchStream(spec, batch_size, seed, split, blocks, block_count)
 
 
 def eval_batches(spec: DataSpec, split: str, batch_size: int, limit: int | None = None, *,
-                 host_index: int = 0, host_count: int = 1):
-  """Yields batches of [batch_size / host_count, T] that hold every pair of a split exactly once.
+                 blocks=(0,), block_count: int = 1):
+  """Yields a process's blocks (see `open_stream`) of batches that hold every pair of a split exactly once.
 
   Rows come in order, source after source by name; rows of padding complete the last batch.  limit:
   at most this many batches.  Documents lie in an order drawn by hash, so the first batches are a
-  fair sample.  Every host yields the same number of batches.
+  fair sample.  Every process yields the same number of batches.
   """
-  if batch_size % host_count:
-    raise ConfigError([f'a batch of {batch_size} rows is not divisible by the {host_count} hosts; '
-                       f'write {-(-batch_size // host_count) * host_count}'])
-  mixture, local = _Mixture(spec, split), batch_size // host_count
+  rows = _local_rows(batch_size, blocks, block_count, 'evaluate.batch_size')
+  mixture = _Mixture(spec, split)
   count = -(-len(mixture) // batch_size)
   for batch in range(count if limit is None else min(limit, count)):
-    start = batch * batch_size + host_index * local
-    yield mixture.batch(range(min(start, len(mixture)), min(start + local, len(mixture))), local)
+    numbers = [batch * batch_size + row for row in rows]
+    yield mixture.batch([n for n in numbers if n < len(mixture)], len(rows))
 
 
 def folder_name(folder) -> str:

@@ -335,7 +335,10 @@ class Generator:
   def _rows(self, x):
     if not self.mesh:
       return x
-    return jax.device_put(x, NamedSharding(self.mesh, mesh_spec(('batch',))))
+    sharding = NamedSharding(self.mesh, mesh_spec(('batch',)))
+    if sharding.is_fully_addressable:
+      return jax.device_put(x, sharding)
+    return jax.jit(lambda x: x, out_shardings=sharding)(x)  # Every process has the same x.
 
   def _fetch(self, x):
     """Returns a host array; on a mesh over several processes every one of them gets all rows."""

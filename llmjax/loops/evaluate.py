@@ -15,13 +15,20 @@ from llmjax.loops import harness
 from llmjax.loops.pretrain import make_evaluators
 from llmjax.loops.spec import PretrainSpec
 from llmjax.model import decoder
+from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
+from llmjax.parallel.spec import DistributedSpec
 
 
 def run(spec, options):
   """Evaluates the checkpoint, prints a table, writes evaluation.json and the report."""
-  del spec  # The run's own config.json is the config.
+  del spec  # The run's own config.json is the config, but for where its processes were.
+  with distributed.together(DistributedSpec()):
+    return _evaluate(options)
+
+
+def _evaluate(options):
   workdir = pathlib.Path(options.workdir)
   spec = config.build(PretrainSpec, read_config(workdir))
   spec = dataclasses.replace(spec, evaluate=dataclasses.replace(
@@ -35,6 +42,8 @@ def run(spec, options):
         shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
     results = {split: {**evaluate(params), **_baselines(spec.data, split), 'step': step}
                for split, evaluate in make_evaluators(spec, mesh).items()}
+  if not distributed.is_first():
+    return 0
   file = workdir / 'evaluation.json'
   before = json.loads(file.read_text()) if file.exists() else {}
   file.write_text(json.dumps({**before, **results}, indent=2) + '\n')

@@ -1,5 +1,6 @@
 """`llmjax generate`: text from a run's model, streamed to the terminal."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -19,8 +20,10 @@ from llmjax.generate.stops import TextStream
 from llmjax.loops import harness
 from llmjax.loops.spec import PretrainSpec
 from llmjax.model import decoder
+from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
+from llmjax.parallel.spec import DistributedSpec
 
 DIM, PLAIN = '\x1b[2m', '\x1b[0m'
 REASONS = {'end': 'the model ended the text', 'stop': 'stop text {!r}', '': 'max_new_tokens'}
@@ -28,7 +31,16 @@ REASONS = {'end': 'the model ended the text', 'stop': 'stop text {!r}', '': 'max
 
 def run(spec, options):
   """Answers the prompts that the options name, or those typed at the prompt line."""
-  del spec  # The run's own config.json is the config.
+  del spec  # The run's own config.json is the config, but for where its processes were.
+  with distributed.together(DistributedSpec()), contextlib.ExitStack() as stack:
+    if jax.distributed.is_initialized() and not distributed.is_first():  # All compute, one speaks.
+      silence = stack.enter_context(open(os.devnull, 'w'))
+      stack.enter_context(contextlib.redirect_stdout(silence))
+      stack.enter_context(contextlib.redirect_stderr(silence))
+    return _generate(options)
+
+
+def _generate(options):
   run_spec = config.build(PretrainSpec, read_config(options.workdir))
   prompt = _given_prompt(options)
   harness.enable_compilation_cache(run_spec.train.compilation_cache)

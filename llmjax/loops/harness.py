@@ -23,7 +23,7 @@ from llmjax.loops.profiling import Profiler
 from llmjax.loops.progress import Progress
 from llmjax.loops.writers import open_writers
 from llmjax.model import counts
-from llmjax.parallel import chips
+from llmjax.parallel import chips, distributed
 from llmjax.parallel.mesh import place_batch
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.state import abstract_state, init_state
@@ -62,7 +62,8 @@ def enable_compilation_cache(setting):
 def claim_workdir(workdir, spec):
   """Makes the run's folder and writes config.json; refuses a folder that holds a different run.
 
-  What defines the weights and the stream must be as it was; lengths and intervals may change.
+  What defines the weights and the stream must be as it was; lengths and intervals may change.  All
+  processes call it, and the first one writes.
   """
   workdir = pathlib.Path(workdir)
   file, resolved = workdir / 'config.json', to_dict(spec)
@@ -76,11 +77,17 @@ def claim_workdir(workdir, spec):
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
     if changed:
       raise ConfigError(changed)
+  distributed.wait_for_all('looked at the workdir')
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(resolved, indent=2) + '\n')
+    if distributed.is_first():
+      workdir.mkdir(parents=True, exist_ok=True)
+      file.write_text(json.dumps(resolved, indent=2) + '\n')
   except OSError as e:
     raise ConfigError([f'--workdir={workdir} cannot be written: {e.strerror}']) from e
+  distributed.wait_for_all('made the workdir')
+  if not file.exists():
+    raise ConfigError([f'--workdir={workdir} is not the same folder for process {jax.process_index()} as for '
+                       'process 0; give one that all machines share'])
   return workdir
 
 
@@ -91,16 +98,18 @@ def train(job, workdir):
   first = checkpoints.latest() or 0
   if first and first >= total:
     checkpoints.close()
-    print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to go on')
+    if distributed.is_first():
+      print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to go on')
     return 0
   loop = Loop(job, workdir, checkpoints, first)
   try:
-    status = loop.run()
+    with distributed.agreed_stop() as stop:
+      status = loop.run(stop)
   except KeyboardInterrupt:
     status = loop.interrupt()
   finally:
     loop.close()
-  if jax.process_index() == 0:
+  if distributed.is_first():
     print(f'report: {write_report(workdir)}')
   return status
 
@@ -118,8 +127,9 @@ class Loop:
       self.state = self._initial_state()
       self.writers = open_writers(workdir, to_dict(self.spec), self.spec.logs.writers,
                                   resume_step=first or None)
-    self.progress = Progress(self.total, first, enabled=jax.process_index() == 0)
-    self.profiler = Profiler(workdir, self.spec.profile.steps, say=self.progress.say)
+    self.progress = Progress(self.total, first, enabled=distributed.is_first())
+    self.profiler = Profiler(workdir, self.spec.profile.steps,
+                             say=self.progress.say if distributed.is_first() else None)
     if first:
       self.progress.say(f'going on from step {first} of {workdir}')
     elif self.spec.train.init_from:
@@ -153,8 +163,8 @@ class Loop:
     step = make_train_step(self.job.loss_fn, self.tx, self.schedule, self.spec.train.accumulation)
     return lower_step(step, self.state, batch).compile()
 
-  def run(self):
-    """Trains to the last step, or until the loss is lost."""
+  def run(self, stop=lambda step: False):
+    """Trains to the last step, until the loss is lost, or until stop(step) says so; returns the exit status."""
     train, ledger, progress = self.spec.train, self.ledger, self.progress
     with ledger.charge('data_wait'):
       batch, position = self._next_batch()
@@ -196,6 +206,8 @@ class Loop:
           self._sample(step)
         if self._due(train.checkpoint_every, step):
           self._save()
+      if stop(step) and step < self.total:
+        return self.interrupt()
     return 0
 
   def interrupt(self):
@@ -214,7 +226,7 @@ class Loop:
     self.job.batches.close()
     self.writers.close()
     self.progress.close()
-    if jax.process_index() == 0:
+    if distributed.is_first():
       self.ledger.write()
 
   def _due(self, every, step):

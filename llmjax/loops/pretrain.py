@@ -16,30 +16,37 @@ from llmjax.loops import doctor, harness
 from llmjax.loops.doctor import require_platform
 from llmjax.loops.environment import describe_data, describe_environment
 from llmjax.loops.ledger import Ledger
+from llmjax.parallel import distributed
 from llmjax.parallel.host import keep_freed_memory
-from llmjax.parallel.mesh import batch_shards, make_mesh, place_batch
+from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh, place_batch
 from llmjax.train import objectives
 
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
   ledger = Ledger(options.workdir)
+  if not doctor.accelerator_present():
+    keep_freed_memory()  # Before JAX makes its threads, whose memory is bound to them.
+  with distributed.together(spec.distributed):
+    return _train(spec, options, ledger)
+
+
+def _train(spec, options, ledger):
   with ledger.charge('init'):
     harness.enable_compilation_cache(spec.train.compilation_cache)
-    if not doctor.accelerator_present():
-      keep_freed_memory()  # Before JAX makes its threads, whose memory is bound to them.
     require_platform(spec.train.platform)
     spec = resolve(spec)
     workdir = harness.claim_workdir(options.workdir, spec)
     mesh = make_mesh(spec.mesh)
     check_mesh(spec, mesh)
     objectives.require_remat(spec.train.remat, mesh.devices.flat[0])
-    for name, content in (('environment', describe_environment(mesh)),
-                          ('data', describe_data(spec.data))):
-      (workdir / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+    if distributed.is_first():
+      for name, content in (('environment', describe_environment(mesh)),
+                            ('data', describe_data(spec.data))):
+        (workdir / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
     batches = stream.open_stream(
         spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
-        host_index=jax.process_index(), host_count=jax.process_count())
+        blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
   platform = mesh.devices.flat[0].platform
   job = harness.Job(
       spec=spec, mesh=mesh, batches=batches, ledger=ledger,
@@ -77,8 +84,7 @@ def make_evaluators(spec, mesh):
     def evaluate(params):
       limit = -(-spec.evaluate.limit // batch_size) or None  # Rows to batches.
       batches = stream.eval_batches(
-          spec.data, split, batch_size, limit, host_index=jax.process_index(),
-          host_count=jax.process_count())
+          spec.data, split, batch_size, limit, blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
       return perplexity.evaluate(eval_step, params, (place_batch(mesh, b) for b in batches))
 
     return evaluate

@@ -9,7 +9,7 @@ from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec
 from llmjax.model.spec import ModelSpec
-from llmjax.parallel.spec import MeshSpec, PipelineSpec
+from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.train.spec import OptimizerSpec, TrainSpec
 
 __all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions',
@@ -70,6 +70,7 @@ class PretrainSpec:
   model: ModelSpec = group(ModelSpec)
   data: DataSpec = group(DataSpec)
   mesh: MeshSpec = group(MeshSpec)
+  distributed: DistributedSpec = group(DistributedSpec)
   pipeline: PipelineSpec = group(PipelineSpec)
   train: TrainSpec = group(TrainSpec)
   optimizer: OptimizerSpec = group(OptimizerSpec)

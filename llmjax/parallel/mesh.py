@@ -76,8 +76,30 @@ def batch_shards(mesh):
   return math.prod(mesh.shape[axis] for axis in axes_of('batch'))
 
 
+def batch_blocks(mesh):
+  """Returns which of the `batch_shards` equal blocks of a batch's rows lie on this process's devices, in order.
+
+  Processes that share rows (along stage, context or tensor) name the same blocks; one process's blocks
+  need not be neighbours.
+  """
+  count = batch_shards(mesh)
+  sharding = NamedSharding(mesh, mesh_spec(('batch',)))
+  found = sharding.addressable_devices_indices_map((count,)).values()
+  return tuple(sorted({rows.start or 0 for rows, in found}))
+
+
 def place_batch(mesh, batch):
-  """Returns device arrays [B, T] made of every process's contiguous block of rows [B/processes, T]."""
+  """Returns device arrays [B, T].  batch: the whole rows of this process's `batch_blocks`, block after block."""
   sharding = NamedSharding(mesh, mesh_spec(('batch', 'length')))
-  return {name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-          for name, rows in batch.items()}
+  blocks, count = batch_blocks(mesh), batch_shards(mesh)
+
+  def place(rows):
+    size = len(rows) // len(blocks)
+
+    def part(index):
+      start = blocks.index((index[0].start or 0) // size) * size
+      return rows[start:start + size, index[1]]
+
+    return jax.make_array_from_callback((size * count, *rows.shape[1:]), sharding, part)
+
+  return {name: place(np.asarray(rows)) for name, rows in batch.items()}

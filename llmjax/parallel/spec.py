@@ -62,3 +62,28 @@ class PipelineSpec:
   def groups(self):
     """Groups of layers on each stage."""
     return self.rounds if self.schedule == 'interleaved' else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedSpec:
+  """How many processes find one another; all empty, as by default, leaves it to the environment.
+
+  What is empty here is taken from LLMJAX_COORDINATOR, LLMJAX_PROCESSES and LLMJAX_PROCESS_ID (as
+  `llmjax launch` sets them), then from Slurm, Open MPI, or the TPU's own metadata.
+  """
+
+  coordinator: str = setting('', 'host or host:port of process 0, as the others reach it')
+  processes: int = setting(-1, 'processes in all; -1: as the environment says', minimum=-1)
+  process_id: int = setting(-1, 'number of this one, from 0; -1: as the environment says', minimum=-1)
+  port: int = setting(0, 'of the coordinator where no host:port says it; 0: what the cluster suggests, else '
+                      '8476', minimum=0, maximum=65535)
+  bind: str = setting('', "address of the interface that process 0 listens on; '': all interfaces")
+  heartbeat_seconds: int = setting(30, 'a process that was silent so long is lost, and the run ends', minimum=2)
+  start_timeout_seconds: int = setting(300, 'how long processes wait for one another at the start', minimum=1)
+
+  def problems(self):
+    if self.processes == 0:
+      yield 'processes=0: write how many there are, or -1'
+    if self.processes > 0 and self.process_id >= self.processes:
+      yield (f'process_id={self.process_id} of processes={self.processes}: they count from 0, so the last '
+             f'is {self.processes - 1}')

@@ -57,9 +57,11 @@ def test_seeds_differ(spec):
 def test_hosts_hold_blocks_of_the_same_global_batch(spec, hosts, packed):
   spec = DataSpec(sources=spec.sources, seq_len=32, packing=packed)
   whole = draw(spec, 5)
-  parts = [draw(spec, 5, host_index=h, host_count=hosts) for h in range(hosts)]
+  parts = [draw(spec, 5, blocks=(h,), block_count=hosts) for h in range(hosts)]
   joined = [{k: np.concatenate([p[i][k] for p in parts]) for k in whole[0]} for i in range(5)]
   assert_equal(joined, whole)
+  (some,) = draw(spec, 1, blocks=(0, 2), block_count=4)
+  np.testing.assert_array_equal(some['tokens'], whole[0]['tokens'][[0, 1, 4, 5]])
 
 
 @pytest.mark.slow
@@ -88,7 +90,7 @@ def test_state_is_the_number_of_batches(spec):
     for bad in (-1, 1.5, True):
       with pytest.raises(ValueError):
         batches.restore(bad)
-  with stream.open_stream(spec, batch_size=8, seed=0, host_index=1, host_count=2) as batches:
+  with stream.open_stream(spec, batch_size=8, seed=0, blocks=(1,), block_count=2) as batches:
     batches.restore(7)
     np.testing.assert_array_equal(next(batches)['tokens'], whole[7]['tokens'][4:])
 
@@ -118,7 +120,7 @@ def test_weights(small_folder, other_folder, spec):
 @pytest.mark.parametrize('hosts', [1, 2])
 def test_eval_batches_hold_every_pair_once(spec, hosts, packed):
   spec = DataSpec(sources=spec.sources, seq_len=24, packing=packed)
-  parts = [list(stream.eval_batches(spec, 'validation', 6, host_index=h, host_count=hosts))
+  parts = [list(stream.eval_batches(spec, 'validation', 6, blocks=(h,), block_count=hosts))
            for h in range(hosts)]
   assert len({len(part) for part in parts}) == 1
   batches = [batch for step in zip(*parts, strict=True) for batch in step]
@@ -163,8 +165,8 @@ def test_fingerprint(spec, small_folder):
 
 def test_wrong_requests(spec, small_folder):
   with pytest.raises(ConfigError, match='write 9'):
-    draw(spec, 1, batch_size=8, host_count=3)
+    draw(spec, 1, batch_size=8, block_count=3)
   with pytest.raises(ConfigError, match='has no other split'):
     draw(spec, 1, split='other')
   with pytest.raises(ConfigError, match='write 9'):
-    next(stream.eval_batches(spec, 'test', 7, host_count=3))
+    next(stream.eval_batches(spec, 'test', 7, block_count=3))

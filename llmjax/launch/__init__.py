@@ -1,0 +1,1 @@
+"""Starting one llmjax command as many processes: here, on TPU VMs, under Slurm, on GKE."""

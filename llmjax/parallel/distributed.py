@@ -1,0 +1,325 @@
+"""Many processes of one run: finding one another, stopping together, failing alone.
+
+Process 0 listens on the coordinator's port until all are there, saying who is missing; then the port is
+handed to JAX's coordination service.  JAX by itself waits without a word and ends in a traceback.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+
+import jax
+
+from llmjax.config import ConfigError
+
+PORT = 8476
+SAY_SECONDS = 10.0
+# Arrivals within this time share a line, so that hundreds of hosts do not make hundreds of lines.
+SETTLE_SECONDS = 0.5
+SLACK_SECONDS = 30.0  # A process waits so much longer than process 0 may, and then takes it for dead.
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a process stands.  coordinator: (host, port).  device_ids: local devices to use, None for all."""
+
+  coordinator: tuple[str, int]
+  processes: int
+  process_id: int
+  device_ids: tuple[int, ...] | None = None
+
+
+def initialize(spec):
+  """Joins this process to the others of its run; does nothing where it is alone.  Returns whether it did.
+
+  Call it before anything asks JAX for its devices.  A second call does nothing.  Raises ConfigError, on
+  every process, when one of them does not come.
+  """
+  if jax.distributed.is_initialized():
+    return False
+  place = find_place(spec)
+  if place is None:
+    return False
+  host, port = place.coordinator
+  bind = spec.bind or (host if host.startswith('127.') or host == 'localhost' else _all_interfaces())
+  meet(place, bind, spec.start_timeout_seconds, functools.partial(print, flush=True))
+  try:
+    jax.distributed.initialize(
+        f'{_bracketed(host)}:{port}', place.processes, place.process_id, local_device_ids=place.device_ids,
+        cluster_detection_method='deactivate', initialization_timeout=spec.start_timeout_seconds,
+        heartbeat_timeout_seconds=spec.heartbeat_seconds,
+        coordinator_bind_address=f'{_bracketed(bind)}:{port}')
+  except (RuntimeError, ValueError) as e:
+    raise ConfigError([f'distributed: process {place.process_id} of {place.processes} could not join the '
+                       f'others at {host}:{port} ({str(e).splitlines()[0]}); is another run on that port? '
+                       'Choose one with --config.distributed.port']) from e
+  return True
+
+
+def find_place(spec, environment=os.environ):
+  """Returns this process's Place, from the spec, then LLMJAX_ variables, then the cluster; None when alone.
+
+  Raises ConfigError when only a part is known.
+  """
+  coordinator = spec.coordinator or environment.get('LLMJAX_COORDINATOR', '')
+  count = spec.processes if spec.processes > 0 else _number(environment, 'LLMJAX_PROCESSES')
+  number = spec.process_id if spec.process_id >= 0 else _number(environment, 'LLMJAX_PROCESS_ID')
+  device_ids = None
+  if None in (coordinator or None, count, number) and count != 1:
+    found, device_ids = _ask_cluster(spec)
+    if found is None and not coordinator and count is None and number is None:
+      return None
+    found = found or ('', None, None)
+    coordinator = coordinator or found[0]
+    count = found[1] if count is None else count
+    number = found[2] if number is None else number
+  # One process that was given a coordinator joins it all the same: its collectives are then those of many
+  # processes, and so are its sums, to the bit.
+  if count == 1 and not coordinator:
+    return None
+  missing = [name for name, value in (('coordinator', coordinator or None), ('processes', count),
+                                      ('process_id', number)) if value is None]
+  if missing:
+    raise ConfigError([f'distributed.{name} is not known; write --config.distributed.{name}=..., or set '
+                       f'LLMJAX_{name.upper()}' for name in missing])
+  if not 0 <= number < count:
+    raise ConfigError([f'distributed.process_id={number} of processes={count}: they count from 0'])
+  host, colon, port = coordinator.rpartition(':')
+  if not colon or coordinator.endswith(']'):
+    host, port = coordinator, str(spec.port or PORT)
+  if not port.isdigit() or not host:
+    raise ConfigError([f'distributed.coordinator={coordinator!r} must be host or host:port, such as '
+                       f'node-0:{PORT}'])
+  return Place((host.strip('[]'), int(port)), count, number, device_ids)
+
+
+def _number(environment, name):
+  text = environment.get(name, '')
+  if not text:
+    return None
+  if not text.isdigit():
+    raise ConfigError([f'{name}={text!r} must be a whole number'])
+  return int(text)
+
+
+def _ask_cluster(spec):
+  """Returns ((coordinator, processes, process_id) or None, device_ids or None) as JAX detects them."""
+  from jax._src.clusters import cloud_tpu_cluster, ompi_cluster, slurm_cluster
+
+  # Kubernetes without TPUs is left out: JAX asks its API server, which few pods may.  `launch gke` sets
+  # the variables instead.
+  clusters = (slurm_cluster.SlurmCluster, ompi_cluster.OmpiCluster, cloud_tpu_cluster.GkeTpuCluster,
+              cloud_tpu_cluster.GceTpuCluster)
+  cluster = next((c for c in clusters if c.is_env_present()), None)
+  if cluster is None:
+    return None, None
+  count = cluster.get_process_count()
+  if count == 1:
+    return ('', 1, 0), None
+  device_ids = None
+  # JAX would give a process that has a GPU node to itself the first GPU only.
+  if cluster is slurm_cluster.SlurmCluster and not os.environ.get(
+      'SLURM_STEP_TASKS_PER_NODE', '').split('(')[0] == '1':
+    device_ids = (cluster.get_local_process_id(),)
+  address = cluster.get_coordinator_address(
+      timeout_secs=spec.start_timeout_seconds, override_coordinator_port=str(spec.port) if spec.port else None)
+  return (address, count, cluster.get_process_id()), device_ids
+
+
+def meet(place, bind, timeout, say, clock=time.monotonic):
+  """Returns when all processes are there; raises the same ConfigError on each of them after `timeout` seconds.
+
+  bind: the address that process 0 listens on.  say: prints who is missing, on process 0.
+  """
+  if place.process_id == 0:
+    _await_others(place, bind, timeout, say, clock)
+  else:
+    _report_to_first(place, timeout, clock)
+
+
+def _await_others(place, bind, timeout, say, clock):
+  host, port = place.coordinator
+  deadline, said, spoken, changed = clock() + timeout, '', clock(), clock()
+  present, stranger, selector = {}, None, selectors.DefaultSelector()
+  try:
+    server = _listen(bind, port)
+  except OSError as e:
+    raise ConfigError([f'distributed: process 0 cannot listen on port {port} ({e.strerror}); end what uses '
+                       'it, or choose another with --config.distributed.port']) from e
+  with server, contextlib.closing(selector):
+    selector.register(server, selectors.EVENT_READ)
+    try:
+      while len(present) < place.processes - 1:
+        line = _who_is_here(place.processes, {0, *present})
+        if line != said and clock() - changed > SETTLE_SECONDS or clock() - spoken > SAY_SECONDS:
+          said, spoken = line, clock()
+          say(line)
+        if clock() > deadline:
+          raise ConfigError([
+              f'{line}: gave up after {timeout} s; look at what it printed, and whether its machine reaches '
+              f'{host}:{port}; --config.distributed.start_timeout_seconds waits longer'])
+        for key, _ in selector.select(0.1):
+          changed = clock()
+          if key.fileobj is server:
+            peer, _ = server.accept()
+            selector.register(peer, selectors.EVENT_READ)
+            peer.settimeout(5.0)
+            continue
+          hello = _read_hello(key.fileobj)
+          if hello is None:  # Gone, or no process of ours: a port scanner, say.
+            selector.unregister(key.fileobj)
+            key.fileobj.close()
+            present = {number: peer for number, peer in present.items() if peer is not key.fileobj}
+            continue
+          number, count = hello
+          if count != place.processes or not 0 < number < count or number in present:
+            stranger = key.fileobj
+            raise ConfigError([f'distributed: process {number} of {count} came to process 0 of '
+                               f'{place.processes}' + (', and so did another one' if number in present else '')
+                               + '; give each its own process_id, and all the same processes'])
+          present[number] = key.fileobj
+    except ConfigError as e:
+      _answer([*present.values(), stranger], e.problems)
+      raise
+    if place.processes > 1:
+      say(f'{place.processes} of {place.processes} processes here')
+    _answer(present.values(), [])
+
+
+def _who_is_here(count, present):
+  missing = sorted(set(range(count)) - present)
+  names = [str(n) for n in missing[:8]] + [f'{len(missing) - 8} more'] * (len(missing) > 8)
+  joined = ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
+  return f'{len(present)} of {count} processes here, waiting for rank{"s" * (len(missing) > 1)} {joined}'
+
+
+def _read_hello(peer):
+  """Returns (process_id, processes) that a process says of itself, or None."""
+  try:
+    hello = json.loads(peer.recv(200) or 'null')
+    return int(hello['llmjax']), int(hello['of'])
+  except (OSError, ValueError, TypeError, KeyError):
+    return None
+
+
+def _answer(peers, problems):
+  """Tells the processes to go on (no problems) or why not, and waits until they have read it."""
+  for peer in filter(None, peers):
+    with contextlib.suppress(OSError):
+      peer.sendall(json.dumps(problems).encode() + b'\n')
+      # They close first, so that no closed connection of ours keeps the port from JAX's service.
+      peer.recv(1)
+    peer.close()
+
+
+def _report_to_first(place, timeout, clock):
+  host, port = place.coordinator
+  deadline = clock() + timeout
+  hello = json.dumps({'llmjax': place.process_id, 'of': place.processes}).encode()
+  problems = [f'process {place.process_id} of {place.processes} cannot reach process 0 at {host}:{port}: gave up '
+              f'after {timeout} s; look at what process 0 printed, whether a firewall is between them, and at '
+              'distributed.coordinator']
+  while clock() < deadline:
+    try:
+      with socket.create_connection((host, port), timeout=5.0) as peer:
+        peer.sendall(hello)
+        peer.settimeout(timeout + SLACK_SECONDS)
+        if text := peer.makefile('rb').readline():
+          problems = json.loads(text)
+          break
+    except (OSError, ValueError):
+      pass
+    time.sleep(0.3)  # Process 0 is not up yet, or was started again.
+  if problems:
+    raise ConfigError(problems)
+
+
+def _listen(address, port):
+  family = socket.AF_INET6 if ':' in address else socket.AF_INET
+  return socket.create_server((address, port), family=family, backlog=1024,
+                              dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+                              and address == '::')
+
+
+def _all_interfaces():
+  """Returns the address of all interfaces."""
+  return '::' if socket.has_dualstack_ipv6() else '0.0.0.0'
+
+
+def _bracketed(host):
+  return f'[{host}]' if ':' in host else host
+
+
+@contextlib.contextmanager
+def together(spec):
+  """Joins the processes for the block's time; a failure inside it ends this process without the others.
+
+  JAX would have it wait for them five minutes before the error's status is seen.
+  """
+  initialize(spec)
+  try:
+    yield
+  except BaseException as e:
+    if jax.distributed.is_initialized():
+      status = 2 if isinstance(e, ConfigError) else 130 if isinstance(e, KeyboardInterrupt) else 1
+      atexit.register(_end, status)  # The last one registered is the first one run.
+    raise
+
+
+def _end(status):
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
+
+
+@contextlib.contextmanager
+def agreed_stop():
+  """Yields stop(step), which is true on all processes at one and the same step after Ctrl-C or SIGTERM on any.
+
+  Call it after every step.  A second Ctrl-C is the usual KeyboardInterrupt; where there is one process,
+  so is the first one, and SIGTERM.
+  """
+  from jax.experimental import multihost_utils
+
+  def ask(signum, frame):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.kill(os.getpid(), signal.SIGTERM)  # Which JAX's preemption service takes, and tells the others.
+
+  if threading.current_thread() is not threading.main_thread():  # Only it may handle signals.
+    yield lambda step: False
+  elif not jax.distributed.is_initialized():
+    with _handling(signal.SIGTERM, signal.default_int_handler):
+      yield lambda step: False
+  else:
+    with _handling(signal.SIGINT, ask):
+      yield multihost_utils.reached_preemption_sync_point
+
+
+@contextlib.contextmanager
+def _handling(signum, handler):
+  before = signal.signal(signum, handler)
+  try:
+    yield
+  finally:
+    signal.signal(signum, before)
+
+
+def is_first():
+  """Returns whether this process is the one that prints and writes."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(name):
+  """Returns when every process has come here.  name: says where."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices(name)

@@ -1,0 +1,89 @@
+"""What the launchers of clusters hand over, to the letter; `golden/` holds it.
+
+After a wanted change write the files anew: LLMJAX_WRITE_GOLDEN=1 pytest tests/launch/test_clusters.py
+"""
+
+import os
+import pathlib
+import subprocess
+
+import pytest
+import yaml
+
+from llmjax import main
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+TRAIN = ['--', 'pretrain', '--config=configs/pretrain/quickstart.py', '--workdir=/shared/runs/a',
+         "--config.sample.prompts=it's a", '--config.train.steps=200']
+CASES = {
+    'tpu_vm.txt': ['tpu-vm', '--name=pod', '--zone=us-east5-b', '--project=research'],
+    'tpu_vm_detached.txt': ['tpu-vm', '--name=pod', '--zone=us-east5-b', '--detach', '--worker=0', '--setup='],
+    'slurm.sh': ['slurm', '--nodes=4', '--gpus-per-node=8', '--time=24:00:00', '--partition=gpu',
+                 '--account=research', '--cpus-per-process=12', '--setup=source .venv/bin/activate',
+                 '--sbatch=--exclusive,--qos=high'],
+    'slurm_node.sh': ['slurm', '--nodes=2', '--gpus-per-node=4', '--process-per=node', '--save-seconds=0'],
+    'gke_tpu.yaml': ['gke', '--name=pod', '--image=registry/llmjax:1', '--accelerator=tpu-v6e-slice',
+                     '--topology=4x4', '--slices=2', '--service-account=trainer', '--setup=cd /llmjax'],
+    'gke_gpu.yaml': ['gke', '--image=registry/llmjax:1', '--accelerator=nvidia-h100-80gb', '--nodes=4'],
+}
+
+
+def launch(capsys, *argv):
+  with pytest.raises(SystemExit) as e:
+    main.main(['launch', *argv])
+  out, err = capsys.readouterr()
+  return e.value.code, out, err
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_text(name, capsys):
+  status, out, err = launch(capsys, *CASES[name], '--dry-run', *TRAIN)
+  assert (status, err) == (0, '')
+  if os.environ.get('LLMJAX_WRITE_GOLDEN'):
+    (GOLDEN / name).write_text(out)
+  assert out == (GOLDEN / name).read_text()
+
+
+@pytest.mark.parametrize(('name', 'nodes', 'chips'), [('gke_tpu.yaml', 4, {'google.com/tpu': 4}),
+                                                      ('gke_gpu.yaml', 4, {'nvidia.com/gpu': 8})])
+def test_manifests_are_jobsets(name, nodes, chips):
+  jobset = yaml.safe_load((GOLDEN / name).read_text())
+  (job,) = jobset['spec']['replicatedJobs']
+  spec = job['template']['spec']
+  assert spec['parallelism'] == spec['completions'] == nodes
+  (container,) = spec['template']['spec']['containers']
+  assert container['resources']['limits'] == chips
+  shell, flag, line = container['command']
+  assert (shell, flag) == ('bash', '-c')
+  assert line.endswith("""llmjax pretrain --config=configs/pretrain/quickstart.py --workdir=/shared/runs/a """
+                       """--config.sample.prompts='it'"'"'s a' --config.train.steps=200""")
+  for variable in container.get('env', []):
+    if variable['name'] == 'LLMJAX_COORDINATOR':  # <jobset>-<job>-<job index>-<pod index>.<jobset>
+      assert variable['value'] == f'{jobset["metadata"]["name"]}-{job["name"]}-0-0.{jobset["metadata"]["name"]}:8476'
+
+
+def test_a_script_runs_the_command_as_typed(tmp_path):
+  for tool in ('srun', 'llmjax'):  # srun drops its own options and runs the rest.
+    (tmp_path / tool).write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nprintf "%s\\n" "$@"\n')
+    (tmp_path / tool).chmod(0o755)
+  done = subprocess.run(['bash', str(GOLDEN / 'slurm_node.sh')], capture_output=True, text=True, check=True,
+                        env={'PATH': f'{tmp_path}:/usr/bin:/bin'})
+  assert done.stdout.splitlines() == ['llmjax', *TRAIN[1:]]
+
+
+@pytest.mark.parametrize(('argv', 'expected'), [
+    ([], 'did you mean `llmjax launch local` or'),
+    (['tpuvm'], 'launch tpu-vm'),
+    (['tpu-vm', '--name=pod', *TRAIN], '--zone is missing'),
+    (['slurm'], 'the command to start stands after `--`'),
+    (['slurm', '--', 'pretrian'], 'did you mean pretrain?'),
+    (['slurm', '--', 'launch local'], 'the command to start stands after `--`'),
+    (['gke', '--image=i', '--accelerator=tpu-v6e-slice', *TRAIN], "must be a slice's chips"),
+    (['gke', '--image=i', '--accelerator=nvidia-l4', '--topology=2x2', *TRAIN], 'are for TPUs'),
+    (['slurm', '--nodes=2', *TRAIN], 'sbatch is not installed here'),
+])
+def test_mistakes_get_a_line(capsys, monkeypatch, argv, expected):
+  monkeypatch.setenv('PATH', '')
+  status, _, err = launch(capsys, *argv)
+  assert status == 2
+  assert expected in err

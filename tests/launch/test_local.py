@@ -1,0 +1,154 @@
+"""Real processes: the same losses however many there are, stopping, dying, going on."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llmjax.data import corpus
+from llmjax.data.spec import PrepareSpec, TokenizerSpec
+
+ROOT = pathlib.Path(__file__).parents[2]
+TRAIN = ['pretrain', '--config=recipe.py', '--config.data.seq_len=16', '--config.train.batch_size=8',
+         '--config.train.log_every=1', '--config.train.compute_dtype=float32', '--config.logs.writers=',
+         '--config.model.num_layers=1', '--config.model.d_model=16', '--config.model.num_heads=2',
+         '--config.model.mlp_dim=32', '--config.optimizer.lr=0.01',
+         '--config.optimizer.schedule=constant', '--config.mesh.fsdp=2']
+RECIPE = "def get_config():\n  return {'data': {'sources': {'text': 1.0}}}\n"
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder with a prepared corpus and a recipe."""
+  folder = tmp_path_factory.mktemp('launch')
+  rng = random.Random(0)
+  (folder / 'files').mkdir()
+  for i in range(40):
+    (folder / f'files/{i}.txt').write_text(' '.join(rng.choices('a cat sees the big old house'.split(), k=90)))
+  corpus.prepare(PrepareSpec(source='text_dir', path=str(folder / 'files'), output=str(folder / 'text'),
+                             tokenizer=TokenizerSpec(vocab_size=300, sample_lines=500)))
+  (folder / 'recipe.py').write_text(RECIPE)
+  return folder
+
+
+def start(folder, processes, devices, *argv, **environment):
+  return subprocess.Popen(
+      [sys.executable, '-m', 'llmjax', 'launch', 'local', f'--processes={processes}',
+       f'--devices-per-process={devices}', '--logs=logs', '--', *argv],
+      env={**os.environ, 'PYTHONPATH': str(ROOT), **environment}, cwd=folder, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def launch(folder, *argv, status=0, **environment):
+  """Runs to the end; returns the output."""
+  process = start(folder, *argv, **environment)
+  try:
+    out, _ = process.communicate(timeout=120)
+  finally:
+    process.kill()
+  assert process.returncode == status, out
+  return out
+
+
+def rows(workdir):
+  """Returns {step: all metrics that do not depend on time}."""
+  found = {}
+  for row in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines()):
+    kept = {k: v for k, v in row.items() if k.endswith(('loss', 'grad_norm', 'tokens', 'bits_per_byte'))}
+    found[row['step']] = found.get(row['step'], {}) | kept
+  return found
+
+
+@pytest.fixture(scope='module')
+def four(folder):
+  """A run of 4 steps by 4 processes of 1 device, with a checkpoint at step 2."""
+  out = launch(folder, 4, 1, *TRAIN, '--workdir=four', '--config.train.steps=4',
+               '--config.train.checkpoint_every=2')
+  assert '4 of 4 processes here' in out
+  assert out.count('step  4/4') == 1
+  assert not (folder / 'logs/process-1.log').read_text().count('step  ')
+  return folder / 'four'
+
+
+def test_fewer_processes_go_on_to_the_bit(folder, four):
+  shutil.copytree(four, folder / 'one')
+  shutil.rmtree(folder / 'one/checkpoints/4')
+  out = launch(folder, 1, 4, *TRAIN, '--workdir=one', '--config.train.steps=4')
+  assert 'going on from step 2' in out
+  assert list(rows(four)) == [1, 2, 3, 4]
+  assert 'eval/validation/bits_per_byte' in rows(four)[4]
+  assert rows(folder / 'one') == rows(four)
+
+
+def test_two_processes_lose_the_same_and_ctrl_c_stops_them_at_one_step(folder, four):
+  process = start(folder, 2, 2, *TRAIN, '--workdir=two', '--config.train.steps=100000', '--config.evaluate.splits=')
+  file, deadline = folder / 'two/metrics.jsonl', time.monotonic() + 60
+  while not file.exists() or len(file.read_text().splitlines()) < 4:
+    assert time.monotonic() < deadline and process.poll() is None
+    time.sleep(0.05)
+  process.send_signal(signal.SIGINT)
+  out, _ = process.communicate(timeout=60)
+  assert process.returncode == 130, out
+  (step,) = (int(p.name) for p in (folder / 'two/checkpoints').iterdir())
+  assert f'the same command goes on from step {step}' in out
+  assert 'Traceback' not in out
+  found, expected = rows(folder / 'two'), rows(four)
+  assert len(found) == step
+  for step in (1, 2, 3):
+    assert found[step] == expected[step]
+
+
+def test_rows_lie_where_the_mesh_wants_them_and_a_death_ends_the_run(folder):
+  """On meshes whose processes hold neighbouring rows, rows far apart, or the same rows; then process 1 dies."""
+  (folder / 'place.py').write_text('''
+import os, signal
+import jax, numpy as np
+from llmjax.data import stream
+from llmjax.data.spec import DataSpec
+from llmjax.parallel import distributed
+from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh, place_batch
+from llmjax.parallel.spec import DistributedSpec, MeshSpec
+
+def get_config():
+  with distributed.together(DistributedSpec()):
+    me, spec = jax.process_index(), DataSpec(sources={'text': 1.0}, seq_len=16)
+    whole = next(stream.open_stream(spec, batch_size=8, seed=0))
+    for sizes, blocks in ((dict(data=4), [(0, 1), (2, 3)]), (dict(data=2, stage=2), [(0, 2), (1, 3)]),
+                          (dict(data=1, context=4), [(0,), (0,)]), (dict(data=1, context=2, fsdp=2), [(0,), (1,)]),
+                          (dict(data=1, stage=2, context=2), [(0,), (1,)])):
+      mesh = make_mesh(MeshSpec(**sizes))
+      assert batch_blocks(mesh) == blocks[me], (sizes, me, batch_blocks(mesh))
+      local = next(stream.open_stream(spec, batch_size=8, seed=0, blocks=blocks[me], block_count=batch_shards(mesh)))
+      assert len(local['tokens']) == 8 * len(blocks[me]) // batch_shards(mesh)
+      for name, array in place_batch(mesh, local).items():
+        assert array.shape == (8, 16)
+        for shard in array.addressable_shards:
+          np.testing.assert_array_equal(shard.data, whole[name][shard.index])
+    distributed.wait_for_all('placed')
+    if me == 1:
+      print('rows are right', flush=True)
+      os.kill(os.getpid(), signal.SIGKILL)
+    distributed.wait_for_all('never')
+''')
+  out = launch(folder, 2, 2, 'pretrain', '--config=place.py', '--workdir=x', status=137)
+  assert 'process 1 of 2 ended with signal SIGKILL; the others were ended' in out
+  assert 'rows are right' in out
+
+
+def test_a_missing_process_is_one_line(folder):
+  done = subprocess.run(
+      [sys.executable, '-m', 'llmjax', *TRAIN, '--workdir=alone', '--config.distributed.coordinator=127.0.0.1:1',
+       '--config.distributed.processes=2', '--config.distributed.process_id=1',
+       '--config.distributed.start_timeout_seconds=1'],
+      env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=folder, text=True, capture_output=True, check=False)
+  assert done.returncode == 2
+  assert done.stdout + done.stderr == done.stderr
+  assert done.stderr.count('\n') == 1
+  assert 'process 1 of 2 cannot reach process 0 at 127.0.0.1:1: gave up after 1 s' in done.stderr
