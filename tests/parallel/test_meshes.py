@@ -159,6 +159,6 @@ def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp
     with jax.set_mesh(mesh):
       abstract = abstract_state(MODELS['moe'], tx, 'float32', mesh, zero1=sizes(name).zero1)
       found, _ = checkpoints.restore(1, abstract)
-      jax.tree.map(lambda f, a: f.sharding == a.sharding or pytest.fail(name), found, abstract)
+      jax.tree.map(lambda f, a: f.sharding == a.sharding or pytest.fail(str(f)), found, abstract)
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
   checkpoints.close()
