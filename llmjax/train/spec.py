@@ -23,7 +23,9 @@ class TrainSpec:
   remat: str = setting('none', 'what the backward pass computes again to save memory: nothing, all but '
                        'matrix products, or everything', choices=REMATS)
   attention: str = setting('auto', 'attention kernel; auto follows the platform',
-                           choices=('auto', 'reference', 'blockwise'))
+                           choices=('auto', 'reference', 'blockwise', 'splash', 'cudnn'))
+  context_attention: str = setting('ring', 'along mesh.context, keys and values go round a ring, or each device '
+                                   'gathers all of them', choices=('ring', 'gather'))
   scan_unroll: int = setting(0, 'layers in each turn of the scan; 0: all on CPU without remat, else 1',
                              minimum=0)
   z_loss: float = setting(0.0, 'weight of log(Z)^2 in the loss', minimum=0.0)
