@@ -162,3 +162,14 @@ def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp
       jax.tree.map(lambda f, a: f.sharding == a.sharding or pytest.fail(str(f)), found, abstract)
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
   checkpoints.close()
+
+
+@pytest.mark.parametrize('kind, sizes, pipeline', [
+    ('ring', dict(context=4, tensor=2), {}),
+    ('ring', dict(stage=2, context=2, data=2), dict(schedule='gpipe', microbatches=4)),
+    ('gather', dict(stage=2, context=2, data=2), dict(schedule='1f1b', microbatches=4))])
+def test_rows_along_the_mesh_go_round_a_ring_or_are_gathered(kind, sizes, pipeline):
+  grads, _, losses = run(MODELS['dense'], MeshSpec(**{'data': 1, **sizes}), PipelineSpec(**pipeline), steps=2,
+                         context_attention=kind)
+  np.testing.assert_allclose(losses, alone('dense')[2][:2], rtol=1e-5)
+  assert_near(grads, alone('dense')[0], 1e-5)
