@@ -50,11 +50,14 @@ def attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids
   if not free or (not along and _choice(q, k, implementation, aligned, options) in plain):
     return table.attention(q, k, v, **ids, aligned=aligned, implementation=implementation, **options)
 
-  k, v, heads = _divide_heads(q, k, v, [a for a in axes_of('act_heads') if a in free])
-  rows = tuple(a for a in axes_of('batch') if a in free)
+  # All axes that are not handled yet, those of size 1 among them: a TPU kernel lowers only where none is
+  # left, and what is not named in a spec would be summed over.
+  names = [a for a in mesh.axis_names if a not in mesh.manual_axes]
+  k, v, heads = _divide_heads(q, k, v, [a for a in axes_of('act_heads') if a in names])
+  rows = tuple(a for a in axes_of('batch') if a in names)
   if q.shape[0] % math.prod(mesh.shape[a] for a in rows):
     rows = ()  # Too few to share; every device works on all of them.
-  length = AXIS if along else None
+  length = AXIS if along or (AXIS in names and AXIS not in free) else None
   tensor, flat = PartitionSpec(rows or None, length, heads), PartitionSpec(rows or None, length)
   if zigzag:
     local = functools.partial(_ring, **options)
@@ -62,10 +65,8 @@ def attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids
     local = functools.partial(_gather, implementation=plain, **options)
   else:
     local = lambda q, k, v, ids: table.attention(q, k, v, **ids, implementation=implementation, **options)
-  # All axes that are not handled yet, also those of size 1: a TPU kernel lowers only where none is left.
-  return jax.shard_map(
-      local, in_specs=(tensor, tensor, tensor, flat), out_specs=tensor, check_vma=False,
-      axis_names=set(mesh.axis_names) - set(mesh.manual_axes))(q, k, v, ids)
+  return jax.shard_map(local, in_specs=(tensor, tensor, tensor, flat), out_specs=tensor,
+                       axis_names=set(names), check_vma=False)(q, k, v, ids)
 
 
 def _choice(q, k, implementation, aligned, options):
@@ -87,13 +88,13 @@ def _divide_heads(q, k, v, axes):
   """
   shards = math.prod(mesh_size(a) for a in axes)
   heads, kv_heads = q.shape[2], k.shape[2]
-  if shards == 1 or heads % shards:
+  if heads % shards:
     return k, v, None
   wanted = math.lcm(kv_heads, shards)
   wanted = wanted if heads % wanted == 0 else heads
   if wanted != kv_heads:
     k, v = (jnp.repeat(a, wanted // kv_heads, axis=2) for a in (k, v))
-  return k, v, tuple(axes)
+  return k, v, tuple(axes) or None
 
 
 def _gather(q, k, v, ids, *, implementation, **options):

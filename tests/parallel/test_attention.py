@@ -124,42 +124,48 @@ def test_a_kernel_and_a_ring_run_inside_another_shard_map():
     assert_near(run(staged, *big, implementation='splash_emulated'), plain)
 
 
-def dot_flops(text):
-  """Returns 2 m n k of every matrix product in a compiled program (it has no loops), summed."""
-  shapes = {name: [int(n) for n in dims.split(',') if n]
-            for name, dims in re.findall(r'%?([\w.-]+) = \w+\[([\d,]*)\]', text)}
+def dot_flops(jaxpr):
+  """Returns 2 m n k of every matrix product of a program without loops or branches, summed."""
   total = 0
-  for dims, left, axes in re.findall(
-      r' = \w+\[([\d,]*)\]\S* dot\((?:\w+\[[\d,]*\]\S* )?%?([\w.-]+),.*lhs_contracting_dims=\{([\d,]+)\}', text):
-    inner = math.prod(shapes[left][int(a)] for a in axes.split(','))
-    total += 2 * math.prod(int(n) for n in dims.split(',')) * inner
+  for eqn in jaxpr.eqns:
+    assert eqn.primitive.name not in ('scan', 'while', 'cond')
+    if eqn.primitive.name == 'dot_general':
+      (contracted, _), _ = eqn.params['dimension_numbers']
+      left, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+      total += 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+    for value in eqn.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      total += dot_flops(inner) if hasattr(inner, 'eqns') else 0
   return total
 
 
-def compiled(kind, monkeypatch, window=None):
-  """Returns (the compiled gradient of attention over eight devices, its arguments' elements K and V)."""
-  monkeypatch.setattr(blockwise, 'BLOCK', 4)  # So that a causal chunk leaves out what it can.
-  (q, k, v), ids = draw(BIG)
-  with jax.set_mesh(make_mesh(MeshSpec(data=1, context=8))) as mesh:
+def program(kind, window=None, batch=1):
+  """Returns (the compiled gradient of attention over eight devices as text, FLOPs of one of them)."""
+  (q, k, v), ids = draw(BIG, batch=batch)
+  mesh = make_mesh(MeshSpec(data=1, context=8))
+  with jax.set_mesh(mesh):
     place = lambda a: jax.device_put(a, jax.NamedSharding(mesh, jax.P(None, 'context')))
-    total = lambda q, k, v, s, p: jnp.sum(module.attention(
+    total = lambda q, k, v, s, p: jnp.sum(jnp.square(module.attention(
         q, k, v, q_positions=p, k_positions=p, q_segment_ids=s, k_segment_ids=s, zigzag=kind == 'ring',
-        window=window))
+        window=window)))
     args = jax.tree.map(place, (q, k, v, *ids))
-    return jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*args).compile().as_text()
+    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*args)
+    return traced.lower().compile().as_text(), dot_flops(traced.jaxpr.jaxpr)
 
 
 def test_the_ring_gathers_nothing_and_computes_half_of_the_square(monkeypatch):
-  ring, gather = compiled('ring', monkeypatch), compiled('gather', monkeypatch)
-  assert 'all-gather' not in ring and 'all-to-all' not in ring and 'all-reduce' not in ring
+  monkeypatch.setattr(blockwise, 'BLOCK', 16)  # So that the causal part of a device leaves out what it can.
+  (ring, ring_flops), (gather, gather_flops) = program('ring'), program('gather')
+  assert not re.search('all-gather|all-to-all|all-reduce|reduce-scatter', ring)
   assert 'collective-permute' in ring
   assert 'all-gather' in gather and 'collective-permute' not in gather
-  # Forward 2 products of T x T x H a head, backward 5.
-  square = 7 * 2 * B * N * BIG * BIG * H / 8
-  assert dot_flops(gather) == square
-  assert 0.5 < dot_flops(ring) / square < 0.53
-  near = compiled('ring', monkeypatch, window=8)  # Of which a chunk is twice as long.
-  assert dot_flops(near) < 0.16 * square
+  # 2 products of T x T x H a head forward, 5 backward; and dO . O.
+  square, delta = (7 * 2 * N * H * BIG * keys / 8 for keys in (BIG, 1 / 7))
+  assert gather_flops == square + delta
+  assert 0.5 < (ring_flops - delta) / square < 0.54
+  near, near_flops = program('ring', window=8)  # A chunk is twice as long: only neighbours see each other.
+  assert (near_flops - delta) / square < 0.21
+  assert len(re.findall('collective-permute', near)) < len(re.findall('collective-permute', ring)) / 2
 
 
 def test_zigzag_order_gives_every_device_an_early_and_a_late_chunk():
