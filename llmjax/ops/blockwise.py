@@ -59,10 +59,10 @@ def _blocks(options, length, keys):
     yield slice(start, stop), slice(first, stop if aligned else keys)
 
 
-def forward(options, q, k, v, q_ids, k_ids):
-  """Returns (means of values, float32 log of the softmax's denominator [B, K, G, T, 1]).
+def forward(options, q, k, v, q_ids, k_ids, dtype=jnp.float32):
+  """Returns (means of values [B, K, G, T, H] of dtype, float32 log of the softmax's denominator [..., 1]).
 
-  The means, [B, K, G, T, H], are float32: `merge` joins those over several sets of keys.
+  `merge` joins those over several sets of keys; the means are float32 for that.
   """
   outs, log_sums = [], []
   for t, s in _blocks(options, q.shape[3], k.shape[2]):
@@ -72,7 +72,7 @@ def forward(options, q, k, v, q_ids, k_ids):
     total = p.sum(axis=-1, keepdims=True)
     out = jnp.einsum('BKGTS,BKSH->BKGTH', p.astype(v.dtype), v[..., s, :],
                      preferred_element_type=jnp.float32)
-    outs.append(out / total)
+    outs.append((out / total).astype(dtype))
     log_sums.append(top + jnp.log(total))
   return jnp.concatenate(outs, axis=3), jnp.concatenate(log_sums, axis=3)
 
@@ -129,8 +129,7 @@ def blockwise_attention(options, q, k, v, q_ids, k_ids):
 
 
 def _blockwise_fwd(options, q, k, v, q_ids, k_ids):
-  out, log_sum = forward(options, q, k, v, q_ids, k_ids)
-  out = out.astype(v.dtype)
+  out, log_sum = forward(options, q, k, v, q_ids, k_ids, v.dtype)
   return out, (q, k, v, q_ids, k_ids, out, log_sum)
 
 

@@ -76,11 +76,12 @@ def keep_gradients(lr):
 def run(model, mesh_spec, pipe=None, steps=10, **train):
   """Trains; returns (gradients of the second step, final parameters, losses).  mesh_spec None: one device.
 
-  The head starts at zero and hides all that lies below it from the first gradient.
+  The head starts at zero and hides all that lies below it from the first gradient.  At larger learning
+  rates the mixture's ten steps double rounding errors in each: 0.5 turns 1e-7 into 3e-4.
   """
   mesh = make_mesh(mesh_spec or MeshSpec(), jax.devices()[:1] if mesh_spec is None else None)
   train = TrainSpec(compute_dtype='float32', scan_unroll=1, **train)
-  tx = keep_gradients(0.5)
+  tx = keep_gradients(0.2)
   with jax.set_mesh(mesh):
     state, shardings = init_state(model, tx, 0, 'float32', mesh, zero1=bool(mesh_spec and mesh_spec.zero1))
     loss_fn = objectives.next_token(model, train, 'cpu', pipe)
