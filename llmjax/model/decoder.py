@@ -132,7 +132,7 @@ def apply_stack(block, params, x, kv_cache, context, remat='none', unroll=1):
 
 
 def make_context(spec, positions, segment_ids, *, key=None, implementation='blockwise', cache=None,
-                 aligned=True):
+                 aligned=True, zigzag=False):
   """Returns the Context of T tokens; with a cache, their keys are written into it first.
 
   cache: {'index': where they go, 'positions', 'segment_ids': int [B, S] of all slots, these T included}.
@@ -142,7 +142,7 @@ def make_context(spec, positions, segment_ids, *, key=None, implementation='bloc
       positions=positions, segment_ids=segment_ids,
       angles=rotary_angles(positions, spec.heads_dim, spec.rope_theta),
       key_positions=cache['positions'], key_segment_ids=cache['segment_ids'],
-      cache_index=cache['index'], key=key, implementation=implementation, aligned=aligned)
+      cache_index=cache['index'], key=key, implementation=implementation, aligned=aligned, zigzag=zigzag)
 
 
 def hidden_states(spec, params, tokens, context, kv_cache=None, *, compute_dtype=jnp.float32,
@@ -195,7 +195,7 @@ def stage_fn(spec, context, remat, unroll):
   def run(params, x, rows, index):
     key = None if context.key is None or not spec.dropout else jax.random.fold_in(context.key, index)
     part = make_context(spec, rows['positions'], rows['segment_ids'], key=key,
-                        implementation=context.implementation)
+                        implementation=context.implementation, zigzag=context.zigzag)
     x, _, aux = apply_stack(Block(spec), params, x, None, part, remat, unroll)
     return x, jax.tree.map(lambda a: a.sum(0), aux)
 

@@ -6,16 +6,17 @@ D d_model, F mlp_dim, V vocab_size, E experts.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.model.spec import ModelSpec
 from llmjax.ops import moe
-from llmjax.ops.attention import attention
 from llmjax.ops.norms import rms_norm
 from llmjax.ops.products import project
 from llmjax.ops.rotary import apply_rope
+from llmjax.parallel.attention import attention, from_zigzag, to_zigzag, zigzag_order
 from llmjax.parallel.experts import dropless
 from llmjax.parallel.sharding import by_rows, constrain
 from llmjax.parallel.vocabulary import lookup
@@ -28,7 +29,7 @@ class Context:
   positions, segment_ids: int [B, T] of the queries.  angles: rotary (cos, sin) of `positions`.
   key_positions, key_segment_ids: int [B, S] of the keys; S = T without a cache.  cache_index: where in
   the S cache slots these T tokens go.  key: this layer's dropout key, or None for no dropout.
-  implementation, aligned: see `ops.attention.attention`.
+  implementation, aligned: see `ops.attention.attention`.  zigzag: see `parallel.attention.attention`.
   """
 
   positions: jax.Array
@@ -38,8 +39,9 @@ class Context:
   key_segment_ids: jax.Array
   cache_index: jax.Array | int = 0
   key: jax.Array | None = None
-  implementation: str = struct.field(pytree_node=False, default='blockwise')
+  implementation: str | tuple[str, ...] = struct.field(pytree_node=False, default='blockwise')
   aligned: bool = struct.field(pytree_node=False, default=True)
+  zigzag: bool = struct.field(pytree_node=False, default=False)
 
 
 def scaled_normal(in_dims, scale=1.0):
@@ -130,7 +132,7 @@ class Attention(nn.Module):
         query, keys, values, q_positions=context.positions, k_positions=context.key_positions,
         q_segment_ids=context.segment_ids, k_segment_ids=context.key_segment_ids,
         window=spec.window or None, soft_cap=spec.attention_soft_cap or None,
-        implementation=context.implementation, aligned=context.aligned)
+        implementation=context.implementation, aligned=context.aligned, zigzag=context.zigzag)
     return project(y, wo, in_dims=2), kv_cache
 
 
@@ -198,7 +200,7 @@ class MoeMlp(nn.Module):
     activation = getattr(nn, spec.activation)
     if spec.capacity_factor and context.aligned:
       size = moe.capacity(x.shape[1], e, k, spec.capacity_factor)
-      taken, slot = moe.slots(ids, mask, e, size)
+      taken, slot = _slots(ids, mask, e, size, context.zigzag)
       layout = ('expert_rows', 'experts', None, None)
       rows = constrain(moe.gather_slots(constrain(x, 'batch', 'length', 'act_embed'), taken), *layout)
       product = lambda a, w: jnp.einsum('BECX,EXY->BECY', a, w.astype(a.dtype))
@@ -209,6 +211,16 @@ class MoeMlp(nn.Module):
     if spec.shared_experts:
       y = y + GatedMlp(spec, self.param_dtype, spec.shared_experts, name='shared')(x)
     return y, aux
+
+
+def _slots(ids, mask, experts, size, zigzag):
+  """Returns `moe.slots`; tokens are served in the order of the text, in whatever order they lie."""
+  if not zigzag:
+    return moe.slots(ids, mask, experts, size)
+  taken, slot = moe.slots(from_zigzag(ids), from_zigzag(mask), experts, size)
+  length = ids.shape[1]
+  places = np.append(np.argsort(zigzag_order(length)), length)
+  return jnp.asarray(places)[taken], to_zigzag(slot)
 
 
 class Block(nn.Module):

@@ -9,12 +9,27 @@ from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.ops.losses import chunked_cross_entropy
 from llmjax.parallel import pipeline
-from llmjax.parallel.sharding import row_shards, sum_over_rows
+from llmjax.parallel.attention import zigzag_batch
+from llmjax.parallel.sharding import mesh_size, row_shards, sum_over_rows
+
+# Each platform's kernel.
+KERNELS = {'tpu': 'splash', 'gpu': 'cudnn'}
 
 
 def resolve_attention(name, platform):
-  """Returns the attention kernel of a platform: the mesh's, not the host's."""
-  return 'blockwise' if name == 'auto' else name
+  """Returns the attention of a platform (the mesh's, not the host's): names, of which the first fit one runs.
+
+  auto: the platform's kernel where it can do it, else blockwise.  On a CPU kernels are emulated, for tests.
+  Raises ConfigError for the kernel of another platform.
+  """
+  if name == 'auto':
+    return (KERNELS[platform], 'blockwise') if platform in KERNELS else ('blockwise',)
+  home = next((p for p, kernel in KERNELS.items() if kernel == name), platform)
+  if home == platform:
+    return (name,)
+  if platform == 'cpu':
+    return (f'{name}_emulated',)
+  raise ConfigError([f'train.attention={name} runs on {home}, not on {platform}; write auto'])
 
 
 def resolve_unroll(train, num_layers, platform):
@@ -49,9 +64,13 @@ def next_token(model, train, platform, pipe=None):
   implementation = resolve_attention(train.attention, platform)
   unroll = resolve_unroll(train, model.num_layers, platform)
 
+  def use_ring():
+    return train.context_attention == 'ring' and mesh_size('context') > 1
+
   def make_context(rows, key):
     return decoder.make_context(model, rows['positions'], rows['segment_ids'],
-                                implementation=implementation, key=key if model.dropout else None)
+                                implementation=implementation, key=key if model.dropout else None,
+                                zigzag=use_ring())
 
   def score(params, x, rows):
     """Returns (sum of losses, (weight, aux)) of final hidden states x [B, T, D]."""
@@ -72,8 +91,11 @@ def next_token(model, train, platform, pipe=None):
     loss, (weight, names) = score(params, x, batch)
     return loss + aux.get('penalty', 0.0), (weight, {**names, **aux})
 
+  def reorder(loss_fn):
+    return lambda params, batch, key: loss_fn(params, zigzag_batch(batch) if use_ring() else batch, key)
+
   if pipe is None or pipe.schedule != '1f1b':
-    return loss_fn
+    return reorder(loss_fn)
 
   def totals_and_gradients(params, batch, key):
     ends = {name: tree for name, tree in params.items() if name != 'blocks'}
@@ -101,4 +123,4 @@ def next_token(model, train, platform, pipe=None):
   def dispatch(params, batch, key):
     return (one_forward_one_backward if pipeline.num_stages() > 1 else loss_fn)(params, batch, key)
 
-  return dispatch
+  return reorder(dispatch)

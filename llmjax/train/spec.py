@@ -24,7 +24,9 @@ class TrainSpec:
                        'all but weight products; minimal: norms and activations; full: everything; offload: '
                        'as minimal, kept in host memory', choices=REMATS)
   attention: str = setting('auto', 'attention kernel; auto follows the platform',
-                           choices=('auto', 'reference', 'blockwise'))
+                           choices=('auto', 'reference', 'blockwise', 'splash', 'cudnn'))
+  context_attention: str = setting('ring', 'along mesh.context, keys and values go round a ring, or each device '
+                                   'gathers all of them', choices=('ring', 'gather'))
   scan_unroll: int = setting(0, 'layers unrolled in each turn of the scan; 0: on CPU without remat all, '
                              'else 1', minimum=0)
   z_loss: float = setting(0.0, 'weight of log(Z)^2 in the loss', minimum=0.0)

@@ -1,0 +1,84 @@
+"""Attention kernels of one platform each: TPU splash attention, cuDNN flash attention.
+
+Both take what `ops.blockwise` takes, in the same letters, but only aligned rows.  `problem` says in words
+what a kernel cannot do.  With emulate=True a kernel runs anywhere, slowly, for tests.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.ops.blockwise import visible
+
+LANES = 128  # Of a TPU's vector registers; splash attention's blocks are multiples of it.
+
+
+def splash_problem(q, k, options):
+  """Returns what keeps splash attention from these queries and keys, or None."""
+  if not options[3]:
+    return 'works on whole rows, not against a cache or a part of a row'
+  if q.shape[3] % LANES:
+    return f'needs a length that is a multiple of {LANES}, not {q.shape[3]}'
+  if q.shape[-1] % 64:
+    return f'needs a head_dim that is a multiple of 64, not {q.shape[-1]}'
+  return None
+
+
+def cudnn_problem(q, k, options):
+  """Returns what keeps cuDNN from these queries and keys, or None."""
+  if not options[3]:
+    return 'works on whole rows, not against a cache or a part of a row'
+  if options[1] is not None:
+    return 'has no soft cap on logits'
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f'needs bfloat16 or float16, not {q.dtype}'
+  if q.shape[-1] % 8 or q.shape[-1] > 128:
+    return f'needs a head_dim that is a multiple of 8, at most 128, not {q.shape[-1]}'
+  if q.shape[3] % 2:
+    return f'needs an even length, not {q.shape[3]}'
+  return None
+
+
+def splash_attention(options, q, k, v, q_ids, k_ids, emulate=False):
+  """The TPU kernel of jax.experimental.pallas: blocks that no query sees are not computed.
+
+  Order in the row stands for positions, so a window needs positions that rise by 1 within a segment.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+  window, soft_cap, scale, _ = options
+  batch, kv_heads, group, length, head_dim = q.shape
+  shape = (length, length)
+  mask = (splash_attention_mask.CausalMask(shape) if window is None
+          else splash_attention_mask.LocalMask(shape, (window - 1, 0), 0))
+  # Large blocks keep the matrix unit busy; these fit VMEM forward and backward at any head_dim to 256.
+  block_q, block_kv = _block(length, 512), _block(length, 1024 if head_dim <= 128 else 512)
+  sizes = splash_attention_kernel.BlockSizes(
+      block_q=block_q, block_kv=block_kv, block_kv_compute=_block(block_kv, 512), block_q_dkv=block_q,
+      block_kv_dkv=block_kv, block_kv_dkv_compute=_block(block_kv, 512), use_fused_bwd_kernel=True)
+  heads = kv_heads * group
+  kernel = splash_attention_kernel.make_splash_mha(
+      splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+      attn_logits_soft_cap=soft_cap, residual_checkpoint_name='attention', interpret=emulate)
+  q = (q * jnp.float32(scale)).astype(q.dtype)  # The kernel does not scale.
+  segments = splash_attention_kernel.SegmentIds(q_ids[0], k_ids[0])
+  out = jax.vmap(kernel)(q.reshape(batch, heads, length, head_dim), k, v, segments)
+  return out.reshape(q.shape)
+
+
+def _block(length, most):
+  """Returns the largest block of at most `most` that divides the length."""
+  return next(b for b in range(min(most, length) // LANES * LANES, 0, -LANES) if length % b == 0)
+
+
+def cudnn_attention(options, q, k, v, q_ids, k_ids, emulate=False):
+  """The GPU kernel.  Segments and window are a mask [B, 1, T, S] that all heads share.
+
+  cuDNN's own sliding window does not go with a mask on every version, and its packed rows are not reached
+  by JAX's public function; `is_causal` still lets it leave out the half of the square above the diagonal.
+  """
+  batch, kv_heads, group, length, head_dim = q.shape
+  rows = lambda a: a.swapaxes(1, 2)
+  out = jax.nn.dot_product_attention(
+      rows(q.reshape(batch, -1, length, head_dim)), rows(k), rows(v), scale=options[2], is_causal=True,
+      mask=visible(q_ids, k_ids, options[0])[:, None], implementation='xla' if emulate else 'cudnn')
+  return rows(out).reshape(q.shape)
