@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 
 def project(x, w, in_dims=1):
@@ -44,9 +45,8 @@ def _weight_gradient_cpu(in_dims, x, d_out):
   axis only.  It needs 20 to 30% less time on 512-wide layers, the transpose included.
   """
   rows = x.ndim - in_dims
-  d_out = d_out.reshape(-1, *d_out.shape[rows:])
-  columns = jax.lax.optimization_barrier(x.reshape(d_out.shape[0], -1).T)
-  return (columns @ d_out.reshape(d_out.shape[0], -1)).reshape(*x.shape[rows:], *d_out.shape[1:])
+  columns = jax.lax.optimization_barrier(jnp.moveaxis(x, range(rows), range(in_dims, x.ndim)))
+  return jax.lax.dot_general(columns, d_out, ((range(in_dims, x.ndim), range(rows)), ((), ())))
 
 
 # The plain product, not `_product` again: a rematerialization policy must see that it is a matrix product.

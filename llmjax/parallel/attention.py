@@ -1,8 +1,9 @@
 """Attention on a mesh: each device attends with its own rows and heads, also where a row lies over several.
 
-XLA cannot divide kernels, and what it divides by itself it moves to and fro.  Rows lie over the batch axes and heads over `tensor`: neither needs communication.  Along the axis
-`context` a row itself is divided.  `gather` brings all keys and values to every device.  `ring`
-(arXiv:2310.01889) hands them round, so that no device ever holds more than two devices' share.
+XLA cannot divide kernels, and what it divides by itself it moves to and fro.  Rows lie over the batch axes
+and heads over `tensor`: neither needs communication.  Along the axis `context` a row itself is divided.
+`gather` brings all keys and values to every device.  `ring` (arXiv:2310.01889) hands them round, so that
+no device ever holds more than two devices' share.
 
 Causal rows cut into n equal parts leave the first device with 1 / (2 n - 1) of the work of the last.  So
 for the ring, tokens lie in zigzag order: of 2 n chunks, device i holds chunks i (low) and 2 n - 1 - i
