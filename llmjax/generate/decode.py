@@ -247,6 +247,13 @@ class Generator:
       at += new.shape[1]
     return Generation(tokens, logprobs, lengths)
 
+  def past_training(self, prompt_tokens, new_tokens):
+    """Returns what to say where rows grow longer than those that the model was trained on, else None."""
+    if self.context_length and prompt_tokens + new_tokens > self.context_length:
+      return (f'{prompt_tokens} prompt tokens and {new_tokens} new ones go past the {self.context_length} that '
+              'the model was trained on; rotary positions allow it, but quality may fall')
+    return None
+
   def stream(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=(),
              chunk=STREAM_CHUNK):
     """Yields (tokens int32 [B, n], logprobs float32 [B, n], counts int32 [B]) as they are made.
@@ -260,11 +267,8 @@ class Generator:
       return
     key = jax.random.key(0) if key is None else key
     longest = max(map(len, prompts))
-    if self.context_length and longest + max_new_tokens > self.context_length:
-      warnings.warn(
-          f'{longest} prompt tokens and {max_new_tokens} new ones go past the '
-          f'{self.context_length} that the model was trained on; rotary positions allow it, but '
-          'quality may fall', stacklevel=2)
+    if message := self.past_training(longest, max_new_tokens):
+      warnings.warn(message, stacklevel=2)
     rows = len(prompts)
     # Every device has as many rows; the added ones repeat the last and are dropped.
     shards = batch_shards(self.mesh) if self.mesh else 1

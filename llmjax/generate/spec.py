@@ -39,7 +39,7 @@ class GenerateOptions(SamplingSpec):
   step: int = setting(0, 'checkpoint to load; 0: the latest', minimum=0)
   prompt: str = setting('', 'text to go on from; without it: standard input, or a prompt line')
   prompt_file: str = setting('', 'file with the text to go on from, UTF-8')
-  max_new_tokens: int = setting(256, 'tokens to make at most', minimum=1)
+  max_new_tokens: int = setting(200, 'tokens to make at most', minimum=1)
   stop: tuple[str, ...] = setting(
       (), r"""texts that end the answer and are not printed: --stop='END,\n\n' or, where a text """
       r"""has a comma, --stop='["a, b", "\n\n"]'""")

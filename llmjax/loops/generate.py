@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,9 @@ def answer(generator, tokenizer, prompt, options, key, output=None):
     ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)])
   except UnicodeEncodeError as e:
     raise ConfigError([f'the prompt is not valid UTF-8: {e}']) from e
+  if message := generator.past_training(len(ids), options.max_new_tokens):
+    print(f'llmjax generate: {message}', file=sys.stderr)
+    warnings.filterwarnings('ignore', re.escape(message))
   live = options.stream and options.num_samples == 1 and not options.json
   show = _Display(output, prompt)
   rows = [TextStream(tokenizer, options.stop_texts, (tokenizer.eos_id,))

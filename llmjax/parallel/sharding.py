@@ -103,7 +103,8 @@ def sum_over_rows(fn, weights, *rows):
   rows: arrays [B, T, ...].  Each device adds up its own tokens, and one sum over the devices at the end
   joins them: in a loop inside fn, XLA would join them in every turn.
   """
-  axes, row = _row_layout()
+  axes, layout = row_layout()
+  row = PartitionSpec(*layout)
   if not axes:
     return fn(weights, *rows)
   outputs = jax.shard_map(
@@ -133,18 +134,25 @@ def by_rows(fn, *rows):
 
   Each device works on its own tokens; left to XLA, some functions (top_k) would gather those of all.
   """
-  axes, row = _row_layout()
-  parts = [math.prod(mesh_size(a) for a in axes if a in axes_of(name)) for name in ('batch', 'length')]
-  if not axes or any(size % n for size, n in zip(rows[0].shape, parts, strict=False)):
+  axes, layout = row_layout(rows[0].shape)
+  row = PartitionSpec(*layout)
+  if not axes:
     return fn(*rows)
   return jax.shard_map(fn, axis_names=set(axes), check_vma=False, in_specs=row, out_specs=row)(*rows)
 
 
-def _row_layout():
-  """Returns (mesh axes that XLA divides tokens over, the PartitionSpec of [B, T, ...] over them)."""
+def row_layout(shape=None):
+  """Returns (mesh axes that XLA divides tokens over, (those of the batch or None, of the length or None)).
+
+  shape: of arrays [B, T, ...]; where B or T does not divide, its axes are left out.
+  """
   free = auto_axes()
-  batch, length = (tuple(a for a in axes_of(name) if a in free) for name in ('batch', 'length'))
-  return (*batch, *length), PartitionSpec(batch or None, length or None)
+  found = []
+  for i, name in enumerate(('batch', 'length')):
+    axes = tuple(a for a in axes_of(name) if a in free)
+    fits = shape is None or shape[i] % math.prod(map(mesh_size, axes)) == 0
+    found.append(axes if fits and axes else None)
+  return tuple(a for axes in found for a in axes or ()), tuple(found)
 
 
 def state_names(abstract_state, params, names):

@@ -1,10 +1,12 @@
 """Looking tokens up in an embedding table that lies over the mesh axis `tensor`."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmjax.parallel.sharding import auto_axes, constrain, mesh_size
+from llmjax.parallel.sharding import auto_axes, constrain, mesh_size, row_layout
 
 AXIS = 'tensor'
 
@@ -19,7 +21,9 @@ def lookup(table, tokens):
   table = constrain(table, 'vocab', None)
   if AXIS not in auto_axes():
     return jnp.take(table, tokens, axis=0)
-  scatter = tokens.shape[1] % mesh_size(AXIS) == 0  # Not so for one token of a decoding step.
+  axes, (batch, length) = row_layout(tokens.shape)
+  along = (*(length or ()), AXIS)
+  scatter = tokens.shape[1] % math.prod(map(mesh_size, along)) == 0  # Not so for one token of a decoding step.
 
   def local(table, tokens):
     ids = tokens - jax.lax.axis_index(AXIS) * table.shape[0]
@@ -27,5 +31,6 @@ def lookup(table, tokens):
     x = jnp.where(here[..., None], jnp.take(table, jnp.where(here, ids, 0), axis=0), 0)
     return jax.lax.psum_scatter(x, AXIS, scatter_dimension=1, tiled=True) if scatter else jax.lax.psum(x, AXIS)
 
-  return jax.shard_map(local, in_specs=(PartitionSpec(AXIS), PartitionSpec()), axis_names={AXIS}, check_vma=False,
-                       out_specs=PartitionSpec(None, AXIS) if scatter else PartitionSpec())(table, tokens)
+  return jax.shard_map(
+      local, in_specs=(PartitionSpec(AXIS), PartitionSpec(batch, length)), axis_names={AXIS, *axes},
+      out_specs=PartitionSpec(batch, along if scatter else length), check_vma=False)(table, tokens)

@@ -73,14 +73,14 @@ def keep_gradients(lr):
       lambda grads, state, params: (jax.tree.map(lambda g: -lr * g, grads), {'grads': grads}))
 
 
-def run(model, mesh_spec, pipe=None, steps=10, **train):
+def run(model, mesh_spec, pipe=None, steps=10, compute_dtype='float32', **train):
   """Trains; returns (gradients of the second step, final parameters, losses).  mesh_spec None: one device.
 
   The head starts at zero and hides all that lies below it from the first gradient.  At larger learning
   rates the mixture's ten steps double rounding errors in each: 0.5 turns 1e-7 into 3e-4.
   """
   mesh = make_mesh(mesh_spec or MeshSpec(), jax.devices()[:1] if mesh_spec is None else None)
-  train = TrainSpec(compute_dtype='float32', scan_unroll=1, **train)
+  train = TrainSpec(compute_dtype=compute_dtype, scan_unroll=1, **train)
   tx = keep_gradients(0.1)
   with jax.set_mesh(mesh):
     state, shardings = init_state(model, tx, 0, 'float32', mesh, zero1=bool(mesh_spec and mesh_spec.zero1))
@@ -130,6 +130,13 @@ def test_experts_with_capacity_drop_the_same_tokens_on_a_mesh():
   assert_near(grads, expected[0], 1e-5)
   assert_near(params, expected[1], 1e-4)
   assert abs(losses[1] - alone('moe')[2][1]) > 1e-4  # Some were dropped.
+
+
+@pytest.mark.parametrize('sizes', [dict(fsdp=2, tensor=2, context=2), dict(stage=2, expert=2, tensor=2)])
+def test_in_bfloat16_too(sizes):
+  losses = run(MODELS['moe'], MeshSpec(**{'data': 1, **sizes}), PipelineSpec(), steps=2,
+               compute_dtype='bfloat16')[2]
+  np.testing.assert_allclose(losses, alone('moe')[2][:2], rtol=1e-2)
 
 
 def test_accumulation_inside_a_pipeline():
