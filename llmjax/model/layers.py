@@ -66,6 +66,15 @@ def dropout(x, rate, key):
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def summed(x):
+  """Returns a product x [B, T, D] whose terms lie over `tensor`, summed over it.
+
+  The block divides it along the length right after, and XLA joins the two into a reduce-scatter; asked for
+  both at once it would gather rows that lie along `context`.
+  """
+  return constrain(x, 'batch', 'length', 'act_embed')
+
+
 class Embed(nn.Module):
   """Token ids int [B, T] to vectors [B, T, D]."""
 
@@ -133,7 +142,7 @@ class Attention(nn.Module):
         q_segment_ids=context.segment_ids, k_segment_ids=context.key_segment_ids,
         window=spec.window or None, soft_cap=spec.attention_soft_cap or None,
         implementation=context.implementation, aligned=context.aligned, zigzag=context.zigzag)
-    return project(y, wo, in_dims=2), kv_cache
+    return summed(project(y, wo, in_dims=2)), kv_cache
 
 
 class GatedMlp(nn.Module):
@@ -157,7 +166,7 @@ class GatedMlp(nn.Module):
     down = weight('down', (f, d), ('mlp', 'embed'), (2 * spec.num_layers)**-0.5)
     gated, raised = checkpoint_name(project(x, gate), 'gate'), checkpoint_name(project(x, up), 'up')
     hidden = getattr(nn, spec.activation)(gated) * raised
-    return project(constrain(hidden, 'batch', 'length', 'act_mlp'), down)
+    return summed(project(constrain(hidden, 'batch', 'length', 'act_mlp'), down))
 
 
 class MoeMlp(nn.Module):

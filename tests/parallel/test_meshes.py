@@ -73,6 +73,14 @@ def keep_gradients(lr):
       lambda grads, state, params: (jax.tree.map(lambda g: -lr * g, grads), {'grads': grads}))
 
 
+@functools.cache
+def fresh(model):
+  """Returns a state on the host.  (That it can be made sharded: test_sharding.py.)"""
+  mesh = make_mesh(MeshSpec(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    return jax.device_get(init_state(model, keep_gradients(0.1), 0, 'float32', mesh)[0])
+
+
 def run(model, mesh_spec, pipe=None, steps=10, compute_dtype='float32', **train):
   """Trains; returns (gradients of the second step, final parameters, losses).  mesh_spec None: one device.
 
@@ -80,10 +88,13 @@ def run(model, mesh_spec, pipe=None, steps=10, compute_dtype='float32', **train)
   rates the mixture's ten steps double rounding errors in each: 0.5 turns 1e-7 into 3e-4.
   """
   mesh = make_mesh(mesh_spec or MeshSpec(), jax.devices()[:1] if mesh_spec is None else None)
+  initial = fresh(model)  # Outside the mesh that is set below.
   train = TrainSpec(compute_dtype=compute_dtype, scan_unroll=1, **train)
   tx = keep_gradients(0.1)
   with jax.set_mesh(mesh):
-    state, shardings = init_state(model, tx, 0, 'float32', mesh, zero1=bool(mesh_spec and mesh_spec.zero1))
+    abstract = abstract_state(model, tx, 'float32', mesh, zero1=bool(mesh_spec and mesh_spec.zero1))
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    state = jax.device_put(initial, shardings)
     loss_fn = objectives.next_token(model, train, 'cpu', pipe)
     step = jax.jit(make_train_step(loss_fn, tx, lambda _: 1.0, train.accumulation), donate_argnums=0,
                    out_shardings=(shardings, None))
@@ -110,8 +121,15 @@ def assert_near(found, expected, tolerance):
     np.testing.assert_allclose(b / scale, a / scale, rtol=0, atol=tolerance, err_msg=str(path))
 
 
-@pytest.mark.parametrize('name', MESHES)
-@pytest.mark.parametrize('kind', MODELS)
+# Every kind of axis and schedule once; the rest is `slow`.
+QUICK = [('dense', 'fsdp8'), ('dense', 'data2 fsdp2 tensor2'), ('dense', 'data4 fsdp2 zero1'),
+         ('dense', 'context4 data2'), ('dense', 'stage4 tensor2'), ('dense', 'stage2 fsdp2 tensor2'),
+         ('moe', 'expert2 tensor2 context2'), ('moe', 'stage2 data4')]
+
+
+@pytest.mark.parametrize(('kind', 'name'), [
+    pytest.param(kind, name, marks=[] if (kind, name) in QUICK else pytest.mark.slow)
+    for kind in MODELS for name in MESHES])
 def test_the_mesh_does_not_change_the_model(kind, name):
   sizes = dict(MESHES[name])
   pipe = PipelineSpec(**sizes.pop('pipeline', {}))
@@ -132,7 +150,8 @@ def test_experts_with_capacity_drop_the_same_tokens_on_a_mesh():
   assert abs(losses[1] - alone('moe')[2][1]) > 1e-4  # Some were dropped.
 
 
-@pytest.mark.parametrize('sizes', [dict(fsdp=2, tensor=2, context=2), dict(stage=2, expert=2, tensor=2)])
+@pytest.mark.parametrize('sizes', [
+    dict(stage=2, expert=2, tensor=2), pytest.param(dict(fsdp=2, tensor=2, context=2), marks=pytest.mark.slow)])
 def test_in_bfloat16_too(sizes):
   losses = run(MODELS['moe'], MeshSpec(**{'data': 1, **sizes}), PipelineSpec(), steps=2,
                compute_dtype='bfloat16')[2]
@@ -146,7 +165,8 @@ def test_accumulation_inside_a_pipeline():
   assert_near(grads, alone('dense')[0], 1e-5)
 
 
-@pytest.mark.parametrize('source', ['data2 fsdp2 tensor2', 'stage2 fsdp2 tensor2'])
+@pytest.mark.parametrize('source', [
+    'data2 fsdp2 tensor2', pytest.param('stage2 fsdp2 tensor2', marks=pytest.mark.slow)])
 def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp_path):
   tx = optax.adamw(1e-3)
 
@@ -172,6 +192,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp
   checkpoints.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, sizes, pipeline', [
     ('ring', dict(context=4, tensor=2), {}),
     ('ring', dict(stage=2, context=2, data=2), dict(schedule='gpipe', microbatches=4)),
