@@ -72,7 +72,7 @@ class Checkpoints:
     self._orbax = ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(),
         async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
-    logging.getLogger('absl').addFilter(_not_of_a_failed_save)
+    _quieten_failed_saves()
     self._thread, self._cleared = None, False
     self._finished = collections.deque()
 
@@ -268,8 +268,22 @@ def _reason(error):
   return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
 
 
-def _not_of_a_failed_save(record):
-  """A logging filter: Orbax prints three tracebacks for a failed save, which `finished` tells in a line."""
+def _quieten_failed_saves():
+  """Keeps Orbax from printing up to four tracebacks for a failed save, which `finished` tells in a line."""
+  logging.getLogger('absl').addFilter(_not_an_error_of_orbax)  # Once: a second time changes nothing.
+  if not hasattr(sys.unraisablehook, 'quiet'):
+    told = sys.unraisablehook
+
+    def hook(unraisable):
+      # What was still being written reports to the event loop of the save that has failed meanwhile.
+      if str(unraisable.exc_value) != 'Event loop is closed':
+        told(unraisable)
+
+    hook.quiet = True
+    sys.unraisablehook = hook
+
+
+def _not_an_error_of_orbax(record):
   return record.levelno < logging.ERROR or 'orbax' not in record.pathname
 
 

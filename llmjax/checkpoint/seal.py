@@ -56,13 +56,13 @@ class Seal:
 def find_steps(folder):
   """Returns the steps that have a checkpoint in the folder, good or not, in order."""
   folder = epath.Path(folder)
-  return sorted(int(p.name) for p in folder.iterdir() if STEP.fullmatch(p.name)) if folder.exists() else []
+  return sorted(int(p.name) for p in folder.iterdir() if STEP.fullmatch(p.name)) if folder.is_dir() else []
 
 
 def find_temporaries(folder):
   """Returns the paths of what interrupted saves and removals left in the folder."""
   folder = epath.Path(folder)
-  return sorted(p for p in folder.iterdir() if TEMPORARY.fullmatch(p.name)) if folder.exists() else []
+  return sorted(p for p in folder.iterdir() if TEMPORARY.fullmatch(p.name)) if folder.is_dir() else []
 
 
 def write_seal(checkpoint, step, metrics=None, metrics_step=None, process=0, processes=1):
