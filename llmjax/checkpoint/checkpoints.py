@@ -9,6 +9,7 @@
 
 import collections
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -73,7 +74,7 @@ class Checkpoints:
         ocp.CompositeCheckpointHandler(),
         async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
     _quieten_failed_saves()
-    self._thread, self._cleared = None, False
+    self._thread, self._outcome, self._cleared = None, None, False
     self._finished = collections.deque()
 
   def latest(self):
@@ -96,24 +97,25 @@ class Checkpoints:
     try:
       if names := find_nonfinite({'params': state.params, 'optimizer': rest}):
         raise SaveError(f'{names[0]} is not finite' + f', nor are {len(names) - 1} more' * (len(names) > 1))
-      if not self._cleared and jax.process_index() == 0:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in seal.find_temporaries(self.folder):
-          path.rmtree()
-      self._cleared = True
+      self._prepare()
       self._orbax.save(self.folder / str(step), force=True, args=ocp.args.Composite(
           params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(rest),
           stream=ocp.args.JsonSave(stream), spec=ocp.args.JsonSave(spec)))
+      task, arguments = self._seal, (step, metrics, metrics_step, time.perf_counter() - begin)
     except Exception as e:  # Of any library below: a save that fails must not end the run by itself.
-      self._failed(step, e)
-      return
-    self._thread = threading.Thread(
-        target=self._seal, args=(step, metrics, metrics_step, time.perf_counter() - begin), name='seal')
+      task, arguments = self._fail, (step, e)
+    self._thread = threading.Thread(target=task, args=arguments, name='seal')
     self._thread.start()
+    if task == self._fail and jax.process_count() == 1:
+      self._join()  # So that the loop hears of it before its next step.
 
   def finished(self, wait=False):
-    """Returns the Saves that have ended since the last call.  wait: for the one in flight as well."""
-    if wait:
+    """Returns the Saves that have ended since the last call.  wait: for the one in flight as well.
+
+    Several processes learn of a failure at the next save, or when they wait, all of them at once: one that
+    stopped by itself would leave the others in a collective.
+    """
+    if wait or (jax.process_count() == 1 and self._thread is not None and not self._thread.is_alive()):
       self._join()
     saves = []
     while self._finished:
@@ -142,27 +144,45 @@ class Checkpoints:
       self._orbax.close()
 
   def _join(self):
-    if self._thread is not None:
-      self._thread.join()
-      self._thread = None
+    """Waits for the save in flight and notes what became of it; all processes agree on that."""
+    if self._thread is None:
+      return
+    self._thread.join()
+    self._thread, save = None, self._outcome
+    problem = next((p for p in _gather(save.problem) if p), '')
+    self._finished.append(save if save.problem == problem else dataclasses.replace(save, problem=problem))
+
+  def _prepare(self):
+    """Makes the folder and removes what interrupted saves left; OSError, on all processes, when it cannot."""
+    code = 0
+    if jax.process_index() == 0:
+      try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in () if self._cleared else seal.find_temporaries(self.folder):
+          path.rmtree()
+        self._cleared = True
+      except OSError as e:
+        code = e.errno or errno.EIO
+    if code := _gather(code)[0]:
+      raise OSError(code, os.strerror(code))
 
   def _seal(self, step, metrics, metrics_step, seconds):
     """Waits for Orbax to commit, seals, and applies the retention.  Runs in a thread of its own."""
-    path = self.folder / str(step)
+    path, first = self.folder / str(step), jax.process_index() == 0
     try:
       self._orbax.wait_until_finished()
       seal.write_seal(path, step, metrics, metrics_step, jax.process_index(), jax.process_count())
-      size = _wait_for_seals(path).size if jax.process_index() == 0 else 0
+      size = _wait_for_seals(path).size if first else 0
     except Exception as e:  # As in save.
-      self._failed(step, e)
+      self._fail(step, e)
       return
     note = ''
-    if jax.process_index() == 0:
-      try:
+    try:
+      if first:
         self._retain(step)
-      except OSError as e:
-        note = f'older checkpoints in {self.folder} are not removed: {_reason(e)}'
-    self._finished.append(Save(step, path, size, seconds, note=note))
+    except OSError as e:
+      note = f'older checkpoints in {self.folder} are not removed: {_reason(e)}'
+    self._outcome = Save(step, path, size, seconds, note=note)
 
   def _retain(self, saved):
     """Removes the steps after the saved one, and those good ones that the spec does not keep."""
@@ -178,7 +198,7 @@ class Checkpoints:
     for step in set(metrics) - self.spec.kept_steps(metrics):
       remove_checkpoint(self.folder / str(step))
 
-  def _failed(self, step, error):
+  def _fail(self, step, error):
     """Notes why a save failed, and frees what it has written."""
     path = self.folder / str(step)
     problem = f'{path} is not saved: {_reason(error)}'
@@ -192,7 +212,7 @@ class Checkpoints:
           remove_checkpoint(path)
       except OSError:
         pass  # It is no good checkpoint either way.
-    self._finished.append(Save(step, path, problem=problem))
+    self._outcome = Save(step, path, problem=problem)
 
 
 def checkpoints_folder(workdir):

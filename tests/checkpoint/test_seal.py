@@ -217,6 +217,18 @@ def test_going_back_and_saving_an_older_step(workdir):
   checkpoints.close()
 
 
+def test_the_state_may_be_donated_at_once(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  step = jax.jit(lambda state: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), state), donate_argnums=0)
+  state = make_state(2)
+  checkpoints.save(2, state, STREAM, SETTINGS)
+  for _ in range(5):
+    state = step(state)
+  jax.block_until_ready(state)
+  assert_loads(checkpoints, 2)
+  checkpoints.close()
+
+
 @pytest.mark.parametrize(('where', 'value'), [('params', jnp.nan), ('optimizer', jnp.inf)])
 def test_a_state_that_is_not_finite_is_not_saved(workdir, where, value):
   state = make_state(9)
