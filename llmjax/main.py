@@ -56,6 +56,26 @@ COMMANDS = {
         'how a recipe lies on devices: mesh, parameters, memory, collectives', 'llmjax.loops.mesh',
         'llmjax.loops.spec:MeshOptions', 'llmjax.loops.spec:LayoutSpec',
         'llmjax mesh --config=configs/pretrain/quickstart.py --config.mesh.fsdp=4 --devices=8'),
+    'checkpoint ls': Command(
+        "a run's checkpoints: size, time, metric, good or damaged", 'llmjax.loops.checkpoint',
+        'llmjax.checkpoint.spec:ListOptions', None, 'llmjax checkpoint ls --workdir=runs/quickstart'),
+    'checkpoint verify': Command(
+        'read every file of the checkpoints; name those that are damaged', 'llmjax.loops.checkpoint',
+        'llmjax.checkpoint.spec:VerifyOptions', None, 'llmjax checkpoint verify --workdir=runs/quickstart'),
+    'checkpoint show': Command(
+        'what is in a checkpoint: config, position in the data, arrays and their norms',
+        'llmjax.loops.checkpoint', 'llmjax.checkpoint.spec:ShowOptions', None,
+        'llmjax checkpoint show 400 --workdir=runs/quickstart'),
+    'checkpoint diff': Command(
+        'how far the arrays of two checkpoints are apart', 'llmjax.loops.checkpoint',
+        'llmjax.checkpoint.spec:DiffOptions', None, 'llmjax checkpoint diff 400 800 --workdir=runs/quickstart'),
+    'checkpoint prune': Command(
+        'remove the checkpoints that are not to be kept', 'llmjax.loops.checkpoint',
+        'llmjax.checkpoint.spec:PruneOptions', None,
+        'llmjax checkpoint prune --workdir=runs/quickstart --dry-run'),
+    'checkpoint seal': Command(
+        'vouch for checkpoints of a version that did not seal them', 'llmjax.loops.checkpoint',
+        'llmjax.checkpoint.spec:SealOptions', None, 'llmjax checkpoint seal 400 --workdir=runs/quickstart'),
     'doctor': Command(
         'versions, devices, memory, disk, and what is wrong with them', 'llmjax.loops.doctor',
         'llmjax.loops.spec:DoctorOptions', None, 'llmjax doctor'),
@@ -211,13 +231,18 @@ def _parse_flags(options_class, arguments):
       arguments = [a for a in arguments if a.lstrip('-').partition('=')[0] != e.flagname]
     except flags.Error as e:
       raise config.ConfigError(problems + [str(e)]) from e
-  problems += [f' {a!r} is not expected here; flags are written --name=value' for a in rest]
+  words = getattr(options_class, 'words', None)  # The field that plain words fill, if there is one.
+  if not words:
+    problems += [f' {a!r} is not expected here; flags are written --name=value' for a in rest]
   if problems:
     raise config.ConfigError(problems)
   given = {f: values[f].value for f in values if values[f].present and values[f].value is not None}
   types = {f.name: f.type for f in dataclasses.fields(options_class)}
-  return {f: config.parse_text(types[f], v) if isinstance(v, str) else v
-          for f, v in given.items() if f in types}
+  found = {f: config.parse_text(types[f], v) if isinstance(v, str) else v
+           for f, v in given.items() if f in types}
+  if words and rest:
+    found[words] = tuple(config.parse_text(int, a) for a in rest)
+  return found
 
 
 def _with_underscores(argument):

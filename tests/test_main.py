@@ -27,7 +27,7 @@ def test_overview_lists_every_command(capsys):
 
 @pytest.mark.parametrize('name', main.COMMANDS)
 def test_help_shows_flags_and_fields(capsys, name):
-  status, out, _ = call(capsys, name, '--help')
+  status, out, _ = call(capsys, *name.split(), '--help')
   assert status == 0
   assert 'flags:' in out
   if name == 'pretrain':
@@ -54,6 +54,10 @@ def test_help_needs_no_jax():
     (['evaluate', '--workdir=nowhere'], "is not a run's folder (no config.json)"),
     (['evaluate', '--config=x.py', '--workdir=x'], '--config is not for this command'),
     (['doctor', '--platform=gpuu'], 'must be one of , cpu, gpu, tpu; did you mean gpu?'),
+    (['checkpoint', 'verfy', '--workdir=x'], 'llmjax checkpoint verify'),
+    (['checkpoint', 'diff', '3', '--workdir=x'], 'two are wanted, such as llmjax checkpoint diff 200 400'),
+    (['checkpoint', 'verify', 'newest', '--workdir=x'], "--steps=('newest',) must be a whole number"),
+    (['checkpoint', 'ls', '--workdir=nowhere'], '--workdir=nowhere has no checkpoints'),
     (['report', 'stray'], "'stray' is not expected here"),
 ])
 def test_mistakes_get_a_line(capsys, argv, expected):

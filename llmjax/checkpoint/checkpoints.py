@@ -1,65 +1,332 @@
-"""A run's checkpoints: `<workdir>/checkpoints/<step>/` with four Orbax items.
+"""A run's checkpoints: `<workdir>/checkpoints/<step>/` with four Orbax items and a seal.
 
   params     the parameters alone, so that evaluation and generation read no optimizer state
   optimizer  step, optimizer state and PRNG key
   stream     the data stream's state, one number, and the fingerprint of its data
   spec       the resolved config of the run
+  seal.json  size and SHA-256 of every file: see seal.py; a checkpoint without damage is called good
 """
 
+import collections
+import dataclasses
+import errno
 import json
+import logging
+import os
 import pathlib
+import re
+import shutil
+import sys
+import threading
+import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llmjax import config
+from llmjax.checkpoint import seal
+from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
 from llmjax.train.state import TrainState
 
+# Seconds that the first process waits for the seals of the others before it removes older checkpoints.
+SEAL_SECONDS = 60.0
+
+
+class SaveError(Exception):
+  """A checkpoint could not be written.  The text is one line: path, reason, bytes free."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Save:
+  """What became of one save.  size: bytes.  seconds: what the caller waited.
+
+  problem: why it failed, or ''.  note: what else went wrong, or ''.
+  """
+
+  step: int
+  path: epath.Path
+  size: int = 0
+  seconds: float = 0.0
+  problem: str = ''
+  note: str = ''
+
 
 class Checkpoints:
-  """Saves and restores TrainStates.  Saving is asynchronous: `close` waits for what is in flight."""
+  """Saves and restores TrainStates.
 
-  def __init__(self, workdir, keep=3):
-    self.folder = epath.Path(workdir) / 'checkpoints'
-    if '://' not in str(workdir):
-      self.folder = self.folder.absolute()  # Orbax takes no relative paths.
-    self._manager = ocp.CheckpointManager(
-        self.folder, item_names=('params', 'optimizer', 'stream', 'spec'),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+  Saving is asynchronous: writing, sealing and the removal of what the spec no longer keeps happen while
+  the run goes on.  `finished` says what became of it, `close` waits for what is in flight.
+  """
+
+  def __init__(self, workdir, spec=None):
+    self.folder = checkpoints_folder(workdir)
+    self.spec = spec or CheckpointSpec()
+    self.passed_over = []
+    # Asynchronous creation would leave Orbax's threads waiting for minutes when a folder cannot be made.
+    self._orbax = ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(),
+        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+    _quieten_failed_saves()
+    self._thread, self._outcome, self._cleared = None, None, False
+    self._finished = collections.deque()
 
   def latest(self):
-    """Returns the newest step that is saved, or None."""
-    return self._manager.latest_step()
+    """Returns the newest good step, or None; `passed_over` then says what is newer and why it is not good."""
+    self._join()
+    step, self.passed_over = newest_good(self.folder)
+    return step
 
-  def save(self, step, state, stream, spec):
+  def save(self, step, state, stream, spec, metrics=None, metrics_step=None):
     """Starts to save; the state may be donated to the next step at once.
 
     stream: {'batches': drawn so far, 'fingerprint': of the data}.  spec: the config as nested dicts.
+    metrics: of the latest evaluation, which was at metrics_step.  A checkpoint of this step is replaced,
+    and once this one is good, those of later steps are removed: the run has left them.  Never raises
+    because of what is saved or where: a failure, such as values that are not finite, is told by `finished`.
     """
+    begin = time.perf_counter()
+    self._join()
     rest = {'step': state.step, 'opt_state': state.opt_state, 'key': state.key}
-    self._manager.save(step, args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(rest),
-        stream=ocp.args.JsonSave(stream), spec=ocp.args.JsonSave(spec)))
+    try:
+      if names := find_nonfinite({'params': state.params, 'optimizer': rest}):
+        raise SaveError(f'{names[0]} is not finite' + f', nor are {len(names) - 1} more' * (len(names) > 1))
+      self._prepare()
+      self._orbax.save(self.folder / str(step), force=True, args=ocp.args.Composite(
+          params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(rest),
+          stream=ocp.args.JsonSave(stream), spec=ocp.args.JsonSave(spec)))
+      task, arguments = self._seal, (step, metrics, metrics_step, time.perf_counter() - begin)
+    except Exception as e:  # Of any library below: a save that fails must not end the run by itself.
+      task, arguments = self._fail, (step, e)
+    self._thread = threading.Thread(target=task, args=arguments, name='seal')
+    self._thread.start()
+    if task == self._fail and jax.process_count() == 1:
+      self._join()  # So that the loop hears of it before its next step.
+
+  def finished(self, wait=False):
+    """Returns the Saves that have ended since the last call.  wait: for the one in flight as well.
+
+    Several processes learn of a failure at the next save, or when they wait, all of them at once: one that
+    stopped by itself would leave the others in a collective.
+    """
+    if wait or (jax.process_count() == 1 and self._thread is not None and not self._thread.is_alive()):
+      self._join()
+    saves = []
+    while self._finished:
+      saves.append(self._finished.popleft())
+    return saves
 
   def restore(self, step, abstract):
     """Returns (state, stream) as saved.  abstract: the TrainState of shapes, dtypes and shardings."""
+    self._join()
     rest = {'step': abstract.step, 'opt_state': abstract.opt_state, 'key': abstract.key}
-    items = self._manager.restore(step, args=ocp.args.Composite(
+    items = self._orbax.restore(self.folder / str(step), args=ocp.args.Composite(
         params=ocp.args.StandardRestore(abstract.params),
         optimizer=ocp.args.StandardRestore(rest), stream=ocp.args.JsonRestore()))
     return TrainState(params=items.params, **items.optimizer), items.stream
 
   def wait(self):
-    """Returns when every save has reached the disk."""
-    self._manager.wait_until_finished()
+    """Returns when every save is sealed; raises SaveError when one failed that `finished` has not told of."""
+    for save in self.finished(wait=True):
+      if save.problem:
+        raise SaveError(save.problem)
 
   def close(self):
-    self._manager.wait_until_finished()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._orbax.close()
+
+  def _join(self):
+    """Waits for the save in flight and notes what became of it; all processes agree on that."""
+    if self._thread is None:
+      return
+    self._thread.join()
+    self._thread, save = None, self._outcome
+    problem = next((p for p in _gather(save.problem) if p), '')
+    self._finished.append(save if save.problem == problem else dataclasses.replace(save, problem=problem))
+
+  def _prepare(self):
+    """Makes the folder and removes what interrupted saves left; OSError, on all processes, when it cannot."""
+    code = 0
+    if jax.process_index() == 0:
+      try:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in () if self._cleared else seal.find_temporaries(self.folder):
+          path.rmtree()
+        self._cleared = True
+      except OSError as e:
+        code = e.errno or errno.EIO
+    if code := _gather(code)[0]:
+      raise OSError(code, os.strerror(code))
+
+  def _seal(self, step, metrics, metrics_step, seconds):
+    """Waits for Orbax to commit, seals, and applies the retention.  Runs in a thread of its own."""
+    path, first = self.folder / str(step), jax.process_index() == 0
+    try:
+      self._orbax.wait_until_finished()
+      seal.write_seal(path, step, metrics, metrics_step, jax.process_index(), jax.process_count())
+      size = _wait_for_seals(path).size if first else 0
+    except Exception as e:  # As in save.
+      self._fail(step, e)
+      return
+    note = ''
+    try:
+      if first:
+        self._retain(step)
+    except OSError as e:
+      note = f'older checkpoints in {self.folder} are not removed: {_reason(e)}'
+    self._outcome = Save(step, path, size, seconds, note=note)
+
+  def _retain(self, saved):
+    """Removes the steps after the saved one, and those good ones that the spec does not keep."""
+    metrics = {}
+    for step in seal.find_steps(self.folder):
+      if step > saved:
+        remove_checkpoint(self.folder / str(step))
+        continue
+      try:
+        metrics[step] = seal.read_seal(self.folder / str(step)).metrics
+      except seal.SealError:
+        continue  # Not counted, and left for `llmjax checkpoint` to look at.
+    for step in set(metrics) - self.spec.kept_steps(metrics):
+      remove_checkpoint(self.folder / str(step))
+
+  def _fail(self, step, error):
+    """Notes why a save failed, and frees what it has written."""
+    path = self.folder / str(step)
+    problem = f'{path} is not saved: {_reason(error)}'
+    if not isinstance(error, SaveError) and (free := free_bytes(self.folder)) is not None:
+      problem += f'; {free:,} bytes are free there'
+    if jax.process_index() == 0 and not isinstance(error, SaveError):
+      try:
+        for left in seal.find_temporaries(self.folder):
+          left.rmtree()
+        if path.exists() and seal.find_damage(path, contents=False):
+          remove_checkpoint(path)
+      except OSError:
+        pass  # It is no good checkpoint either way.
+    self._outcome = Save(step, path, problem=problem)
+
+
+def checkpoints_folder(workdir):
+  """Returns the folder of a run's checkpoints, local or remote."""
+  folder = epath.Path(workdir) / 'checkpoints'
+  return folder if '://' in str(workdir) else folder.absolute()  # Orbax takes no relative paths.
+
+
+def newest_good(folder):
+  """Returns (the newest good step or None, one line for each newer checkpoint that is passed over).
+
+  All processes call it: each reads its share of the files, and they agree.  Raises ConfigError for the
+  checkpoints of a version without seals, which are not to be taken for damage.
+  """
+  passed = [f'{p} is passed over: its save was cut off' for p in seal.find_temporaries(folder)
+            if 'orbax' in p.name]
+  steps = _gather(seal.find_steps(folder))[0]
+  for step in reversed(steps):
+    damage = seal.find_damage(folder / str(step), process=jax.process_index(), processes=jax.process_count())
+    damage = list(dict.fromkeys(line for lines in _gather(damage) for line in lines))
+    if not damage:
+      return step, passed
+    more = f', and {len(damage) - 1} more' if len(damage) > 1 else ''
+    passed.append(f'{folder / str(step)} is passed over: {damage[0]}{more}')
+  # A kill between a first save and its seal leaves one checkpoint without a seal, never several.
+  if len(steps) > 1 and not any((folder / str(step) / 'seal.json').exists() for step in steps):
+    raise ConfigError([f'no checkpoint in {folder} has a seal: they are of an llmjax before seals. Seal what you '
+                       f'trust: llmjax checkpoint seal {steps[-1]} --workdir={folder.parent}'])
+  return None, passed
+
+
+def find_nonfinite(tree):
+  """Returns the names of the arrays that hold a NaN or an infinity; looked for on the devices."""
+  leaves = {'/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path): x
+            for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
+            if jnp.issubdtype(x.dtype, jnp.inexact)}
+  finite = np.asarray(_all_finite(list(leaves.values()))) if leaves else ()
+  return [name for name, good in zip(leaves, finite, strict=True) if not good]
+
+
+@jax.jit
+def _all_finite(leaves):
+  return jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])
+
+
+def remove_checkpoint(path):
+  """Removes a checkpoint's folder; a kill meanwhile leaves no half of it under its name."""
+  if '://' not in str(path):  # Where renaming is copying, the missing files make it no good one.
+    path = path.replace(path.with_name(f'{path.name}.deleted'))
+  path.rmtree()
+
+
+def free_bytes(folder):
+  """Returns the bytes that are free on the disk of a folder, or None where that is unknown."""
+  if '://' in str(folder):
+    return None
+  folder = pathlib.Path(folder)
+  while not folder.exists() and folder != folder.parent:
+    folder = folder.parent
+  try:
+    return shutil.disk_usage(folder).free
+  except OSError:
+    return None
+
+
+def _reason(error):
+  """Returns in a few words why something could not be written."""
+  if isinstance(error, SaveError):
+    return str(error)
+  code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's.
+  if code or (isinstance(error, OSError) and error.errno):
+    return os.strerror(int(code[1]) if code else error.errno)
+  return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+
+
+def _quieten_failed_saves():
+  """Keeps Orbax from printing up to four tracebacks for a failed save, which `finished` tells in a line."""
+  logging.getLogger('absl').addFilter(_not_an_error_of_orbax)  # Once: a second time changes nothing.
+  if not hasattr(sys.unraisablehook, 'quiet'):
+    told = sys.unraisablehook
+
+    def hook(unraisable):
+      # What was still being written reports to the event loop of the save that has failed meanwhile.
+      if str(unraisable.exc_value) != 'Event loop is closed':
+        told(unraisable)
+
+    hook.quiet = True
+    sys.unraisablehook = hook
+
+
+def _not_an_error_of_orbax(record):
+  return record.levelno < logging.ERROR or 'orbax' not in record.pathname
+
+
+def _wait_for_seals(path):
+  """Returns the Seal once all processes have sealed their share; raises SealError when they do not."""
+  deadline = time.monotonic() + SEAL_SECONDS
+  while True:
+    try:
+      return seal.read_seal(path)
+    except seal.SealError:
+      if time.monotonic() > deadline:
+        raise
+      time.sleep(0.05)
+
+
+def _gather(value):
+  """Returns every process's value, in order; a value is anything of JSON."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(text)))
+  rows = multihost_utils.process_allgather(np.pad(text, (0, max(sizes) - len(text))))
+  return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def read_config(workdir):
@@ -72,17 +339,34 @@ def read_config(workdir):
 
 
 def find_step(workdir, step=0):
-  """Returns the step to load: the one asked for, or the newest; ConfigError when there is none."""
-  folder = epath.Path(workdir) / 'checkpoints'
-  # Orbax writes under another name until a checkpoint is whole.
-  steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+  """Returns the step to load: the one asked for, or the newest good one; ConfigError when there is none.
+
+  A newer checkpoint that is passed over gets a line on standard error.
+  """
+  folder = checkpoints_folder(workdir)
+  steps = seal.find_steps(folder)
   if not steps:
     raise ConfigError([f'--workdir={workdir} has no checkpoint yet; let `llmjax pretrain` reach its '
                        'first one'])
   if step and step not in steps:
     raise ConfigError([f'--step={step} is not a checkpoint of {workdir}; it has '
                        f'{", ".join(map(str, steps))}'])
-  return step or steps[-1]
+  if step:
+    require_good(folder / str(step))
+    return step
+  newest, passed = newest_good(folder)
+  if newest is None:
+    raise ConfigError([f'--workdir={workdir} has no good checkpoint', *passed])
+  for line in passed:
+    print(line, file=sys.stderr)
+  return newest
+
+
+def require_good(checkpoint):
+  """Raises ConfigError when a checkpoint is damaged or has no seal."""
+  damage = seal.find_damage(checkpoint)
+  if damage:
+    raise ConfigError([f'{checkpoint} is not loaded: {line}' for line in damage])
 
 
 def load_params(workdir, step=0, shardings=None):
@@ -102,7 +386,7 @@ def load_params(workdir, step=0, shardings=None):
   else:
     tree = shardings(model)
   abstract = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, tree)
-  return restore_params(epath.Path(workdir) / 'checkpoints' / str(step), abstract), model, settings, step
+  return restore_params(checkpoints_folder(workdir) / str(step), abstract), model, settings, step
 
 
 def restore_params(checkpoint, abstract):

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from llmjax.checkpoint.checkpoints import Checkpoints, find_step, restore_params
+from llmjax.checkpoint.checkpoints import Checkpoints, find_step, require_good, restore_params
 from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
 from llmjax.loops import doctor
@@ -94,11 +94,12 @@ def claim_workdir(workdir, spec):
 def train(job, workdir):
   """Runs the job to its last step; returns the exit status: 0, 1 for a lost run, 130 after Ctrl-C."""
   total = job.spec.train.steps
-  checkpoints = Checkpoints(workdir, job.spec.checkpoint.keep)
+  checkpoints = Checkpoints(workdir, job.spec.checkpoint)
   first = checkpoints.latest() or 0
   if first and first >= total:
     checkpoints.close()
     if distributed.is_first():
+      print(*checkpoints.passed_over, sep='\n', end='\n' * bool(checkpoints.passed_over))
       print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to go on')
     return 0
   loop = Loop(job, workdir, checkpoints, first)
@@ -121,6 +122,7 @@ class Loop:
     self.job, self.spec, self.ledger, self.workdir = job, job.spec, job.ledger, workdir
     self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
     self.done = self.saved = first
+    self.metrics, self.metrics_step = {}, None  # Of the latest evaluation.
     self.tx, self.schedule = make_optimizer(self.spec.optimizer, self.total,
                                                  self.spec.train.seed)
     with self.ledger.charge('init'):
@@ -130,6 +132,8 @@ class Loop:
     self.progress = Progress(self.total, first, enabled=distributed.is_first())
     self.profiler = Profiler(workdir, self.spec.profile.steps,
                              say=self.progress.say if distributed.is_first() else None)
+    for line in checkpoints.passed_over:
+      self.progress.say(line)
     if first:
       self.progress.say(f'going on from step {first} of {workdir}')
     elif self.spec.train.init_from:
@@ -195,6 +199,7 @@ class Loop:
       if not logs:
         progress.tick(step)
       elif bad := self._log(step, window.read(), speed):
+        self._settle(wait=True)
         progress.say(f'stopped: the loss is not finite at step {bad}; the last checkpoint is step '
                      f'{self.saved}. Lower optimizer.lr, raise optimizer.warmup_steps, or look at '
                      'the data')
@@ -206,15 +211,20 @@ class Loop:
           self._sample(step)
         if self._due(train.checkpoint_every, step):
           self._save()
+      if not self._settle():
+        return 1
       if stop(step) and step < self.total:
         return self.interrupt()
-    return 0
+    settled = self._settle(wait=True)
+    return 0 if settled and self.saved == self.done else 1
 
   def interrupt(self):
     """Saves what is done after Ctrl-C; returns the exit status."""
     self.progress.say(f'interrupted after step {self.done}')
+    self._settle(wait=True)
     if self.done > self.saved:
       self._save()
+    self._settle(wait=True)
     self.progress.say(f'the same command goes on from step {self.saved}')
     return 130
 
@@ -245,7 +255,9 @@ class Loop:
       begin = time.perf_counter()
       with self.ledger.charge('eval'):
         values = evaluator(self.state.params)
-      self.writers.write(step, {f'eval/{name}/{k}': v for k, v in values.items()})
+      metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
+      self.metrics, self.metrics_step = {**self.metrics, **metrics}, step
+      self.writers.write(step, metrics)
       self.progress.evaluated(step, name, values, time.perf_counter() - begin)
 
   def _sample(self, step):
@@ -255,13 +267,27 @@ class Loop:
           self.writers.write_sample(step, prompt, text)
 
   def _save(self):
-    begin = time.perf_counter()
     with self.ledger.charge('checkpoint'):
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
-      self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec))
-    self.saved = self.done
-    self.progress.saved(self.done, self.checkpoints.folder / str(self.done),
-                        time.perf_counter() - begin)
+      self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec), self.metrics, self.metrics_step)
+
+  def _settle(self, wait=False):
+    """Says what became of the saves; returns False when one failed and the run is to stop for it."""
+    with self.ledger.charge('checkpoint') if wait else contextlib.nullcontext():
+      saves = self.checkpoints.finished(wait)
+    going_on = True
+    for save in saves:
+      if not save.problem:
+        self.saved = save.step
+        self.progress.saved(save.step, save.path, save.seconds, save.size or None)
+        if save.note:
+          self.progress.say(save.note)
+        continue
+      going_on = self.spec.checkpoint.on_error == 'continue'
+      last = f'the last good checkpoint is step {self.saved}' if self.saved else 'there is no good checkpoint'
+      self.progress.say(f'{save.problem}; {last}' + (
+          '' if going_on else '. Stopped; --config.checkpoint.on_error=continue would train on'))
+    return going_on
 
 
 class _Speed:
@@ -327,6 +353,7 @@ def _load_initial(source, params, shardings):
   if not (folder / 'params').exists():
     raise ConfigError([f"train.init_from={source} is neither a run's folder nor one of its "
                        'checkpoints'])
+  require_good(folder)
   abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params,
                           shardings)
   try:

@@ -84,6 +84,11 @@ class PretrainSpec:
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
              f'train.steps={self.train.steps}; write {max(self.train.steps // 10, 1)} for a tenth')
+    best = self.checkpoint.best_metric
+    metrics = [f'eval/{split}/{name}' for split in self.evaluate.splits
+               for name in ('loss', 'perplexity', 'bits_per_byte')]
+    if best and best not in metrics:
+      yield f'checkpoint.best_metric={best!r} is not measured; this run has {", ".join(metrics) or "no evaluation"}'
     yield from self.mesh_problems(self.mesh)
 
   def mesh_problems(self, mesh):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmjax.checkpoint.checkpoints import Checkpoints, find_step, load_params, read_config
+from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
@@ -27,7 +28,7 @@ def test_save_and_restore_on_another_mesh(tmp_path):
   with jax.set_mesh(mesh):
     state, _ = init_state(MODEL, tx, 3, 'float32', mesh)
     state = state.replace(step=state.step + 7, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, CheckpointSpec(keep=2))
     for step in (5, 6, 7):
       checkpoints.save(step, state, {'batches': 123, 'fingerprint': 'abc'}, SETTINGS)
     checkpoints.close()
@@ -57,6 +58,7 @@ def test_messages(tmp_path):
     find_step(tmp_path)
   for name in ('3', '40', '7.orbax-checkpoint-tmp'):
     (tmp_path / 'checkpoints' / name).mkdir(parents=True)
-  assert find_step(tmp_path) == 40
   with pytest.raises(ConfigError, match='it has 3, 40'):
     find_step(tmp_path, 7)
+  with pytest.raises(ConfigError, match='40 is not loaded: it is an empty folder'):
+    find_step(tmp_path, 40)

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from llmjax.checkpoint import seal
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ['--config.model.num_layers=2', '--config.model.d_model=32', '--config.model.num_heads=2',
         '--config.model.mlp_dim=64', '--config.model.dropout=0.1', '--config.data.seq_len=32',
@@ -79,10 +81,12 @@ def test_the_run_folder(folder):
 
 def test_a_stopped_run_goes_on_to_the_bit(folder):
   pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
-  # What is left after a kill between steps 3 and 6: the first checkpoint, and lines that ran ahead.
-  shutil.rmtree(folder / 'half' / 'checkpoints' / '6')
+  # As after a kill between steps 3 and 6, whose lines ran ahead; and what is left of step 6 is not to be had.
+  (folder / 'half/checkpoints/6/params/_METADATA').write_text('')
   out = pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
+  assert 'checkpoints/6 is passed over: params/_METADATA is empty' in out
   assert 'going on from step 3' in out
+  assert seal.find_damage(folder / 'half/checkpoints/6') == []
   for key in ('train/loss', 'train/grad_norm', 'eval/validation/loss'):
     assert rows(folder / 'half', key) == rows(folder / 'whole', key)
 

@@ -1,0 +1,300 @@
+"""No damaged checkpoint is loaded, and no failed save costs the one before it."""
+
+import json
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmjax.checkpoint import seal
+from llmjax.checkpoint.checkpoints import Checkpoints, SaveError, find_step, require_good
+from llmjax.checkpoint.spec import CheckpointSpec
+from llmjax.config import ConfigError
+from llmjax.train.state import TrainState
+
+STREAM, SETTINGS = {'batches': 12, 'fingerprint': 'abc'}, {'model': {'d_model': 4}}
+
+
+def make_state(seed):
+  """A state with arrays of several dtypes, scalars, and an optimizer."""
+  keys = jax.random.split(jax.random.key(seed), 2)
+  params = {'embed': jax.random.normal(keys[0], (16, 8)),
+            'block': {'w': jax.random.normal(keys[1], (2, 8, 8), jnp.bfloat16)}}
+  return TrainState(step=jnp.int32(seed), params=params, opt_state=optax.adam(1e-3).init(params),
+                    key=jax.random.key_data(keys[0]))
+
+
+def save(workdir, *steps, spec=None, **arguments):
+  checkpoints = Checkpoints(workdir, spec or CheckpointSpec(keep=9))
+  for step in steps:
+    checkpoints.save(step, make_state(step), STREAM, SETTINGS, **arguments)
+  checkpoints.close()
+
+
+def assert_loads(checkpoints, step):
+  """The newest good checkpoint is this step's, to the bit."""
+  assert checkpoints.latest() == step
+  expected = make_state(step)
+  state, stream = checkpoints.restore(step, jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), expected))
+  jax.tree.map(np.testing.assert_array_equal, state, expected)
+  assert stream == STREAM
+
+
+def steps_of(workdir):
+  return seal.find_steps(workdir / 'checkpoints')
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """A folder with the checkpoints 3 and 6; tests copy it."""
+  workdir = tmp_path_factory.mktemp('saved')
+  save(workdir, 3, 6, metrics={'eval/validation/loss': 1.5, 'eval/validation/other': float('nan')},
+       metrics_step=3)
+  return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / 'run')
+  return tmp_path / 'run'
+
+
+def flip(data, at, bit):
+  return data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1:]
+
+
+def damages(data, rng):
+  """Yields (kind, bytes or None for a deleted file) of a file's contents."""
+  yield 'is missing', None
+  if data:
+    yield 'is empty', b''
+    yield 'has other contents', flip(data, 0, rng.integers(8))
+    for _ in range(3):
+      yield 'has other contents', flip(data, rng.integers(len(data)), rng.integers(8))
+    yield 'has other contents', flip(data, len(data) - 1, rng.integers(8))
+    if len(data) > 1:
+      yield f'has {len(data) - 1} bytes instead of', data[:-1]
+      yield f'has {len(data) // 2} bytes instead of', data[:len(data) // 2]
+    yield f'has {len(data) + 1} bytes instead of', data + b'\0'
+
+
+def test_every_damage_to_every_file_is_named(workdir):
+  checkpoint, rng, count = workdir / 'checkpoints/6', np.random.default_rng(0), 0
+  files = sorted(p for p in checkpoint.rglob('*') if p.is_file())
+  names = {str(f.relative_to(checkpoint)) for f in files}
+  assert {'seal.json', '_CHECKPOINT_METADATA', 'params/_METADATA', 'params/manifest.ocdbt', 'stream/metadata',
+          'spec/metadata', 'optimizer/_sharding'} <= names
+  assert any(n.startswith('params/ocdbt.process_0/d/') for n in names)
+  assert seal.find_damage(checkpoint) == []
+  for file in files:
+    data, name = file.read_bytes(), str(file.relative_to(checkpoint))
+    for kind, damaged in damages(data, rng):
+      if damaged is None:
+        file.unlink()
+      else:
+        file.write_bytes(damaged)
+      found = seal.find_damage(checkpoint)
+      assert len(found) == 1, (name, kind, found)
+      assert name in found[0]
+      if name == 'seal.json':
+        assert ('is missing' if damaged is None else 'is damaged') in found[0]
+      else:
+        assert kind in found[0]
+      count += 1
+      file.write_bytes(data)
+  assert seal.find_damage(checkpoint) == []
+  assert count >= 200
+
+
+def test_a_damaged_checkpoint_is_passed_over(workdir):
+  folder, whole = workdir / 'checkpoints', workdir / 'whole'
+  shutil.move(folder / '6', whole)
+
+  def data_file(item):
+    return str(max((whole / item / 'ocdbt.process_0/d').iterdir(), key=lambda p: p.stat().st_size)
+               .relative_to(whole))
+
+  def change(name, edit):
+    file = folder / '6' / name
+    file.write_bytes(edit(file.read_bytes()))
+
+  middle = lambda data: flip(data, len(data) // 2, 3)
+  half = lambda data: data[:len(data) // 2]
+  cases = [(data_file('params'), lambda n: change(n, middle)),
+           (data_file('optimizer'), lambda n: change(n, middle)),
+           (data_file('params'), lambda n: change(n, half)),
+           ('params/_METADATA', lambda n: change(n, lambda _: b'')),
+           ('params/manifest.ocdbt', lambda n: (folder / '6' / n).unlink()),
+           ('stream/metadata', lambda n: change(n, middle)),
+           ('_CHECKPOINT_METADATA', lambda n: (folder / '6' / n).unlink()),
+           ('seal.json', lambda n: (folder / '6' / n).unlink()),
+           ('seal.json', lambda n: change(n, half)),
+           ('params/d/more', lambda n: (folder / '6' / n).write_text('x')),
+           ('seal.json is of step 3', lambda n: [shutil.rmtree(folder / '6'),
+                                                 shutil.copytree(folder / '3', folder / '6')]),
+           ('an empty folder', lambda n: [shutil.rmtree(folder / '6'), (folder / '6').mkdir()]),
+           ('not a folder', lambda n: [shutil.rmtree(folder / '6'), (folder / '6').write_text('')])]
+  checkpoints = Checkpoints(workdir)
+  for name, damage in cases:
+    shutil.copytree(whole, folder / '6')
+    damage(name)
+    assert_loads(checkpoints, 3)
+    line, = checkpoints.passed_over
+    assert str(folder / '6') in line and name in line and '\n' not in line
+    with pytest.raises(ConfigError, match='6 is not loaded'):
+      require_good(folder / '6')
+    if (folder / '6').is_dir():
+      shutil.rmtree(folder / '6')
+    else:
+      (folder / '6').unlink()
+  (folder / '9.orbax-checkpoint-tmp').mkdir()
+  shutil.copytree(whole, folder / '6')
+  assert_loads(checkpoints, 6)
+  assert 'save was cut off' in checkpoints.passed_over[0]
+  checkpoints.close()
+
+
+def test_find_step_falls_back_aloud(workdir, capsys):
+  assert find_step(workdir) == 6
+  (workdir / 'checkpoints/6/spec/metadata').write_text('{}')
+  assert find_step(workdir) == 3
+  assert 'spec/metadata has 2 bytes' in capsys.readouterr().err
+  with pytest.raises(ConfigError, match='6 is not loaded: spec/metadata'):
+    find_step(workdir, 6)
+  (workdir / 'checkpoints/3/seal.json').unlink()
+  with pytest.raises(ConfigError, match='has no good checkpoint'):
+    find_step(workdir)
+
+
+def test_checkpoints_from_before_seals_are_not_taken_for_damage(workdir):
+  for step in (3, 6):
+    (workdir / f'checkpoints/{step}/seal.json').unlink()
+  with pytest.raises(ConfigError, match='llmjax checkpoint seal 6 --workdir='):
+    Checkpoints(workdir).latest()
+  shutil.rmtree(workdir / 'checkpoints/3')  # As a kill in the first save leaves it.
+  assert Checkpoints(workdir).latest() is None
+
+
+def test_several_processes_each_seal_their_share(workdir):
+  checkpoint = workdir / 'checkpoints/6'
+  alone = seal.read_seal(checkpoint)
+  (checkpoint / 'seal.json').unlink()
+  for process in (2, 0, 1):
+    with pytest.raises(seal.SealError):
+      seal.read_seal(checkpoint)
+    seal.write_seal(checkpoint, 6, process=process, processes=3)
+  shares = [json.loads((checkpoint / n).read_text())['files'] for n in ('seal.json', 'seal.1.json', 'seal.2.json')]
+  assert all(shares)
+  assert sum(map(len, shares)) == len(alone.files)
+  assert seal.read_seal(checkpoint).files == alone.files
+  assert seal.find_damage(checkpoint) == []
+  name = min(shares[2])
+  (checkpoint / name).write_bytes(flip((checkpoint / name).read_bytes(), 0, 0))
+  found = [seal.find_damage(checkpoint, process=k, processes=2) for k in range(2)]
+  assert sorted(map(len, found)) == [0, 1]
+  (checkpoint / 'seal.1.json').unlink()
+  assert 'seal.1.json is missing' in seal.find_damage(checkpoint)[0]
+
+
+def test_going_back_and_saving_an_older_step(workdir):
+  (workdir / 'checkpoints/6/params/_METADATA').unlink()
+  checkpoints = Checkpoints(workdir)
+  assert checkpoints.latest() == 3
+  checkpoints.save(5, make_state(5), STREAM, SETTINGS)
+  checkpoints.wait()
+  assert steps_of(workdir) == [3, 5]  # 6 is of a past that the run has left.
+  assert_loads(checkpoints, 5)
+  checkpoints.save(5, make_state(5), STREAM, SETTINGS)  # The same step once more.
+  assert_loads(checkpoints, 5)
+  checkpoints.save(3, make_state(3), STREAM, SETTINGS)
+  assert_loads(checkpoints, 3)
+  assert steps_of(workdir) == [3]
+  checkpoints.close()
+
+
+def test_the_state_may_be_donated_at_once(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  step = jax.jit(lambda state: jax.tree.map(lambda x: x + jnp.ones((), x.dtype), state), donate_argnums=0)
+  state = make_state(2)
+  checkpoints.save(2, state, STREAM, SETTINGS)
+  for _ in range(5):
+    state = step(state)
+  jax.block_until_ready(state)
+  assert_loads(checkpoints, 2)
+  checkpoints.close()
+
+
+@pytest.mark.parametrize(('where', 'value'), [('params', jnp.nan), ('optimizer', jnp.inf)])
+def test_a_state_that_is_not_finite_is_not_saved(workdir, where, value):
+  state = make_state(9)
+  if where == 'params':
+    state.params['block']['w'] = state.params['block']['w'].at[1, 2, 3].set(value)
+  else:
+    state.opt_state[0].mu['embed'] = state.opt_state[0].mu['embed'].at[0, 0].set(value)
+  checkpoints = Checkpoints(workdir)
+  checkpoints.save(9, state, STREAM, SETTINGS)
+  failed, = checkpoints.finished(wait=True)
+  assert 'block/w is not finite' in failed.problem or 'mu/embed is not finite' in failed.problem
+  assert checkpoints.finished() == []
+  assert steps_of(workdir) == [3, 6]
+  assert_loads(checkpoints, 6)
+  checkpoints.close()
+
+
+@pytest.fixture
+def small_files():
+  """Files cannot grow past 300 bytes, which is what a full disk or a quota looks like to a writer."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]) if size else before)
+
+  yield limit
+  limit(None)
+
+
+@pytest.mark.parametrize('size', [300, 3000])
+def test_a_disk_that_refuses_fails_this_save(workdir, small_files, size, caplog):
+  checkpoints = Checkpoints(workdir)
+  small_files(size)
+  checkpoints.save(9, make_state(9), STREAM, SETTINGS)
+  failed, = checkpoints.finished(wait=True)
+  small_files(None)
+  assert failed.problem.startswith(f'{workdir}/checkpoints/9 is not saved: File too large; ')
+  assert failed.problem.endswith('bytes are free there') and '\n' not in failed.problem
+  assert not caplog.records
+  assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['3', '6']
+  assert_loads(checkpoints, 6)
+  checkpoints.save(12, make_state(12), STREAM, SETTINGS)  # There is room again.
+  assert_loads(checkpoints, 12)
+  checkpoints.close()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / 'checkpoints').write_text('a file')
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(1, make_state(1), STREAM, SETTINGS)
+  with pytest.raises(SaveError, match='checkpoints/1 is not saved: File exists; [0-9,]+ bytes are free'):
+    checkpoints.close()
+
+
+def test_retention(tmp_path):
+  spec = CheckpointSpec(keep=2, keep_every=4, best_metric='eval/validation/loss')
+  checkpoints = Checkpoints(tmp_path, spec)
+  losses = {1: 5.0, 2: 4.0, 3: 1.0, 4: 2.0, 5: 3.0, 6: 1.0, 7: float('nan')}
+  for step, loss in losses.items():
+    checkpoints.save(step, make_state(step), STREAM, SETTINGS, {'eval/validation/loss': loss}, step)
+    checkpoints.wait()
+  checkpoints.close()
+  assert steps_of(tmp_path) == [3, 4, 6, 7]
+  metrics = {step: {'eval/validation/loss': loss} for step, loss in losses.items() if step < 7}
+  assert CheckpointSpec(keep=1).kept_steps(metrics) == {6}
+  assert CheckpointSpec(keep=1, best_metric='eval/validation/loss', keep_best=3).kept_steps(metrics) == {3, 4, 6}
+  assert CheckpointSpec(best_metric='eval/validation/loss', best_mode='max').best_steps(metrics) == {1}
+  assert CheckpointSpec(best_metric='accuracy').best_steps({1: {'accuracy': 1.0}, 2: {'accuracy': 2.0}}) == {2}
+  assert CheckpointSpec(best_metric='absent').kept_steps(metrics) == {4, 5, 6}
