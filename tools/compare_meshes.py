@@ -160,7 +160,7 @@ def main():
   if args.output:
     folder = pathlib.Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'table.md').write_text(text + '\n')
+    (folder / 'table.md').write_text(text + '\n')  # The README's tables.
     (folder / 'table.json').write_text(json.dumps(everything, indent=1) + '\n')
 
 
