@@ -9,8 +9,10 @@ import pathlib
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# On a busy machine eight devices may need longer to meet than the 40 seconds after which XLA aborts.
 os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1')
+    '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1 '
+    '--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600')
 # One folder for all of pytest-xdist's workers; the first process of a test run names it.
 _CACHE = os.environ.setdefault(
     'LLMJAX_TEST_CACHE', tempfile.mkdtemp(prefix='llmjax-tests-'))

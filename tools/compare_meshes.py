@@ -73,7 +73,7 @@ def program(model, sizes, pipe):
       spec, train=dataclasses.replace(spec.train, batch_size=ROWS, compute_dtype='float32'),
       data=dataclasses.replace(spec.data, seq_len=LENGTH))
   tx, schedule = make_optimizer(spec.optimizer, 100)
-  state = abstract_state(spec.model, tx, 'float32', mesh, mesh_spec.zero1)
+  state = abstract_state(spec.model, tx, 'float32', mesh, mesh_spec.zero)
   compiled = compile_step(spec, mesh, tx, schedule, state, abstract_batch(spec, mesh))
   text = compiled.as_text()
   return {'flops': count_products(text) * mesh.size,

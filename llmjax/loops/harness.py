@@ -144,7 +144,7 @@ class Loop:
     spec, mesh = self.spec, self.job.mesh
     if self.first:
       state, stream = self.checkpoints.restore(
-          self.first, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero1))
+          self.first, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero))
       if stream['fingerprint'] != self.job.batches.fingerprint:
         raise ConfigError([f'the data is not what steps 1 to {self.first} read: a folder of data.sources was '
                            'prepared again, with other text or another tokenizer. Put it back, or start a new '
@@ -152,7 +152,7 @@ class Loop:
       self.job.batches.restore(stream['batches'])
       return state
     state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh,
-                                  spec.mesh.zero1)
+                                  spec.mesh.zero)
     if spec.train.init_from:
       params = _load_initial(spec.train.init_from, state.params, shardings.params)
       state = state.replace(params=params)

@@ -44,7 +44,7 @@ def run(spec, options):
   mesh = make_mesh(spec.mesh, emulate_devices(count))
   print(draw(mesh))
   tx, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
-  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero1)
+  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero)
   print()
   print(describe_state(state, mesh))
   batch = abstract_batch(spec, mesh)

@@ -98,7 +98,7 @@ class PretrainSpec:
     wholes = [('model.num_heads', model.num_heads, heads, 1, ''),
               ('model.num_kv_heads', model.kv_heads, heads, 1, ''),
               ('model.mlp_dim', model.mlp_dim, heads, 1, ''),
-              ('model.d_model', model.d_model, rows if mesh.zero1 else rows[1:], 1, ''),
+              ('model.d_model', model.d_model, rows if mesh.zero else rows[1:], 1, ''),
               ('data.seq_len', self.data.seq_len, ('context', 'tensor'), 1, '')]
     if model.vocab_size:
       wholes.append(('model.vocab_size', model.vocab_size, heads, 1, ''))

@@ -4,6 +4,8 @@ Letters: B batch, T query length, S key length, N query heads, K key/value heads
 D d_model, F mlp_dim, V vocab_size, E experts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from llmjax.ops.products import project
 from llmjax.ops.rotary import apply_rope
 from llmjax.parallel.attention import attention, from_zigzag, to_zigzag, zigzag_order
 from llmjax.parallel.experts import dropless
-from llmjax.parallel.sharding import by_rows, constrain
+from llmjax.parallel.sharding import WeightLayout, by_rows, constrain
 from llmjax.parallel.vocabulary import lookup
 
 
@@ -64,6 +66,13 @@ def dropout(x, rate, key):
     return x
   keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def linear(module, name, shape, names, in_dims=1, scale=1.0):
+  """Returns the function x -> x W of a weight [*in, *out] that becomes a parameter of the module."""
+  init = nn.with_logical_partitioning(scaled_normal(in_dims, scale * module.spec.init_scale), names)
+  w = module.param(name, init, shape, module.param_dtype)
+  return lambda x: project(x, w, in_dims, WeightLayout(names))
 
 
 def summed(x):
@@ -113,17 +122,11 @@ class Attention(nn.Module):
     spec = self.spec
     d, n, k, h = spec.d_model, spec.num_heads, spec.kv_heads, spec.heads_dim
 
-    def weight(name, shape, names, in_dims, scale=1.0):
-      init = nn.with_logical_partitioning(scaled_normal(in_dims, scale * spec.init_scale), names)
-      return self.param(name, init, shape, self.param_dtype)
-
-    wq = weight('query', (d, n, h), ('embed', 'heads', 'head_dim'), 1)
-    wk = weight('key', (d, k, h), ('embed', 'kv_heads', 'head_dim'), 1)
-    wv = weight('value', (d, k, h), ('embed', 'kv_heads', 'head_dim'), 1)
+    query = linear(self, 'query', (d, n, h), ('embed', 'heads', 'head_dim'))(x)
+    keys = linear(self, 'key', (d, k, h), ('embed', 'kv_heads', 'head_dim'))(x)
+    values = linear(self, 'value', (d, k, h), ('embed', 'kv_heads', 'head_dim'))(x)
     # Outputs into the residual stream start smaller with depth (GPT-2, section 2.3).
-    wo = weight('out', (n, h, d), ('heads', 'head_dim', 'embed'), 2, (2 * spec.num_layers)**-0.5)
-
-    query, keys, values = project(x, wq), project(x, wk), project(x, wv)
+    out = linear(self, 'out', (n, h, d), ('heads', 'head_dim', 'embed'), 2, (2 * spec.num_layers)**-0.5)
     if spec.qk_norm:
       query = Norm(spec.norm_epsilon, self.param_dtype, name='query_norm')(query)
       keys = Norm(spec.norm_epsilon, self.param_dtype, name='key_norm')(keys)
@@ -142,7 +145,39 @@ class Attention(nn.Module):
         q_segment_ids=context.segment_ids, k_segment_ids=context.key_segment_ids,
         window=spec.window or None, soft_cap=spec.attention_soft_cap or None,
         implementation=context.implementation, aligned=context.aligned, zigzag=context.zigzag)
-    return summed(project(y, wo, in_dims=2)), kv_cache
+    return summed(out(y)), kv_cache
+
+
+def apart(arrays):
+  """Returns the arrays, each computed before anything is computed from it.
+
+  On a TPU.  XLA joins elementwise work to the products before and after it, and does it anew for every
+  tile; beyond a few operations that takes longer than the product and one pass over memory.
+  """
+  return jax.lax.platform_dependent(arrays, tpu=jax.lax.optimization_barrier, default=lambda a: a)
+
+
+@jax.custom_vjp
+def gradient_apart(x):
+  """Returns x, whose gradient is computed `apart`."""
+  return x
+
+
+gradient_apart.defvjp(lambda x: (x, None), lambda _, g: (apart(g),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gate_product(activation, gated, raised):
+  """Returns activation(gated) * raised, computed `apart` as are both gradients."""
+  return apart(activation(gated) * raised)
+
+
+def _gate_product_bwd(activation, residuals, d_hidden):
+  pullback = jax.vjp(lambda g, r: activation(g) * r, *residuals)[1]
+  return apart(pullback(apart(d_hidden)))
+
+
+gate_product.defvjp(lambda activation, g, r: (gate_product(activation, g, r), (g, r)), _gate_product_bwd)
 
 
 class GatedMlp(nn.Module):
@@ -157,16 +192,11 @@ class GatedMlp(nn.Module):
     spec = self.spec
     d, f = spec.d_model, self.widths * spec.mlp_dim
 
-    def weight(name, shape, names, scale=1.0):
-      init = nn.with_logical_partitioning(scaled_normal(1, scale * spec.init_scale), names)
-      return self.param(name, init, shape, self.param_dtype)
-
-    gate = weight('gate', (d, f), ('embed', 'mlp'))
-    up = weight('up', (d, f), ('embed', 'mlp'))
-    down = weight('down', (f, d), ('mlp', 'embed'), (2 * spec.num_layers)**-0.5)
-    gated, raised = checkpoint_name(project(x, gate), 'gate'), checkpoint_name(project(x, up), 'up')
-    hidden = getattr(nn, spec.activation)(gated) * raised
-    return summed(project(constrain(hidden, 'batch', 'length', 'act_mlp'), down))
+    gated = checkpoint_name(linear(self, 'gate', (d, f), ('embed', 'mlp'))(x), 'gate')
+    raised = checkpoint_name(linear(self, 'up', (d, f), ('embed', 'mlp'))(x), 'up')
+    down = linear(self, 'down', (f, d), ('mlp', 'embed'), 1, (2 * spec.num_layers)**-0.5)
+    hidden = gate_product(getattr(nn, spec.activation), gated, raised)
+    return summed(down(constrain(hidden, 'batch', 'length', 'act_mlp')))
 
 
 class MoeMlp(nn.Module):
@@ -245,8 +275,8 @@ class Block(nn.Module):
   def __call__(self, x, kv_cache, context):
     spec = self.spec
     # The product that follows needs all of the length: gathered here, each device norms its part alone.
-    norm = lambda name: lambda x: constrain(
-        Norm(spec.norm_epsilon, self.param_dtype, name=name)(x), 'batch', 'length', 'act_embed')
+    norm = lambda name: lambda x: gradient_apart(constrain(
+        Norm(spec.norm_epsilon, self.param_dtype, name=name)(x), 'batch', 'length', 'act_embed'))
     keys = (None, None) if context.key is None else jax.random.split(context.key)
     x = checkpoint_name(x, 'block_input')
     y, kv_cache = Attention(spec, self.param_dtype, name='attention')(

@@ -54,7 +54,7 @@ def splash_attention(options, q, k, v, q_ids, k_ids, emulate=False):
   block_q, block_kv = _block(length, 512), _block(length, 1024 if head_dim <= 128 else 512)
   sizes = splash_attention_kernel.BlockSizes(
       block_q=block_q, block_kv=block_kv, block_kv_compute=_block(block_kv, 512), block_q_dkv=block_q,
-      block_kv_dkv=block_kv, block_kv_dkv_compute=_block(block_kv, 512), use_fused_bwd_kernel=True)
+      block_kv_dkv=block_kv, block_kv_dkv_compute=_block(block_kv, 512), block_q_dq=block_q, block_kv_dq=block_kv)
   heads = kv_heads * group
   kernel = splash_attention_kernel.make_splash_mha(
       splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,

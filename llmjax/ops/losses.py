@@ -10,9 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Tokens of the whole batch in one chunk.  Of 512 to 4096, all take the same time on x86; 1024 tokens times
-# 32000 words are 131 MB of float32 logits.
-CHUNK_TOKENS = 1024
+# Logits of one chunk: 131 MB of float32.  With 512 to 4096 tokens a chunk, all take the same time on x86.
+CHUNK_LOGITS = 1 << 25
 
 
 def cross_entropy(logits, targets, loss_mask, *, z_loss=0.0):
@@ -27,12 +26,13 @@ def cross_entropy(logits, targets, loss_mask, *, z_loss=0.0):
 
 
 def chunked_cross_entropy(x, w, targets, loss_mask, *, z_loss=0.0, soft_cap=None, chunk=None,
-                          vocab_axis=1):
+                          chunk_logits=CHUNK_LOGITS, vocab_axis=1):
   """Returns (sum of next-token losses in nats, weight, aux), float32 scalars.
 
   x: final hidden states [B, T, D].  w: the output matrix.  targets: int [B, T].  loss_mask: float
   [B, T], 0 ignores.  z_loss: as in `cross_entropy`; it is part of the sum.  soft_cap: logits become
-  soft_cap * tanh(logits / soft_cap).  chunk: tokens of each row per chunk; None chooses.
+  soft_cap * tanh(logits / soft_cap).  chunk: tokens of each row per chunk; None takes as many as have
+  chunk_logits logits.
   aux, sums without gradient: `z_loss`, and `correct`, the weight of targets that no other word beats.
 
   Products are in x's dtype with float32 sums, softmax in float32.  The gradient of the sum is made in
@@ -40,7 +40,7 @@ def chunked_cross_entropy(x, w, targets, loss_mask, *, z_loss=0.0, soft_cap=None
   differentiation no gradient is made.
   """
   loss_mask = loss_mask.astype(jnp.float32)
-  options = (_count_chunks(targets.shape, chunk), z_loss, soft_cap, vocab_axis)
+  options = (_count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), z_loss, soft_cap, vocab_axis)
   loss, aux = _loss_sum(options, x, w, targets, loss_mask)
   return loss, jnp.sum(loss_mask), jax.lax.stop_gradient(aux)
 
@@ -50,16 +50,16 @@ def token_logprobs(x, w, targets, *, soft_cap=None, chunk=None, vocab_axis=1):
 
   The backward pass makes each chunk's logits again.
   """
-  options = (_count_chunks(targets.shape, chunk), 0.0, soft_cap, vocab_axis)
+  options = (_count_chunks(targets.shape, w.shape[vocab_axis], chunk, CHUNK_LOGITS), 0.0, soft_cap, vocab_axis)
   return _logprobs(options, x, w, targets)
 
 
 # Chunks. A scan over them keeps one chunk's logits alive, whatever XLA's scheduler prefers.
 
 
-def _count_chunks(shape, chunk):
+def _count_chunks(shape, vocab_size, chunk, chunk_logits):
   batch, length = shape
-  return -(-length // (chunk or max(1, CHUNK_TOKENS // batch)))
+  return -(-length // (chunk or max(1, chunk_logits // vocab_size // batch)))
 
 
 def _split(chunks, *arrays):

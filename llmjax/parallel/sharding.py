@@ -1,5 +1,6 @@
 """Logical axis names, the table that maps them to mesh axes, and what follows from it."""
 
+import dataclasses
 import math
 
 import jax
@@ -33,9 +34,13 @@ TRAIN_RULES = {
     'table_embed': ('fsdp', 'expert', 'stage'),
 }
 
-# ZeRO-1 (arXiv:1910.02054, section 5.1): optimizer state lies over `data` as well.
-ZERO1_RULES = {**TRAIN_RULES, 'embed': ('fsdp', 'expert', 'data'), 'expert_embed': ('fsdp', 'data'),
+# ZeRO (arXiv:1910.02054, section 5): what lies over `data` as well.
+ZERO_RULES = {**TRAIN_RULES, 'embed': ('fsdp', 'expert', 'data'), 'expert_embed': ('fsdp', 'data'),
                'table_embed': ('fsdp', 'expert', 'stage', 'data')}
+
+
+# What a product takes: weights whole but for what `tensor` divides.
+FETCHED_RULES = {**TRAIN_RULES, 'embed': None, 'expert_embed': None, 'table_embed': None}
 
 
 def axes_of(name, rules=TRAIN_RULES):
@@ -127,6 +132,25 @@ def mirrored(state, params):
     return next((key for key in keys if key in shapes and shapes[key] == leaf.shape), '')
 
   return jax.tree_util.tree_map_with_path(find, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightLayout:
+  """How a weight lies on the mesh that is set: the logical names of its axes."""
+
+  names: tuple[str, ...]
+
+  def fetch(self, w):
+    """Returns the weight as a product takes it, gathered over `data` first and `fsdp` after.
+
+    In two steps, because a TPU's network gathers over one part of its torus at a time: over all of it at
+    once XLA sums arrays of zeros instead, which sends twice as much.
+    """
+    return constrain(constrain(w, *self.names), *self.names, rules=FETCHED_RULES)
+
+  def give_back(self, gradient):
+    """Returns a weight's gradient, summed over the rows and divided as the weight is."""
+    return constrain(gradient, *self.names)
 
 
 def by_rows(fn, *rows):

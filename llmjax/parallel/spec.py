@@ -24,7 +24,8 @@ class MeshSpec:
   dcn_data: int = setting(1, 'slices that hold copies of the model; data within each', minimum=1)
   dcn_fsdp: int = setting(1, 'slices that share parameters; fsdp within each', minimum=1)
   dcn_stage: int = setting(1, 'slices that hold different pipeline stages', minimum=1)
-  zero1: bool = setting(False, 'share the optimizer state over data as well (ZeRO-1)')
+  zero: int = setting(0, 'what is shared over data as well. 0: nothing; 1: the optimizer state; 3: parameters too, '
+                      'gathered in two steps, over data and over fsdp', choices=(0, 1, 3))
 
   def problems(self):
     sizes = {axis: getattr(self, axis) for axis in AXES}

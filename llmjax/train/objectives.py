@@ -7,13 +7,16 @@ import jax.numpy as jnp
 
 from llmjax.config import ConfigError
 from llmjax.model import decoder
-from llmjax.ops.losses import chunked_cross_entropy
+from llmjax.ops.losses import CHUNK_LOGITS, chunked_cross_entropy
 from llmjax.parallel import pipeline
 from llmjax.parallel.attention import zigzag_batch
 from llmjax.parallel.sharding import mesh_size, row_shards, sum_over_rows
 
 # Each platform's kernel.
 KERNELS = {'tpu': 'splash', 'gpu': 'cudnn'}
+
+# Every chunk adds to the gradient of the whole output matrix, float32: the fewer, the less of it is moved.
+ACCELERATOR_CHUNK_LOGITS = 1 << 27
 
 
 def resolve_attention(name, platform):
@@ -79,7 +82,7 @@ def next_token(model, train, platform, pipe=None):
     def sums(matrix, x, targets, loss_mask):
       loss, weight, aux = chunked_cross_entropy(
           x, matrix, targets, loss_mask, z_loss=train.z_loss, soft_cap=model.logits_soft_cap or None,
-          vocab_axis=vocab_axis)
+          chunk_logits=CHUNK_LOGITS if platform == 'cpu' else ACCELERATOR_CHUNK_LOGITS, vocab_axis=vocab_axis)
       return loss, (weight, aux)
 
     return sum_over_rows(sums, matrix.astype(dtype), x, rows['targets'], rows['loss_mask'])

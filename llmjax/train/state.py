@@ -22,10 +22,10 @@ class TrainState:
   key: jax.Array
 
 
-def init_state(model, tx, seed, param_dtype, mesh, zero1=False):
+def init_state(model, tx, seed, param_dtype, mesh, zero=0):
   """Returns (state, shardings); made sharded, so that no device ever holds the whole model.
 
-  zero1: optimizer state lies over `data` as well.
+  zero: 1 shares the optimizer's state over `data` as well, 3 the parameters too.
   """
 
   def init():
@@ -34,11 +34,11 @@ def init_state(model, tx, seed, param_dtype, mesh, zero1=False):
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
                       key=jax.random.key_data(key))
 
-  shardings = state_shardings(jax.eval_shape(init), decoder.param_names(model), mesh, zero1)
+  shardings = state_shardings(jax.eval_shape(init), decoder.param_names(model), mesh, zero)
   return jax.jit(init, out_shardings=shardings)(), shardings
 
 
-def abstract_state(model, tx, param_dtype, mesh, zero1=False):
+def abstract_state(model, tx, param_dtype, mesh, zero=0):
   """Returns the TrainState of ShapeDtypeStructs with their shardings: what a checkpoint restores into."""
 
   def init():
@@ -47,18 +47,18 @@ def abstract_state(model, tx, param_dtype, mesh, zero1=False):
                       key=jax.random.key_data(jax.random.key(0)))
 
   shapes = jax.eval_shape(init)
-  shardings = state_shardings(shapes, decoder.param_names(model), mesh, zero1)
+  shardings = state_shardings(shapes, decoder.param_names(model), mesh, zero)
   return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes,
                       shardings)
 
 
-def state_shardings(state, names, mesh, zero1=False):
+def state_shardings(state, names, mesh, zero=0):
   """Returns the sharding of every leaf; optimizer moments follow their parameter."""
-  rules = sharding.ZERO1_RULES if zero1 else sharding.TRAIN_RULES
+  rules = [sharding.ZERO_RULES if zero >= stage else sharding.TRAIN_RULES for stage in (1, 3)]
   replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
   return TrainState(
       step=replicated,
-      params=sharding.tree_shardings(mesh, names),
+      params=sharding.tree_shardings(mesh, names, rules[1]),
       opt_state=sharding.tree_shardings(
-          mesh, sharding.state_names(state.opt_state, state.params, names), rules),
+          mesh, sharding.state_names(state.opt_state, state.params, names), rules[0]),
       key=replicated)

@@ -81,10 +81,11 @@ def loss_of(p, remat):
 
 
 def test_products_computed_again():
-  """minimal: none.  dots: the two of attention.  full: those, and the layer's six but `down`."""
+  """minimal: none.  dots: the two of attention.  full: those, the layer's six but `down`, and two of rotary
+  positions, which TPUs alone run."""
   assert products('minimal') == products('offload') == products('none')
   assert products('dots') == products('none') + 2
-  assert products('full') == products('none') + 8
+  assert products('full') == products('none') + 10
 
 
 def test_straight_code_computes_again_as_well():

@@ -29,7 +29,8 @@ MESHES = {
     'fsdp8': dict(fsdp=8),
     'tensor8': dict(tensor=8),
     'data2 fsdp2 tensor2': dict(data=2, fsdp=2, tensor=2),
-    'data4 fsdp2 zero1': dict(data=4, fsdp=2, zero1=True),
+    'data4 fsdp2 zero1': dict(data=4, fsdp=2, zero=1),
+    'data2 fsdp4 zero3': dict(data=2, fsdp=4, zero=3),
     'context8': dict(data=1, context=8),
     'context4 data2': dict(context=4, data=2),
     'context2 fsdp2 tensor2': dict(data=1, context=2, fsdp=2, tensor=2),
@@ -92,7 +93,7 @@ def run(model, mesh_spec, pipe=None, steps=10, compute_dtype='float32', **train)
   train = TrainSpec(compute_dtype=compute_dtype, scan_unroll=1, **train)
   tx = keep_gradients(0.1)
   with jax.set_mesh(mesh):
-    abstract = abstract_state(model, tx, 'float32', mesh, zero1=bool(mesh_spec and mesh_spec.zero1))
+    abstract = abstract_state(model, tx, 'float32', mesh, zero=mesh_spec.zero if mesh_spec else 0)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     state = jax.device_put(initial, shardings)
     loss_fn = objectives.next_token(model, train, 'cpu', pipe)
@@ -185,7 +186,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp
   for name in MESHES:
     mesh = make_mesh(sizes(name))
     with jax.set_mesh(mesh):
-      abstract = abstract_state(MODELS['moe'], tx, 'float32', mesh, zero1=sizes(name).zero1)
+      abstract = abstract_state(MODELS['moe'], tx, 'float32', mesh, zero=sizes(name).zero)
       found, _ = checkpoints.restore(1, abstract)
       assert jax.tree.all(jax.tree.map(lambda f, a: f.sharding == a.sharding, found, abstract)), name
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)

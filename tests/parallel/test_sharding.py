@@ -57,9 +57,9 @@ def test_no_device_holds_the_whole_model():
 
 
 def test_zero1_shares_the_optimizer_state():
-  mesh = make_mesh(MeshSpec(data=8, zero1=True))
+  mesh = make_mesh(MeshSpec(data=8, zero=1))
   with jax.set_mesh(mesh):
-    state, _ = init_state(MODEL, optax.adam(1e-3), 0, 'float32', mesh, zero1=True)
+    state, _ = init_state(MODEL, optax.adam(1e-3), 0, 'float32', mesh, zero=1)
   gate = state.params['blocks']['mlp']['gate']
   moment = state.opt_state[0].mu['blocks']['mlp']['gate']
   assert gate.sharding.is_fully_replicated

@@ -31,7 +31,7 @@ def collectives(model, pipe=None, **sizes):
       data=dataclasses.replace(spec.data, seq_len=T))
   mesh = make_mesh(spec.mesh)
   tx, schedule = make_optimizer(spec.optimizer, 10)
-  state = abstract_state(model, tx, 'float32', mesh, spec.mesh.zero1)
+  state = abstract_state(model, tx, 'float32', mesh, spec.mesh.zero)
   compiled = compile_step(spec, mesh, tx, schedule, state, abstract_batch(spec, mesh))
   found = {}
   for c in find_collectives(compiled.as_text(), mesh):
@@ -69,7 +69,7 @@ def test_fsdp(model):
 
 
 def test_zero1_gathers_each_updated_parameter_once():
-  found, _ = collectives(DENSE, data=8, zero1=True)
+  found, _ = collectives(DENSE, data=8, zero=1)
   assert set(found) == {('all-gather', 'data'), ('all-reduce', 'data')}
   assert runs(found['all-gather', 'data']) == 9
 
