@@ -81,10 +81,10 @@ def loss_of(p, remat):
 
 
 def test_products_computed_again():
-  """minimal: none.  dots: the two of attention.  full: those, the layer's six but `down`, and two of rotary
-  positions, which TPUs alone run."""
+  """minimal: none.  dots: the two of attention, and two of rotary positions, which TPUs alone run.  full:
+  those, and the layer's six but `down`."""
   assert products('minimal') == products('offload') == products('none')
-  assert products('dots') == products('none') + 2
+  assert products('dots') == products('none') + 4
   assert products('full') == products('none') + 10
 
 
@@ -106,4 +106,4 @@ def test_offload_moves_what_is_kept_to_the_host():
   """Each kept value is put on the host in the forward loop, and back on the device in the backward loop."""
   text = str(jax.make_jaxpr(jax.grad(lambda p: loss_of(p, 'offload')))(params()))
   kept = len(decoder.KEPT) + 2  # attention marks two arrays, and the block's input is moved too.
-  assert text.count('MemorySpace.Host') == text.count('MemorySpace.Device') == kept
+  assert text.count('devices=(MemorySpace.Host') == text.count('devices=(MemorySpace.Device') == kept
