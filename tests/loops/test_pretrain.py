@@ -132,7 +132,7 @@ def test_evaluate_and_generate(folder):
 def test_a_lost_loss_stops_the_run(folder):
   out = pretrain(folder, 'lost', 8, '--config.optimizer.lr=1e30', '--config.optimizer.clip_norm=0',
                  status=1)
-  assert 'the loss is not finite at step' in out
+  assert 'is not finite at step' in out  # The gradient's norm overflows before the loss does.
   assert not list((folder / 'lost' / 'checkpoints').glob('[0-9]*'))
 
 
