@@ -370,16 +370,16 @@ def _time(run):
   if not whole:
     return ''
   # The steps are what a run is for: they come first and in the first colour.
-  spent.sort(key=lambda kv: (kv[0] != 'step', kv[0] == 'other', -kv[1]))
+  spent.sort(key=lambda kv: (kv[0] != 'step', kv[0] in ('other', 'lost', 'restart'), -kv[1]))
   names = {'init': 'start', 'compile': 'compilation', 'data_wait': 'waiting for data',
            'step': 'training steps', 'eval': 'evaluation', 'sample': 'sampling',
            'checkpoint': 'checkpoints', 'lost': 'steps done again', 'restart': 'between sittings',
            'other': 'other'}
-  bar = ''.join(f'<div style="flex:{v / whole:.5f};background:var(--c{_color(i, k)})" '
+  bar = ''.join(f'<div style="flex:{v / whole:.5f};background:var(--{_color(i, k)})" '
                 f'title="{_e(names.get(k, k))}: {_e(duration(v))}"></div>'
                 for i, (k, v) in enumerate(spent))
   legend = ''.join(
-      f'<div><s style="background:var(--c{_color(i, k)})"></s><span>{_e(names.get(k, k))}</span>'
+      f'<div><s style="background:var(--{_color(i, k)})"></s><span>{_e(names.get(k, k))}</span>'
       f'<b>{_e(duration(v))}</b><span>{100 * v / whole:.1f} %</span></div>'
       for i, (k, v) in enumerate(spent))
   note = (f'<p class="soft small note">Goodput {100 * (_number(run.time, "step") or 0) / whole:.1f} %: training '
@@ -431,7 +431,9 @@ def _detailed(kind, details):
 
 
 def _color(index, name):
-  return 5 if name == 'other' else (0, 1, 2, 3, 4, 6, 7)[index % 7]
+  """Returns the end of a colour's name: red for what was lost, next to nothing for when nothing ran."""
+  fixed = {'other': 'c5', 'lost': 'bad', 'restart': 'line'}
+  return fixed.get(name) or f'c{(0, 1, 2, 3, 4, 6, 7)[index % 7]}'
 
 
 def _samples(run):

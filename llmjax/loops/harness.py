@@ -125,6 +125,8 @@ def train(job, workdir):
     loop.close()
   if distributed.is_first():
     print(f'report: {write_report(workdir)}')
+  loop.account()  # Anew, with the time that the report took.
+  job.ledger.close()
   return status
 
 
@@ -202,7 +204,7 @@ class Loop:
     with ledger.charge('init'):
       speed = _Speed(self.spec, self.job.mesh)
       self.stragglers = Stragglers(guard.straggler_deviations)
-    self._account()
+    self.account()
     progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile']))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
     window, step, turn = _Window(), self.first, self.first
@@ -271,15 +273,15 @@ class Loop:
     self.job.batches.close()
     self.writers.close()
     self.progress.close()
-    self._account(self.finished)
-    self.ledger.close()
+    self.account()
 
   def _due(self, every, step):
     return step == self.total or (every > 0 and step % every == 0)
 
-  def _account(self, done=False):
+  def account(self):
+    """Writes where the time went so far."""
     if distributed.is_first():
-      self.ledger.write(self.done, done)
+      self.ledger.write(self.done, self.finished)
 
   def _log(self, step, values, speed):
     """Writes the window's metrics and who was slow."""
@@ -291,7 +293,7 @@ class Loop:
       self.writers.event(step, 'straggler', step_seconds=values['train/step_seconds'],
                          host_seconds={str(process): seconds for process, seconds in slow.items()})
     self.slow = slow
-    self._account()
+    self.account()
 
   def _inspect(self, rows):
     """Returns a _Verdict on the steps since the last look, or None when the run simply goes on.
@@ -384,7 +386,7 @@ class Loop:
     self.writers.event(verdict.step, 'rollback', to=target, lost_steps=lost - target,
                        lost_seconds=round(seconds, 3), skipped_batches=position - drawn)
     self.progress.say(f'{verdict.reason}: back to step {target}, and on with {position - drawn} batches left out')
-    self._account()
+    self.account()
     return target
 
   def _stop_early(self):
@@ -424,7 +426,7 @@ class Loop:
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
       self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec))
     self.saved, self.rollbacks = self.done, 0
-    self._account()
+    self.account()
     self.progress.saved(self.done, self.checkpoints.folder / str(self.done),
                         time.perf_counter() - begin)
 

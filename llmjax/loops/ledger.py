@@ -15,6 +15,7 @@ from llmjax.evaluate.metrics import read_lines
 from llmjax.loops.writers import open_lines
 
 BUCKETS = ('init', 'compile', 'data_wait', 'step', 'eval', 'sample', 'checkpoint', 'lost', 'restart', 'other')
+OF_STEPS = ('step', 'data_wait')  # What is lost with a step that must be done again.
 
 
 class Ledger:
@@ -29,7 +30,7 @@ class Ledger:
     self.seconds = dict.fromkeys(BUCKETS, 0.0)
     self.seconds['init'] = age
     lines = [row for row in read_lines(self._path) if isinstance(row.get('seconds'), dict)]
-    self._marks = [(row['step'], row['seconds'].get('step', 0.0)) for row in lines]
+    self._marks = [(row['step'], row['seconds']) for row in lines]  # Of OF_STEPS at least.
     last = lines[-1] if lines else {'seconds': {}, 'done': True}
     self._before = {bucket: last['seconds'].get(bucket, 0.0) for bucket in BUCKETS}
     if not last.get('done'):
@@ -47,11 +48,14 @@ class Ledger:
 
   def go_back(self, step):
     """Charges the steps after this one to `lost`, for they will be done again; returns their seconds."""
-    kept = next((seconds for at, seconds in reversed(self._marks) if at <= step), 0.0)
-    lost = self._before['step'] + self.seconds['step'] - kept
-    self._before['step'] -= lost
-    self._before['lost'] += lost
-    return lost
+    kept = next((seconds for at, seconds in reversed(self._marks) if at <= step), {})
+    total = 0.0
+    for bucket in OF_STEPS:
+      lost = self._before[bucket] + self.seconds[bucket] - kept.get(bucket, 0.0)
+      self._before[bucket] -= lost
+      total += lost
+    self._before['lost'] += total
+    return total
 
   def totals(self):
     """Returns seconds by bucket over all sittings."""
@@ -62,7 +66,7 @@ class Ledger:
   def write(self, step, done=False):
     """Appends a line.  step: the last one done.  done: whether the run is, so that no restart follows."""
     totals = self.totals()
-    self._marks.append((step, totals['step']))
+    self._marks.append((step, {bucket: totals[bucket] for bucket in OF_STEPS}))
     if self._file is None:
       self._file = open_lines(self._path)
     row = {'time': round(self._now(), 3), 'step': step, 'seconds': totals}
