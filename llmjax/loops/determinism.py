@@ -12,7 +12,8 @@ GPU_FLAG = '--xla_gpu_deterministic_ops'
 def require(environment=os.environ):
   """Sets the flags; call it before JAX looks for devices.  Raises ConfigError when it is too late, or refused.
 
-  XLA's CPU and TPU backends choose no kernel by timing and add in a fixed order: they need no flag.
+  XLA's CPU backend chooses no kernel by timing and adds in an order that the number of cores fixes.  Its TPU
+  backend has no such flag.
   """
   flags = environment.get('XLA_FLAGS', '').split()
   given = [flag for flag in flags if flag.split('=')[0] == GPU_FLAG]

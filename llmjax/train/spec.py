@@ -39,7 +39,7 @@ class TrainSpec:
                           choices=('', 'cpu', 'gpu', 'tpu'))
   deterministic: bool = setting(False, 'the same run gives the same bits. Promised for the same mesh, devices, '
                                 'versions and config; another mesh agrees to rounding. GPU: sets '
-                                '--xla_gpu_deterministic_ops, which is slower; CPU and TPU need no flag')
+                                '--xla_gpu_deterministic_ops, which is slower; CPU needs no flag, and TPU has none')
   patience: int = setting(0, 'evaluations without a new best stop_metric after which the run stops; 0: never',
                           minimum=0)
   stop_metric: str = setting('eval/validation/loss', 'what patience watches, such as '

@@ -252,6 +252,13 @@ def test_early_stopping(tmp_path, capsys):
   assert 'is done at step 5 of 12' in capsys.readouterr().out
 
 
+def test_patience_needs_something_to_watch():
+  problems = list(PretrainSpec(train=TrainSpec(patience=2, stop_metric='eval/test/loss')).problems())
+  assert any('set train.eval_every' in p for p in problems)
+  assert any('write eval/validation/loss' in p for p in problems)
+  assert not list(PretrainSpec(train=TrainSpec(patience=2, eval_every=5)).problems())
+
+
 def test_a_count_of_patience_survives_a_restart(tmp_path):
   evaluators = {'validation': lambda params: {'loss': 1.0}}
   train(tmp_path, steps=2, evaluators=evaluators, eval_every=1, patience=3)
