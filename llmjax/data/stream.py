@@ -170,6 +170,22 @@ class BatchStream:
     self._drawn += 1
     return batch
 
+  def describe(self, number: int) -> list[dict]:
+    """Returns all rows of batch `number` (from 0) of the whole job, each one {source, row, tokens}.
+
+    row: its number among the source's rows.  tokens: a list of int arrays, one for each of its documents.
+    """
+    mixture, order = self._batches.mixture, self._batches.order
+    start = number * self._batches.batch_size
+    numbers = [int(order[start + i]) for i in range(self._batches.batch_size)]
+    batch, rows = mixture.batch(numbers), []
+    for i, n in enumerate(numbers):
+      source = int(np.searchsorted(mixture.ends, n, 'right'))
+      segments = batch['segment_ids'][i]
+      rows.append({'source': str(mixture.folders[source]), 'row': n - (mixture.ends[source - 1] if source else 0),
+                   'tokens': [batch['tokens'][i][segments == s] for s in range(1, int(segments.max()) + 1)]})
+    return rows
+
   def _open(self):
     import grain
 

@@ -18,12 +18,16 @@ from llmjax.model.spec import ModelSpec
 
 POINTS = 1200  # Of one curve on the page: more than a screen has columns to show them in.
 SAMPLE_STEPS, SAMPLE_CHARACTERS = 24, 3000  # So that long runs stay below a megabyte.
+EVENTS = 100  # Of the newest, so that a run in trouble does not fill the page.
+EVENT_NAMES = {'start': 'start', 'bad_step': 'bad step', 'rollback': 'rollback', 'corruption': 'corruption',
+               'straggler': 'slow process', 'early_stop': 'no more progress', 'stopped': 'stopped',
+               'interrupted': 'interrupted', 'done': 'done'}
 COMPRESSORS = (('xz_bits_per_byte', 'xz -9'), ('gzip_bits_per_byte', 'gzip -9'))
 FILES = {
     'config.json': 'the resolved config', 'metrics.jsonl': 'the curves',
     'samples.jsonl': 'samples drawn while training; sample.prompts asks for them',
     'evaluation.json': 'the evaluation beside gzip and xz; `llmjax evaluate` writes it',
-    'time.json': 'where the time went', 'environment.json': 'versions and devices',
+    'time.jsonl': 'where the time went', 'environment.json': 'versions and devices',
     'data.json': 'what the data holds'}
 
 
@@ -40,6 +44,7 @@ class Run:
   environment: dict
   data: dict
   profile: dict
+  events: list
   missing: list  # Of (file, what it would have shown or what is wrong with it).
   _curves: dict = dataclasses.field(default_factory=dict)
 
@@ -107,17 +112,24 @@ def read_run(workdir):
   run = Run(folder, read('config.json', parse, {}),
             read('metrics.jsonl', metrics.read_metrics, []),
             read('samples.jsonl', metrics.read_lines, []), read('evaluation.json', parse, {}),
-            read('time.json', parse, {}), read('environment.json', parse, {}),
-            read('data.json', parse, {}), read('profile/top_operations.json', parse, {}), missing)
+            read('time.jsonl', _last_seconds, {}), read('environment.json', parse, {}),
+            read('data.json', parse, {}), read('profile/top_operations.json', parse, {}),
+            read('events.jsonl', metrics.read_lines, []), missing)
   run.rows = [row for row in run.rows if isinstance(row.get('step'), int)]
   return run
+
+
+def _last_seconds(path):
+  """Returns seconds by bucket over all sittings of a `time.jsonl`."""
+  lines = [row['seconds'] for row in metrics.read_lines(path) if isinstance(row.get('seconds'), dict)]
+  return lines[-1] if lines else {}
 
 
 def render(run):
   """Returns the page as text."""
   charts = {}
   sections = [_header(run), _warnings(run), _headline(run), _curves(run, charts), _time(run),
-              _samples(run), _evaluation(run), _data(run), _profile(run), _settings(run),
+              _events(run), _samples(run), _evaluation(run), _data(run), _profile(run), _settings(run),
               _command(run), _missing(run)]
   return page.render_page(f'{_name(run)} · llmjax', '\n'.join(filter(None, sections)), charts)
 
@@ -203,13 +215,17 @@ def _header(run):
 
 
 def _warnings(run):
-  """Says what must not be overlooked: losses that are not finite."""
+  """Says what must not be overlooked: losses that are not finite, devices that compute wrongly."""
   steps, values = run.curve('train/loss')
   bad = [s for s, v in zip(steps, values, strict=True) if not math.isfinite(v)]
-  if not bad:
-    return ''
-  return (f'<p class="warn">The training loss was not finite at {len(bad)} logged '
-          f'step{"s" if len(bad) > 1 else ""}, first at step {bad[0]:,}.</p>')
+  lines = []
+  if bad:
+    lines.append(f'The training loss was not finite at {len(bad)} logged '
+                 f'step{"s" if len(bad) > 1 else ""}, first at step {bad[0]:,}.')
+  corrupt = [event for event in run.events if event.get('kind') == 'corruption']
+  if corrupt:
+    lines.append('Devices held different copies of the same parameters: see What happened, below.')
+  return ''.join(f'<p class="warn">{_e(line)}</p>' for line in lines)
 
 
 def _headline(run):
@@ -354,23 +370,70 @@ def _time(run):
   if not whole:
     return ''
   # The steps are what a run is for: they come first and in the first colour.
-  spent.sort(key=lambda kv: (kv[0] != 'step', kv[0] == 'other', -kv[1]))
+  spent.sort(key=lambda kv: (kv[0] != 'step', kv[0] in ('other', 'lost', 'restart'), -kv[1]))
   names = {'init': 'start', 'compile': 'compilation', 'data_wait': 'waiting for data',
            'step': 'training steps', 'eval': 'evaluation', 'sample': 'sampling',
-           'checkpoint': 'checkpoints', 'other': 'other'}
-  bar = ''.join(f'<div style="flex:{v / whole:.5f};background:var(--c{_color(i, k)})" '
+           'checkpoint': 'checkpoints', 'lost': 'steps done again', 'restart': 'between sittings',
+           'other': 'other'}
+  bar = ''.join(f'<div style="flex:{v / whole:.5f};background:var(--{_color(i, k)})" '
                 f'title="{_e(names.get(k, k))}: {_e(duration(v))}"></div>'
                 for i, (k, v) in enumerate(spent))
   legend = ''.join(
-      f'<div><s style="background:var(--c{_color(i, k)})"></s><span>{_e(names.get(k, k))}</span>'
+      f'<div><s style="background:var(--{_color(i, k)})"></s><span>{_e(names.get(k, k))}</span>'
       f'<b>{_e(duration(v))}</b><span>{100 * v / whole:.1f} %</span></div>'
       for i, (k, v) in enumerate(spent))
+  note = (f'<p class="soft small note">Goodput {100 * (_number(run.time, "step") or 0) / whole:.1f} %: training '
+          'steps that counted, of the wall time from the first start on.</p>')
   return _section('Where the time went', f'<div class="card"><div class="stack">{bar}</div>'
-                  f'<div class="legend">{legend}</div></div>')
+                  f'<div class="legend">{legend}</div>{note}</div>')
+
+
+def _events(run):
+  """Returns the table of what happened to the run, newest last; starts and ends alone are not worth one."""
+  events = [e for e in run.events if isinstance(e.get('kind'), str) and isinstance(e.get('step'), int)]
+  if not any(e['kind'] not in ('start', 'done') for e in events):
+    return ''
+  first = next((t for e in events if (t := _number(e, 'time')) is not None), 0.0)
+  rows = []
+  for event in events[-EVENTS:]:
+    details, at = event.get('details'), _number(event, 'time')
+    shown = _detailed(event['kind'], details if isinstance(details, dict) else {})
+    rows.append(f'<tr><td>{event["step"]:,}</td><td class="left soft">'
+                f'{_e("–" if at is None else "+ " + duration(at - first))}</td>'
+                f'<td class="left">{_e(EVENT_NAMES.get(event["kind"], event["kind"]))}</td>'
+                f'<td class="left soft">{_e(shown)}</td></tr>')
+  note = ('' if len(events) <= EVENTS else f'<p class="soft small note">The last {EVENTS} of {len(events):,} events; '
+          'events.jsonl has them all.</p>')
+  return _section('What happened', (
+      '<div class="card"><div class="scroll"><table><tr><th>step</th><th class="left">time</th>'
+      f'<th class="left">event</th><th class="left">details</th></tr>{"".join(rows)}</table></div></div>{note}'))
+
+
+def _detailed(kind, details):
+  """Returns an event's details in words; those of an unknown kind as they are."""
+  get = details.get
+  if kind == 'bad_step':
+    words = {'abort': '', 'skip': 'left out', 'rollback': 'rolled back'}.get(get('policy'), '')
+    return '; '.join(filter(None, [str(get('reason') or ''), words, get('dump') and f'batch in {get("dump")}']))
+  if kind == 'rollback':
+    return (f'to step {get("to")}, {get("skipped_batches")} batches left out; {get("lost_steps")} steps '
+            f'({duration(_number(details, "lost_seconds"))}) done again')
+  if kind == 'start':
+    lost = _number(details, 'lost_seconds')
+    return f'{duration(lost)} of steps done again' if lost else ''
+  if kind == 'straggler' and isinstance(get('host_seconds'), dict):
+    return (', '.join(f'process {p} took {duration(_number(get("host_seconds"), p))} on its host'
+                      for p in get('host_seconds')) + f', of steps of {duration(_number(details, "step_seconds"))}')
+  if kind == 'corruption' and isinstance(get('devices'), list):
+    who = 'differs from its copies' if get('sure') else 'differ; two copies cannot say which is wrong'
+    return f'device {", ".join(map(str, get("devices")))} {who}'
+  return str(get('reason') or '; '.join(f'{k} {v}' for k, v in details.items()))
 
 
 def _color(index, name):
-  return 5 if name == 'other' else (0, 1, 2, 3, 4, 6, 7)[index % 7]
+  """Returns the end of a colour's name: red for what was lost, next to nothing for when nothing ran."""
+  fixed = {'other': 'c5', 'lost': 'bad', 'restart': 'line'}
+  return fixed.get(name) or f'c{(0, 1, 2, 3, 4, 6, 7)[index % 7]}'
 
 
 def _samples(run):

@@ -1,12 +1,13 @@
-"""The only training loop: next batch, step, log, evaluate, sample, save, profile.
+"""The only training loop: next batch, step, log, evaluate, sample, save, profile, and what goes wrong.
 
-A loop such as pretrain.py supplies a Job; everything that is the same for all of them is here.
+A loop such as pretrain.py supplies a Job; everything that is the same for all of them is here.  Devices
+judge every step (train/guard.py); the host reads the verdicts where it waits for them anyway: at log lines,
+and before it evaluates, samples or saves.
 """
 
 import contextlib
 import dataclasses
 import json
-import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -19,26 +20,35 @@ from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
 from llmjax.loops import doctor
 from llmjax.loops.ledger import Ledger
+from llmjax.loops.patience import Patience
 from llmjax.loops.profiling import Profiler
 from llmjax.loops.progress import Progress
+from llmjax.loops.stragglers import Stragglers
 from llmjax.loops.writers import open_writers
 from llmjax.model import counts
 from llmjax.parallel import chips, distributed
 from llmjax.parallel.mesh import place_batch
+from llmjax.train.guard import explain, watched
 from llmjax.train.optimizers import make_optimizer
+from llmjax.train.replicas import Replicas
 from llmjax.train.state import abstract_state, init_state
 from llmjax.train.step import lower_step, make_train_step
+
+DUMPS = 20  # Bad batches that a sitting writes down, at most.
+# What the devices say of a step that is not a metric of it.
+VERDICT = ('bad', 'loss_score', 'norm_score')
 
 
 @dataclasses.dataclass
 class Job:
   """What a loop supplies.
 
-  spec: the command's spec, whose groups `model, train, optimizer, checkpoint, profile, logs` the harness
-  reads.  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data),
+  spec: the command's spec, whose groups `model, train, optimizer, guard, checkpoint, profile, logs` the
+  harness reads.  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data),
   `restore(state)` and `close()`.
   loss_fn: see train/step.py.  evaluators: name -> function of the parameters that returns metrics.
-  sample: function of the parameters that returns [(prompt, continuation)], or None.
+  sample: function of the parameters that returns [(prompt, continuation)], or None.  describe: function of
+  a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
   """
 
   spec: Any
@@ -48,6 +58,7 @@ class Job:
   evaluators: dict[str, Callable]
   sample: Callable | None
   ledger: Ledger
+  describe: Callable | None = None
 
 
 def enable_compilation_cache(setting):
@@ -71,7 +82,8 @@ def claim_workdir(workdir, spec):
     before = json.loads(file.read_text())
     fixed = [('model', k) for k in resolved['model']] + [
         ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('optimizer', 'name'),
-        ('optimizer', 'moment_dtype'), ('train', 'batch_size'), ('train', 'seed'), ('train', 'param_dtype')]
+        ('optimizer', 'moment_dtype'), ('guard', 'window'), ('train', 'batch_size'), ('train', 'seed'),
+        ('train', 'param_dtype')]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
@@ -93,14 +105,16 @@ def claim_workdir(workdir, spec):
 
 def train(job, workdir):
   """Runs the job to its last step; returns the exit status: 0, 1 for a lost run, 130 after Ctrl-C."""
-  total = job.spec.train.steps
+  total, train = job.spec.train.steps, job.spec.train
   checkpoints = Checkpoints(workdir, job.spec.checkpoint)
   first = checkpoints.latest() or 0
-  if first and first >= total:
+  patience = Patience(train.patience, train.stop_metric, workdir, first)
+  if first and (first >= total or patience.is_over()):
     checkpoints.close()
     if distributed.is_first():
       print(*checkpoints.passed_over, sep='\n', end='\n' * bool(checkpoints.passed_over))
-      print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to go on')
+      print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to go on' if first >= total
+            else f'{workdir} is done at step {first} of {total}: {patience.reason()}')
     return 0
   loop = Loop(job, workdir, checkpoints, first)
   try:
@@ -112,6 +126,8 @@ def train(job, workdir):
     loop.close()
   if distributed.is_first():
     print(f'report: {write_report(workdir)}')
+  loop.account()  # Anew, with the time that the report took.
+  job.ledger.close()
   return status
 
 
@@ -123,40 +139,54 @@ class Loop:
     self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
     self.done = self.saved = first
     self.metrics, self.metrics_step = {}, None  # Of the latest evaluation.
-    self.tx, self.schedule = make_optimizer(self.spec.optimizer, self.total,
-                                                 self.spec.train.seed)
+    self.bad_in_row = self.rollbacks = self.dumps = 0
+    self.finished, self.sums, self.slow = False, [], {}
+    rule, self.schedule = make_optimizer(self.spec.optimizer, self.total, self.spec.train.seed)
+    self.tx = watched(rule, self.spec.guard.window)
     with self.ledger.charge('init'):
-      self.state = self._initial_state()
-      self.writers = open_writers(workdir, to_dict(self.spec), self.spec.logs.writers,
-                                  resume_step=first or None)
+      self.state, _ = self._load_state(first)
+      self._open_logs(first or None)
+    lost = self.ledger.go_back(first)
     self.progress = Progress(self.total, first, enabled=distributed.is_first())
     self.profiler = Profiler(workdir, self.spec.profile.steps,
                              say=self.progress.say if distributed.is_first() else None)
     for line in checkpoints.passed_over:
       self.progress.say(line)
+      self.writers.event(first, 'damaged_checkpoint', reason=line)
+    self.writers.event(first, 'start', lost_seconds=round(lost, 3))
     if first:
       self.progress.say(f'going on from step {first} of {workdir}')
     elif self.spec.train.init_from:
       self.progress.say(f'starting from the parameters of {self.spec.train.init_from}')
 
-  def _initial_state(self):
-    """Returns the state of this run's own checkpoint, else of init_from, else fresh."""
+  def _load_state(self, step):
+    """Returns (state, batches drawn) of this run's checkpoint; of init_from, or fresh, at step 0.
+
+    The stream goes to where it was at that step.
+    """
     spec, mesh = self.spec, self.job.mesh
-    if self.first:
+    if step:
       state, stream = self.checkpoints.restore(
-          self.first, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero))
+          step, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero))
       if stream['fingerprint'] != self.job.batches.fingerprint:
-        raise ConfigError([f'the data is not what steps 1 to {self.first} read: a folder of data.sources was '
+        raise ConfigError([f'the data is not what steps 1 to {step} read: a folder of data.sources was '
                            'prepared again, with other text or another tokenizer. Put it back, or start a new '
                            f'run from these weights: --workdir=NEW --config.train.init_from={self.workdir}'])
       self.job.batches.restore(stream['batches'])
-      return state
+      return state, stream['batches']
     state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh,
                                   spec.mesh.zero)
     if spec.train.init_from:
       params = _load_initial(spec.train.init_from, state.params, shardings.params)
       state = state.replace(params=params)
-    return state
+    self.job.batches.restore(0)
+    return state, 0
+
+  def _open_logs(self, step):
+    """Opens the writers with nothing after a step (None: nothing at all), and what reads their past."""
+    self.writers = open_writers(self.workdir, to_dict(self.spec), self.spec.logs.writers, resume_step=step)
+    train = self.spec.train
+    self.patience = Patience(train.patience, train.stop_metric, self.workdir, step or 0)
 
   def _next_batch(self):
     """Returns a batch on the devices, and the stream's state once it is used up."""
@@ -164,46 +194,60 @@ class Loop:
 
   def _compile(self, batch):
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
-    step = make_train_step(self.job.loss_fn, self.tx, self.schedule, self.spec.train.accumulation)
+    step = make_train_step(self.job.loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
+                           self.spec.guard)
     return lower_step(step, self.state, batch).compile()
 
-  def run(self, stop=lambda step: False):
-    """Trains to the last step, until the loss is lost, or until stop(step) says so; returns the exit status."""
-    train, ledger, progress = self.spec.train, self.ledger, self.progress
+  def run(self, stop=lambda turn: False):
+    """Trains to the last step, until the run is lost, or until stop(turn) says so; returns the exit status."""
+    train, guard, ledger, progress = self.spec.train, self.spec.guard, self.ledger, self.progress
     with ledger.charge('data_wait'):
       batch, position = self._next_batch()
     with ledger.charge('compile'):
       step_fn = self._compile(batch)
+      self.replicas = Replicas(self.state.params, self.job.mesh) if guard.checksum_every else None
     with ledger.charge('init'):
       speed = _Speed(self.spec, self.job.mesh)
+      self.stragglers = Stragglers(guard.straggler_deviations)
+    self.account()
     progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile']))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
-    window = _Window()
-    for step in range(self.first + 1, self.total + 1):
+    window, step, turn = _Window(), self.first, self.first
+    while step < self.total:
+      step, turn = step + 1, turn + 1  # Steps go back in a rollback; turns never do.
       logs, pausing = self._due(train.log_every, step), any(self._due(n, step) for n in pauses)
       with ledger.charge('step'):
         self.profiler.before(step)
         self.state, metrics = step_fn(self.state, batch)
         self.done, self.position = step, position
-        window.add(step, metrics)
+        window.add(step, position, metrics)
+        if self.replicas and (self._due(guard.checksum_every, step) or self._due(train.checkpoint_every, step)):
+          self.sums.append((step, self.replicas.sums(self.state.params)))
         if step < self.total:
           begin = time.perf_counter()
           batch, position = self._next_batch()  # While the devices work.
+          spent = time.perf_counter() - begin
+          window.host += spent
           if metrics['loss'].is_ready():  # Only what outlasts their work is waiting.
-            window.data_wait += time.perf_counter() - begin
-            ledger.seconds['data_wait'] += time.perf_counter() - begin
+            window.data_wait += spent
+            ledger.seconds['data_wait'] += spent
         if logs or pausing:
-          window.wait()
+          rows = window.wait()
+          jax.block_until_ready(self.sums)
       with window.paused():
         self.profiler.after(step)
-      if not logs:
+      verdict = self._inspect(rows) if logs or pausing else None
+      if logs or verdict:
+        self._log(step, window.read(), speed)
+      else:
         progress.tick(step)
-      elif bad := self._log(step, window.read(), speed):
-        self._settle(wait=True)
-        progress.say(f'stopped: the loss is not finite at step {bad}; the last checkpoint is step '
-                     f'{self.saved}. Lower optimizer.lr, raise optimizer.warmup_steps, or look at '
-                     'the data')
-        return 1
+      if verdict and verdict.stops:
+        return self._give_up(verdict)
+      if verdict:
+        step, window = self._roll_back(verdict), _Window()
+        with ledger.charge('data_wait'):
+          batch, position = self._next_batch()
+        continue
       with window.paused():
         if self._due(train.eval_every, step):
           self._evaluate(step)
@@ -213,14 +257,16 @@ class Loop:
           self._save()
       if not self._settle():
         return 1
-      if stop(step) and step < self.total:
+      if self.patience.is_over() and step < self.total:
+        return self._stop_early()
+      if stop(turn) and step < self.total:
         return self.interrupt()
-    settled = self._settle(wait=True)
-    return 0 if settled and self.saved == self.done else 1
+    return self._finish()
 
   def interrupt(self):
     """Saves what is done after Ctrl-C; returns the exit status."""
     self.progress.say(f'interrupted after step {self.done}')
+    self.writers.event(self.done, 'interrupted')
     self._settle(wait=True)
     if self.done > self.saved:
       self._save()
@@ -236,19 +282,137 @@ class Loop:
     self.job.batches.close()
     self.writers.close()
     self.progress.close()
-    if distributed.is_first():
-      self.ledger.write()
+    self.account()
 
   def _due(self, every, step):
     return step == self.total or (every > 0 and step % every == 0)
 
+  def account(self):
+    """Writes where the time went so far."""
+    if distributed.is_first():
+      self.ledger.write(self.done, self.finished)
+
   def _log(self, step, values, speed):
-    """Writes the window's metrics; returns the first step whose loss is not finite, or None."""
-    losses = values.pop('losses')
+    """Writes the window's metrics and who was slow."""
     values['train/mfu'] = speed.mfu(values['train/tokens_per_second'])
+    slow = self.stragglers.find(values.pop('host_seconds'), values['train/step_seconds'])
     self.writers.write(step, values)
-    self.progress.log(step, values)
-    return next((s for s, loss in losses if not math.isfinite(loss)), None)
+    self.progress.log(step, values, self.stragglers.describe(slow))
+    if slow and set(slow) != set(self.slow):
+      self.writers.event(step, 'straggler', step_seconds=values['train/step_seconds'],
+                         host_seconds={str(process): seconds for process, seconds in slow.items()})
+    self.slow = slow
+    self.account()
+
+  def _inspect(self, rows):
+    """Returns a _Verdict on the steps since the last look, or None when the run simply goes on.
+
+    rows: their metrics.  All processes see the same and decide the same.
+    """
+    guard = self.spec.guard
+    sums, self.sums = self.sums, []
+    for step, found in sums:
+      devices, names, sure = self.replicas.compare(found)
+      if devices:
+        return self._corruption(step, devices, names, sure)
+    for row in rows:
+      self.bad_in_row = self.bad_in_row + 1 if row['bad'] else 0
+      if not row['bad']:
+        continue
+      dump = self._dump(row)
+      reason, step = explain(row), row['step']
+      self.writers.event(step, 'bad_step', reason=reason, loss=float(row['loss']),
+                         grad_norm=float(row['grad_norm']), batch=row['position'] - 1, policy=guard.policy,
+                         **{'dump': dump} if dump else {})
+      advice = 'Lower optimizer.lr, raise optimizer.warmup_steps, or look at the data'
+      if dump:
+        advice += f': the batch is in {dump}'
+      if guard.policy == 'abort':
+        return _Verdict(step, f'{reason} at step {step}', advice)
+      if guard.policy == 'rollback':
+        if self.rollbacks < guard.max_bad_steps:
+          return _Verdict(step, f'{reason} at step {step}', '', row['position'])
+        return _Verdict(step, f'{reason} at step {step}, after {self.rollbacks} rollbacks to step {self.saved} '
+                        '(guard.max_bad_steps)', advice)
+      if self.bad_in_row > guard.max_bad_steps:
+        return _Verdict(step, f'{reason} at step {step}, the {self.bad_in_row}th bad step in a row '
+                        '(guard.max_bad_steps)', advice)
+      self.progress.say(f'step {step} is left out: {reason}' + (f'; its batch is in {dump}' if dump else ''))
+    return None
+
+  def _corruption(self, step, devices, names, sure):
+    """Returns the _Verdict on devices whose copies of parameters differ from the others'."""
+    listed = ', '.join(f'{d.id} ({d.device_kind}, process {d.process_index})' for d in devices)
+    arrays = ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+    if sure:
+      text = f'device {listed} holds other parameters than the devices that should hold the same'
+    else:
+      text = f'devices {listed} should hold the same parameters and do not; two copies cannot say which is wrong'
+    self.writers.event(step, 'corruption', devices=[d.id for d in devices], sure=sure, arrays=names,
+                       processes=sorted({d.process_index for d in devices}))
+    return _Verdict(step, f'{text}, at step {step}: {arrays}',
+                    'The device computes wrongly, or its memory does: replace it, and the same command goes on')
+
+  def _dump(self, row):
+    """Writes a bad step's batch to `bad_steps/<step>.json`; returns the file's name, or '' where it wrote none."""
+    if self.job.describe is None or self.dumps >= DUMPS or not distributed.is_first():
+      return ''
+    self.dumps += 1
+    name = f'bad_steps/{row["step"]}.json'
+    try:
+      content = {'step': row['step'], 'batch': row['position'] - 1, 'reason': explain(row),
+                 'rows': self.job.describe(row['position'] - 1)}
+      file = pathlib.Path(self.workdir) / name
+      file.parent.mkdir(exist_ok=True)
+      file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+    except (OSError, ValueError) as e:  # It is there to help; it must not end a run that goes on.
+      self.progress.say(f'warning: {name} was not written: {e}')
+      return ''
+    return name
+
+  def _give_up(self, verdict):
+    """Says why the run stops; returns the exit status."""
+    self.progress.say(f'stopped: {verdict.reason}; the last checkpoint is step {self.saved}. {verdict.advice}')
+    self.writers.event(self.done, 'stopped', reason=verdict.reason, checkpoint=self.saved)
+    return 1
+
+  def _roll_back(self, verdict):
+    """Goes back to the newest checkpoint, and on behind the bad batch; returns the step."""
+    lost = self.done
+    with self.ledger.charge('checkpoint'):
+      self._settle(wait=True)
+      target = self.checkpoints.latest() or 0
+      self.done = self.saved = target  # From here on there is nothing to save.
+      for array in jax.tree.leaves(self.state):
+        array.delete()  # Devices need not have room for two states.
+      self.state, drawn = self._load_state(target)
+      position = max(drawn + self.spec.guard.rollback_skip_batches, verdict.position)
+      self.job.batches.restore(position)
+      self.writers.close()
+      self._open_logs(target)
+    seconds = self.ledger.go_back(target)
+    self.rollbacks, self.bad_in_row, self.sums = self.rollbacks + 1, 0, []
+    self.writers.event(verdict.step, 'rollback', to=target, lost_steps=lost - target,
+                       lost_seconds=round(seconds, 3), skipped_batches=position - drawn)
+    self.progress.say(f'{verdict.reason}: back to step {target}, and on with {position - drawn} batches left out')
+    self.account()
+    return target
+
+  def _stop_early(self):
+    """Saves and says that held-out text makes no progress; returns the exit status."""
+    self.progress.say(f'stopped at step {self.done}: {self.patience.reason()}')
+    self.writers.event(self.done, 'early_stop', reason=self.patience.reason(), best=self.patience.best,
+                       best_step=self.patience.best_step)
+    if self.done > self.saved:
+      self._save()
+    return self._finish()
+
+  def _finish(self):
+    if not self._settle(wait=True) or self.saved != self.done:
+      return 1
+    self.finished = True
+    self.writers.event(self.done, 'done')
+    return 0
 
   def _evaluate(self, step):
     for name, evaluator in self.job.evaluators.items():
@@ -258,6 +422,8 @@ class Loop:
       metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
       self.metrics, self.metrics_step = {**self.metrics, **metrics}, step
       self.writers.write(step, metrics)
+      if self.patience.metric in metrics:
+        self.patience.add(step, float(metrics[self.patience.metric]))
       self.progress.evaluated(step, name, values, time.perf_counter() - begin)
 
   def _sample(self, step):
@@ -270,6 +436,8 @@ class Loop:
     with self.ledger.charge('checkpoint'):
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
       self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec), self.metrics, self.metrics_step)
+    self.rollbacks = 0
+    self.account()
 
   def _settle(self, wait=False):
     """Says what became of the saves; returns False when one failed and the run is to stop for it."""
@@ -287,7 +455,22 @@ class Loop:
       last = f'the last good checkpoint is step {self.saved}' if self.saved else 'there is no good checkpoint'
       self.progress.say(f'{save.problem}; {last}' + (
           '' if going_on else '. Stopped; --config.checkpoint.on_error=continue would train on'))
+      self.writers.event(self.done, 'save_failed', reason=save.problem, checkpoint=self.saved)
     return going_on
+
+
+@dataclasses.dataclass
+class _Verdict:
+  """Why the run cannot simply go on after a step.  position: the stream's state behind the batch to roll back over."""
+
+  step: int
+  reason: str
+  advice: str
+  position: int | None = None
+
+  @property
+  def stops(self):
+    return self.position is None
 
 
 class _Speed:
@@ -304,19 +487,23 @@ class _Speed:
 
 
 class _Window:
-  """The steps since the last log line: their metrics, still on the devices, and their time."""
+  """The steps since the last log line: their metrics, and their time."""
 
   def __init__(self):
-    self.data_wait = 0.0
-    self._steps = []
+    self.data_wait = self.host = 0.0  # Seconds: of waiting for batches; of making them, waiting or not.
+    self._pending, self._rows = [], []  # On the devices, and read.
     self._begin = time.perf_counter()
 
-  def add(self, step, metrics):
-    self._steps.append((step, metrics))
+  def add(self, step, position, metrics):
+    """position: the stream's state behind the step's batch."""
+    self._pending.append((step, position, metrics))
 
   def wait(self):
-    """Returns when the devices have done every step so far."""
-    jax.block_until_ready([metrics for _, metrics in self._steps])
+    """Returns when the devices have done every step so far, with the metrics of those not returned before."""
+    found = [{'step': step, 'position': position, **metrics}
+             for step, position, metrics in jax.device_get(self._pending)]
+    self._pending, self._rows = [], self._rows + found
+    return found
 
   @contextlib.contextmanager
   def paused(self):
@@ -326,22 +513,26 @@ class _Window:
     self._begin += time.perf_counter() - begin
 
   def read(self):
-    """Returns the window's metrics, after `wait`, and begins the next window."""
-    now = time.perf_counter()
-    rows = jax.device_get([metrics for _, metrics in self._steps])
+    """Returns the window's metrics, after `wait`, and begins the next window.
+
+    The loss is that of the steps that counted, unless none did.
+    """
+    now, rows = time.perf_counter(), self._rows
     seconds, count = now - self._begin, len(rows)
     tokens = sum(float(row['target_tokens']) for row in rows)
-    last = {f'train/{k}': float(v) for k, v in rows[-1].items() if k != 'target_tokens'}
+    counted = [row for row in rows if not row['bad']] or rows
+    weight = sum(float(row['target_tokens']) for row in counted)
+    hidden = ('step', 'position', 'target_tokens', *VERDICT)
     values = {
-        **last,
-        'train/loss': sum(float(r['loss']) * float(r['target_tokens']) for r in rows) / max(tokens, 1),
+        **{f'train/{k}': float(v) for k, v in counted[-1].items() if k not in hidden},
+        'train/loss': sum(float(r['loss']) * float(r['target_tokens']) for r in counted) / max(weight, 1),
         'train/target_tokens': tokens,
         'train/step_seconds': seconds / count,
         'train/data_wait_seconds': self.data_wait / count,
         'train/tokens_per_second': tokens / seconds,
-        'losses': [(step, float(row['loss'])) for (step, _), row in zip(self._steps, rows, strict=True)],
+        'host_seconds': self.host / count,
     }
-    self._steps, self.data_wait, self._begin = [], 0.0, now
+    self._rows, self.data_wait, self.host, self._begin = [], 0.0, 0.0, now
     return values
 
 

@@ -12,10 +12,10 @@ from llmjax.data import stream
 from llmjax.evaluate import perplexity
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import SamplingSpec
-from llmjax.loops import doctor, harness
+from llmjax.loops import determinism, doctor, harness
 from llmjax.loops.doctor import require_platform
 from llmjax.loops.environment import describe_data, describe_environment
-from llmjax.loops.ledger import Ledger
+from llmjax.loops.ledger import Ledger, process_age
 from llmjax.parallel import distributed
 from llmjax.parallel.host import keep_freed_memory
 from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh, place_batch
@@ -24,7 +24,9 @@ from llmjax.train import objectives
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
-  ledger = Ledger(options.workdir)
+  ledger = Ledger(options.workdir, age=process_age())
+  if spec.train.deterministic:
+    determinism.require()
   if not doctor.accelerator_present():
     keep_freed_memory()  # Before JAX makes its threads, whose memory is bound to them.
   with distributed.together(spec.distributed):
@@ -51,7 +53,8 @@ def _train(spec, options, ledger):
   job = harness.Job(
       spec=spec, mesh=mesh, batches=batches, ledger=ledger,
       loss_fn=objectives.next_token(spec.model, spec.train, platform, spec.pipeline),
-      evaluators=make_evaluators(spec, mesh), sample=make_sampler(spec, mesh))
+      evaluators=make_evaluators(spec, mesh), sample=make_sampler(spec, mesh),
+      describe=make_describer(spec, batches))
   with jax.set_mesh(mesh):
     return harness.train(job, workdir)
 
@@ -90,6 +93,17 @@ def make_evaluators(spec, mesh):
     return evaluate
 
   return {split: evaluator(split) for split in spec.evaluate.splits}
+
+
+def make_describer(spec, batches):
+  """Returns a function of a batch's number to its rows as text: a list of {source, row, text}."""
+
+  def describe(number):
+    tokenizer = stream.load_tokenizer(spec.data)
+    return [{'source': row['source'], 'row': row['row'], 'text': [tokenizer.decode(t) for t in row['tokens']]}
+            for row in batches.describe(number)]
+
+  return describe
 
 
 def make_sampler(spec, mesh):

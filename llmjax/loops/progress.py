@@ -70,8 +70,8 @@ class Progress:
     self._pace = None  # Seconds per step, evaluations and checkpoints included.
     self._loss = ''
 
-  def log(self, step, metrics):
-    """Prints the step's line.  metrics: keys such as `train/loss`; what is missing is left out."""
+  def log(self, step, metrics, note=''):
+    """Prints the step's line.  metrics: keys such as `train/loss`; what is missing is left out.  note: its end."""
     now = self._clock()
     self._note_pace(step, now, metrics.get('train/step_seconds'))
     parts = [self._head('step', step), f'{self._percent(step)}%']
@@ -90,7 +90,7 @@ class Progress:
     if wait is not None and seconds:
       parts.append(f'wait {100 * wait / seconds:.1f}%')
     parts.append(f'eta {format_duration(self.seconds_left(step))}')
-    self._print('  '.join(parts))
+    self._print('  '.join(parts + [note] * bool(note)))
 
   def tick(self, step):
     """Repaints the live line after a step that is not logged; does nothing on a pipe."""

@@ -10,7 +10,7 @@ from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
-from llmjax.train.spec import OptimizerSpec, TrainSpec
+from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
 __all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions',
            'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
@@ -74,6 +74,7 @@ class PretrainSpec:
   pipeline: PipelineSpec = group(PipelineSpec)
   train: TrainSpec = group(TrainSpec)
   optimizer: OptimizerSpec = group(OptimizerSpec)
+  guard: GuardSpec = group(GuardSpec)
   checkpoint: CheckpointSpec = group(CheckpointSpec)
   evaluate: EvaluateSpec = group(EvaluateSpec)
   sample: SampleSpec = group(SampleSpec)
@@ -89,6 +90,13 @@ class PretrainSpec:
                for name in ('loss', 'perplexity', 'bits_per_byte')]
     if best and best not in metrics:
       yield f'checkpoint.best_metric={best!r} is not measured; this run has {", ".join(metrics) or "no evaluation"}'
+    if self.train.patience:
+      names = [f'eval/{split}/loss' for split in self.evaluate.splits]
+      if not self.train.eval_every:
+        yield 'train.patience needs evaluations on the way; set train.eval_every, to 100 for example'
+      if self.train.stop_metric.rpartition('/')[0] not in [name.rpartition('/')[0] for name in names]:
+        yield (f'train.stop_metric={self.train.stop_metric} is not measured; write '
+               f'{" or ".join(names) or "a split in evaluate.splits"}')
     yield from self.mesh_problems(self.mesh)
 
   def mesh_problems(self, mesh):

@@ -1,10 +1,13 @@
-"""Where a run's numbers go: `metrics.jsonl`, which is the truth, and mirrors of it.
+"""Where a run's numbers go: `metrics.jsonl`, which is the truth, and mirrors of it; `events.jsonl`.
 
 Each line of `metrics.jsonl` is one JSON object: `step`, `time` (Unix seconds), then the metrics.
 NaN and infinities are the strings "NaN", "Infinity" and "-Infinity"; null is "not measured";
 `read_metrics` restores them.  The line is on disk when `write` returns.  Mirrors (TensorBoard,
 Weights & Biases, MLflow) are fed by a thread of their own: a slow or broken server costs a warning,
 never a training step.
+
+`events.jsonl` tells what happened to the run: `time`, `step`, `kind` and `details` (an object) a line.  It is
+only ever added to, also where metrics go back to a checkpoint.
 """
 
 import importlib
@@ -77,15 +80,26 @@ def rewind(path, step):
   os.replace(temporary, path)
 
 
+def open_lines(path):
+  """Returns a JSON-lines file open for appending, line buffered; a last line that a kill cut off is removed."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  file = open(path, 'a+', buffering=1, encoding='utf-8')
+  content = path.read_bytes()
+  if content and not content.endswith(b'\n'):
+    file.truncate(content.rfind(b'\n') + 1)
+  return file
+
+
 def _line(row):
   return json.dumps(row, allow_nan=False, ensure_ascii=False) + '\n'
 
 
 class Writer:
-  """Appends to `metrics.jsonl` and `samples.jsonl` and feeds the mirrors.  Close it at the end."""
+  """Appends to `metrics.jsonl`, `samples.jsonl` and `events.jsonl` and feeds the mirrors.  Close it at the end."""
 
   def __init__(self, workdir, mirrors):
-    self._metrics = self._samples = None
+    self._metrics = self._samples = self._events = None
     self._mirrors = list(mirrors)
     self._queue = queue.SimpleQueue()
     self._thread = None
@@ -94,6 +108,7 @@ class Writer:
       self._metrics, self._samples = (
           open(workdir / name, 'a', buffering=1, encoding='utf-8')
           for name in ('metrics.jsonl', 'samples.jsonl'))
+      self._events = open_lines(workdir / 'events.jsonl')
     if self._mirrors:
       self._thread = threading.Thread(target=self._feed, name='metric mirrors', daemon=True)
       self._thread.start()
@@ -118,6 +133,13 @@ class Writer:
     self._samples.write(_line({'step': int(step), 'prompt': prompt, 'text': text}))
     self._queue.put(('sample', int(step), time.time(), (prompt, text)))
 
+  def event(self, step, kind, **details):
+    """Appends what happened to `events.jsonl`.  details: what JSON holds, and floats of any kind."""
+    if self._events is not None:
+      details = {k: encode_number(v) if isinstance(v, float) else v for k, v in details.items()}
+      self._events.write(_line({'time': round(time.time(), 3), 'step': int(step), 'kind': kind,
+                                'details': details}))
+
   def close(self):
     """Waits for the mirrors (30 s at most) and closes the files.  May be called twice."""
     if self._thread is not None:
@@ -127,10 +149,10 @@ class Writer:
         print('warning: a metrics mirror did not finish in time; metrics.jsonl is complete',
               file=sys.stderr)
       self._thread = None
-    for file in (self._metrics, self._samples):
+    for file in (self._metrics, self._samples, self._events):
       if file is not None and not file.closed:
         file.close()
-    self._metrics = self._samples = None
+    self._metrics = self._samples = self._events = None
 
   def __enter__(self):
     return self

@@ -37,6 +37,13 @@ class TrainSpec:
   init_from: str = setting('', "a run's folder, or one checkpoint of it, whose parameters to start from")
   platform: str = setting('', 'refuse to start elsewhere; empty: whatever JAX finds',
                           choices=('', 'cpu', 'gpu', 'tpu'))
+  deterministic: bool = setting(False, 'the same run gives the same bits. Promised for the same mesh, devices, '
+                                'versions and config; another mesh agrees to rounding. GPU: sets '
+                                '--xla_gpu_deterministic_ops, which is slower; CPU needs no flag, and TPU has none')
+  patience: int = setting(0, 'evaluations without a new best stop_metric after which the run stops; 0: never',
+                          minimum=0)
+  stop_metric: str = setting('eval/validation/loss', 'what patience watches, such as '
+                             'eval/validation/bits_per_byte; less is better')
   compilation_cache: str = setting('default', "folder of compiled programs: default is the user's cache "
                                    'directory, none turns it off')
 
@@ -46,6 +53,30 @@ class TrainSpec:
       fits = [n for n in (below, below + self.accumulation) if n]
       yield (f'batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}; '
              f'write batch_size={" or ".join(map(str, fits))}')
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardSpec:
+  """What is done about steps and devices that go wrong.  A bad step is never applied."""
+
+  policy: str = setting('abort', 'after a bad step (loss or gradient not finite, or a spike) abort: stop; skip: '
+                        'go on without it; rollback: go on from the last checkpoint with other batches',
+                        choices=('abort', 'skip', 'rollback'))
+  spike_threshold: float = setting(0.0, 'deviations (median absolute, scaled) above the median from which a loss '
+                                   'or gradient norm is a spike, 10 for example; 0: only what is not finite is '
+                                   'bad', minimum=0.0)
+  window: int = setting(128, 'good steps that the median is taken over; no spike is found before there are so '
+                        'many', minimum=8)
+  rollback_skip_batches: int = setting(200, 'batches that are left out after a rollback, counted from the '
+                                       'checkpoint; all up to the bad one always are (arXiv:2204.02311, section '
+                                       '5.1)', minimum=0)
+  max_bad_steps: int = setting(10, 'bad steps in a row, or rollbacks to one checkpoint, after which the run '
+                               'stops', minimum=1)
+  checksum_every: int = setting(100, 'steps between comparisons of the parameters that several devices hold, to '
+                                'find a device that computes wrongly; also before a checkpoint; 0: never',
+                                minimum=0)
+  straggler_deviations: float = setting(5.0, 'deviations above the median, in time that its host takes for a '
+                                        'step, from which a process is called slow; 0: never', minimum=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

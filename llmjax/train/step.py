@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llmjax.train.guard import judge
 
-def make_train_step(loss_fn, tx, schedule, accumulation=1):
+
+def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None):
   """Returns step(state, batch) -> (state, metrics), pure; the caller jits it and donates the state.
 
   loss_fn(params, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.
@@ -13,6 +15,8 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1):
   divided once, so the result does not depend on how many there are (means of means would).
   metrics: float32 scalars `loss` (nats a target), `grad_norm` (before clipping), `lr`,
   `target_tokens`, and the sums in aux divided by the weight.
+  guard: GuardSpec; tx is then `guard.watched`.  A bad step counts, but parameters and optimizer state stay
+  as they are, to the bit; its metrics have the verdict (see `guard.judge`) as well.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -43,9 +47,16 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1):
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {'loss': loss / weight, 'grad_norm': optax.tree.norm(grads),
-               'lr': jnp.asarray(schedule(state.step), jnp.float32), 'target_tokens': weight,
-               **{name: total / weight for name, total in aux.items()}}
+    loss, norm, updates_done, verdict = loss / weight, optax.tree.norm(grads), state.step, {}
+    if guard is not None:
+      before = state.opt_state
+      updates_done -= before.watch.bad  # What the rule's own schedule counts.
+      verdict, watch = judge(guard, before.watch, loss.astype(jnp.float32), norm.astype(jnp.float32))
+      params, rule = jax.tree.map(lambda new, old: jnp.where(verdict['bad'] == 0, new, old),
+                                  (params, opt_state.rule), (state.params, before.rule))
+      opt_state = before._replace(rule=rule, watch=watch)
+    metrics = {'loss': loss, 'grad_norm': norm, 'lr': jnp.asarray(schedule(updates_done), jnp.float32),
+               'target_tokens': weight, **{name: total / weight for name, total in aux.items()}, **verdict}
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step

@@ -73,8 +73,8 @@ def run_folder(tmp_path):
   _write(folder, 'evaluation.json', {'validation': {
       'loss': 2.9912, 'perplexity': 19.91, 'bits_per_byte': 1.632, 'tokens': 412331,
       'bytes': 1091234, 'gzip_bits_per_byte': 2.291, 'xz_bits_per_byte': 1.972, 'step': 40}})
-  _write(folder, 'time.json', {
-      'init': 3.0, 'compile': 7.0, 'step': 80.0, 'other': 10.0, 'eval': 0.0})
+  _write(folder, 'time.jsonl', [{'time': 1e9, 'step': s, 'seconds': {
+      'init': 3.0, 'compile': 7.0, 'step': 2.0 * s, 'other': 10.0, 'eval': 0.0}} for s in (20, 40)])
   _write(folder, 'environment.json', {
       'device_kind': 'cpu', 'device_count': 1, 'git': 'abc1234',
       'command': 'llmjax pretrain --workdir=small', 'versions': {'jax': '0.12.0'}})
@@ -92,8 +92,8 @@ def test_the_page_shows_the_numbers_of_the_files(run_folder):
   for shown in (
       '1.632', '17% fewer than xz -9, 29% fewer than gzip -9',  # 1.632 / 1.972, 1.632 / 2.291
       '41 k', '1,024 a step',  # 40 steps x 8 rows x 128 tokens.
-      '1,020', '25 %', '1 min 40 s', '3.000',  # Median speed; MFU; sum of time.json; last loss.
-      '80.0 %', '19.910', '2.9912', '412,331', '1,834', '15 (12 empty, 3 invalid utf8)', '2.63',
+      '1,020', '25 %', '1 min 40 s', '3.000',  # Median speed; MFU; sum of time.jsonl's last line; last loss.
+      '80.0 %', 'Goodput 80.0 %', '19.910', '2.9912', '412,331', '1,834', '15 (12 empty, 3 invalid utf8)', '2.63',
       'dot.7', '62.5 %', 'jit(step)/dot_general', 'abc1234', '0.12.0', 'optimizer', '0.003',
       'llmjax pretrain --workdir=small', '1 × cpu'):
     assert shown in page.text, shown
@@ -144,12 +144,33 @@ def test_everything_is_escaped(tmp_path):
   _write(folder, 'evaluation.json', {EVIL: {'bits_per_byte': 1.0}})
   _write(folder, 'environment.json', {'device_kind': EVIL, 'command': EVIL, 'v': {EVIL: EVIL}})
   _write(folder, 'data.json', {EVIL: {'documents': 1, 'quarantined': {EVIL: 2}}})
-  _write(folder, 'time.json', {EVIL: 2.0})
+  _write(folder, 'time.jsonl', [{'seconds': {EVIL: 2.0}}])
+  _write(folder, 'events.jsonl', [{'step': 1, 'kind': kind, 'time': EVIL, 'details': {
+      k: EVIL for k in ('reason', 'dump', 'policy', 'to', 'lost_seconds', 'devices', 'host_seconds', EVIL)}}
+      for kind in (*report.EVENT_NAMES, EVIL)] + [{'step': 1, 'kind': 'bad_step', 'details': [EVIL]}])
   _write(folder / 'profile', 'top_operations.json', {'steps': [EVIL, EVIL], 'operations': [
       {'name': EVIL, 'origin': EVIL, 'count': EVIL}]})
   page = _Reader(report.write_report(folder).read_text())
   assert page.tags.count('script') == 2 and EVIL in page.text
   assert _charts((folder / 'report.html').read_text())['loss']['series'][1]['label'] == EVIL[:8]
+
+
+def test_events_are_told_in_words(run_folder):
+  event = lambda time, step, kind, **details: {'time': 1e9 + time, 'step': step, 'kind': kind, 'details': details}
+  _write(run_folder, 'events.jsonl', [event(0, 0, 'start', lost_seconds=0.0), event(9, 40, 'done')])
+  assert 'What happened' not in _Reader(report.write_report(run_folder).read_text()).text
+  _write(run_folder, 'events.jsonl', [
+      event(0, 0, 'start', lost_seconds=0.0),
+      event(5, 7, 'bad_step', reason='the loss is not finite', policy='rollback', dump='bad_steps/7.json'),
+      event(6, 7, 'rollback', to=4, skipped_batches=3, lost_steps=3, lost_seconds=1.5),
+      event(7, 9, 'straggler', step_seconds=0.5, host_seconds={'2': 0.25}),
+      event(65, 20, 'corruption', devices=[5], sure=True, arrays=['final_norm/scale'], processes=[0])])
+  text = _Reader(report.write_report(run_folder).read_text()).text
+  for shown in ('+ 5 s bad step the loss is not finite; rolled back; batch in bad_steps/7.json',
+                'to step 4, 3 batches left out; 3 steps (1.5 s) done again',
+                'process 2 took 0.25 s on its host, of steps of 0.5 s', '+ 1 min 5 s corruption device 5 differs',
+                'Devices held different copies of the same parameters'):
+    assert shown in text, shown
 
 
 def test_a_loss_that_is_not_finite_is_said_and_drawn_as_a_gap(run_folder):
