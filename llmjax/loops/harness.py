@@ -372,6 +372,7 @@ class Loop:
 
   def _give_up(self, verdict):
     """Says why the run stops; returns the exit status."""
+    self._settle(wait=True)
     self.progress.say(f'stopped: {verdict.reason}; the last checkpoint is step {self.saved}. {verdict.advice}')
     self.writers.event(self.done, 'stopped', reason=verdict.reason, checkpoint=self.saved)
     return 1
@@ -379,8 +380,8 @@ class Loop:
   def _roll_back(self, verdict):
     """Goes back to the newest checkpoint, and on behind the bad batch; returns the step."""
     lost = self.done
+    self._settle(wait=True)
     with self.ledger.charge('checkpoint'):
-      self._settle(wait=True)
       target = self.checkpoints.latest() or 0
       self.done = self.saved = target  # From here on there is nothing to save.
       for array in jax.tree.leaves(self.state):

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 
 import jax
 import jax.numpy as jnp
@@ -201,11 +200,9 @@ def test_what_happens_when_a_save_fails(tmp_path, capsys, on_error, last):
 
 
 def test_a_state_that_is_not_finite_is_no_checkpoint(tmp_path, capsys):
-  # The loss is looked at when it is logged, at the last step here; the state is when it is saved.
+  # A loss that is not finite is seen before a save, whether it is logged then or not.
   assert train(tmp_path, 6, log_every=0, lost_at=4) == 1
-  out = capsys.readouterr().out
-  assert re.search(r'checkpoints/4 is not saved: (params|optimizer)/\S+ is not finite, nor are \d+ more; ', out)
-  assert 'the last good checkpoint is step 2' in out
+  assert 'not finite at step 4; the last checkpoint is step 2' in capsys.readouterr().out
   assert steps_of(tmp_path) == [2]
 
 

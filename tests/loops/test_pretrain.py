@@ -93,7 +93,8 @@ def test_a_stopped_run_goes_on_to_the_bit(folder):
                    for name in ('whole', 'half'))
   assert before['lost'] == 0 < after['lost']  # Steps 4 to 6 were done twice.
   starts = [json.loads(line) for line in (folder / 'half' / 'events.jsonl').read_text().splitlines()]
-  assert [(e['kind'], e['step']) for e in starts] == [('start', 0), ('done', 6), ('start', 3), ('done', 6)]
+  assert [(e['kind'], e['step']) for e in starts] == [
+      ('start', 0), ('done', 6), ('damaged_checkpoint', 3), ('start', 3), ('done', 6)]
 
 
 def test_another_model_in_the_same_folder_is_refused(folder):
