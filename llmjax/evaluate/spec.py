@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from llmjax.checkpoint import weights
 from llmjax.config import setting
 
 PLATFORMS = ('', 'cpu', 'gpu', 'tpu')
@@ -10,6 +11,8 @@ PLATFORMS = ('', 'cpu', 'gpu', 'tpu')
 def _workdir_problems(options):
   if not options.workdir:
     yield "workdir is missing; write --workdir=FOLDER, a run's folder such as runs/quickstart"
+  elif refused := weights.refusal(options.workdir):
+    yield f'workdir={refused}'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What each command's `--config` and flags may say.  No JAX here: `--help` must be quick."""
 
 import dataclasses
+import os
 
+from llmjax.checkpoint import weights
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import group, setting
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec
@@ -52,6 +54,8 @@ class PretrainOptions:
   def problems(self):
     if not self.workdir:
       yield 'workdir=DIR is missing: where should the run be kept? For example --workdir=runs/first'
+    elif os.path.isfile(self.workdir):
+      yield f"workdir={self.workdir} is a file; name a folder to keep the run in, such as runs/first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +88,13 @@ class PretrainSpec:
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
              f'train.steps={self.train.steps}; write {max(self.train.steps // 10, 1)} for a tenth')
+    source = self.train.init_from
+    if source and '://' not in source:
+      if refused := weights.refusal(source):
+        yield f'train.init_from={refused}'
+      elif not os.path.exists(source):
+        yield (f"train.init_from={source}: there is no such folder; give a run's folder, or one checkpoint of it "
+               'such as runs/quickstart/checkpoints/400')
     best = self.checkpoint.best_metric
     metrics = [f'eval/{split}/{name}' for split in self.evaluate.splits
                for name in ('loss', 'perplexity', 'bits_per_byte')]
