@@ -18,6 +18,8 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from llmjax import secrets
+
 
 class ConfigError(Exception):
   """Wrong settings.  `problems` has one line for each, saying what to write instead."""
@@ -102,8 +104,11 @@ def find_problems(spec, prefix=''):
 
 
 def to_dict(spec) -> dict[str, Any]:
-  """Returns the spec as nested plain dicts; `build` turns them back into an equal spec."""
-  return json.loads(json.dumps(dataclasses.asdict(spec)))
+  """Returns the spec as nested plain dicts; `build` turns them back into an equal spec.
+
+  Secrets within it are `***` (see `secrets`): this is what is written and shown of a config.
+  """
+  return secrets.hide_within(json.loads(json.dumps(dataclasses.asdict(spec))))
 
 
 def describe(spec_class, prefix='--config.'):

@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 import llmjax
-from llmjax import config
+from llmjax import config, secrets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,8 @@ COMMANDS = {
 
 def main(argv=None):
   """Runs a command and exits: 0 done, 1 the command failed, 2 the command line is wrong."""
+  if argv is None:  # A process of our own; elsewhere the streams are the caller's.
+    secrets.hide_output()
   argv = list(sys.argv[1:] if argv is None else argv)
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(_overview())

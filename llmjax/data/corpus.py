@@ -21,6 +21,7 @@ import shutil
 import numpy as np
 
 import llmjax
+from llmjax import secrets
 from llmjax.config import ConfigError, to_dict
 from llmjax.data import prepared, python_docs, splits, text_files, token_store
 from llmjax.data.spec import PrepareSpec
@@ -67,7 +68,7 @@ def _request(spec):
   settings.pop('output')
   request = {'settings': settings, 'format': prepared.FORMAT}
   if spec.source == 'text_dir':
-    settings['path'] = os.path.abspath(spec.path)
+    settings['path'] = secrets.hide(os.path.abspath(spec.path))
     digest = hashlib.sha256()
     for file in text_files.list_files(spec.path):
       with contextlib.suppress(OSError):
@@ -285,7 +286,7 @@ def _json_lines(rejected):
   """Returns a JSON object a line for each Rejected, without the fields that say nothing."""
   entries = ({k: v for k, v in dataclasses.asdict(item).items() if v is not None and v is not False}
              for item in rejected)
-  return ''.join(json.dumps(entry) + '\n' for entry in entries)
+  return ''.join(json.dumps(secrets.hide_within(entry)) + '\n' for entry in entries)
 
 
 def _kind_of(reason):
@@ -406,7 +407,7 @@ def _write_tokens(spec, folder, tokenizer, found, request, progress):
   packages = ('numpy', 'sentencepiece', 'tensorflow-datasets', 'array_record')
   return {
       'format': prepared.FORMAT,
-      'name': pathlib.Path(spec.folder).name,
+      'name': secrets.hide(pathlib.Path(spec.folder).name),
       'source': spec.source,
       'request': request,
       'splits': splits_found,
