@@ -73,7 +73,7 @@ def _request(spec):
     for file in text_files.list_files(spec.path):
       with contextlib.suppress(OSError):
         stat = os.stat(file)
-        name = os.path.relpath(file, spec.path)
+        name = text_files.readable_name(os.path.relpath(file, spec.path))
         digest.update(f'{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
     request['files_sha256'] = digest.hexdigest()
   elif spec.source == 'python_docs':
@@ -177,8 +177,9 @@ class _Scan:
 
 def _read(spec, found=None):
   """Yields the Documents and the Rejected of the source that the spec names."""
-  limits = text_files.Limits(tuple(spec.suffixes), spec.text_key or 'text', spec.document_bytes,
-                             spec.max_record_bytes)
+  limits = text_files.Limits(
+      tuple(spec.suffixes), spec.text_key or 'text', spec.document_bytes, spec.max_record_bytes,
+      spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links)
   if spec.source == 'python_docs':
     yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
   elif spec.source == 'text_dir':
@@ -299,7 +300,7 @@ def _nothing_found(spec, scan):
   if spec.source != 'text_dir':
     return f'{spec.name or spec.source}: there is no text in it'
   looked = (f'no text found in {spec.path}: looked for {", ".join(spec.suffixes)} (also in .gz, '
-            f'.zst, .bz2, .xz, .tar)')
+            f'.zst, .bz2, .xz, .tar, .zip)')
   if scan.rejected:
     reasons = collections.Counter(r.reason for r in scan.rejected).most_common(3)
     return (f'{looked}; {scan.found.files} such files, but every record was refused: '
