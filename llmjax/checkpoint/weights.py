@@ -25,9 +25,17 @@ def refusal(path):
   if path.suffix in ('.npy', '.npz'):
     return (f"{path} is a NumPy file, which may hold pickled objects: it is not loaded; give a run's folder or one "
             'of its checkpoints')
-  if path.is_file():
+  if os.path.isfile(path):
     return f"{path} is a file; give a run's folder, or one checkpoint of it such as runs/quickstart/checkpoints/400"
   return None
+
+
+def no_run(workdir):
+  """Yields the line for a folder of this machine that holds no run."""
+  if workdir and '://' not in workdir and not os.path.isfile(workdir) and not os.path.exists(
+      os.path.join(workdir, 'config.json')):
+    yield (f"workdir={workdir} is not a run's folder (no config.json); give the --workdir that `llmjax pretrain` "
+           'had')
 
 
 def _find_pickle(path):
@@ -35,9 +43,9 @@ def _find_pickle(path):
   if path.suffix.lower() in PICKLED:
     return path
   try:
-    if path.is_file():
+    if os.path.isfile(path):
       return path if _looks_pickled(path) else None
-    if path.is_dir() and not (path / 'checkpoints').exists() and not (path / 'params').exists():
+    if os.path.isdir(path) and not (path / 'checkpoints').exists() and not (path / 'params').exists():
       return next((p for p in sorted(path.iterdir()) if p.suffix.lower() in PICKLED), None)
   except OSError:
     pass  # Whoever loads it says why it cannot be read.

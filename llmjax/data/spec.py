@@ -26,7 +26,7 @@ class TokenizerSpec:
   seed: int = setting(0, 'draws the sample', minimum=0)
 
   def problems(self):
-    if self.path and not pathlib.Path(self.path).is_file():
+    if self.path and not os.path.isfile(self.path):
       yield f'path={self.path}: there is no such file; name a tokenizer.model of a prepared folder'
 
 
@@ -63,7 +63,7 @@ class DataSpec:
              'one again with --force '
              f'--config.tokenizer.path={prepared.tokenizer_path(first)}')
     if self.tokenizer:
-      if not pathlib.Path(self.tokenizer).is_file():
+      if not os.path.isfile(self.tokenizer):
         yield f'tokenizer={self.tokenizer}: there is no such file; leave it empty'
       elif hashes and prepared.file_sha256(self.tokenizer) not in hashes.values():
         yield (f'tokenizer={self.tokenizer} did not make the tokens of {next(iter(hashes))}; leave '

@@ -15,6 +15,11 @@ def _workdir_problems(options):
     yield f'workdir={refused}'
 
 
+def _run_problems(options):
+  yield from _workdir_problems(options)
+  yield from weights.no_run(options.workdir)
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
   """Flags of `llmjax evaluate`."""
@@ -25,7 +30,7 @@ class EvaluateOptions:
   batch_size: int = setting(0, "rows at once; 0: the run's own", minimum=0)
   limit: int = setting(0, 'rows to evaluate; 0: all', minimum=0)
 
-  problems = _workdir_problems
+  problems = _run_problems
 
 
 @dataclasses.dataclass(frozen=True)

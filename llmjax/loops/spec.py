@@ -6,6 +6,7 @@ import os
 from llmjax.checkpoint import weights
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import group, setting
+from llmjax.data import prepared
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
@@ -18,6 +19,9 @@ __all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 
            'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
 
 
+WRITERS = ('tensorboard', 'wandb', 'mlflow')
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluateSpec:
   """Evaluation inside the loop."""
@@ -25,6 +29,11 @@ class EvaluateSpec:
   splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation')
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
   limit: int = setting(0, 'rows of a split to use, the same ones each time; 0: all of them', minimum=0)
+
+  def problems(self):
+    for split in self.splits:
+      if split not in prepared.SPLITS:
+        yield f'splits: {split!r} is not one; write some of {", ".join(prepared.SPLITS)}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,11 @@ class LogsSpec:
 
   writers: tuple[str, ...] = setting(('tensorboard',), 'mirrors of metrics.jsonl: tensorboard, wandb, '
                                      'mlflow')
+
+  def problems(self):
+    for name in self.writers:
+      if name not in WRITERS:
+        yield f'writers: {name!r} is not one; write some of {", ".join(WRITERS)}'
 
 
 @dataclasses.dataclass(frozen=True)
