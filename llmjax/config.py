@@ -56,8 +56,8 @@ def load_recipe(path: str) -> dict[str, Any]:
         f' in it, such as {within[0]}' if within else ' such as configs/pretrain/quickstart.py')])
   if not os.path.isfile(path):
     near = difflib.get_close_matches(
-        file.stem, [p.stem for p in file.parent.glob('*') if p.suffix in ('.py', '.json')], n=1)
-    hint = f'; did you mean {file.parent / near[0]}{file.suffix}?' if near else (
+        file.name, [p.name for p in file.parent.glob('*') if p.suffix in ('.py', '.json')], n=1)
+    hint = f'; did you mean {file.parent / near[0]}?' if near else (
         '; give the path of a recipe such as configs/pretrain/quickstart.py')
     raise ConfigError([f'--config={shown(path, quote=False)}: there is no such file{hint}'])
   if file.suffix not in ('.py', '.json'):
@@ -65,19 +65,21 @@ def load_recipe(path: str) -> dict[str, Any]:
                        "as a run's config.json"])
   try:
     if file.suffix == '.json':
-      recipe = json.loads(file.read_text())
+      recipe = json.loads(file.read_bytes())
     else:
       recipe = runpy.run_path(str(file))['get_config']()
   except KeyError as e:
     raise ConfigError([f'--config={path}: the file must define get_config()']
                       if e.args == ('get_config',) else [f'--config={path}: KeyError: {e}']) from e
+  except json.JSONDecodeError as e:
+    raise ConfigError([f'--config={path} is not JSON: {e}']) from e
   except (Exception, SystemExit) as e:  # A recipe is the user's program: any error in it is theirs to see.
     raise ConfigError([f'--config={path}: {type(e).__name__}: {one_line(e)}']) from e
   if isinstance(recipe, config_dict.ConfigDict):
     recipe = recipe.to_dict()
   if not isinstance(recipe, dict):
-    raise ConfigError([f'--config={path}: get_config() must return a ConfigDict, '
-                       f'not {type(recipe).__name__}'])
+    what = 'it must hold a JSON object' if file.suffix == '.json' else 'get_config() must return a ConfigDict'
+    raise ConfigError([f'--config={path}: {what}, not {type(recipe).__name__}'])
   return recipe
 
 
@@ -215,7 +217,8 @@ def _build(spec_class, values, prefix, problems, root):
       try:
         arguments[name] = _check(field, _convert(field.type, value))
       except ValueError as e:
-        problems.append(f'{prefix}{name}={shown(value)} {e}')
+        plain = isinstance(value, tuple) and all(isinstance(v, str) for v in value)  # As they were typed.
+        problems.append(f'{prefix}{name}={shown(",".join(value), quote=False) if plain else shown(value)} {e}')
   return None if problems else spec_class(**arguments)
 
 

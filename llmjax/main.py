@@ -187,19 +187,31 @@ def parse(command, arguments):
       problems.append('--config is not for this command: it reads the config in its --workdir')
     _raise(problems)
     return None, options
-  if recipe_path is None and not getattr(options, 'text_dir', ''):
+  missing = recipe_path is None and not getattr(options, 'text_dir', '')
+  if missing and waiting != '':
     problems.append(f'--config=FILE is missing; for example {command.example}')
-  elif recipe_path is not None:
+  if recipe_path is not None:
     try:
       recipe = config.load_recipe(recipe_path)
     except config.ConfigError as e:
       _raise(problems + e.problems)
+    if other := _recipe_of(command, recipe):
+      _raise([*problems, f'--config={recipe_path} is a recipe of `llmjax {other}`; for example {command.example}'])
   try:
     spec = config.build(_load(command.spec), recipe, overrides)
   except config.ConfigError as e:
-    problems += e.problems
+    # Without a recipe, what the defaults lack is no mistake of the user's; what was typed may be.
+    problems += [p for p in e.problems if not missing or any(key in p for key, _ in overrides)]
   _raise(problems)
   return spec, options
+
+
+def _recipe_of(command, recipe):
+  """Returns the command that a recipe is for when it fits another one and nothing in it fits this one."""
+  fields = lambda c: {f.name for f in dataclasses.fields(_load(c.spec))}
+  if not recipe or fields(command) & set(recipe):
+    return None
+  return next((name for name, c in COMMANDS.items() if c.spec and set(recipe) <= fields(c)), None)
 
 
 def _parse_launch(command, arguments):
@@ -246,6 +258,7 @@ def _parse_flags(options_class, arguments):
     define(flag, None, doc, flag_values=values)
   known = [a for f in config.describe(options_class, '') for a in (f[0], f[0].replace('_', '-'))]
   # Dashes in names are what people type; absl knows underscores.
+  typed = {_with_underscores(a).partition('=')[0]: a.partition('=')[0] for a in arguments}
   arguments = [_with_underscores(a) for a in arguments]
   problems = []
   while True:
@@ -254,10 +267,11 @@ def _parse_flags(options_class, arguments):
       break
     except flags.UnrecognizedFlagError as e:
       near = difflib.get_close_matches(e.flagname, known, n=1)
-      hint = f'; did you mean --{near[0]}?' if near else f'; known: {", ".join(known[::2])}'
+      hint = f'; did you mean --{_with_dashes(near[0])}?' if near else (
+          f'; known: {", ".join(f"--{_with_dashes(k)}" for k in known[::2])}')
       unknown = [a for a in arguments if a.lstrip('-').partition('=')[0] == e.flagname]
-      typed = unknown[0].partition('=')[0] if unknown else f'--{e.flagname}'
-      problems.append(f'{config.shown(typed, quote=False)} is not a flag{hint}')
+      name = typed[unknown[0].partition('=')[0]] if unknown else f'--{e.flagname}'
+      problems.append(f'{config.shown(name, quote=False)} is not a flag{hint}')
       if not unknown:
         raise config.ConfigError(problems) from e
       arguments = [a for a in arguments if a not in unknown]
@@ -289,6 +303,10 @@ def _flag_problem(arguments, values, error):
     if equals and name.startswith('no') and name[2:] in values:
       return f'--{name} takes no value; write --{name} or --{name[2:]}=false'
   return config.one_line(error)
+
+
+def _with_dashes(name):
+  return name.replace('_', '-')
 
 
 def _with_underscores(argument):

@@ -25,6 +25,9 @@ def refusal(path):
   if path.suffix in ('.npy', '.npz'):
     return (f"{path} is a NumPy file, which may hold pickled objects: it is not loaded; give a run's folder or one "
             'of its checkpoints')
+  if path.suffix == '.safetensors' and os.path.isfile(path):
+    return (f"{path}: this version imports no safetensors yet; give a run's folder, or one checkpoint of it such as "
+            'runs/quickstart/checkpoints/400')
   if os.path.isfile(path):
     return f"{path} is a file; give a run's folder, or one checkpoint of it such as runs/quickstart/checkpoints/400"
   return None

@@ -143,8 +143,9 @@ class PretrainSpec:
         microbatches *= max(pipe.microbatches // size('stage'), 1)
       if pipe.schedule == '1f1b':
         wholes.append(('data.seq_len', self.data.seq_len, stages, 1, ''))
-    wholes.append(('train.batch_size', self.train.batch_size, rows, microbatches,
-                   f'{microbatches} microbatches'))
+    if self.train.batch_size % self.train.accumulation == 0:  # Else the train group says so.
+      wholes.append(('train.batch_size', self.train.batch_size, rows, microbatches,
+                     f'{microbatches} microbatches'))
     for name, whole, axes, times, words in wholes:
       parts = size(*axes) * times
       if whole % parts:
