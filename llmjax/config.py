@@ -24,11 +24,19 @@ from llmjax import secrets
 
 
 class ConfigError(Exception):
-  """Wrong settings.  `problems` has one line for each, saying what to write instead."""
+  """Wrong settings.  `problems` has one printable line for each, saying what to write instead."""
 
   def __init__(self, problems):
-    self.problems = list(problems)
+    self.problems = [_printable_line(problem) for problem in problems]
     super().__init__('\n'.join(self.problems))
+
+
+def _printable_line(text):
+  """Returns what a terminal shows safely in one line, whatever names and values are within."""
+  text = text.replace('\n', ' ')
+  if not text.isprintable():
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+  return text if len(text) <= 1200 else f'{text[:600]} ... {text[-500:]}'
 
 
 def setting(default, doc, *, choices=None, minimum=None, maximum=None):
@@ -55,8 +63,11 @@ def load_recipe(path: str) -> dict[str, Any]:
     raise ConfigError([f'--config={path} is a folder; name a recipe' + (
         f' in it, such as {within[0]}' if within else ' such as configs/pretrain/quickstart.py')])
   if not os.path.isfile(path):
-    near = difflib.get_close_matches(
-        file.name, [p.name for p in file.parent.glob('*') if p.suffix in ('.py', '.json')], n=1)
+    try:
+      beside = [name for name in os.listdir(file.parent) if name.endswith(('.py', '.json'))]
+    except (OSError, ValueError):
+      beside = []
+    near = difflib.get_close_matches(file.name[:255], beside, n=1)
     hint = f'; did you mean {file.parent / near[0]}?' if near else (
         '; give the path of a recipe such as configs/pretrain/quickstart.py')
     raise ConfigError([f'--config={shown(path, quote=False)}: there is no such file{hint}'])

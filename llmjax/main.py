@@ -176,7 +176,8 @@ def parse(command, arguments):
   if waiting == '':
     problems.append('--config needs a file: write --config=FILE')
   elif waiting is not None:
-    problems.append(f'--config.{waiting} needs a value: write --config.{waiting}=VALUE')
+    key = config.shown(waiting, quote=False)
+    problems.append(f'--config.{key} needs a value: write --config.{key}=VALUE')
   options_class, options = _load(command.options), None
   try:
     options = _build_options(options_class, plain)
@@ -260,7 +261,10 @@ def _parse_flags(options_class, arguments):
   # Dashes in names are what people type; absl knows underscores.
   typed = {_with_underscores(a).partition('=')[0]: a.partition('=')[0] for a in arguments}
   arguments = [_with_underscores(a) for a in arguments]
-  problems = []
+  # absl compares an unknown name with all flags by a recursion as deep as the name is long.
+  endless = [a for a in arguments if a.startswith('-') and len(a.partition('=')[0]) > 100]
+  problems = [f'{config.shown(a, quote=False)} is not a flag' for a in endless]
+  arguments = [a for a in arguments if a not in endless]
   while True:
     try:
       rest = values(['llmjax'] + arguments)[1:]

@@ -27,7 +27,8 @@ def get_config():
 MANIFEST = {
     'format': 1, 'request': {}, 'tokenizer': {'sha256': 'x', 'vocab_size': 512},
     'splits': {'train': {'documents': 1, 'bytes': 9, 'tokens': 9, 'tokens_sha256': 'x'}},
-    'quarantine': {'records': 0, 'byte_order_marks_removed': 0, 'reasons': {}}, 'duplicates': {}, 'ignored_files': {}}
+    'quarantine': {'records': 0, 'byte_order_marks_removed': 0, 'reasons': {}}, 'ignored_files': {},
+    'duplicates': {'repeated': 0, 'train_copies_of_held_out': 0}}
 
 
 def read_entries(text):

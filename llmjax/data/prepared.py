@@ -65,7 +65,8 @@ def _is_whole(manifest):
     tokenizer, quarantine = manifest['tokenizer'], manifest['quarantine']
     counts = [split[name] for split in manifest['splits'].values() for name in ('documents', 'bytes', 'tokens')]
     counts += [tokenizer['vocab_size'], quarantine['records'], quarantine['byte_order_marks_removed'],
-               *quarantine['reasons'].values(), *manifest['duplicates'].values(),
+               *quarantine['reasons'].values(), manifest['duplicates']['repeated'],
+               manifest['duplicates']['train_copies_of_held_out'],
                *manifest['ignored_files'].values()]
     texts = [tokenizer['sha256'], *(split['tokens_sha256'] for split in manifest['splits'].values())]
     return (all(type(n) is int and n >= 0 for n in counts) and all(isinstance(t, str) for t in texts)

@@ -229,7 +229,8 @@ def _is_damage(error):
 
 
 def _one_line(error):
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+  line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+  return ''.join(c if c.isprintable() else '?' for c in line)
 
 
 def _decompress(raw, compression):
@@ -514,11 +515,15 @@ def _read_jsonl(stream, name, limits):
       yield Rejected(name, f'not JSON: {_one_line(e)}', offset, number, len(line))
       continue
     if not isinstance(record, dict) or limits.text_key not in record:
-      fields = ', '.join(map(str, list(record)[:8])) if isinstance(record, dict) else 'no object'
+      fields = _field_names(record) if isinstance(record, dict) else 'no object'
       yield Rejected(name, f'no field {limits.text_key!r} (found: {fields})', offset, number,
                      len(line))
       continue
     yield check_text(record[limits.text_key], f'{name}#{number}', name, limits, offset, number)
+
+
+def _field_names(names):
+  return ', '.join(''.join(c if c.isprintable() else '?' for c in str(name)[:40]) for name in list(names)[:8])
 
 
 def _read_parquet(raw, name, limits, budget):
@@ -529,7 +534,7 @@ def _read_parquet(raw, name, limits, budget):
   table = pyarrow.parquet.ParquetFile(raw)
   if limits.text_key not in table.schema_arrow.names:
     yield Rejected(name, f'no field {limits.text_key!r} '
-                   f'(found: {", ".join(table.schema_arrow.names[:8])})')
+                   f'(found: {_field_names(table.schema_arrow.names)})')
     return
   row = 0
   for batch in table.iter_batches(batch_size=256, columns=[limits.text_key]):
