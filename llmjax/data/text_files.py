@@ -216,7 +216,8 @@ def _read_file(raw, name, limits, found, budget, depth=0):
     else:
       yield from _read_text(counted, name, limits)
   except Exception as e:
-    if not _is_damage(e):
+    # What a damaged Parquet file makes pyarrow raise is of many kinds, UnicodeDecodeError among them.
+    if not _is_damage(e) and kind != '.parquet':
       raise
     yield Rejected(name, f'damaged file, the rest is lost: {_one_line(e)}', offset=counted.offset)
 

@@ -171,8 +171,9 @@ def data_files():
     z.writestr('b.jsonl', records)
   pyarrow.parquet.write_table(pyarrow.table({'text': [f'row {i}' for i in range(30)]}), table)
   return {'.txt': text, '.jsonl': records, '.txt.gz': gzip.compress(text, mtime=0),
-          '.jsonl.zst': zstandard.compress(records), '.txt.bz2': bz2.compress(text), '.txt.xz': lzma.compress(text), '.tar': tar.getvalue(),
-          '.tar.gz': gzip.compress(tar.getvalue(), mtime=0), '.zip': archive.getvalue(), '.parquet': table.getvalue()}
+          '.jsonl.zst': zstandard.compress(records), '.txt.bz2': bz2.compress(text), '.txt.xz': lzma.compress(text),
+          '.tar': tar.getvalue(), '.tar.gz': gzip.compress(tar.getvalue(), mtime=0), '.zip': archive.getvalue(),
+          '.parquet': table.getvalue()}
 
 
 @times(300, 4000)
