@@ -345,7 +345,7 @@ def read_config(workdir):
   except OSError as e:
     raise ConfigError([f'{file} cannot be read: {e.strerror or e}']) from e
   wrong = [] if isinstance(found, dict) else ['no JSON object']
-  wrong = wrong or [f'no group {name!r}' for name in ('model', 'data', 'train')
+  wrong = wrong or [f'no group {name!r}' for name in ('model', 'train')
                     if not isinstance(found.get(name), dict)]
   if wrong:
     raise ConfigError([f"{file} is not a run's config: it has {wrong[0]}; give the --workdir that "
