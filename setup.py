@@ -32,6 +32,7 @@ setuptools.setup(
         'zstandard',  # Reading .zst text.
         'ml-collections>=1.1',  # Recipes.
         'absl-py>=2.1',  # Flags.
+        'jinja2>=3.1.6',  # Chat templates; its sandbox before that could be left.
         'tensorboardX>=2.6',  # TensorBoard events without TensorFlow.
     ],
     extras_require={

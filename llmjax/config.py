@@ -10,6 +10,8 @@ import collections.abc
 import dataclasses
 import difflib
 import json
+import math
+import os
 import pathlib
 import runpy
 import types
@@ -18,13 +20,23 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from llmjax import secrets
+
 
 class ConfigError(Exception):
-  """Wrong settings.  `problems` has one line for each, saying what to write instead."""
+  """Wrong settings.  `problems` has one printable line for each, saying what to write instead."""
 
   def __init__(self, problems):
-    self.problems = list(problems)
+    self.problems = [_printable_line(problem) for problem in problems]
     super().__init__('\n'.join(self.problems))
+
+
+def _printable_line(text):
+  """Returns what a terminal shows safely in one line, whatever names and values are within."""
+  text = text.replace('\n', ' ')
+  if not text.isprintable():
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+  return text if len(text) <= 1200 else f'{text[:600]} ... {text[-500:]}'
 
 
 def setting(default, doc, *, choices=None, minimum=None, maximum=None):
@@ -46,27 +58,39 @@ def load_recipe(path: str) -> dict[str, Any]:
   Raises ConfigError when the file is missing, fails, or holds something else.
   """
   file = pathlib.Path(path)
-  if not file.is_file():
-    near = difflib.get_close_matches(
-        file.stem, [p.stem for p in file.parent.glob('*') if p.suffix in ('.py', '.json')], n=1)
-    hint = f'; did you mean {file.parent / near[0]}{file.suffix}?' if near else (
+  if path and os.path.isdir(path):
+    within = sorted(p for p in file.glob('*') if p.suffix in ('.py', '.json'))
+    raise ConfigError([f'--config={path} is a folder; name a recipe' + (
+        f' in it, such as {within[0]}' if within else ' such as configs/pretrain/quickstart.py')])
+  if not os.path.isfile(path):
+    try:
+      beside = [name for name in os.listdir(file.parent) if name.endswith(('.py', '.json'))]
+    except (OSError, ValueError):
+      beside = []
+    near = difflib.get_close_matches(file.name[:255], beside, n=1)
+    hint = f'; did you mean {file.parent / near[0]}?' if near else (
         '; give the path of a recipe such as configs/pretrain/quickstart.py')
-    raise ConfigError([f'--config={path}: there is no such file{hint}'])
+    raise ConfigError([f'--config={shown(path, quote=False)}: there is no such file{hint}'])
+  if file.suffix not in ('.py', '.json'):
+    raise ConfigError([f'--config={path} is no recipe: a recipe is a .py file with get_config(), or a .json file such '
+                       "as a run's config.json"])
   try:
     if file.suffix == '.json':
-      recipe = json.loads(file.read_text())
+      recipe = json.loads(file.read_bytes())
     else:
       recipe = runpy.run_path(str(file))['get_config']()
   except KeyError as e:
     raise ConfigError([f'--config={path}: the file must define get_config()']
                       if e.args == ('get_config',) else [f'--config={path}: KeyError: {e}']) from e
-  except Exception as e:  # A recipe is the user's program: any error in it is theirs to see.
-    raise ConfigError([f'--config={path}: {type(e).__name__}: {e}']) from e
+  except json.JSONDecodeError as e:
+    raise ConfigError([f'--config={path} is not JSON: {e}']) from e
+  except (Exception, SystemExit) as e:  # A recipe is the user's program: any error in it is theirs to see.
+    raise ConfigError([f'--config={path}: {type(e).__name__}: {one_line(e)}']) from e
   if isinstance(recipe, config_dict.ConfigDict):
     recipe = recipe.to_dict()
   if not isinstance(recipe, dict):
-    raise ConfigError([f'--config={path}: get_config() must return a ConfigDict, '
-                       f'not {type(recipe).__name__}'])
+    what = 'it must hold a JSON object' if file.suffix == '.json' else 'get_config() must return a ConfigDict'
+    raise ConfigError([f'--config={path}: {what}, not {type(recipe).__name__}'])
   return recipe
 
 
@@ -78,8 +102,7 @@ def build(spec_class, recipe, overrides=()):
   specs' own `problems()` find.
   """
   problems = []
-  values = {name: dict(v) if isinstance(v, collections.abc.Mapping) else v
-            for name, v in recipe.items()}
+  values = {str(name): _copy(v) for name, v in recipe.items()}
   for name, text in overrides:
     _place(spec_class, values, name.split('.'), text, name, problems, spec_class)
   spec = _build(spec_class, values, '', problems, spec_class)
@@ -88,6 +111,21 @@ def build(spec_class, recipe, overrides=()):
   if problems:
     raise ConfigError(problems)
   return spec
+
+
+def _copy(value):
+  return {str(k): _copy(v) for k, v in value.items()} if isinstance(value, collections.abc.Mapping) else value
+
+
+def shown(value, quote=True):
+  """Returns a value as an error message shows it: in one line, and not more of it than tells it apart."""
+  text = repr(value) if quote or not str(value).isprintable() else str(value)
+  return text if len(text) <= 80 else f'{text[:60]}... ({len(text):,} characters)'
+
+
+def one_line(error):
+  """Returns an exception's text in one line of at most 300 characters."""
+  return ' '.join(str(error).split())[:300] or type(error).__name__
 
 
 def find_problems(spec, prefix=''):
@@ -102,8 +140,11 @@ def find_problems(spec, prefix=''):
 
 
 def to_dict(spec) -> dict[str, Any]:
-  """Returns the spec as nested plain dicts; `build` turns them back into an equal spec."""
-  return json.loads(json.dumps(dataclasses.asdict(spec)))
+  """Returns the spec as nested plain dicts; `build` turns them back into an equal spec.
+
+  Secrets within it are `***` (see `secrets`): this is what is written and shown of a config.
+  """
+  return secrets.hide_within(json.loads(json.dumps(dataclasses.asdict(spec))))
 
 
 def describe(spec_class, prefix='--config.'):
@@ -128,6 +169,8 @@ def _fields(spec_class):
 def _unknown(name, root):
   """Returns the message for a field that does not exist, naming the nearest that does."""
   known = [flag for flag, *_ in describe(root, '')]
+  if len(name) > 200:
+    return f'{shown(name)} is not a field'
   last = name.split('.')[-1]
   near = ([k for k in known if k.split('.')[-1] == last] or
           difflib.get_close_matches(name, known, n=1, cutoff=0.75) or
@@ -146,6 +189,8 @@ def _place(spec_class, values, path, text, name, problems, root):
   is_group = field is not None and dataclasses.is_dataclass(field.type)
   if field is not None and typing.get_origin(field.type) is dict and len(path) > 1:
     entry = values.setdefault(path[0], {})  # A mapping takes `data.sources.corpus=0.5`.
+    if not isinstance(entry, dict):
+      entry = values[path[0]] = {}
     entry['.'.join(path[1:])] = parse_text(typing.get_args(field.type)[1], text)
     return
   if is_group and len(path) == 1:
@@ -176,14 +221,15 @@ def _build(spec_class, values, prefix, problems, root):
       if dataclasses.is_dataclass(value):
         value = {}
       if not isinstance(value, collections.abc.Mapping):
-        problems.append(f'{prefix}{name} is a group of fields, not {value!r}')
+        problems.append(f'{prefix}{name} is a group of fields, not {shown(value)}')
         continue
       arguments[name] = _build(field.type, value, f'{prefix}{name}.', problems, root)
     else:
       try:
         arguments[name] = _check(field, _convert(field.type, value))
       except ValueError as e:
-        problems.append(f'{prefix}{name}={value!r} {e}')
+        plain = isinstance(value, tuple) and all(isinstance(v, str) for v in value)  # As they were typed.
+        problems.append(f'{prefix}{name}={shown(",".join(value), quote=False) if plain else shown(value)} {e}')
   return None if problems else spec_class(**arguments)
 
 
@@ -193,9 +239,10 @@ def _check(field, value):
   if value is None:
     return value
   if meta['choices'] is not None and value not in meta['choices']:
-    near = difflib.get_close_matches(str(value), [str(c) for c in meta['choices']], n=1)
+    near = difflib.get_close_matches(str(value)[:80], [str(c) for c in meta['choices']], n=1)
     hint = f'; did you mean {near[0]}?' if near else ''
-    raise ValueError(f'must be one of {", ".join(map(str, meta["choices"]))}{hint}')
+    known = ', '.join(str(c) for c in meta['choices'] if c != '')
+    raise ValueError(f'must be one of {known}{", or empty" if "" in meta["choices"] else ""}{hint}')
   if meta['minimum'] is not None and value < meta['minimum']:
     raise ValueError(f'must be at least {meta["minimum"]}')
   if meta['maximum'] is not None and value > meta['maximum']:
@@ -219,7 +266,7 @@ def parse_text(annotation, text):
     return None
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
     if typing.get_origin(annotation) is tuple:
       return tuple(part for part in text.split(',') if part)
     return text
@@ -238,16 +285,23 @@ def _convert(annotation, value):
     return tuple(_convert(arguments[0], v) for v in value)
   if origin is dict:
     if not isinstance(value, collections.abc.Mapping):
-      raise ValueError(f'must map names to {arguments[1].__name__}, such as {{"corpus": 1.0}}')
-    return {str(k): _convert(arguments[1], v) for k, v in value.items()}
+      raise ValueError('must map names to numbers, such as {"corpus": 1.0}')
+    try:
+      return {str(k): _convert(arguments[1], v) for k, v in value.items()}
+    except ValueError as e:
+      raise ValueError('must map names to numbers, such as {"corpus": 1.0}') from e
   if annotation is bool:
     if value in (True, False):
       return bool(value)
     raise ValueError('must be true or false')
   if annotation in (int, float):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or (
-        annotation is int and not float(value).is_integer()):
+        annotation is int and isinstance(value, float) and not value.is_integer()):
       raise ValueError(f'must be {"a whole number" if annotation is int else "a number"}')
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+      raise ValueError(f'must be at most {(1 << 63) - 1}')
+    if not math.isfinite(value):
+      raise ValueError('must be a finite number')
     return annotation(value)
   if annotation is str:
     if not isinstance(value, (str, pathlib.PurePath)):

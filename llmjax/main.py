@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 import llmjax
-from llmjax import config
+from llmjax import config, secrets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +101,8 @@ COMMANDS = {
 
 def main(argv=None):
   """Runs a command and exits: 0 done, 1 the command failed, 2 the command line is wrong."""
+  if argv is None:  # A process of our own; elsewhere the streams are the caller's.
+    secrets.hide_output()
   argv = list(sys.argv[1:] if argv is None else argv)
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(_overview())
@@ -111,11 +113,7 @@ def main(argv=None):
   words = 2 if ' '.join(argv[:2]) in COMMANDS else 1
   name, arguments = ' '.join(argv[:words]), argv[words:]
   if name not in COMMANDS:
-    near = ([c for c in COMMANDS if c.startswith(f'{name} ')] or
-            difflib.get_close_matches(' '.join(argv[:2]), COMMANDS, n=1) or
-            difflib.get_close_matches(name, COMMANDS, n=1))
-    hint = f'did you mean `llmjax {"` or `llmjax ".join(near)}`?' if near else 'known: ' + ', '.join(COMMANDS)
-    _fail(2, f'llmjax: there is no command {name!r}; {hint}')
+    _fail(2, f'llmjax: {_no_command(argv)}')
   command = COMMANDS[name]
   own = arguments[:arguments.index('--')] if '--' in arguments else arguments
   if any(a in ('-h', '--help') for a in own):
@@ -134,6 +132,21 @@ def main(argv=None):
   sys.exit(status or 0)
 
 
+def _no_command(argv):
+  """Returns the line for a command line that begins with no command."""
+  first, two = config.shown(argv[0]), ' '.join(argv[:2]).lower()
+  if argv[0].startswith('-'):
+    return f'a command comes before {first}, such as llmjax pretrain; known: {", ".join(COMMANDS)}'
+  if group := [c for c in COMMANDS if c.startswith(f'{argv[0].lower()} ')]:
+    if near := difflib.get_close_matches(two, group, n=1) if len(argv) > 1 else []:
+      return f'there is no command {config.shown(" ".join(argv[:2]))}; did you mean `llmjax {near[0]}`?'
+    return f'{first} needs a second word; write `llmjax {"` or `llmjax ".join(group)}`'
+  near = (difflib.get_close_matches(two, COMMANDS, n=1) or
+          difflib.get_close_matches(argv[0].lower(), COMMANDS, n=1))
+  return f'there is no command {first}; ' + (
+      f'did you mean `llmjax {near[0]}`?' if near else f'known: {", ".join(COMMANDS)}')
+
+
 def parse(command, arguments):
   """Returns (spec or None, options) of a command line; raises ConfigError with all problems."""
   if command.launches:
@@ -141,12 +154,18 @@ def parse(command, arguments):
   problems, recipe, recipe_path, overrides, plain = [], {}, None, [], []
   waiting = None  # A `--config.a.b` whose value is the next argument.
   for argument in arguments:
-    if waiting is not None:
+    if waiting == '':  # Of a `--config` without a file so far.
+      recipe_path, waiting = argument, None
+    elif waiting is not None:
       overrides.append((waiting, argument))
       waiting = None
+    elif argument == '--config':
+      waiting = ''
     elif argument.lstrip('-').startswith('config.') and argument.startswith('-'):
       key, equals, text = argument.lstrip('-').removeprefix('config.').partition('=')
-      if equals:
+      if not key:
+        problems.append(f'{config.shown(argument)} names no field; write --config.train.steps=200, for example')
+      elif equals:
         overrides.append((key, text))
       else:
         waiting = key
@@ -154,34 +173,46 @@ def parse(command, arguments):
       recipe_path = argument.removeprefix('--config=')
     else:
       plain.append(argument)
-  if '--config' in plain:
+  if waiting == '':
     problems.append('--config needs a file: write --config=FILE')
-    plain.remove('--config')
-  if waiting is not None:
-    problems.append(f'--config.{waiting} needs a value: write --config.{waiting}=VALUE')
+  elif waiting is not None:
+    key = config.shown(waiting, quote=False)
+    problems.append(f'--config.{key} needs a value: write --config.{key}=VALUE')
   options_class, options = _load(command.options), None
   try:
-    options = config.build(options_class, _parse_flags(options_class, plain))
+    options = _build_options(options_class, plain)
   except config.ConfigError as e:
-    problems += ['--' + p for p in e.problems]
+    problems += e.problems
   if command.spec is None:
     if recipe_path or overrides:
       problems.append('--config is not for this command: it reads the config in its --workdir')
     _raise(problems)
     return None, options
-  if recipe_path is None and not getattr(options, 'text_dir', ''):
+  missing = recipe_path is None and not getattr(options, 'text_dir', '')
+  if missing and waiting != '':
     problems.append(f'--config=FILE is missing; for example {command.example}')
-  elif recipe_path is not None:
+  if recipe_path is not None:
     try:
       recipe = config.load_recipe(recipe_path)
     except config.ConfigError as e:
       _raise(problems + e.problems)
+    if other := _recipe_of(command, recipe):
+      _raise([*problems, f'--config={recipe_path} is a recipe of `llmjax {other}`; for example {command.example}'])
   try:
     spec = config.build(_load(command.spec), recipe, overrides)
   except config.ConfigError as e:
-    problems += e.problems
+    # Without a recipe, what the defaults lack is no mistake of the user's; what was typed may be.
+    problems += [p for p in e.problems if not missing or any(key in p for key, _ in overrides)]
   _raise(problems)
   return spec, options
+
+
+def _recipe_of(command, recipe):
+  """Returns the command that a recipe is for when it fits another one and nothing in it fits this one."""
+  fields = lambda c: {f.name for f in dataclasses.fields(_load(c.spec))}
+  if not recipe or fields(command) & set(recipe):
+    return None
+  return next((name for name, c in COMMANDS.items() if c.spec and set(recipe) <= fields(c)), None)
 
 
 def _parse_launch(command, arguments):
@@ -189,11 +220,12 @@ def _parse_launch(command, arguments):
   end = arguments.index('--') if '--' in arguments else len(arguments)
   launched, problems, options = arguments[end + 1:], [], None
   try:
-    options = config.build(_load(command.options), _parse_flags(_load(command.options), arguments[:end]))
+    options = _build_options(_load(command.options), arguments[:end])
   except config.ConfigError as e:
-    problems = ['--' + p for p in e.problems]
+    problems = list(e.problems)
   if not launched or launched[0] not in COMMANDS or COMMANDS[launched[0]].launches:
-    near = difflib.get_close_matches(launched[0], COMMANDS, n=1) if launched else []
+    known = [c for c in COMMANDS if not COMMANDS[c].launches and ' ' not in c]
+    near = difflib.get_close_matches(launched[0], known, n=1) if launched else []
     problems.append('the command to start stands after `--`' + (
         f', and {launched[0]!r} is none; did you mean {near[0]}?' if near else f'; for example {command.example}'))
   _raise(problems)
@@ -210,6 +242,15 @@ def _load(reference):
   return getattr(importlib.import_module(module), name)
 
 
+def _build_options(options_class, arguments):
+  """Returns the options that the flags say; raises ConfigError with all problems."""
+  given = _parse_flags(options_class, arguments)
+  try:
+    return config.build(options_class, given)
+  except config.ConfigError as e:
+    raise config.ConfigError(['--' + p for p in e.problems]) from e
+
+
 def _parse_flags(options_class, arguments):
   """Returns {field: value} of the absl flags given; raises ConfigError on ones that do not exist."""
   values = flags.FlagValues()
@@ -218,22 +259,31 @@ def _parse_flags(options_class, arguments):
     define(flag, None, doc, flag_values=values)
   known = [a for f in config.describe(options_class, '') for a in (f[0], f[0].replace('_', '-'))]
   # Dashes in names are what people type; absl knows underscores.
+  typed = {_with_underscores(a).partition('=')[0]: a.partition('=')[0] for a in arguments}
   arguments = [_with_underscores(a) for a in arguments]
-  problems = []
+  # absl compares an unknown name with all flags by a recursion as deep as the name is long.
+  endless = [a for a in arguments if a.startswith('-') and len(a.partition('=')[0]) > 100]
+  problems = [f'{config.shown(a, quote=False)} is not a flag' for a in endless]
+  arguments = [a for a in arguments if a not in endless]
   while True:
     try:
       rest = values(['llmjax'] + arguments)[1:]
       break
     except flags.UnrecognizedFlagError as e:
       near = difflib.get_close_matches(e.flagname, known, n=1)
-      hint = f'; did you mean --{near[0]}?' if near else f'; known: {", ".join(known[::2])}'
-      problems.append(f'{e.flagname} is not a flag{hint}')
-      arguments = [a for a in arguments if a.lstrip('-').partition('=')[0] != e.flagname]
+      hint = f'; did you mean --{_with_dashes(near[0])}?' if near else (
+          f'; known: {", ".join(f"--{_with_dashes(k)}" for k in known[::2])}')
+      unknown = [a for a in arguments if a.lstrip('-').partition('=')[0] == e.flagname]
+      name = typed[unknown[0].partition('=')[0]] if unknown else f'--{e.flagname}'
+      problems.append(f'{config.shown(name, quote=False)} is not a flag{hint}')
+      if not unknown:
+        raise config.ConfigError(problems) from e
+      arguments = [a for a in arguments if a not in unknown]
     except flags.Error as e:
-      raise config.ConfigError(problems + [str(e)]) from e
+      raise config.ConfigError(problems + [_flag_problem(arguments, values, e)]) from e
   words = getattr(options_class, 'words', None)  # The field that plain words fill, if there is one.
   if not words:
-    problems += [f' {a!r} is not expected here; flags are written --name=value' for a in rest]
+    problems += [f'{config.shown(a)} is not expected here; flags are written --name=value' for a in rest]
   if problems:
     raise config.ConfigError(problems)
   given = {f: values[f].value for f in values if values[f].present and values[f].value is not None}
@@ -243,6 +293,24 @@ def _parse_flags(options_class, arguments):
   if words and rest:
     found[words] = tuple(config.parse_text(int, a) for a in rest)
   return found
+
+
+def _flag_problem(arguments, values, error):
+  """Returns the line for a flag without a value, or a switch with a wrong one."""
+  for argument in arguments:
+    name, equals, value = argument.lstrip('-').partition('=')
+    if not equals and name in values and not values[name].boolean and str(error).endswith(f'--{name}'):
+      return f'--{name} needs a value: write --{name}=VALUE'
+    if equals and name in values and values[name].boolean and value.lower() not in (
+        'true', 'false', 't', 'f', '1', '0', 'yes', 'no', 'y', 'n'):
+      return f'--{name}={config.shown(value)} must be true or false'
+    if equals and name.startswith('no') and name[2:] in values:
+      return f'--{name} takes no value; write --{name} or --{name[2:]}=false'
+  return config.one_line(error)
+
+
+def _with_dashes(name):
+  return name.replace('_', '-')
 
 
 def _with_underscores(argument):

@@ -53,10 +53,10 @@ def test_help_needs_no_jax():
      '--temprature is not a flag; did you mean --temperature?'),
     (['evaluate', '--workdir=nowhere'], "is not a run's folder (no config.json)"),
     (['evaluate', '--config=x.py', '--workdir=x'], '--config is not for this command'),
-    (['doctor', '--platform=gpuu'], 'must be one of , cpu, gpu, tpu; did you mean gpu?'),
+    (['doctor', '--platform=gpuu'], 'must be one of cpu, gpu, tpu, or empty; did you mean gpu?'),
     (['checkpoint', 'verfy', '--workdir=x'], 'llmjax checkpoint verify'),
     (['checkpoint', 'diff', '3', '--workdir=x'], 'two are wanted, such as llmjax checkpoint diff 200 400'),
-    (['checkpoint', 'verify', 'newest', '--workdir=x'], "--steps=('newest',) must be a whole number"),
+    (['checkpoint', 'verify', 'newest', '--workdir=x'], "--steps=newest must be a whole number"),
     (['checkpoint', 'ls', '--workdir=nowhere'], '--workdir=nowhere has no checkpoints'),
     (['report', 'stray'], "'stray' is not expected here"),
 ])

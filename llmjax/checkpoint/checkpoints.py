@@ -28,7 +28,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llmjax import config
-from llmjax.checkpoint import seal
+from llmjax.checkpoint import seal, weights
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model import decoder
@@ -331,11 +331,30 @@ def _gather(value):
 
 def read_config(workdir):
   """Returns the resolved config of a run's folder as nested dicts; ConfigError when it is not one."""
+  if refused := weights.refusal(workdir):
+    raise ConfigError([f'--workdir={refused}'])
   file = epath.Path(workdir) / 'config.json'
   if not file.exists():
     raise ConfigError([f"--workdir={workdir} is not a run's folder (no config.json); give the "
                        '--workdir that `llmjax pretrain` had'])
-  return json.loads(file.read_text())
+  try:
+    found = json.loads(file.read_bytes().decode())
+  except (ValueError, RecursionError) as e:
+    raise ConfigError([f'{file} is damaged ({_first_line(e)}); it is in every checkpoint too: '
+                       f'llmjax checkpoint show --workdir={workdir}']) from e
+  except OSError as e:
+    raise ConfigError([f'{file} cannot be read: {e.strerror or e}']) from e
+  wrong = [] if isinstance(found, dict) else ['no JSON object']
+  wrong = wrong or [f'no group {name!r}' for name in ('model', 'train')
+                    if not isinstance(found.get(name), dict)]
+  if wrong:
+    raise ConfigError([f"{file} is not a run's config: it has {wrong[0]}; give the --workdir that "
+                       '`llmjax pretrain` had'])
+  return found
+
+
+def _first_line(error):
+  return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def find_step(workdir, step=0):
@@ -391,6 +410,8 @@ def load_params(workdir, step=0, shardings=None):
 
 def restore_params(checkpoint, abstract):
   """Returns the parameters of one checkpoint's folder, shaped and placed as `abstract` says."""
+  if refused := weights.refusal(checkpoint):
+    raise ConfigError([refused])
   path = pathlib.Path(checkpoint).absolute() if '://' not in str(checkpoint) else checkpoint
   with ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(epath.Path(path) / 'params', abstract)

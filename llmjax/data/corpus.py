@@ -21,6 +21,7 @@ import shutil
 import numpy as np
 
 import llmjax
+from llmjax import secrets
 from llmjax.config import ConfigError, to_dict
 from llmjax.data import prepared, python_docs, splits, text_files, token_store
 from llmjax.data.spec import PrepareSpec
@@ -67,12 +68,12 @@ def _request(spec):
   settings.pop('output')
   request = {'settings': settings, 'format': prepared.FORMAT}
   if spec.source == 'text_dir':
-    settings['path'] = os.path.abspath(spec.path)
+    settings['path'] = secrets.hide(os.path.abspath(spec.path))
     digest = hashlib.sha256()
     for file in text_files.list_files(spec.path):
       with contextlib.suppress(OSError):
         stat = os.stat(file)
-        name = os.path.relpath(file, spec.path)
+        name = text_files.readable_name(os.path.relpath(file, spec.path))
         digest.update(f'{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n'.encode())
     request['files_sha256'] = digest.hexdigest()
   elif spec.source == 'python_docs':
@@ -176,8 +177,9 @@ class _Scan:
 
 def _read(spec, found=None):
   """Yields the Documents and the Rejected of the source that the spec names."""
-  limits = text_files.Limits(tuple(spec.suffixes), spec.text_key or 'text', spec.document_bytes,
-                             spec.max_record_bytes)
+  limits = text_files.Limits(
+      tuple(spec.suffixes), spec.text_key or 'text', spec.document_bytes, spec.max_record_bytes,
+      spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links)
   if spec.source == 'python_docs':
     yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
   elif spec.source == 'text_dir':
@@ -285,7 +287,7 @@ def _json_lines(rejected):
   """Returns a JSON object a line for each Rejected, without the fields that say nothing."""
   entries = ({k: v for k, v in dataclasses.asdict(item).items() if v is not None and v is not False}
              for item in rejected)
-  return ''.join(json.dumps(entry) + '\n' for entry in entries)
+  return ''.join(json.dumps(secrets.hide_within(entry)) + '\n' for entry in entries)
 
 
 def _kind_of(reason):
@@ -298,7 +300,7 @@ def _nothing_found(spec, scan):
   if spec.source != 'text_dir':
     return f'{spec.name or spec.source}: there is no text in it'
   looked = (f'no text found in {spec.path}: looked for {", ".join(spec.suffixes)} (also in .gz, '
-            f'.zst, .bz2, .xz, .tar)')
+            f'.zst, .bz2, .xz, .tar, .zip)')
   if scan.rejected:
     reasons = collections.Counter(r.reason for r in scan.rejected).most_common(3)
     return (f'{looked}; {scan.found.files} such files, but every record was refused: '
@@ -406,7 +408,7 @@ def _write_tokens(spec, folder, tokenizer, found, request, progress):
   packages = ('numpy', 'sentencepiece', 'tensorflow-datasets', 'array_record')
   return {
       'format': prepared.FORMAT,
-      'name': pathlib.Path(spec.folder).name,
+      'name': secrets.hide(pathlib.Path(spec.folder).name),
       'source': spec.source,
       'request': request,
       'splits': splits_found,

@@ -10,6 +10,7 @@
 import difflib
 import hashlib
 import json
+import os
 import pathlib
 
 FORMAT = 1
@@ -37,7 +38,7 @@ def quarantine_path(folder):
 
 
 def is_prepared(folder) -> bool:
-  return manifest_path(folder).is_file()
+  return os.path.isfile(manifest_path(folder))
 
 
 def read_manifest(folder) -> dict:
@@ -47,13 +48,32 @@ def read_manifest(folder) -> dict:
     manifest = json.loads(path.read_text(encoding='utf-8'))
   except OSError as e:
     raise ValueError(f'{folder} is not a prepared folder: it has no manifest.json') from e
-  except ValueError as e:
-    raise ValueError(f'{path} is damaged ({e}); prepare the folder again with --force') from e
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f'{path} is damaged ({str(e)[:200]}); prepare the folder again with --force') from e
   if not isinstance(manifest, dict) or manifest.get('format') != FORMAT:
     found = manifest.get('format') if isinstance(manifest, dict) else None
     raise ValueError(f'{path} has format {found}, this version reads {FORMAT}; '
                      'prepare the folder again with --force')
+  if not _is_whole(manifest):
+    raise ValueError(f'{path} is damaged; prepare the folder again with --force')
   return manifest
+
+
+def _is_whole(manifest):
+  """Says whether a manifest has all that is read of it, of the right types."""
+  try:
+    tokenizer, quarantine = manifest['tokenizer'], manifest['quarantine']
+    counts = [split[name] for split in manifest['splits'].values() for name in ('documents', 'bytes', 'tokens')]
+    counts += [tokenizer['vocab_size'], quarantine['records'], quarantine['byte_order_marks_removed'],
+               *quarantine['reasons'].values(), manifest['duplicates']['repeated'],
+               manifest['duplicates']['train_copies_of_held_out'],
+               *manifest['ignored_files'].values()]
+    texts = [tokenizer['sha256'], *(split['tokens_sha256'] for split in manifest['splits'].values())]
+    return (all(type(n) is int and n >= 0 for n in counts) and all(isinstance(t, str) for t in texts)
+            and isinstance(manifest['request'], dict) and set(manifest['splits']) <= set(SPLITS)
+            and isinstance(tokenizer.get('asked_vocab_size', 0), int))
+  except (KeyError, TypeError, AttributeError):
+    return False
 
 
 def near_folders(folder):

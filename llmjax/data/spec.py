@@ -26,7 +26,7 @@ class TokenizerSpec:
   seed: int = setting(0, 'draws the sample', minimum=0)
 
   def problems(self):
-    if self.path and not pathlib.Path(self.path).is_file():
+    if self.path and not os.path.isfile(self.path):
       yield f'path={self.path}: there is no such file; name a tokenizer.model of a prepared folder'
 
 
@@ -63,7 +63,7 @@ class DataSpec:
              'one again with --force '
              f'--config.tokenizer.path={prepared.tokenizer_path(first)}')
     if self.tokenizer:
-      if not pathlib.Path(self.tokenizer).is_file():
+      if not os.path.isfile(self.tokenizer):
         yield f'tokenizer={self.tokenizer}: there is no such file; leave it empty'
       elif hashes and prepared.file_sha256(self.tokenizer) not in hashes.values():
         yield (f'tokenizer={self.tokenizer} did not make the tokens of {next(iter(hashes))}; leave '
@@ -98,7 +98,7 @@ class PrepareSpec:
                           "text, or a TFDS dataset's only text field")
   suffixes: tuple[str, ...] = setting(
       ('.txt', '.text', '.md', '.markdown', '.rst', '.jsonl', '.ndjson', '.parquet'),
-      'text_dir: files to read, also inside .gz, .zst, .bz2, .xz and .tar')
+      'text_dir: files to read, also inside .gz, .zst, .bz2, .xz, .tar and .zip')
   output: str = setting('', "the prepared folder; '': data/<name of the source>")
   validation_fraction: float = setting(0.05, 'share of bytes held out for evaluation while '
                                        'training', minimum=0.0, maximum=0.5)
@@ -108,6 +108,11 @@ class PrepareSpec:
                                 'about this size, at blank lines', minimum=1024)
   max_record_bytes: int = setting(16 << 20, 'longer lines and records are quarantined',
                                   minimum=1024, maximum=1 << 30)
+  max_unpacked_bytes: int = setting(1 << 38, 'what one compressed file or archive may unpack to; what came '
+                                    'before is kept', minimum=1 << 20)
+  max_unpacked_ratio: int = setting(200, 'the same, in times its size, from 64 MiB on: text compresses to a '
+                                    'fifth, bombs to a thousandth', minimum=2, maximum=1_000_000)
+  follow_links: bool = setting(False, 'text_dir: read what symbolic links lead to outside the folder')
   include_site_packages: bool = setting(
       False, "python_docs: train on installed packages' sources too; nobody else has that corpus")
   tokenizer: TokenizerSpec = group(TokenizerSpec)

@@ -1,10 +1,13 @@
-"""Documents from files: plain text, Markdown, JSONL, Parquet, compressed and in tar archives.
+"""Documents from files: plain text, Markdown, JSONL, Parquet, compressed and in tar and zip archives.
 
 Reading never stops at a bad record: it yields a `Rejected` that says where and why, and goes on.
-Memory stays bounded by the longest record that is allowed.
+Memory stays bounded by the longest record that is allowed.  Archives are read as streams and nothing is
+unpacked to a path, so a member's name is only a label; links within them are not followed, and what one
+file on the disk unpacks to is bounded, absolutely and by its own size.
 """
 
 import collections
+import contextlib
 import dataclasses
 import gzip
 import io
@@ -12,13 +15,22 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
+import stat
 import tarfile
+import tempfile
+import zipfile
 import zlib
 
 COMPRESSIONS = ('.gz', '.zst', '.bz2', '.xz')
 RECORD_SUFFIXES = ('.jsonl', '.ndjson')
 BOM = b'\xef\xbb\xbf'
+ARCHIVES = ('.tar', '.zip')
 _BLOCK = 1 << 20
+# An archive within an archive within an archive is somebody's backup; deeper ones are made to do harm.
+_DEPTH = 3
+# Below this no ratio is looked at: small files of blank lines are harmless.
+_SMALL = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +65,19 @@ class Rejected:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """suffixes: of files to read.  document_bytes: where plain text is cut.  text_key: the field."""
+  """suffixes: of files to read.  document_bytes: where plain text is cut.  text_key: the field.
+
+  max_unpacked_bytes, max_unpacked_ratio: of what one file unpacks to, on all levels together, and how many
+  times its size that is.  follow_links: read what links of the file system lead to outside the folder.
+  """
 
   suffixes: tuple[str, ...]
   text_key: str = 'text'
   document_bytes: int = 1 << 20
   max_record_bytes: int = 16 << 20
+  max_unpacked_bytes: int = 1 << 38
+  max_unpacked_ratio: int = 200
+  follow_links: bool = False
 
 
 class Found:
@@ -72,6 +91,48 @@ class Found:
     return ', '.join(f'{count} {suffix or "without suffix"}' for suffix, count in common)
 
 
+class _TooLarge(OSError):
+  """A file unpacks to more than it may."""
+
+
+class _Budget:
+  """What one file on the disk may still unpack to, its archives' archives included."""
+
+  def __init__(self, size, limits):
+    self._limits = limits
+    self._most = min(limits.max_unpacked_bytes, max(_SMALL, size * limits.max_unpacked_ratio))
+    self._spent = 0
+
+  def spend(self, count):
+    """Notes that `count` more bytes came out; raises _TooLarge."""
+    self._spent += count
+    if self._spent > self._most:
+      limits = self._limits
+      name = ('max_unpacked_bytes' if self._most == limits.max_unpacked_bytes else 'max_unpacked_ratio')
+      raise _TooLarge(f'it unpacks to more than {self._most:,} bytes ({name}={getattr(limits, name)})')
+
+
+class _Capped(io.RawIOBase):
+  """A binary stream whose bytes are counted against a budget."""
+
+  def __init__(self, stream, budget):
+    self._stream, self._budget = stream, budget
+
+  def readable(self):
+    return True
+
+  def read1(self, size):
+    data = self._stream.read1(size) if hasattr(self._stream, 'read1') else self._stream.read(size)
+    self._budget.spend(len(data))
+    return data
+
+  def read(self, size):
+    # tarfile takes a short answer for the end.
+    data = self._stream.read(size)
+    self._budget.spend(len(data))
+    return data
+
+
 def list_files(path):
   """Returns the files under a path, sorted, hidden ones left out; a file is its own only one."""
   if os.path.isfile(path):
@@ -83,64 +144,94 @@ def list_files(path):
   return sorted(files)
 
 
+def readable_name(path):
+  """Returns a file's name as text that can be encoded and printed, whatever its bytes are."""
+  name = os.fsencode(path).decode('utf-8', 'backslashreplace')
+  return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in name)
+
+
+def _why_not(file, root, limits):
+  """Returns why a path is not opened, or ''.  A pipe would wait for ever, a device has no end."""
+  if not stat.S_ISREG(os.stat(file).st_mode):
+    return 'not a regular file'
+  if not limits.follow_links:
+    real, top = os.path.realpath(file), os.path.realpath(root)
+    if os.path.isdir(root) and os.path.commonpath([real, top]) != top:
+      return 'a link to outside the folder; follow_links=true reads it'
+  return ''
+
+
 def read_files(path, limits: Limits, found: Found | None = None):
   """Yields the Documents and the Rejected of a folder, a file or an archive, in sorted order."""
   found = found if found is not None else Found()
   root = path if os.path.isdir(path) else os.path.dirname(path) or '.'
   for file in list_files(path):
-    name = os.path.relpath(file, root)
+    name = readable_name(os.path.relpath(file, root))
     try:
+      # A file that the user names himself may be a link to anywhere.
+      if reason := _why_not(file, path, limits):
+        yield Rejected(name, reason)
+        continue
       with open(file, 'rb') as raw:
-        yield from _read_file(raw, name, limits, found)
+        yield from _read_file(raw, name, limits, found, _Budget(os.fstat(raw.fileno()).st_size, limits))
     except OSError as e:
       yield Rejected(name, f'cannot be read: {e.strerror or e}')
 
 
-def _read_file(raw, name, limits, found):
-  """Yields what an open file holds; suffixes say how to read it."""
+def _read_file(raw, name, limits, found, budget, depth=0):
+  """Yields what an open file holds; suffixes say how to read it.  depth: archives around it."""
   suffixes = [s.lower() for s in pathlib.PurePath(name).suffixes] or ['']
   if suffixes[-1] == '.tgz':
     suffixes = [*suffixes[:-1], '.tar', '.gz']
   compression = suffixes.pop() if suffixes[-1] in COMPRESSIONS else ''
   kind = suffixes[-1] if suffixes else ''
   # A bare `text.gz` is taken for text if plain text is asked for.
-  wanted = kind == '.tar' or kind in limits.suffixes or (
+  wanted = kind in ARCHIVES or kind in limits.suffixes or (
       compression and not kind and '.txt' in limits.suffixes)
   if not wanted:
-    found.ignored[kind + compression] += 1
+    found.ignored[readable_name(kind + compression)] += 1
     return
   try:
     stream = _decompress(raw, compression)
   except OSError as e:
     yield Rejected(name, f'cannot be read: {e}')
     return
-  if kind == '.tar':
-    yield from _read_archive(stream, name, limits, found)
+  if compression:
+    stream = _Capped(stream, budget)
+  if kind in ARCHIVES:
+    if depth == _DEPTH:
+      yield Rejected(name, f'an archive within {_DEPTH} archives')
+      return
+    read = _read_tar if kind == '.tar' else _read_zip
+    yield from read(stream, name, limits, found, budget, depth + 1)
     return
   found.files += 1
   counted = _Counted(stream)
   try:
     if kind == '.parquet':
-      yield from _read_parquet(raw if not compression else io.BytesIO(stream.read()), name, limits)
+      with _seekable(stream) as file:
+        yield from _read_parquet(file, name, limits, budget)
     elif kind in RECORD_SUFFIXES:
       yield from _read_jsonl(counted, name, limits)
     else:
       yield from _read_text(counted, name, limits)
   except Exception as e:
-    if not _is_damage(e):
+    # What a damaged Parquet file makes pyarrow raise is of many kinds, UnicodeDecodeError among them.
+    if not _is_damage(e) and kind != '.parquet':
       raise
     yield Rejected(name, f'damaged file, the rest is lost: {_one_line(e)}', offset=counted.offset)
 
 
 def _is_damage(error):
   """Says whether an error is the fault of a file's bytes, not of this program."""
-  if isinstance(error, (OSError, EOFError, zlib.error, tarfile.TarError)):
+  if isinstance(error, (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)):
     return True
-  return type(error).__name__ in ('ZstdError', 'LZMAError', 'ArrowInvalid')
+  return type(error).__name__ in ('ZstdError', 'LZMAError') or type(error).__name__.startswith('Arrow')
 
 
 def _one_line(error):
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+  line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+  return ''.join(c if c.isprintable() else '?' for c in line)
 
 
 def _decompress(raw, compression):
@@ -203,17 +294,62 @@ class _Counted:
       searched = held
 
 
-def _read_archive(stream, name, limits, found):
+def _read_tar(stream, name, limits, found, budget, depth):
   try:
     with tarfile.open(fileobj=stream, mode='r|') as archive:
       for member in archive:
-        base = os.path.basename(member.name)
-        if member.isfile() and not base.startswith('.'):
-          yield from _read_file(archive.extractfile(member), f'{name}/{member.name}', limits, found)
+        label = f'{name}/{readable_name(member.name)}'
+        if os.path.basename(member.name).startswith('.') or member.isdir():
+          continue
+        if not member.isfile():
+          yield Rejected(label, 'a link or a device in an archive')
+          continue
+        # Counted again: a sparse member is larger than what the archive holds of it.
+        file = _Capped(archive.extractfile(member), budget) if member.issparse() else archive.extractfile(member)
+        yield from _read_file(file, label, limits, found, budget, depth)
   except Exception as e:
-    if not _is_damage(e):
+    # tarfile lets what a header's numbers mean to Python pass through.
+    if not _is_damage(e) and not isinstance(e, (ValueError, OverflowError, RecursionError, AttributeError)):
       raise
     yield Rejected(name, f'damaged archive, the rest is lost: {_one_line(e)}')
+
+
+def _read_zip(stream, name, limits, found, budget, depth):
+  try:
+    with _seekable(stream) as file, zipfile.ZipFile(file) as archive:
+      for member in archive.infolist():
+        label = f'{name}/{readable_name(member.filename)}'
+        if member.is_dir() or os.path.basename(member.filename).startswith('.'):
+          continue
+        if stat.S_ISLNK(member.external_attr >> 16):
+          yield Rejected(label, 'a link or a device in an archive')
+          continue
+        if member.flag_bits & 1:
+          yield Rejected(label, 'encrypted')
+          continue
+        try:
+          with archive.open(member) as content:
+            yield from _read_file(_Capped(content, budget), label, limits, found, budget, depth)
+        except Exception as e:
+          if not _is_damage(e) and not isinstance(e, (NotImplementedError, RuntimeError, ValueError)):
+            raise
+          yield Rejected(label, f'damaged file, the rest is lost: {_one_line(e)}')
+  except Exception as e:
+    if not _is_damage(e) and not isinstance(e, (NotImplementedError, ValueError, OverflowError)):
+      raise
+    yield Rejected(name, f'damaged archive, the rest is lost: {_one_line(e)}')
+
+
+@contextlib.contextmanager
+def _seekable(stream):
+  """Yields a stream that can go back: itself, or a temporary file of what it holds."""
+  if type(stream) is io.BufferedReader:  # A file; members of archives are of subclasses, and cannot go back.
+    yield stream
+    return
+  with tempfile.TemporaryFile() as copy:
+    shutil.copyfileobj(stream, copy, _BLOCK)
+    copy.seek(0)
+    yield copy
 
 
 def _lines(stream, name, limits):
@@ -380,14 +516,18 @@ def _read_jsonl(stream, name, limits):
       yield Rejected(name, f'not JSON: {_one_line(e)}', offset, number, len(line))
       continue
     if not isinstance(record, dict) or limits.text_key not in record:
-      fields = ', '.join(map(str, list(record)[:8])) if isinstance(record, dict) else 'no object'
+      fields = _field_names(record) if isinstance(record, dict) else 'no object'
       yield Rejected(name, f'no field {limits.text_key!r} (found: {fields})', offset, number,
                      len(line))
       continue
     yield check_text(record[limits.text_key], f'{name}#{number}', name, limits, offset, number)
 
 
-def _read_parquet(raw, name, limits):
+def _field_names(names):
+  return ', '.join(''.join(c if c.isprintable() else '?' for c in str(name)[:40]) for name in list(names)[:8])
+
+
+def _read_parquet(raw, name, limits, budget):
   try:
     import pyarrow.parquet
   except ImportError as e:
@@ -395,7 +535,7 @@ def _read_parquet(raw, name, limits):
   table = pyarrow.parquet.ParquetFile(raw)
   if limits.text_key not in table.schema_arrow.names:
     yield Rejected(name, f'no field {limits.text_key!r} '
-                   f'(found: {", ".join(table.schema_arrow.names[:8])})')
+                   f'(found: {_field_names(table.schema_arrow.names)})')
     return
   row = 0
   for batch in table.iter_batches(batch_size=256, columns=[limits.text_key]):
@@ -406,6 +546,8 @@ def _read_parquet(raw, name, limits):
       except UnicodeDecodeError as e:
         yield Rejected(name, f'invalid UTF-8 ({_one_line(e)})', None, row)
         continue
+      # A dictionary and run lengths make many long texts of few bytes.
+      budget.spend(len(text) if isinstance(text, (str, bytes)) else 1)
       yield check_text(text, f'{name}#{row}', name, limits, None, row)
 
 

@@ -69,9 +69,13 @@ class TokenStore:
     self.folder = os.fspath(folder)
     try:
       self.meta = json.loads((pathlib.Path(folder) / 'meta.json').read_text())
-    except (OSError, ValueError) as e:
+      good = (self.meta['dtype'] in ('<u2', '<u4')
+              and all(type(self.meta[name]) is int and self.meta[name] >= 0 for name in ('documents', 'tokens')))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
       raise ValueError(f'{folder} is not a finished token store; prepare it again with '
                        '--force') from e
+    if not good:
+      raise ValueError(f'{folder}/meta.json is damaged; prepare the folder again with --force')
 
   def __getstate__(self):
     return {'folder': self.folder, 'meta': self.meta}
@@ -89,8 +93,12 @@ class TokenStore:
     """uint16 or uint32 [num_tokens], mapped."""
     path = pathlib.Path(self.folder) / 'tokens.bin'
     dtype = np.dtype(self.meta['dtype'])
-    if path.stat().st_size != self.num_tokens * dtype.itemsize:
-      raise ValueError(f'{path} has {path.stat().st_size} bytes, not the {self.num_tokens} ids of '
+    try:
+      size = path.stat().st_size
+    except OSError as e:
+      raise ValueError(f'{path} cannot be read ({e.strerror}); prepare the folder again with --force') from e
+    if size != self.num_tokens * dtype.itemsize:
+      raise ValueError(f'{path} has {size} bytes, not the {self.num_tokens} ids of '
                        'its meta.json; prepare the folder again with --force')
     if not self.num_tokens:
       return np.zeros(0, dtype)
@@ -100,7 +108,15 @@ class TokenStore:
   @functools.cached_property
   def offsets(self) -> np.ndarray:
     """int64 [documents + 1]."""
-    return np.load(pathlib.Path(self.folder) / 'offsets.npy')
+    path = pathlib.Path(self.folder) / 'offsets.npy'
+    try:
+      found = np.load(path, allow_pickle=False)
+    except Exception as e:  # NumPy lets pass what its header's parser raises.
+      raise ValueError(f'{path} is damaged or of another kind; prepare the folder again with --force') from e
+    if (found.dtype != np.int64 or found.shape != (len(self) + 1,) or found[0] != 0
+        or found[-1] != self.num_tokens or np.any(np.diff(found) < 0)):
+      raise ValueError(f'{path} does not fit meta.json beside it; prepare the folder again with --force')
+    return found
 
   def __getitem__(self, document) -> np.ndarray:
     """Returns the stored ids of a document: BOS, tokens, EOS."""

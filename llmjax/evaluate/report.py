@@ -12,6 +12,7 @@ import pathlib
 import statistics
 
 from llmjax import config as configs
+from llmjax import secrets
 from llmjax.evaluate import metrics, page
 from llmjax.model import counts
 from llmjax.model.spec import ModelSpec
@@ -80,7 +81,7 @@ def write_report(workdir) -> pathlib.Path:
   run = read_run(workdir)
   path = run.folder / 'report.html'
   temporary = path.with_suffix('.html.tmp')
-  temporary.write_text(render(run), encoding='utf-8')
+  temporary.write_text(secrets.hide(render(run)), encoding='utf-8')
   os.replace(temporary, path)
   return path
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from llmjax.checkpoint import weights
 from llmjax.config import setting
 
 PLATFORMS = ('', 'cpu', 'gpu', 'tpu')
@@ -10,6 +11,13 @@ PLATFORMS = ('', 'cpu', 'gpu', 'tpu')
 def _workdir_problems(options):
   if not options.workdir:
     yield "workdir is missing; write --workdir=FOLDER, a run's folder such as runs/quickstart"
+  elif refused := weights.refusal(options.workdir):
+    yield f'workdir={refused}'
+
+
+def _run_problems(options):
+  yield from _workdir_problems(options)
+  yield from weights.no_run(options.workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +30,7 @@ class EvaluateOptions:
   batch_size: int = setting(0, "rows at once; 0: the run's own", minimum=0)
   limit: int = setting(0, 'rows to evaluate; 0: all', minimum=0)
 
-  problems = _workdir_problems
+  problems = _run_problems
 
 
 @dataclasses.dataclass(frozen=True)

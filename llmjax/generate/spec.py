@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from llmjax.checkpoint import weights
 from llmjax.config import setting
 
 
@@ -52,6 +53,9 @@ class GenerateOptions(SamplingSpec):
     yield from super().problems()
     if not self.workdir:
       yield 'workdir is missing; write --workdir=runs/NAME, the folder of a pretrain run'
+    elif refused := weights.refusal(self.workdir):
+      yield f'workdir={refused}'
+    yield from weights.no_run(self.workdir)
     if self.prompt and self.prompt_file:
       yield 'prompt and prompt_file are both set; write one of them'
     if '' in self.stop:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+from llmjax import secrets
 from llmjax.data import prepared
 from llmjax.loops import doctor
 
@@ -16,7 +17,7 @@ def describe_environment(mesh):
   device = mesh.devices.flat[0]
   versions = {name: v for name, v in doctor.installed_versions().items() if v}
   return {
-      'command': shlex.join(['llmjax', *sys.argv[1:]]),
+      'command': secrets.hide(shlex.join(['llmjax', *map(secrets.hide, sys.argv[1:])])),
       'device_kind': device.device_kind, 'device_count': int(mesh.devices.size),
       'mesh': {axis: size for axis, size in mesh.shape.items() if size > 1},
       'host_cpu': _cpu_model(), 'host_cpus': doctor.available_cpus(),
@@ -32,7 +33,7 @@ def describe_data(spec):
     totals = {name: sum(split[name] for split in manifest['splits'].values())
               for name in ('documents', 'tokens', 'bytes')}
     described[folder] = {**totals, 'quarantined': manifest['quarantine']['reasons']}
-  return described
+  return secrets.hide_within(described)
 
 
 def _cpu_model():

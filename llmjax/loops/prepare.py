@@ -35,7 +35,7 @@ def describe(manifest, folder) -> str:
       row = manifest['splits'][split]
       lines.append(f'{split:<11}{row["documents"]:>11,}{row["bytes"]:>15,}{row["tokens"]:>14,}'
                    f'{row["bytes"] / max(row["tokens"], 1):>13.2f}')
-  found, asked = manifest['tokenizer']['vocab_size'], manifest['tokenizer']['asked_vocab_size']
+  found, asked = manifest['tokenizer']['vocab_size'], manifest['tokenizer'].get('asked_vocab_size', 0)
   lines.append(f'tokenizer: {found:,} ids' + (
       f', not {asked:,}: the text supports no more' if found < asked else ''))
   quarantine, duplicates = manifest['quarantine'], manifest['duplicates']

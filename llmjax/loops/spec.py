@@ -1,9 +1,12 @@
 """What each command's `--config` and flags may say.  No JAX here: `--help` must be quick."""
 
 import dataclasses
+import os
 
+from llmjax.checkpoint import weights
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import group, setting
+from llmjax.data import prepared
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
@@ -16,6 +19,9 @@ __all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 
            'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
 
 
+WRITERS = ('tensorboard', 'wandb', 'mlflow')
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluateSpec:
   """Evaluation inside the loop."""
@@ -23,6 +29,11 @@ class EvaluateSpec:
   splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation')
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
   limit: int = setting(0, 'rows of a split to use, the same ones each time; 0: all of them', minimum=0)
+
+  def problems(self):
+    for split in self.splits:
+      if split not in prepared.SPLITS:
+        yield f'splits: {split!r} is not one; write some of {", ".join(prepared.SPLITS)}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +53,11 @@ class LogsSpec:
   writers: tuple[str, ...] = setting(('tensorboard',), 'mirrors of metrics.jsonl: tensorboard, wandb, '
                                      'mlflow')
 
+  def problems(self):
+    for name in self.writers:
+      if name not in WRITERS:
+        yield f'writers: {name!r} is not one; write some of {", ".join(WRITERS)}'
+
 
 @dataclasses.dataclass(frozen=True)
 class PretrainOptions:
@@ -52,6 +68,8 @@ class PretrainOptions:
   def problems(self):
     if not self.workdir:
       yield 'workdir=DIR is missing: where should the run be kept? For example --workdir=runs/first'
+    elif os.path.isfile(self.workdir):
+      yield f"workdir={self.workdir} is a file; name a folder to keep the run in, such as runs/first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +103,13 @@ class PretrainSpec:
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
              f'train.steps={self.train.steps}; write {max(self.train.steps // 10, 1)} for a tenth')
+    source = self.train.init_from
+    if source and '://' not in source:
+      if refused := weights.refusal(source):
+        yield f'train.init_from={refused}'
+      elif not os.path.exists(source):
+        yield (f"train.init_from={source}: there is no such folder; give a run's folder, or one checkpoint of it "
+               'such as runs/quickstart/checkpoints/400')
     best = self.checkpoint.best_metric
     metrics = [f'eval/{split}/{name}' for split in self.evaluate.splits
                for name in ('loss', 'perplexity', 'bits_per_byte')]
@@ -126,8 +151,9 @@ class PretrainSpec:
         microbatches *= max(pipe.microbatches // size('stage'), 1)
       if pipe.schedule == '1f1b':
         wholes.append(('data.seq_len', self.data.seq_len, stages, 1, ''))
-    wholes.append(('train.batch_size', self.train.batch_size, rows, microbatches,
-                   f'{microbatches} microbatches'))
+    if self.train.batch_size % self.train.accumulation == 0:  # Else the train group says so.
+      wholes.append(('train.batch_size', self.train.batch_size, rows, microbatches,
+                     f'{microbatches} microbatches'))
     for name, whole, axes, times, words in wholes:
       parts = size(*axes) * times
       if whole % parts:

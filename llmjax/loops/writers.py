@@ -21,6 +21,7 @@ import time
 import uuid
 
 from llmjax import config as configs
+from llmjax import secrets
 from llmjax.evaluate.metrics import encode_number, read_lines, read_metrics
 
 __all__ = ['MIRRORS', 'Writer', 'open_writers', 'read_metrics', 'rewind']
@@ -44,6 +45,7 @@ def open_writers(workdir, config, names=('tensorboard',), resume_step=None):
   import jax  # Here, so that reading and rewinding need no JAX.
   if jax.process_index() != 0:
     return Writer(None, ())
+  config = secrets.hide_within(config)
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   mirrors, problems = [], []
@@ -130,6 +132,7 @@ class Writer:
     """Appends {step, prompt, text} to `samples.jsonl`: what the model wrote after the prompt."""
     if self._samples is None:
       return
+    prompt, text = secrets.hide(prompt), secrets.hide(text)
     self._samples.write(_line({'step': int(step), 'prompt': prompt, 'text': text}))
     self._queue.put(('sample', int(step), time.time(), (prompt, text)))
 

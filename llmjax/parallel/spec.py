@@ -32,7 +32,7 @@ class MeshSpec:
     if zeros := [axis for axis, size in sizes.items() if size == 0]:
       yield f'{", ".join(zeros)}=0: an axis has at least one device; write 1, or -1 to fill'
     if len(free := [axis for axis, size in sizes.items() if size == -1]) > 1:
-      yield f'only one axis may be -1, not {" and ".join(free)}; write 1 for all but one'
+      yield f'{" and ".join(free)} are -1: only one axis may be -1; write 1 for all but one'
 
   @property
   def slices(self):

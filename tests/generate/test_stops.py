@@ -75,10 +75,11 @@ def test_characters_stay_whole():
   assert row.finish() == '\ufffd'
 
 
-def test_options_report_every_problem():
+def test_options_report_every_problem(tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
   with pytest.raises(ConfigError) as e:
     build(GenerateOptions, {'repetition_penalty': 0.0, 'top_p': 0.0, 'prompt': 'a',
                             'prompt_file': 'b', 'stop': ('',)})
   assert len(e.value.problems) == 5
-  options = build(GenerateOptions, {'workdir': 'runs/a', 'stop': (r'\n\n', 'END')})
+  options = build(GenerateOptions, {'workdir': str(tmp_path), 'stop': (r'\n\n', 'END')})
   assert options.stop_texts == ('\n\n', 'END')
