@@ -272,10 +272,12 @@ def cost_of(plan, spec, topology):
 def too_large(spec, topology, found):
   """Returns the plan of a program that the compiler could not place: closed forms, what is too large, what fits."""
   plan = closed.plan(spec, topology)
+  memory = plan['hbm_bytes']
+  used = found['used'] + memory['arguments'] * found['temporaries_alone']
   plan.update(source='closed forms; the compiler ran out of memory', fits=False,
               arrays=[dataclasses.asdict(t) for t in found['allocations'][:10]],
-              changes=closed.changes_that_fit(spec, topology, found['used'] / plan['hbm_bytes']['total']))
-  plan['hbm_bytes'].update(total=found['used'], limit=found['limit'])
+              changes=closed.changes_that_fit(spec, topology, used / memory['total']))
+  memory.update(total=used, limit=found['limit'], temp=used - memory['arguments'])
   return plan
 
 

@@ -12,15 +12,13 @@ from llmjax.config import find_problems, to_dict
 from llmjax.model import counts
 from llmjax.parallel.spec import AXES
 
-# Fitted to programs of libtpu 0.0.43 (jax 0.10.2), see experiments/tpu_calibration: the part of the peak that matrix
+# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2), see experiments/tpu_calibration: the part of the peak that matrix
 # products reach, and how often a layer's residual stream [tokens, D] goes through memory outside of them.
 PRODUCT_EFFICIENCY = 0.72
 STREAM_PASSES = 110
 # What a gather of weights or a reduction of gradients over a mesh axis sends, over a ring's least: libtpu writes both
 # as all-reduces, which send twice as much.
 SENT_FACTOR = 2.0
-
-ACTIVATION_BYTES = {'float32': 4, 'bfloat16': 2}
 
 
 def plan(spec, topology):
@@ -67,7 +65,7 @@ def rate(plan, spec, topology):
 
 
 def _bytes(dtype):
-  return ACTIVATION_BYTES[dtype]
+  return {'float32': 4, 'bfloat16': 2}[dtype]
 
 
 def param_shards(spec):
@@ -194,19 +192,24 @@ def communicate(spec, topology):
 
 
 def rate_of(topology, devices):
-  """Returns the bytes/s at which each of so many devices of a slice sends along a ring or line through them."""
+  """Returns the bytes/s at which each of so many devices of a slice sends round a ring or line through them.
+
+  The devices take as many whole dimensions of the slice as they need, the fewest; on a part of a dimension they
+  form a line.  Devices of one chip share its links.
+  """
   chip = topology.chip
-  options = []
-  for some in itertools.product((0, 1), repeat=len(topology.shape)):
-    dims = [i for i, used in enumerate(some) if used and topology.shape[i] > 1]
+  chips = max(devices // chip.devices, 1)
+  best = None
+  for used in itertools.product((False, True), repeat=len(topology.shape)):
+    dims = [i for i, u in enumerate(used) if u and topology.shape[i] > 1]
     reach = math.prod(topology.shape[i] for i in dims)
-    rate = sum(chip.link_rate * (2 if topology.is_ring(i) and topology.shape[i] > 2 or not chip.tpu else 1)
-               for i in dims)
-    if dims and reach * (chip.devices if reach * chip.devices == devices else 1) >= devices:
-      options.append((reach, rate * min(1.0, devices / reach / chip.devices if reach * chip.devices < devices else 1.0)))
-  if not options:
+    if dims and reach >= chips and (best is None or reach < best[0]):
+      both_ways = lambda i: not chip.tpu or (topology.is_ring(i) and topology.shape[i] > 2)
+      whole = reach == chips
+      best = reach, sum(chip.link_rate * (2 if whole and both_ways(i) else 1) for i in dims)
+  if best is None:  # Within one chip.
     return chip.links * chip.link_rate
-  return min(options)[1] / (1 if devices == topology.devices // topology.slices else chip.devices)
+  return best[1] * min(devices / chips, chip.devices) / chip.devices
 
 
 def changes_that_fit(spec, topology, scale=1.0, most=3):

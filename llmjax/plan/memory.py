@@ -92,7 +92,7 @@ def _writer(body, name):
 
 
 def short_name(op_name):
-  """'jit(train_step)/transpose(jvp())/while/body/closed_call/Block/mlp/dot_general' -> 'backward Block/mlp/dot_general'."""
+  """'jit(train_step)/transpose(jvp())/while/body/Block/mlp/dot_general' -> 'backward Block/mlp/dot_general'."""
   text = re.sub(r'\[\\?[\'"]*(\w+)\\?[\'"]*\]', r'/\1', op_name)
   back = 'backward ' if 'transpose(' in text else ''
   parts = [p for p in re.sub(r'\w+\(((?:\w+\()?[^()]*\)?)\)', r'\1', text).split('/')
@@ -101,13 +101,21 @@ def short_name(op_name):
 
 
 def read_limit(message):
-  """Returns {'used', 'limit'} bytes of the compiler's out-of-memory message, or None where it is another error."""
-  match = re.search(r'Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm', message)
-  if match is None:
+  """Returns {'used', 'limit', 'temporaries_alone', 'allocations'} of the compiler's out-of-memory message, else None.
+
+  Bytes of one device.  Of one form of the message `used` is of the temporaries alone, without the arguments.
+  """
+  size = r'([\d.]+)([KMGT]?)'
+  whole = re.search(f'Used {size} of {size} hbm', message)
+  temporaries = re.search(rf'HLO temporaries \({size}\) exceeds available HBM \({size}\)', message)
+  if not (match := whole or temporaries):
     return None
-  unit = {'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
-  return {'used': int(float(match[1]) * unit[match[2]]), 'limit': int(float(match[3]) * unit[match[4]]),
-          'allocations': _allocations(message)}
+  return {'used': _size(match[1], match[2]), 'limit': _size(match[3], match[4]),
+          'temporaries_alone': whole is None, 'allocations': _allocations(message)}
+
+
+def _size(value, unit):
+  return int(float(value) * {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}[unit])
 
 
 def _allocations(message):
@@ -117,6 +125,5 @@ def _allocations(message):
     size = re.match(r'([\d.]+)([KMGT])', block)
     shape, name = re.search(r'Shape: (\w+\[[\d,]*\])', block), re.search(r'op_name="([^"]*)"', block)
     if size and shape:
-      unit = {'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}[size[2]]
-      found.append(Tensor(short_name(name[1]) if name else '', shape[1], int(float(size[1]) * unit)))
+      found.append(Tensor(short_name(name[1]) if name else '', shape[1], _size(size[1], size[2])))
   return found
