@@ -54,6 +54,8 @@ def run(spec, options):
       plan = make_plan(spec, topology, options.hlo)
     except OutOfMemory as e:
       plan = too_large(spec, topology, e.found)
+  if not plan['fits']:
+    plan.setdefault('changes', closed.changes_that_fit(spec, topology))
   plan['cost'] = cost_of(plan, spec, topology)
   print(describe(plan))
   if options.output:
@@ -83,8 +85,8 @@ def settle(spec, topology):
     near = nearest_meshes({axis: max(n, 1) for axis, n in sizes.items()}, inside)
     raise ConfigError([
         f'the mesh {mesh_text(sizes)} does not fill {topology.name}, which has {inside} devices'
-        + (' in each slice' if topology.slices > 1 else '') + '; the nearest that do:',
-        *('  ' + ' '.join(f'--config.mesh.{a}={n}' for a, n in found.items()) for found in near)])
+        + (' in each slice' if topology.slices > 1 else '') + '; the nearest that do:\n  '
+        + '\n  '.join(' '.join(f'--config.mesh.{a}={n}' for a, n in found.items()) for found in near)])
   spec = dataclasses.replace(spec, mesh=dataclasses.replace(mesh, **sizes))
   if problems := list(find_problems(spec)):
     raise ConfigError(problems)
@@ -127,6 +129,8 @@ def get_devices(topology):
   from jax.experimental import topologies
   jax.config.update('jax_platforms', 'cpu')
   more = {'num_slices': topology.slices} if topology.slices > 1 else {}
+  if topology.chip.name == 'v4':  # Its two cores work as one device, as on Cloud TPUs.
+    more['chip_config_name'] = 'megacore'
   shape = 'x'.join(map(str, topology.shape))
   name = f'{topology.chip.name}:{shape}'
   try:

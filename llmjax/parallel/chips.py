@@ -44,16 +44,16 @@ class Chip:
 _DOCS = 'docs.cloud.google.com/tpu/docs/'
 # Clocks follow from the peaks: peak / (2 x multipliers), 2 cores of 4 units of 128 x 128 (v4, v5p), 4 units (v5e),
 # 4 times 256 x 256 each cycle (v6e), twice that (tpu7x).  Links: the documented bidirectional bytes/s of a chip over
-# its links and two directions; v4's is documented in bits of one direction.  Memory: the documented capacity less
-# what libtpu keeps, as its compiler states it when a program is too large.
+# its links and two directions; v4's is documented in bits of one direction.  Memory: what libtpu's compiler says is
+# available when a program is too large; of tpu7x the documented capacity.
 TPUS = (
-    Chip('v4', ('TPU v4',), 1, 275e12, 32 * GIB, 1.228e12, 1.05e9, 3, 50e9, 4, 6.25e9, 170,
+    Chip('v4', ('TPU v4',), 1, 275e12, int(30.5 * GIB), 1.228e12, 1.05e9, 3, 50e9, 4, 6.25e9, 170,
          f'{_DOCS}v4; watts: mean at work, arXiv:2304.01433, table 4'),
-    Chip('v5e', ('TPU v5 lite', 'TPU v5e'), 1, 197e12, 16 * GIB, 0.819e12, 1.5e9, 2, 50e9, 16, 3.125e9, None,
+    Chip('v5e', ('TPU v5 lite', 'TPU v5e'), 1, 197e12, int(15.75 * GIB), 0.819e12, 1.5e9, 2, 50e9, 16, 3.125e9, None,
          f'{_DOCS}v5e'),
-    Chip('v5p', ('TPU v5p', 'TPU v5'), 1, 459e12, 95 * GIB, 2.765e12, 1.75e9, 3, 100e9, 4, 6.25e9, None,
+    Chip('v5p', ('TPU v5p', 'TPU v5'), 1, 459e12, int(95.74 * GIB), 2.765e12, 1.75e9, 3, 100e9, 4, 6.25e9, None,
          f'{_DOCS}v5p'),
-    Chip('v6e', ('TPU v6 lite', 'TPU v6e'), 1, 918e12, 32 * GIB, 1.638e12, 1.75e9, 2, 100e9, 16, 12.5e9, None,
+    Chip('v6e', ('TPU v6 lite', 'TPU v6e'), 1, 918e12, int(31.25 * GIB), 1.638e12, 1.75e9, 2, 100e9, 16, 12.5e9, None,
          f'{_DOCS}v6e'),
     Chip('tpu7x', ('TPU7x',), 2, 2307e12, 192 * GIB, 7.38e12, 2.2e9, 3, 100e9, 4, 12.5e9, None,
          f'{_DOCS}tpu7x'),

@@ -171,8 +171,9 @@ def communicate(spec, topology):
   weights = count['total'] * compute / size('tensor') / size('stage') / size('expert')
   weights_axes = ('fsdp',)
   if size('fsdp') > 1:
-    add('all-gather', weights_axes, weights, SENT_FACTOR * weights, 2 * times)
-    add('reduce-scatter', weights_axes, weights, SENT_FACTOR * weights, times)
+    sent = (SENT_FACTOR if topology.chip.tpu else 1.0) * weights
+    add('all-gather', weights_axes, weights, sent, 2 * times)
+    add('reduce-scatter', weights_axes, weights, sent, times)
   if size('data') > 1:
     part = weights / size('fsdp')
     add('all-reduce', ('data',), part, 2 * part, times)

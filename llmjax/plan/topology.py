@@ -67,15 +67,16 @@ def parse_topology(text, slices=1):
   if name not in chips:
     near = difflib.get_close_matches(name, chips, n=1, cutoff=0.4)
     hint = f'did you mean {near[0]}? ' if near else ''
-    raise ConfigError([f'--topology={text}: there is no TPU {name!r}; {hint}known are', *listed])
+    raise ConfigError([f'--topology={text}: there is no TPU {name!r}; {hint}known are\n  '
+                       + '\n  '.join(listed)])
   chip = chips[name]
   if not chip.tpu:
     if not re.fullmatch('[1-9][0-9]?', shape):
       raise ConfigError([f'--topology={text}: write how many GPUs a node has, as {name}:8, and --slices for nodes'])
     return Topology(chip, (int(shape),), slices)
   if not re.fullmatch(r'\d+(x\d+)*', shape) or not _exists(chip, tuple(map(int, shape.split('x')))):
-    raise ConfigError([f'--topology={text}: {name} has no slices of shape {shape!r}; known are',
-                       f'{name}: {", ".join(SHAPES[name])}'
+    raise ConfigError([f'--topology={text}: {name} has no slices of shape {shape!r}; known are '
+                       f'{", ".join(SHAPES[name])}'
                        + ('; larger ones with multiples of 4' if chip.dims == 3 else '')])
   return Topology(chip, tuple(map(int, shape.split('x'))), slices)
 
