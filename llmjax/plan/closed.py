@@ -12,13 +12,16 @@ from llmjax.config import find_problems, to_dict
 from llmjax.model import counts
 from llmjax.parallel.spec import AXES
 
-# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2), see experiments/tpu_calibration: the part of the peak that matrix
-# products reach, and how often a layer's residual stream [tokens, D] goes through memory outside of them.
-PRODUCT_EFFICIENCY = 0.72
-STREAM_PASSES = 110
-# What a gather of weights or a reduction of gradients over a mesh axis sends, over a ring's least: libtpu writes both
-# as all-reduces, which send twice as much.
-SENT_FACTOR = 2.0
+# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) of experiments/tpu_calibration: the part of the peak that matrix
+# products reach, which grows with the width of the model, and how often a layer's residual stream [tokens, D] goes
+# through memory outside of them.
+STREAM_PASSES = 300
+# Of collectives beside which there is enough to do, the part that the core still waits for.
+HIDDEN_REST = 0.05
+
+
+def product_efficiency(d_model):
+  return min(0.55 + 0.16 * d_model / 4096, 0.88)
 
 
 def plan(spec, topology):
@@ -28,7 +31,7 @@ def plan(spec, topology):
   parts, rows = estimate_seconds(spec, topology)
   result.update(
       source='closed forms', hbm_bytes={**memory, 'limit': topology.device_hbm}, collectives=rows, cycles=None,
-      parts=parts, step_seconds=sum(parts.values()), network_seconds=parts['exposed'], largest=[], kept=[], arrays=[],
+      parts=parts, step_seconds=sum(parts.values()), network_seconds=sum(r['seconds'] for r in rows), largest=[], kept=[], arrays=[],
       fits=memory['total'] <= topology.device_hbm)
   return rate(result, spec, topology)
 
@@ -110,8 +113,8 @@ def estimate_memory(spec, topology):
     kept *= min(1, stages / max(spec.pipeline.count(stages, max(int(tokens * stages / spec.data.seq_len), 1)), 1))
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
   layer = count['blocks'] / m.num_layers / (tensor * size('expert'))
-  # A layer at work: its whole weights and their gradients, and what passes between its products.
-  working = 2 * layer * compute + tokens / tensor * (4 * f + 14 * m.d_model) * compute
+  # A layer at work: its whole weights twice, as many of their gradients, and what passes between its products.
+  working = 4 * layer * compute + tokens / tensor * (4 * f + 14 * m.d_model) * compute
   head = m.vocab_size * m.d_model / tensor * (2 * compute + 4)
   temporaries = working + 2 * head
   code = 64 << 20
@@ -135,8 +138,8 @@ def estimate_seconds(spec, topology):
   # Backward computes the attention weights again: 7 products of which the model's own count has 6.
   kernel = attention * (7 + 2 * again) / 6
   peak = topology.device_peak
-  stream = tokens * m.num_layers * m.d_model * 2 * STREAM_PASSES * (1 + again / 3)
-  parts = {'matmul': tokens * products / peak / PRODUCT_EFFICIENCY, 'kernel': tokens * kernel / peak,
+  stream = tokens * m.num_layers * m.d_model * 2 * STREAM_PASSES
+  parts = {'matmul': tokens * products / peak / product_efficiency(m.d_model), 'kernel': tokens * kernel / peak,
            'other': stream / (topology.chip.hbm_rate / topology.chip.devices)}
   if stages := spec.mesh.size('stage'):
     rows = max(int(train.batch_size / spec.mesh.size('data', 'fsdp', 'expert')), 1)
@@ -144,12 +147,14 @@ def estimate_seconds(spec, topology):
     bubble = (stages - 1) / spec.pipeline.groups / microbatches
     parts['bubble'] = bubble * sum(parts.values())
   rows = communicate(spec, topology)
-  parts['exposed'] = sum(r['seconds'] for r in rows)
+  waiting = sum(r['seconds'] for r in rows if not r['asynchronous'])
+  hidden = sum(r['seconds'] for r in rows if r['asynchronous'])
+  parts['exposed'] = waiting + max(hidden - parts['matmul'], HIDDEN_REST * hidden)
   return parts, rows
 
 
 def communicate(spec, topology):
-  """Returns the collectives of a step as rows; the time is what they take with nothing beside them."""
+  """Returns the collectives of a step as rows; seconds are theirs alone, and `asynchronous` ones hide."""
   m, size = spec.model, spec.mesh.size
   count, compute = counts.count_params(m), _bytes(spec.train.compute_dtype)
   times = spec.train.accumulation
@@ -157,23 +162,27 @@ def communicate(spec, topology):
   inside = lambda axis: getattr(spec.mesh, axis)
   rows = []
 
-  def add(kind, axes, bytes_, sent, runs):
+  def add(kind, axes, bytes_, sent, runs, hides=False):
     n = math.prod(inside(a) for a in axes)
     across = math.prod(getattr(spec.mesh, f'dcn_{a}', 1) for a in axes)
     seconds = sent * (n - 1) / n / rate_of(topology, n) if n > 1 else 0.0
     if across > 1:
       seconds += sent / n * (across - 1) / across / (topology.chip.dcn_rate / topology.chip.devices)
     if seconds:
-      rows.append(dict(kind=kind, axes=list(axes), asynchronous=False, network='dcn' if across > 1 else 'ici',
+      rows.append(dict(kind=kind, axes=list(axes), asynchronous=hides, network='dcn' if across > 1 else 'ici',
                        places=1, runs=int(runs), bytes=int(bytes_ * runs), sent_bytes=int(sent * runs),
                        seconds=seconds * runs))
 
   weights = count['total'] * compute / size('tensor') / size('stage') / size('expert')
   weights_axes = ('fsdp',)
   if size('fsdp') > 1:
-    sent = (SENT_FACTOR if topology.chip.tpu else 1.0) * weights
-    add('all-gather', weights_axes, weights, sent, 2 * times)
-    add('reduce-scatter', weights_axes, weights, sent, times)
+    # Over a whole torus of rings libtpu writes gathers and reductions as all-reduces, which send twice as much and
+    # which nothing hides; over less it starts them early.
+    torus = (topology.chip.tpu and inside('fsdp') == topology.devices // topology.slices
+             and all(topology.is_ring(dim) for dim in range(len(topology.shape))))
+    sent = (2 if torus else 1) * weights
+    add('all-gather', weights_axes, weights, sent, 2 * times, not torus)
+    add('reduce-scatter', weights_axes, weights, sent, times, not torus)
   if size('data') > 1:
     part = weights / size('fsdp')
     add('all-reduce', ('data',), part, 2 * part, times)

@@ -12,7 +12,7 @@ from llmjax.plan.collectives import KINDS, Collective, _read, _walk
 from llmjax.plan.hlo import Frame, Loop, Module, flatten
 from llmjax.plan.topology import collective_seconds
 
-CATEGORIES = ('matmul', 'kernel', 'collective', 'other')
+_UNKNOWN = 2**62  # What the compiler writes for work that it hands to a SparseCore is above it.
 
 
 @dataclasses.dataclass
@@ -248,7 +248,8 @@ def _origin(frame, instruction):
 def estimated_cycles(instruction):
   """Returns the compiler's estimate of an instruction's cycles, 0 where it has none."""
   match = re.search(r'"estimated_cycles":"?(\d+)', instruction.attributes)
-  return int(match[1]) if match else 0
+  cycles = int(match[1]) if match else 0
+  return cycles if cycles < _UNKNOWN else 0
 
 
 def kernel_flops(frame, instruction, causal_part=0.5):

@@ -127,20 +127,21 @@ def collective_lines(plan):
 
 def cost_lines(plan):
   """Yields money, energy and carbon, and which settings are missing for them."""
-  cost = plan['cost']
-  hours, missing = f'{cost["chip_hours"]:,.0f} chip-hours', []
+  cost, missing = plan['cost'], []
+  money = f'{cost["chip_hours"]:,.0f} chip-hours'
   if cost['money'] is None:
-    missing.append('cost.price_per_chip_hour')
+    missing.append('price_per_chip_hour')
   else:
-    hours += f', {cost["money"]:,.0f} {cost["currency"]} at {cost["price_per_chip_hour"]:g} a chip-hour'
+    money += f': {cost["money"]:,.0f} {cost["currency"]} at {cost["price_per_chip_hour"]:g} a chip-hour'
+  yield money
   if cost['kwh'] is None:
-    missing.append('cost.chip_watts (no power of this chip is published)')
+    missing.append('chip_watts (no power of this chip is published)')
   else:
-    hours += f'; {cost["kwh"]:,.0f} kWh ({cost["watts_per_chip"]:g} W a chip, PUE {cost["pue"]:g})'
-  if cost['kg_co2'] is None:
-    missing.append('cost.grid_grams_per_kwh')
-  else:
-    hours += f', {cost["kg_co2"]:,.0f} kg CO2e at {cost["grid_grams_per_kwh"]:g} g/kWh'
-  yield hours
+    energy = f'{cost["kwh"]:,.0f} kWh at {cost["watts_per_chip"]:g} W a chip and PUE {cost["pue"]:g}'
+    if cost['kg_co2'] is not None:
+      energy += f': {cost["kg_co2"]:,.0f} kg CO2e at {cost["grid_grams_per_kwh"]:g} g/kWh'
+    yield energy
+  if not cost['grid_grams_per_kwh']:
+    missing.append('grid_grams_per_kwh')
   if missing:
-    yield f'not stated: set {", ".join(missing)}'
+    yield f'not stated; set config.cost: {", ".join(missing)}'
