@@ -4,6 +4,8 @@ The step is the one that `pretrain` runs, lowered for the same shardings and com
 """
 
 import dataclasses
+import gzip
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +21,7 @@ from llmjax.parallel.spec import AXES
 from llmjax.plan import closed, page
 from llmjax.plan.closed import causal_part, outline, rate
 from llmjax.plan.energy import make_meter
+from llmjax.plan.memory import Tensor, largest, read_limit, stacks
 from llmjax.plan.topology import parse_topology, place_of
 from llmjax.plan.words import describe
 
@@ -177,7 +180,6 @@ def lower(spec, topology):
 
 def compile_text(lowered):
   """Returns (text of the compiled program, its memory in bytes, seconds); raises OutOfMemory."""
-  from llmjax.plan.memory import read_limit
   start = time.perf_counter()
   try:
     with quiet():
@@ -193,12 +195,48 @@ def compile_text(lowered):
   return compiled.as_text(), memory, time.perf_counter() - start
 
 
+def compile_cached(lowered, spec, topology):
+  """Returns `compile_text` of a program, from the user's cache folder where the same one was compiled before.
+
+  The same: its StableHLO, the chips, the mesh, the versions of JAX and libtpu.
+  """
+  from llmjax.loops.doctor import cache_folder
+  sizes = sorted(spec.mesh.__dict__.items())
+  versions = [importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')]
+  parts = [lowered.as_text(), topology.name, str(topology.slices), str(sizes), *versions]
+  key = hashlib.sha256('\0'.join(parts).encode()).hexdigest()
+  file = cache_folder().parent / 'plans' / f'{key}.json.gz'
+  if file.exists():
+    kept = json.loads(gzip.decompress(file.read_bytes()))
+    if 'used' in kept:
+      kept['allocations'] = [Tensor(**a) for a in kept['allocations']]
+      raise OutOfMemory(kept)
+    return kept['text'], kept['memory'], kept['seconds']
+  try:
+    text, memory, seconds = compile_text(lowered)
+    _keep(file, {'text': text, 'memory': memory, 'seconds': seconds})
+  except OutOfMemory as e:
+    _keep(file, {**e.found, 'allocations': [dataclasses.asdict(a) for a in e.found['allocations']]})
+    raise
+  return text, memory, seconds
+
+
+def _keep(file, content):
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f'.{os.getpid()}')  # Another process must never read half a file.
+    part.write_bytes(gzip.compress(json.dumps(content).encode()))
+    part.replace(file)
+  except OSError as e:
+    print(f'the program is not kept: {e}', file=sys.stderr)
+
+
 def make_plan(spec, topology, hlo=''):
   """Returns the plan as a dict, of the compiled program; see `read_program` for its entries."""
   lowered, mesh, state = lower(spec, topology)
   print(f'compiling the step for {topology.name}'
         + (f' x {topology.slices}' if topology.slices > 1 else '') + ' ...', file=sys.stderr, flush=True)
-  text, memory, seconds = compile_text(lowered)
+  text, memory, seconds = compile_cached(lowered, spec, topology)
   if hlo:
     pathlib.Path(hlo).write_text(text)
   return read_program(spec, topology, mesh, text, memory, seconds, state)
@@ -209,7 +247,6 @@ def read_program(spec, topology, mesh, text, memory, compile_seconds, state):
   import jax
 
   from llmjax.loops.mesh import local_bytes, path_name
-  from llmjax.plan.memory import largest, stacks
   from llmjax.plan.schedule import Program
   devices = list(mesh.devices.flat)
   program = Program(text, mesh, topology, [place_of(d) for d in devices], causal_part(spec))

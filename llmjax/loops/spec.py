@@ -75,11 +75,15 @@ class PlanOptions:
   hlo: str = setting('', "file to write the compiled program's text to; empty: none")
   search: bool = setting(False, 'find the best mesh, remat, accumulation and batch for these chips')
   jobs: int = setting(1, 'programs that --search compiles at once, each about two cores and 4 GB', minimum=1)
+  rows_per_chip: tuple[int, ...] = setting((), "global batches that --search tries, in rows for each chip, as 1,2,4; "
+                                           "none: the config's batch alone")
   most: int = setting(12, 'programs that --search compiles at most', minimum=1)
 
   def problems(self):
     if not self.topology:
       yield 'topology=NAME is missing: for which chips? For example --topology=v5p:4x4x4'
+    if self.search and self.fast:
+      yield 'search and --fast exclude one another: a search ranks by closed forms and then compiles'
 
 
 @dataclasses.dataclass(frozen=True)

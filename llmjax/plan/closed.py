@@ -31,8 +31,8 @@ def plan(spec, topology):
   parts, rows = estimate_seconds(spec, topology)
   result.update(
       source='closed forms', hbm_bytes={**memory, 'limit': topology.device_hbm}, collectives=rows, cycles=None,
-      parts=parts, step_seconds=sum(parts.values()), network_seconds=sum(r['seconds'] for r in rows), largest=[], kept=[], arrays=[],
-      fits=memory['total'] <= topology.device_hbm)
+      parts=parts, step_seconds=sum(parts.values()), network_seconds=sum(r['seconds'] for r in rows),
+      largest=[], kept=[], arrays=[], fits=memory['total'] <= topology.device_hbm)
   return rate(result, spec, topology)
 
 
