@@ -114,7 +114,7 @@ def _walk(module, mesh, frame, loops, conditional):
     elif op == 'conditional':
       for branch in frame.branches(instruction):
         yield from _walk(module, mesh, branch, loops, True)
-    elif op in ('call', 'async-start', 'fusion'):
+    elif op in ('call', 'async-start', 'call-start', 'fusion'):
       inside = _walk(module, mesh, frame.called(instruction), loops, conditional)
       yield from inside if op != 'fusion' else _fused(module, instruction, inside)
     elif (kind := op.removesuffix('-start')) in KINDS:

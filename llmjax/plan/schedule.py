@@ -8,6 +8,8 @@ synchronous collective keeps it waiting, an asynchronous one only where its end 
 import dataclasses
 import re
 
+import numpy as np
+
 from llmjax.plan.collectives import KINDS, Collective, _read, _walk
 from llmjax.plan.hlo import Frame, Loop, Module, flatten
 from llmjax.plan.topology import collective_seconds
@@ -143,10 +145,18 @@ class Program:
         called, inside = self._play(frame.called(instruction), runs, path)
         totals.add(called, 1)
         spend(instruction, 'other', called.seconds)
-      elif op.endswith('-done') and op.removesuffix('-done') in KINDS or op == 'async-done':
-        if (until := flying.pop(_origin(frame, instruction), None)) is not None:
+      elif op.endswith('-done') and op.removesuffix('-done') in KINDS or op in (
+          'async-done', 'call-done', 'recv-done'):
+        origin = _origin(frame, instruction)
+        if op == 'recv-done' and origin not in flying and origin in frame.computation.instructions:
+          origin = _rendezvous(frame.computation.instructions[origin])  # The recv stood before its send.
+        if (until := flying.pop(origin, None)) is not None:
           wait(instruction, until)
-      elif op == 'async-start':
+      elif op == 'send' and (between := self._between_slices(instruction)):
+        flying[_rendezvous(instruction)] = send(instruction, between, True)
+      elif op == 'recv' and _rendezvous(instruction) in flying:  # The send came first; its end is what is received.
+        flying[instruction.name] = flying.pop(_rendezvous(instruction))
+      elif op in ('async-start', 'call-start'):  # A call runs on a SparseCore.
         found = list(_walk(self.module, self.mesh, frame.called(instruction), (), False))
         for collective, _ in found:
           flying[instruction.name] = send(instruction, collective, True)
@@ -212,6 +222,25 @@ class Program:
       self._products[name] = any(map(self._has_product, self.module.computations[name].instructions.values()))
     return self._products[name]
 
+  def _between_slices(self, send):
+    """Returns the Collective between slices that a send to the host begins, or None where it is another send."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    kind = kind and kind[1].lower().replace('_', '-')
+    if kind not in KINDS:
+      return None
+    part = flatten(send.type)[0]
+    devices = np.array([p.slice for p in self.places]).reshape(self.mesh.devices.shape)
+    axes = tuple(axis for i, axis in enumerate(self.mesh.axis_names)
+                 if (devices != np.take(devices, [0], axis=i)).any())
+    one_each = tuple(self._first_of_each_slice())
+    return Collective(kind, axes, len(one_each), (part,), part.bytes, groups=(one_each,))
+
+  def _first_of_each_slice(self):
+    found = {}
+    for number, place in enumerate(self.places):
+      found.setdefault(place.slice, number)
+    return found.values()
+
   def _fused(self, frame, fusion):
     """Returns (phase, [(Collective, channel)]) of a fusion: 'start', 'done', 'between', 'sync', or None.
 
@@ -234,12 +263,18 @@ class Program:
     return (phase if found else None), found
 
 
+def _rendezvous(instruction):
+  """Returns the name that a send and its recv share."""
+  match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.attributes)
+  return f'rendezvous {match[1]}' if match else instruction.name
+
+
 def _origin(frame, instruction):
   """Returns the name of the start that a done ends, through updates and tuples."""
   name = instruction.operands[0]
   while name in frame.computation.instructions:
     found = frame.computation.instructions[name]
-    if found.op.endswith('-start') or not found.operands:
+    if found.op.endswith('-start') or found.op == 'recv' or not found.operands:
       break
     name = found.operands[0]
   return name
