@@ -169,7 +169,12 @@ def lower(spec, topology):
   from llmjax.train.optimizers import make_optimizer
   from llmjax.train.state import abstract_state
   from llmjax.train.step import lower_step, make_train_step
-  mesh = make_mesh(spec.mesh, devices)
+  try:
+    mesh = make_mesh(spec.mesh, devices)
+  except NotImplementedError as e:
+    sizes = {axis: getattr(spec.mesh, axis) for axis in AXES}
+    raise ConfigError([f'the mesh {mesh_text(sizes)} cannot be laid on {topology.name}; give axes sizes that are '
+                       f'products of {", ".join(map(str, topology.shape))}']) from e
   tx, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
   state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero1)
   loss_fn = objectives.next_token(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
