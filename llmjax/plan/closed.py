@@ -225,6 +225,7 @@ def rate_of(topology, devices):
 def changes_that_fit(spec, topology, scale=1.0, most=3):
   """Returns changes of the config that fit by closed forms, the fastest first: [{'change', 'total', ...}].
 
+  Those that keep the global batch go before those that do not.
   scale: what the compiler found over what the closed forms say of the spec as it is.
   """
   found = []
@@ -243,7 +244,9 @@ def changes_that_fit(spec, topology, scale=1.0, most=3):
   best = {}
   for row in sorted(found, key=lambda r: -r['tokens_per_second_per_chip']):
     best.setdefault(tuple(row['change']), row)  # The fastest of each kind.
-  ranked = sorted(best.values(), key=lambda r: (-r['tokens_per_second_per_chip'], len(r['change'])))
+  # Another global batch is another training run: only where nothing else is left.
+  ranked = sorted(best.values(), key=lambda r: ('train.batch_size' in r['change'], -r['tokens_per_second_per_chip'],
+                                                len(r['change'])))
   return ranked[:most]
 
 

@@ -100,6 +100,7 @@ def test_what_is_too_large_gets_changes_that_fit(capsys, monkeypatch):
   assert 'DOES NOT FIT' in out
   lines = [line for line in out.splitlines() if line.startswith('  --config.')]
   assert len(lines) == 3
+  assert not any('batch_size' in line for line in lines)
   rates = [float(re.search(r'([\d,]+) tokens', line)[1].replace(',', '')) for line in lines]
   assert rates == sorted(rates, reverse=True)
   for line in lines:  # Each of them really fits.
