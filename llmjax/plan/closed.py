@@ -241,8 +241,11 @@ def changes_that_fit(spec, topology, scale=1.0, most=3):
     if total <= topology.device_hbm:
       found.append({'change': change, 'total': int(total),
                     'tokens_per_second_per_chip': result['tokens_per_second_per_chip']})
+  # What one change does, a second one beside it need not help.
+  needed = [row for row in found
+            if not any(other['change'].items() < row['change'].items() for other in found)]
   best = {}
-  for row in sorted(found, key=lambda r: -r['tokens_per_second_per_chip']):
+  for row in sorted(needed, key=lambda r: -r['tokens_per_second_per_chip']):
     best.setdefault(tuple(row['change']), row)  # The fastest of each kind.
   # Another global batch is another training run: only where nothing else is left.
   ranked = sorted(best.values(), key=lambda r: ('train.batch_size' in r['change'], -r['tokens_per_second_per_chip'],
