@@ -56,6 +56,10 @@ COMMANDS = {
         'how a recipe lies on devices: mesh, parameters, memory, collectives', 'llmjax.loops.mesh',
         'llmjax.loops.spec:MeshOptions', 'llmjax.loops.spec:LayoutSpec',
         'llmjax mesh --config=configs/pretrain/quickstart.py --config.mesh.fsdp=4 --devices=8'),
+    'plan': Command(
+        'memory, speed and cost of a run on TPUs, from its compiled program, without any', 'llmjax.loops.plan',
+        'llmjax.loops.spec:PlanOptions', 'llmjax.loops.spec:PlanSpec',
+        'llmjax plan --config=configs/pretrain/llama2_7b.py --topology=v5p:4x4x4'),
     'checkpoint ls': Command(
         "a run's checkpoints: size, time, metric, good or damaged", 'llmjax.loops.checkpoint',
         'llmjax.checkpoint.spec:ListOptions', None, 'llmjax checkpoint ls --workdir=runs/quickstart'),

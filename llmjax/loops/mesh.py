@@ -22,12 +22,12 @@ from llmjax.parallel import sharding
 from llmjax.parallel.mesh import fill, make_mesh
 from llmjax.parallel.spec import AXES
 from llmjax.plan.collectives import find_collectives, largest_replicated, summarize
+from llmjax.plan.words import WIDTH, table
 from llmjax.train import objectives
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.state import abstract_state
 from llmjax.train.step import lower_step, make_train_step
 
-WIDTH = 100  # Characters of a line, at most.
 ROWS, BLOCKS = 8, 4  # Of the picture; larger meshes are drawn in part.
 LARGE = 1 << 20  # Bytes from which an array that every device holds whole is named.
 
@@ -229,21 +229,6 @@ def describe_collectives(collectives):
   if unknown := total('unknown'):
     lines.append(f'{unknown} of them are in loops of unknown length and are counted once')
   lines.append('CPUs reduce bfloat16 as float32 (twice the bytes), and all where others may reduce-scatter')
-  return '\n'.join(lines)
-
-
-def table(rows, right=()):
-  """Returns rows of cells as aligned columns of at most WIDTH characters; the widest column gives way."""
-  rows = [[str(cell) for cell in row] for row in rows]
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
-    widths[widths.index(max(widths))] -= 1
-  cut = lambda cell, width: cell if len(cell) <= width else '...' + cell[len(cell) - width + 3:]
-  lines = []
-  for row in rows:
-    cells = [f'{cut(cell, w):>{w}}' if i in right else f'{cut(cell, w):<{w}}'
-             for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-    lines.append('  '.join(cells).rstrip())
   return '\n'.join(lines)
 
 

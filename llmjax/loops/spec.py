@@ -13,10 +13,11 @@ from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
+from llmjax.plan.energy import CostSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
-__all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions',
-           'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
+__all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions', 'PlanOptions',
+           'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
 
 
 WRITERS = ('tensorboard', 'wandb', 'mlflow')
@@ -79,6 +80,28 @@ class MeshOptions:
   devices: int = setting(0, 'how many to emulate; 0: the product of the mesh sizes, with 1 for a -1',
                          minimum=0)
   no_compile: bool = setting(False, "leave out the step's collectives, which take a compilation to find")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+  """Flags of `llmjax plan`."""
+
+  topology: str = setting('', 'chips of one slice, as v5p:4x4x4; with --fast also h100:8, the GPUs of one node')
+  slices: int = setting(1, 'slices, or nodes of GPUs', minimum=1)
+  fast: bool = setting(False, 'closed forms only: under two seconds, no compiler')
+  output: str = setting('', 'folder to write plan.json and plan.html to; empty: none')
+  hlo: str = setting('', "file to write the compiled program's text to; empty: none")
+  search: bool = setting(False, 'find the best mesh, remat, accumulation and batch for these chips')
+  jobs: int = setting(1, 'programs that --search compiles at once, each about two cores and 4 GB', minimum=1)
+  rows_per_chip: tuple[int, ...] = setting((), "global batches that --search tries, in rows for each chip, as 1,2,4; "
+                                           "none: the config's batch alone")
+  most: int = setting(12, 'programs that --search compiles at most', minimum=1)
+
+  def problems(self):
+    if not self.topology:
+      yield 'topology=NAME is missing: for which chips? For example --topology=v5p:4x4x4'
+    if self.search and self.fast:
+      yield 'search and --fast exclude one another: a search ranks by closed forms and then compiles'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,3 +205,10 @@ class LayoutSpec(PretrainSpec):
     if not self.model.vocab_size:
       yield from (f'data.{p}; or set model.vocab_size, and no data is needed'
                   for p in DataSpec.problems(self.data))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSpec(LayoutSpec):
+  """The config of `llmjax plan`: pretraining's, and what chips cost."""
+
+  cost: CostSpec = group(CostSpec)

@@ -1,28 +1,82 @@
-"""Peak matrix-product rates of devices."""
+"""Accelerators as rows of numbers, and peak matrix-product rates.  JAX is imported only where it is used."""
 
+import dataclasses
 import time
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A TPU generation, or a GPU of nodes that are joined by NVLink.
+
+  name: as in `v5p:4x4x4`.  kinds: starts of JAX's `device_kind`.  devices: JAX devices of one chip.
+  All else is of one chip: peak_flops: dense bf16 FLOP/s.  hbm: bytes that a program may use.  hbm_rate:
+  bytes/s.  clock: Hz of its cores.  dims: of its torus.  link_rate: bytes/s of one link in one direction;
+  there are two links along each dimension.  wrap: a dimension whose size is a multiple of it is a ring,
+  any other a line.  dcn_rate: bytes/s between slices or nodes.  watts: of one chip at work, None where nobody has
+  published it.  sources: of all these.
+  """
+
+  name: str
+  kinds: tuple[str, ...]
+  devices: int
+  peak_flops: float
+  hbm: int
+  hbm_rate: float
+  clock: float
+  dims: int
+  link_rate: float
+  wrap: int
+  dcn_rate: float
+  watts: float | None
+  sources: str
+
+  @property
+  def links(self):
+    return 2 * self.dims
+
+  @property
+  def tpu(self):
+    return self.kinds[0].startswith('TPU')
+
+
+_DOCS = 'docs.cloud.google.com/tpu/docs/'
+# Clocks follow from the peaks: peak / (2 x multipliers), 2 cores of 4 units of 128 x 128 (v4, v5p), 4 units (v5e),
+# 4 times 256 x 256 each cycle (v6e), twice that (tpu7x).  Links: the documented bidirectional bytes/s of a chip over
+# its links and two directions; v4's is documented in bits of one direction.  Memory: what libtpu's compiler says is
+# available when a program is too large; of tpu7x the documented capacity.
+TPUS = (
+    Chip('v4', ('TPU v4',), 1, 275e12, int(30.5 * GIB), 1.228e12, 1.05e9, 3, 50e9, 4, 6.25e9, 170,
+         f'{_DOCS}v4; watts: mean at work, arXiv:2304.01433, table 4'),
+    Chip('v5e', ('TPU v5 lite', 'TPU v5e'), 1, 197e12, int(15.75 * GIB), 0.819e12, 1.5e9, 2, 50e9, 16, 3.125e9, None,
+         f'{_DOCS}v5e'),
+    Chip('v5p', ('TPU v5p', 'TPU v5'), 1, 459e12, int(95.74 * GIB), 2.765e12, 1.75e9, 3, 100e9, 4, 6.25e9, None,
+         f'{_DOCS}v5p'),
+    Chip('v6e', ('TPU v6 lite', 'TPU v6e'), 1, 918e12, int(31.25 * GIB), 1.638e12, 1.75e9, 2, 100e9, 16, 12.5e9, None,
+         f'{_DOCS}v6e'),
+    Chip('tpu7x', ('TPU7x',), 2, 2307e12, 192 * GIB, 7.38e12, 2.2e9, 3, 100e9, 4, 12.5e9, None,
+         f'{_DOCS}tpu7x'),
+)
+
+# One dimension, a ring of any length: NVLink's switch lets every GPU of a node send at its full rate.
+GPUS = (
+    Chip('a100', ('NVIDIA A100',), 1, 312e12, 80 * 10**9, 2.039e12, 0.0, 1, 150e9, 1, 25e9, 400,
+         'NVIDIA A100 80GB SXM data sheet; 200 Gb/s a GPU between nodes (DGX A100)'),
+    Chip('h100', ('NVIDIA H100',), 1, 989e12, 80 * 10**9, 3.35e12, 0.0, 1, 225e9, 1, 50e9, 700,
+         'NVIDIA H100 SXM data sheet; 400 Gb/s a GPU between nodes (DGX H100)'),
+    Chip('h200', ('NVIDIA H200',), 1, 989e12, 141 * 10**9, 4.8e12, 0.0, 1, 225e9, 1, 50e9, 700,
+         'NVIDIA H200 SXM data sheet; 400 Gb/s a GPU between nodes (DGX H200)'),
+    Chip('b200', ('NVIDIA B200',), 1, 2250e12, 180 * 10**9, 8.0e12, 0.0, 1, 450e9, 1, 50e9, 1000,
+         'NVIDIA DGX B200 data sheet; 400 Gb/s a GPU between nodes'),
+)
 
 # Dense bf16 FLOP/s of one JAX device, from the vendors' data sheets; matched by the start of
 # `device_kind`.  A v2 or v3 device is a core, half a chip.
 PEAK_FLOPS = {
     'TPU v2': 22.5e12,
     'TPU v3': 61.5e12,
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5e': 197e12,
-    'TPU v5p': 459e12,
-    'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,
-    'TPU v6e': 918e12,
-    'TPU7x': 1154e12,
-    'NVIDIA A100': 312e12,
-    'NVIDIA H100': 989e12,
-    'NVIDIA H200': 989e12,
-    'NVIDIA B200': 2250e12,
+    **{kind: chip.peak_flops / chip.devices for chip in (*TPUS, *GPUS) for kind in chip.kinds},
     'NVIDIA L4': 121e12,
     'NVIDIA GeForce RTX 4090': 165e12,
 }
@@ -34,6 +88,8 @@ def peak_flops(device):
   A CPU's is measured: a 2048^3 float32 product on all cores, the best of five (about a second).
   """
   if device.platform == 'cpu':
+    import jax
+    import numpy as np
     # On one device: every device of a mesh that is set would do the same product beside it.
     with jax.set_mesh(jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ('alone',))):
       return measure_matmul_flops() / len(jax.local_devices())
@@ -45,6 +101,8 @@ def peak_flops(device):
 
 def measure_matmul_flops(size=2048, rounds=5):
   """Returns the best measured FLOP/s of a float32 [size, size] product."""
+  import jax
+  import jax.numpy as jnp
   x = jnp.ones((size, size), jnp.float32)
   product = jax.jit(jnp.matmul)
   product(x, x).block_until_ready()

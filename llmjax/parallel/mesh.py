@@ -24,7 +24,7 @@ def make_mesh(spec, devices=None):
   devices = list(jax.devices() if devices is None else devices)
   sizes = [getattr(fill(spec, len(devices)), axis) for axis in AXES]
   outer = [getattr(spec, f'dcn_{axis}', 1) for axis in AXES]
-  parts = [mesh_utils.create_device_mesh(sizes, part) for part in _slices(devices, spec.slices)]
+  parts = [_arrange(sizes, part) for part in _slices(devices, spec.slices)]
   # [outer..., sizes...] to [outer and size of each axis, side by side].
   grid = np.array(parts).reshape(*outer, *sizes)
   order = [i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))]
@@ -53,6 +53,14 @@ def fitting_mesh(spec, devices=None):
     return make_mesh(dataclasses.replace(spec, data=-1), devices)
   except ConfigError:
     return make_mesh(MeshSpec(), devices)
+
+
+def _arrange(sizes, devices):
+  """Returns the devices of a slice as an array of these sizes, neighbours beside one another."""
+  try:
+    return mesh_utils.create_device_mesh(sizes, devices)
+  except NotImplementedError:  # Sizes that are no products of the torus's own, as 2 x 32 of 4 x 4 x 4.
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def _slices(devices, count):

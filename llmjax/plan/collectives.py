@@ -25,7 +25,8 @@ class Collective:
   group; for a permute 2, since each device talks to one other.  result: what a device holds afterwards,
   one Array for each array in the instruction.  bytes: of the whole buffer at one device, the larger of
   what goes in and what comes out.  loops: turns of every while loop around it, outermost first, None
-  where the text does not tell.  conditional: it is in a branch that may not run.
+  where the text does not tell.  conditional: it is in a branch that may not run.  groups: numbers of the
+  devices that talk to one another; pairs (from, to) for a permute.
   """
 
   kind: str
@@ -36,6 +37,7 @@ class Collective:
   loops: tuple[int | None, ...] = ()
   op_name: str = ''
   conditional: bool = False
+  groups: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), compare=False, repr=False)
 
   @property
   def trips(self):
@@ -112,7 +114,7 @@ def _walk(module, mesh, frame, loops, conditional):
     elif op == 'conditional':
       for branch in frame.branches(instruction):
         yield from _walk(module, mesh, branch, loops, True)
-    elif op in ('call', 'async-start', 'fusion'):
+    elif op in ('call', 'async-start', 'call-start', 'fusion'):
       inside = _walk(module, mesh, frame.called(instruction), loops, conditional)
       yield from inside if op != 'fusion' else _fused(module, instruction, inside)
     elif (kind := op.removesuffix('-start')) in KINDS:
@@ -162,7 +164,7 @@ def _read(module, mesh, frame, instruction, kind, loops, conditional):
   return Collective(
       kind=kind, axes=group_axes(groups, mesh), group_size=max(map(len, groups), default=1),
       result=tuple(result), bytes=max(total(result), total(operands)), loops=loops,
-      op_name=instruction.op_name, conditional=conditional)
+      op_name=instruction.op_name, conditional=conditional, groups=tuple(map(tuple, groups)))
 
 
 def _device_groups(module, instruction, kind):

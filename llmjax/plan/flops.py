@@ -32,7 +32,7 @@ def _count(module, frame):
         total += turns * inside
     elif op == 'conditional':
       total += max(_count(module, branch) for branch in frame.branches(instruction))
-    elif op in ('call', 'fusion', 'async-start'):
+    elif op in ('call', 'fusion', 'async-start', 'call-start'):
       total += _count(module, frame.called(instruction))
     elif op == 'convolution' or op == 'custom-call' and 'matmul' in (instruction.attribute('custom_call_target') or ''):
       raise ValueError(f'{instruction.name} is a product whose size this cannot read: {op}')

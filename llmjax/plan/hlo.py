@@ -151,7 +151,7 @@ def _parse(text):
       if match := _HEADER.match(line):
         current = Computation(match[2], {})
         entry = current.name if match[1] else entry
-    elif line.startswith('}'):
+    elif re.match(r'\}(, \w+=.*)?$', line) and not line.startswith('}}'):
       finish()
       computations[current.name], current = current, None
     elif _INSTRUCTION.match(line):

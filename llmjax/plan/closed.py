@@ -1,0 +1,292 @@
+"""The plan in closed forms: memory, time and bytes of a step from the config alone.  No JAX here.
+
+What a compiled program has and these forms approximate is held against compiled programs in
+tests/plan/test_closed.py and experiments/tpu_calibration.
+"""
+
+import dataclasses
+import itertools
+import math
+
+from llmjax.config import find_problems, to_dict
+from llmjax.model import counts
+from llmjax.parallel.spec import AXES
+
+# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) of experiments/tpu_calibration: the part of the peak that matrix
+# products reach, which grows with the width of the model, and how often a layer's residual stream [tokens, D] goes
+# through memory outside of them.
+STREAM_PASSES = 300
+# Of collectives beside which there is enough to do, the part that the core still waits for.
+HIDDEN_REST = 0.05
+
+
+def product_efficiency(d_model):
+  return min(0.55 + 0.16 * d_model / 4096, 0.88)
+
+
+def plan(spec, topology):
+  """Returns the plan of a spec whose mesh fills the chips: the dict of `loops.plan`, without what needs a program."""
+  result = outline(spec, topology)
+  memory = estimate_memory(spec, topology)
+  parts, rows = estimate_seconds(spec, topology)
+  result.update(
+      source='closed forms', hbm_bytes={**memory, 'limit': topology.device_hbm}, collectives=rows, cycles=None,
+      parts=parts, step_seconds=sum(parts.values()), network_seconds=sum(r['seconds'] for r in rows),
+      largest=[], kept=[], arrays=[], fits=memory['total'] <= topology.device_hbm)
+  return rate(result, spec, topology)
+
+
+def causal_part(spec):
+  """Returns what part of all pairs of queries and keys a causal mask, or a window, lets through."""
+  length, window = spec.data.seq_len, spec.model.window
+  if window and window < length:
+    return (window * (window + 1) / 2 + (length - window) * window) / length**2
+  return 0.5
+
+
+def outline(spec, topology):
+  """Returns the entries that are known without a program."""
+  sizes = {axis: spec.mesh.size(axis) for axis in AXES if spec.mesh.size(axis) > 1}
+  return {'topology': topology.name, 'slices': topology.slices, 'chips': topology.chips, 'devices': topology.devices,
+          'links': topology.links(), 'peak_flops': topology.chip.peak_flops, 'mesh': sizes,
+          'model': spec.model.preset or 'custom', 'parameters': counts.count_params(spec.model)['total'],
+          'batch_size': spec.train.batch_size, 'seq_len': spec.data.seq_len, 'remat': spec.train.remat,
+          'accumulation': spec.train.accumulation, 'config': to_dict(spec)}
+
+
+def rate(plan, spec, topology):
+  """Adds what follows from the seconds of a step; returns the plan."""
+  tokens = spec.train.batch_size * spec.data.seq_len
+  flops = counts.train_flops_per_token(spec.model, spec.data.seq_len)
+  seconds = plan['step_seconds']
+  per_chip = tokens / seconds / topology.chips
+  plan.update(tokens_per_step=tokens, tokens_per_second_per_chip=per_chip,
+              mfu=per_chip * flops / topology.chip.peak_flops,
+              budget={'tokens': tokens * spec.train.steps, 'steps': spec.train.steps,
+                      'seconds': seconds * spec.train.steps})
+  return plan
+
+
+def _bytes(dtype):
+  return {'float32': 4, 'bfloat16': 2}[dtype]
+
+
+def param_shards(spec):
+  """Returns into how many parts (layers' parameters, embedding and head) are divided."""
+  size = spec.mesh.size
+  layers = size('fsdp') * size('stage') * size('tensor') * size('expert')
+  return layers, size('fsdp') * size('expert') * size('stage') * size('tensor')
+
+
+def local_tokens(spec):
+  """Returns the tokens of one microbatch of gradient accumulation on one device."""
+  shards = spec.mesh.size('data', 'fsdp', 'stage', 'expert', 'context')
+  return spec.train.batch_size * spec.data.seq_len / shards / spec.train.accumulation
+
+
+def kept_values(spec):
+  """Returns how many values of a token each layer keeps for the backward pass (model/decoder.py has the table)."""
+  m = spec.model
+  d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
+  f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
+  products = q + 2 * kv + 2 * f
+  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'dots': 3 * d + products,
+          'none': 2 * d + q + products + 8 * d + 5 * f}[spec.train.remat]
+
+
+def estimate_memory(spec, topology):
+  """Returns bytes of one device: parameters, optimizer, gradients, activations, temporaries, total."""
+  m, train, size = spec.model, spec.train, spec.mesh.size
+  count = counts.count_params(m)
+  layers, ends = param_shards(spec)
+  local = count['blocks'] / layers + (count['embed'] + count['head']) / ends
+  width, compute = _bytes(train.param_dtype), _bytes(train.compute_dtype)
+  moments = {'adamw': 2, 'muon': 1, 'lion': 1, 'adafactor': 0, 'sgd': 1}[spec.optimizer.name]
+  moment_shards = size('data') if spec.mesh.zero else 1
+  optimizer = moments * local * _bytes(spec.optimizer.moment_dtype) / moment_shards
+  # Summed over microbatches gradients are of the parameters' dtype; those of one batch stay as they come.
+  gradients = local * (width if train.accumulation > 1 else compute)
+  tokens, tensor = local_tokens(spec), size('tensor')
+  stages = size('stage')
+  kept = kept_values(spec) * compute * tokens * m.num_layers / tensor
+  if stages > 1 and spec.pipeline.schedule == '1f1b':
+    kept *= min(1, stages / max(spec.pipeline.count(stages, max(int(tokens * stages / spec.data.seq_len), 1)), 1))
+  f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
+  layer = count['blocks'] / m.num_layers / (tensor * size('expert'))
+  # A layer at work: its whole weights twice, as many of their gradients, and what passes between its products.
+  working = 4 * layer * compute + tokens / tensor * (4 * f + 14 * m.d_model) * compute
+  head = m.vocab_size * m.d_model / tensor * (2 * compute + 4)
+  temporaries = working + 2 * head
+  code = 64 << 20
+  batch = 5 * 4 * spec.train.batch_size * spec.data.seq_len / size('data', 'fsdp', 'stage', 'expert', 'context')
+  arguments = local * width + optimizer + batch
+  parts = {'parameters': local * width, 'optimizer': optimizer, 'gradients': gradients, 'activations': kept,
+           'temporaries': temporaries, 'batch': batch, 'arguments': arguments, 'code': code,
+           'temp': gradients + kept + temporaries}
+  return {**{k: int(v) for k, v in parts.items()}, 'total': int(arguments + parts['temp'] + code)}
+
+
+def estimate_seconds(spec, topology):
+  """Returns ({'matmul', 'kernel', 'other', 'exposed'}: seconds of a step, rows of collectives)."""
+  m, train = spec.model, spec.train
+  devices = topology.devices
+  tokens = train.batch_size * spec.data.seq_len / devices  # Of a step, on one device.
+  attention = counts.train_flops_per_token(m, spec.data.seq_len) - 6 * counts.matmul_params(m)
+  layers_params = counts.matmul_params(m) - m.vocab_size * m.d_model
+  again = {'none': 0.0, 'dots': 0.0, 'minimal': 0.0, 'offload': 0.0, 'full': 1.0}[train.remat]
+  products = (6 + 2 * again) * layers_params + 6 * m.vocab_size * m.d_model
+  # Backward computes the attention weights again: 7 products of which the model's own count has 6.
+  kernel = attention * (7 + 2 * again) / 6
+  peak = topology.device_peak
+  stream = tokens * m.num_layers * m.d_model * 2 * STREAM_PASSES
+  parts = {'matmul': tokens * products / peak / product_efficiency(m.d_model), 'kernel': tokens * kernel / peak,
+           'other': stream / (topology.chip.hbm_rate / topology.chip.devices)}
+  if stages := spec.mesh.size('stage'):
+    rows = max(int(train.batch_size / spec.mesh.size('data', 'fsdp', 'expert')), 1)
+    microbatches = spec.pipeline.count(stages, rows) if stages > 1 else 1
+    bubble = (stages - 1) / spec.pipeline.groups / microbatches
+    parts['bubble'] = bubble * sum(parts.values())
+  rows = communicate(spec, topology)
+  waiting = sum(r['seconds'] for r in rows if not r['asynchronous'])
+  hidden = sum(r['seconds'] for r in rows if r['asynchronous'])
+  parts['exposed'] = waiting + max(hidden - parts['matmul'], HIDDEN_REST * hidden)
+  return parts, rows
+
+
+def communicate(spec, topology):
+  """Returns the collectives of a step as rows; seconds are theirs alone, and `asynchronous` ones hide."""
+  m, size = spec.model, spec.mesh.size
+  count, compute = counts.count_params(m), _bytes(spec.train.compute_dtype)
+  times = spec.train.accumulation
+  tokens = local_tokens(spec)
+  inside = lambda axis: getattr(spec.mesh, axis)
+  rows = []
+
+  def add(kind, axes, bytes_, sent, runs, hides=False):
+    n = math.prod(inside(a) for a in axes)
+    across = math.prod(getattr(spec.mesh, f'dcn_{a}', 1) for a in axes)
+    seconds = sent * (n - 1) / n / rate_of(topology, n) if n > 1 else 0.0
+    if across > 1:
+      seconds += sent / n * (across - 1) / across / (topology.chip.dcn_rate / topology.chip.devices)
+    if seconds:
+      rows.append(dict(kind=kind, axes=list(axes), asynchronous=hides, network='dcn' if across > 1 else 'ici',
+                       places=1, runs=int(runs), bytes=int(bytes_ * runs), sent_bytes=int(sent * runs),
+                       seconds=seconds * runs))
+
+  weights = count['total'] * compute / size('tensor') / size('stage') / size('expert')
+  weights_axes = ('fsdp',)
+  if size('fsdp') > 1:
+    # Over a whole torus of rings libtpu writes gathers and reductions as all-reduces, which send twice as much and
+    # which nothing hides; over less it starts them early.
+    torus = (topology.chip.tpu and inside('fsdp') == topology.devices // topology.slices
+             and all(topology.is_ring(dim) for dim in range(len(topology.shape))))
+    sent = (2 if torus else 1) * weights
+    add('all-gather', weights_axes, weights, sent, 2 * times, not torus)
+    add('reduce-scatter', weights_axes, weights, sent, times, not torus)
+  if size('data') > 1:
+    part = weights / size('fsdp')
+    add('all-reduce', ('data',), part, 2 * part, times)
+  stream = tokens * m.d_model * compute
+  if size('tensor') > 1:
+    add('all-gather', ('tensor',), stream, stream, 6 * m.num_layers * times)
+    add('reduce-scatter', ('tensor',), stream, stream, 4 * m.num_layers * times)
+  if (ring := size('context')) > 1:
+    keys = 2 * tokens * m.kv_heads * m.heads_dim * compute
+    add('collective-permute', ('context',), keys, keys, 4 * (ring - 1) * m.num_layers * times)
+  if size('expert') > 1:
+    add('all-to-all', ('expert',), stream * m.experts_per_token, stream * m.experts_per_token / 4,
+        4 * m.num_layers * times)
+  if size('stage') > 1:
+    add('collective-permute', ('stage',), stream, stream, 2 * times * spec.pipeline.groups * size('stage'))
+  return rows
+
+
+def rate_of(topology, devices):
+  """Returns the bytes/s at which each of so many devices of a slice sends round a ring or line through them.
+
+  The devices take as many whole dimensions of the slice as they need, the fewest; on a part of a dimension they
+  form a line.  Devices of one chip share its links.
+  """
+  chip = topology.chip
+  chips = max(devices // chip.devices, 1)
+  best = None
+  for used in itertools.product((False, True), repeat=len(topology.shape)):
+    dims = [i for i, u in enumerate(used) if u and topology.shape[i] > 1]
+    reach = math.prod(topology.shape[i] for i in dims)
+    if dims and reach >= chips and (best is None or reach < best[0]):
+      both_ways = lambda i: not chip.tpu or (topology.is_ring(i) and topology.shape[i] > 2)
+      whole = reach == chips
+      best = reach, sum(chip.link_rate * (2 if whole and both_ways(i) else 1) for i in dims)
+  if best is None:  # Within one chip.
+    return chip.links * chip.link_rate
+  return best[1] * min(devices / chips, chip.devices) / chip.devices
+
+
+def changes_that_fit(spec, topology, scale=1.0, most=3):
+  """Returns changes of the config that fit by closed forms, the fastest first: [{'change', 'total', ...}].
+
+  Those that keep the global batch go before those that do not.
+  scale: what the compiler found over what the closed forms say of the spec as it is.
+  """
+  found = []
+  for change in _changes(spec, topology):
+    try:
+      other = change_spec(spec, change)
+    except ValueError:
+      continue
+    if list(find_problems(other)):
+      continue
+    result = plan(other, topology)
+    total = result['hbm_bytes']['total'] * scale
+    if total <= topology.device_hbm:
+      found.append({'change': change, 'total': int(total),
+                    'tokens_per_second_per_chip': result['tokens_per_second_per_chip']})
+  # What one change does, a second one beside it need not help.
+  needed = [row for row in found
+            if not any(other['change'].items() < row['change'].items() for other in found)]
+  best = {}
+  for row in sorted(needed, key=lambda r: -r['tokens_per_second_per_chip']):
+    best.setdefault(tuple(row['change']), row)  # The fastest of each kind.
+  # Another global batch is another training run: only where nothing else is left.
+  ranked = sorted(best.values(), key=lambda r: ('train.batch_size' in r['change'], -r['tokens_per_second_per_chip'],
+                                                len(r['change'])))
+  return ranked[:most]
+
+
+def _changes(spec, topology):
+  """Yields changes {'train.remat': 'full', ...} that save memory, one or two at a time."""
+  train, mesh = spec.train, spec.mesh
+  remats = [{'train.remat': r} for r in ('dots', 'minimal', 'full') if r != train.remat]
+  accumulations = [{'train.accumulation': train.accumulation * n} for n in (2, 4, 8, 16)]
+  batches = [{'train.batch_size': train.batch_size // n} for n in (2, 4, 8) if train.batch_size % n == 0]
+  moments = [{'optimizer.moment_dtype': 'bfloat16'}] if spec.optimizer.moment_dtype == 'float32' else []
+  meshes = []
+  if mesh.data > 1:
+    meshes.append({'mesh.data': 1, 'mesh.fsdp': mesh.fsdp * mesh.data})
+  for n in (2, 4, 8):
+    if mesh.fsdp % n == 0 and mesh.fsdp > 1:
+      meshes.append({'mesh.fsdp': mesh.fsdp // n, 'mesh.tensor': mesh.tensor * n})
+  single = [remats, accumulations, moments, meshes, batches]
+  for group in single:
+    yield from group
+  for first, second in itertools.combinations(single, 2):
+    for a, b in itertools.product(first, second):
+      yield {**a, **b}
+
+
+def change_spec(spec, change):
+  """Returns the spec with dotted fields changed."""
+  for name, value in change.items():
+    group, field = name.split('.')
+    spec = dataclasses.replace(spec, **{group: dataclasses.replace(getattr(spec, group), **{field: value})})
+  return spec
+
+
+def mesh_shapes(devices, axes=AXES):
+  """Yields every {axis: size} of these axes whose sizes multiply to a number of devices."""
+  if len(axes) == 1:
+    yield {axes[0]: devices}
+    return
+  for n in range(1, devices + 1):
+    if devices % n == 0:
+      yield from ({axes[0]: n, **rest} for rest in mesh_shapes(devices // n, axes[1:]))

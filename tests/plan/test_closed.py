@@ -1,0 +1,143 @@
+"""Closed forms against compiled programs kept in experiments/tpu_calibration, and as a user meets them."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llmjax import config, main
+from llmjax.loops.plan import nearest_meshes, settle
+from llmjax.loops.spec import PlanSpec
+from llmjax.model.counts import count_params
+from llmjax.plan import closed, page
+from llmjax.plan.topology import parse_topology
+
+ROOT = pathlib.Path(__file__).parents[2]
+KEPT = ROOT / 'experiments/tpu_calibration'
+LLAMA = ['--config=configs/pretrain/llama2_7b.py', '--topology=v5p:4x4x4']
+
+
+def fast(recipe, topology, **changes):
+  spec = config.build(PlanSpec, config.load_recipe(str(ROOT / f'configs/pretrain/{recipe}.py')),
+                      [(name.replace('__', '.'), str(value)) for name, value in changes.items()])
+  topology = parse_topology(topology)
+  return closed.plan(settle(spec, topology), topology)
+
+
+def call(capsys, monkeypatch, *argv):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(SystemExit) as e:
+    main.main(['plan', *argv])
+  out, err = capsys.readouterr()
+  return e.value.code, out, err
+
+
+@pytest.mark.parametrize(('name', 'recipe', 'topology', 'changes', 'memory', 'seconds'), [
+    ('llama2_7b-v5p', 'llama2_7b', 'v5p:4x4x4', {'train__batch_size': 256}, 0.03, 0.03),
+    ('llama2_70b-v5p', 'llama2_70b', 'v5p:4x4x4', {'train__batch_size': 128}, 0.05, 0.05),
+    ('llama2_7b-v5e', 'llama2_7b', 'v5e:4x4', {'train__batch_size': 64, 'data__seq_len': 2048, 'train__remat': 'full'},
+     0.05, 0.08)])
+def test_errors_against_the_compiled_program(name, recipe, topology, changes, memory, seconds):
+  compiled, found = json.loads((KEPT / f'{name}.json').read_text()), fast(recipe, topology, **changes)
+  assert compiled['source'] == 'compiled'
+  assert found['hbm_bytes']['total'] == pytest.approx(compiled['hbm_bytes']['total'], rel=memory)
+  assert found['step_seconds'] == pytest.approx(compiled['step_seconds'], rel=seconds)
+  for part in ('parameters', 'optimizer'):
+    assert found['hbm_bytes'][part] == pytest.approx(compiled['hbm_bytes'][part], rel=0.01)
+  sent = lambda plan: sum(r['sent_bytes'] for r in plan['collectives'])
+  assert sent(found) == pytest.approx(sent(compiled), rel=0.1)
+
+
+def test_parts_follow_from_the_config():
+  plan = fast('llama2_7b', 'v5p:4x4x4', train__batch_size=256)
+  params = count_params(config.build(PlanSpec, {'model': {'preset': 'llama2_7b'},
+                                                'data': {'sources': {'a': 1.0}}}).model)['total']
+  assert plan['parameters'] == params
+  assert plan['hbm_bytes']['parameters'] == pytest.approx(params * 4 / 64, rel=0.01)
+  assert plan['step_seconds'] == pytest.approx(sum(plan['parts'].values()))
+  assert plan['tokens_per_second_per_chip'] == pytest.approx(256 * 4096 / plan['step_seconds'] / 64)
+  halved = fast('llama2_7b', 'v5p:4x4x4', train__batch_size=256, train__accumulation=2)
+  assert halved['hbm_bytes']['activations'] == pytest.approx(plan['hbm_bytes']['activations'] / 2)
+  assert fast('llama2_7b', 'v5p:4x4x4', train__batch_size=256, train__remat='full')['step_seconds'] > (
+      plan['step_seconds'])
+  for key in ('fits', 'mfu', 'cycles', 'collectives'):
+    assert key in plan
+  for key in ('arguments', 'temp', 'total', 'limit'):
+    assert plan['hbm_bytes'][key] > 0
+
+
+def test_fast_is_fast_and_imports_no_jax(tmp_path):
+  code = ("import sys; from llmjax import main\n"
+          "try:\n  main.main(sys.argv[1:])\nfinally:\n  assert 'jax' not in sys.modules")
+  start = time.perf_counter()
+  done = subprocess.run(
+      [sys.executable, '-c', code, 'plan', *LLAMA, '--fast', '--config.train.batch_size=256', f'--output={tmp_path}',
+       '--config.cost.price_per_chip_hour=4.2', '--config.cost.chip_watts=500',
+       '--config.cost.grid_grams_per_kwh=100'],
+      cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, text=True, capture_output=True, check=True)
+  assert time.perf_counter() - start < 2 + 4  # A fifth of a second on an idle machine.
+  assert max(len(line) for line in done.stdout.splitlines() if not line.startswith('wrote ')) <= 100
+  plan = json.loads((tmp_path / 'plan.json').read_text())
+  assert plan['fits'] is True
+  cost = plan['cost']
+  assert cost['money'] == pytest.approx(4.2 * cost['chip_hours'])
+  assert cost['kg_co2'] == pytest.approx(cost['chip_hours'] * 0.5 * 1.09 * 0.1)
+  assert re.search(r'kg CO2e at 100 g/kWh', done.stdout)
+  text = (tmp_path / 'plan.html').read_text()
+  assert 'llama2_7b on v5p:4x4x4' in text
+  assert not re.search(r'(src|href)="?https?:', text)
+
+
+def test_what_is_too_large_gets_changes_that_fit(capsys, monkeypatch):
+  status, out, _ = call(capsys, monkeypatch, '--config=configs/pretrain/llama2_7b.py', '--topology=v5e:8x8', '--fast',
+                        '--config.train.batch_size=256')
+  assert status == 1
+  assert 'DOES NOT FIT' in out
+  lines = [line for line in out.splitlines() if line.startswith('  --config.')]
+  assert len(lines) == 3
+  # The fastest first, other batches after all that keep it.
+  order = [('batch_size' in line, -float(re.search(r'([\d,]+) tokens', line)[1].replace(',', ''))) for line in lines]
+  assert order == sorted(order)
+  assert order[0][0] is False
+  for line in lines:  # Each of them really fits.
+    flags = re.findall(r'--config\.([\w.]+)=(\w+)', line)
+    changes = {'train__batch_size': 256, **{name.replace('.', '__'): value for name, value in flags}}
+    assert fast('llama2_7b', 'v5e:8x8', **changes)['fits'], line
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['--topology=v5x:4x4x4', '--fast'], 'v6e: 1x1, 2x2'),
+    (['--topology=v5p:4x4x4', '--config.mesh.fsdp=32'], '--config.mesh.fsdp=64'),
+    (['--topology=h100:8', '--config.train.batch_size=64'], 'only closed forms are available: add --fast'),
+    (['--topology=v5p:4x4x4', '--config.train.platform=gpu'], 'only closed forms are available'),
+    (['--topology=v5p:4x4x4', '--slices=2', '--config.mesh.dcn_fsdp=4'], 'write --slices=4'),
+    ([], 'topology=NAME is missing')])
+def test_mistakes_get_a_line(capsys, monkeypatch, arguments, words):
+  status, _, err = call(capsys, monkeypatch, LLAMA[0], *arguments)
+  assert status == 2
+  assert words in err
+  assert 'Traceback' not in err
+
+
+def test_the_nearest_meshes_fill_the_devices():
+  sizes = dict(data=1, fsdp=24, stage=1, expert=1, context=1, tensor=2)
+  for change in nearest_meshes(sizes, 64):
+    full = {**sizes, **change}
+    product = 1
+    for n in full.values():
+      product *= n
+    assert product == 64
+  assert nearest_meshes(sizes, 64)[0] == {'fsdp': 32}
+
+
+def test_a_compiled_plan_has_a_picture_of_a_layer():
+  event = dict(name='fusion.1', category='matmul', begin=0.0, seconds=0.001, lane='core', op_name='a<b')
+  svg = page.timeline({'name': 'while.1', 'seconds': 0.002, 'events': [event, {**event, 'lane': 'network'}]})
+  assert svg.count('<rect') == 2
+  assert 'a&lt;b' in svg
+  assert 'width="497.60"' in svg  # Half of the width beside the words.

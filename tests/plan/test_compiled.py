@@ -1,0 +1,174 @@
+"""`llmjax plan` with the real TPU compiler, and the search around it."""
+
+import dataclasses
+import gzip
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from llmjax import config
+from llmjax.loops import plan_search
+from llmjax.loops.plan import settle
+from llmjax.loops.spec import PlanOptions, PlanSpec, PretrainSpec
+from llmjax.plan.topology import parse_topology
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = dict(num_layers=3, d_model=128, num_heads=2, num_kv_heads=2, mlp_dim=256, vocab_size=512, head_dim=64)
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
+                                  reason="libtpu is missing: pip install 'jax[tpu]'")
+
+
+def tiny_spec(**train):
+  return config.build(PlanSpec, {'model': TINY, 'data': {'sources': {'nowhere': 1.0}, 'seq_len': 256},
+                                 'train': {'batch_size': 16, **train}})
+
+
+@pytest.fixture
+def options(tmp_path):
+  return PlanOptions(topology='v5e:2x2', output=str(tmp_path / 'found'), jobs=2, search=True)
+
+
+@needs_libtpu
+def test_the_step_of_pretraining_compiled_for_four_chips(tmp_path):
+  """Everything the compiled program says against what is known beforehand; the second time from the cache."""
+  recipe = tmp_path / 'recipe.py'
+  recipe.write_text("def get_config():\n  return {'data': {'sources': {'nowhere': 1.0}, 'seq_len': 256}}\n")
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+  environment.pop('JAX_COMPILATION_CACHE_DIR', None)
+  environment.pop('XLA_FLAGS', None)
+  command = [sys.executable, '-m', 'llmjax', 'plan', f'--config={recipe}', '--topology=v5e:2x2',
+             f'--output={tmp_path}', f'--hlo={tmp_path / "step.hlo"}', '--config.train.batch_size=8',
+             '--config.mesh.data=1', '--config.mesh.fsdp=4', '--config.train.remat=minimal',
+             *(f'--config.model.{k}={v}' for k, v in TINY.items())]
+  outputs = [subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout
+             for _ in range(2)]
+  assert outputs[0] == outputs[1]  # The seconds of compilation too, so the second did not compile.
+  assert len(list((tmp_path / 'cache/llmjax/plans').iterdir())) == 1
+  plan = json.loads((tmp_path / 'plan.json').read_text())
+  assert plan['source'] == 'compiled'
+  assert plan['fits'] is True
+  assert plan['unknown_loops'] == []
+  assert plan['devices'] == plan['chips'] == 4
+  memory, params = plan['hbm_bytes'], plan['parameters']
+  # Norms are whole on every chip, all else is divided by four.
+  assert params * 4 / 4 <= memory['parameters'] < 1.05 * params
+  assert memory['optimizer'] == pytest.approx(2 * memory['parameters'], rel=0.01)
+  assert memory['arguments'] <= memory['total'] <= memory['limit']
+  # The cycles of the text, once for each turn of its loops, cannot be less than those that stand there once.
+  text = (tmp_path / 'step.hlo').read_text()
+  assert 'is_scheduled=true' in text
+  assert len(plan['loops']) == 2
+  assert {loop['trips'] for loop in plan['loops']} == {3}
+  assert {loop['backward'] for loop in plan['loops']} == {True, False}
+  kernels = {k['name']: k for k in plan['kernels']}
+  attention = 2 * (2 * 2 * 2 * 256 * 256 * 64) / 2  # Two products of 2 B N T T H, causal: 2 rows, 2 heads of 64.
+  forward = next(k for name, k in kernels.items() if 'fwd' in name)
+  backward = next(k for name, k in kernels.items() if 'dkv' in name)
+  assert forward['flops'] == attention
+  assert backward['flops'] == attention * 5 / 2
+  assert forward['runs'] == backward['runs'] == 3
+  assert plan['step_seconds'] == pytest.approx(sum(plan['parts'].values()))
+  assert sum(plan['cycles'][k] for k in ('matmul', 'other')) == plan['cycles']['total'] > 0
+  # Parameters are gathered for both passes and their gradients brought together.
+  gathered = sum(r['bytes'] for r in plan['collectives'] if r['kind'] == 'all-gather' and r['axes'] == ['fsdp'])
+  assert gathered > 2 * 0.9 * (params - 2 * 512 * 128) * 2
+  assert {r['network'] for r in plan['collectives']} == {'ici'}
+  html = (tmp_path / 'plan.html').read_text()
+  assert html.count('<svg viewBox') == 2
+  assert re.search(r'<rect [^>]*fill="var\(--c2\)"', html)  # A kernel.
+
+
+def test_what_does_not_fit_is_said_as_the_compiler_says_it():
+  from llmjax.loops import plan as command
+  from llmjax.plan.memory import read_limit
+  spec, topology = tiny_spec(), parse_topology('v5e:2x2')
+  found = read_limit('Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.')
+  plan = command.too_large(settle(spec, topology), topology, found)
+  assert plan['fits'] is False
+  assert plan['hbm_bytes']['total'] == int(20.5 * 2**30)
+
+
+def test_candidates_fill_the_chips_and_pass_every_check():
+  topology = parse_topology('v5e:2x2')
+  found = plan_search.candidates(tiny_spec(), topology)
+  assert {c.mesh for c in found} == {'data=4', 'fsdp=4', 'data=2 fsdp=2', 'data=2 tensor=2', 'fsdp=2 tensor=2'}
+  assert {c.spec.train.batch_size for c in found} == {16}
+  assert {c.spec.train.remat for c in found} == set(plan_search.REMATS)
+  assert [c.speed for c in found] == sorted((c.speed for c in found), reverse=True)
+  assert all(not list(config.find_problems(c.spec)) for c in found)
+  rows = {c.spec.train.batch_size for c in plan_search.candidates(tiny_spec(), topology, (1, 4))}
+  assert rows == {4, 16}
+  chosen = plan_search.choose(found, 10)
+  assert len(chosen) == 10
+  assert len({c.mesh for c in chosen}) >= 4
+
+
+class Process:
+  """A compilation that is over at once."""
+
+  def __init__(self):
+    self.ended = False
+
+  def poll(self):
+    return 0
+
+  def terminate(self):
+    self.ended = True
+
+  def wait(self):
+    return 0
+
+
+def fake_start(speeds, interrupt_after=None):
+  """Returns a `_start` whose programs have these speeds in turn; None for one that does not fit."""
+  count = 0
+
+  def start(candidate, options, output):
+    nonlocal count
+    if count == interrupt_after:
+      raise KeyboardInterrupt
+    speed, count = speeds[count], count + 1
+    output.mkdir()
+    plan = {'fits': speed is not None, 'tokens_per_second_per_chip': speed or 1e9, 'mfu': 0.5,
+            'hbm_bytes': {'total': 1 << 30}}
+    (output / 'plan.json').write_text(json.dumps(plan))
+    return Process(), output
+
+  return start
+
+
+@pytest.mark.parametrize(('speeds', 'interrupt', 'status', 'best'), [
+    ((100.0, None, 300.0, 200.0), None, 0, 2), ((100.0, 50.0, 300.0, 200.0), 2, 130, 0), ((None,) * 4, None, 1, None)])
+def test_the_search_ranks_what_fits_and_keeps_what_it_has(
+    monkeypatch, capsys, options, speeds, interrupt, status, best):
+  options = dataclasses.replace(options, most=4, jobs=1)
+  monkeypatch.setattr(plan_search, '_start', fake_start(speeds, interrupt))
+  topology = parse_topology('v5e:2x2')
+  chosen = plan_search.choose(plan_search.candidates(tiny_spec(), topology), 4)
+  assert plan_search.run(tiny_spec(), topology, options) == status
+  out = capsys.readouterr().out
+  file = pathlib.Path(options.output) / 'best.json'
+  assert file.exists() == (best is not None)
+  if best is None:
+    assert 'none of the compiled programs fits' in out
+    return
+  spec = config.build(PlanSpec, json.loads(file.read_text()))
+  assert spec == dataclasses.replace(chosen[best].spec, cost=spec.cost)
+  assert 'cost' not in json.loads(file.read_text())
+  PretrainSpec(**{f: getattr(spec, f) for f in json.loads(file.read_text())})  # What `pretrain` takes.
+  assert re.search(r'\[1/4\] .*: 100 tokens/s/chip; about .* left', out)
+  if interrupt is None:
+    assert 'does not fit (1.00 GiB)' in out
+
+
+def test_kept_programs_are_compressed_json(tmp_path):
+  from llmjax.loops.plan import _keep
+  _keep(tmp_path / 'a/b.json.gz', {'text': 'HloModule'})
+  assert json.loads(gzip.decompress((tmp_path / 'a/b.json.gz').read_bytes())) == {'text': 'HloModule'}
+  assert [p.name for p in (tmp_path / 'a').iterdir()] == ['b.json.gz']
