@@ -92,7 +92,10 @@ def claim_workdir(workdir, spec):
 
 
 def train(job, workdir):
-  """Runs the job to its last step; returns the exit status: 0, 1 for a lost run, 130 after Ctrl-C."""
+  """Runs the job to its last step; returns the exit status.
+
+  0: done.  1: a lost run.  130: stopped by Ctrl-C.  75: stopped by SIGTERM, saved, to be started again.
+  """
   total = job.spec.train.steps
   checkpoints = Checkpoints(workdir, job.spec.checkpoint)
   first = checkpoints.latest() or 0
@@ -105,9 +108,12 @@ def train(job, workdir):
   loop = Loop(job, workdir, checkpoints, first)
   try:
     with distributed.agreed_stop() as stop:
-      status = loop.run(stop)
-  except KeyboardInterrupt:
-    status = loop.interrupt()
+      try:
+        status = loop.run(stop)
+      except KeyboardInterrupt:
+        status = loop.interrupt()
+      if status == 130:
+        status = stop.status
   finally:
     loop.close()
   if distributed.is_first():
@@ -132,6 +138,7 @@ class Loop:
     self.progress = Progress(self.total, first, enabled=distributed.is_first())
     self.profiler = Profiler(workdir, self.spec.profile.steps,
                              say=self.progress.say if distributed.is_first() else None)
+    self.heart = distributed.start_heartbeat(self.spec.distributed, workdir, first, self.writers.close)
     for line in checkpoints.passed_over:
       self.progress.say(line)
     if first:
@@ -179,6 +186,8 @@ class Loop:
     progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile']))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
     window = _Window()
+    if stop(self.first):
+      return self.interrupt()
     for step in range(self.first + 1, self.total + 1):
       logs, pausing = self._due(train.log_every, step), any(self._due(n, step) for n in pauses)
       with ledger.charge('step'):
@@ -213,8 +222,10 @@ class Loop:
           self._save()
       if not self._settle():
         return 1
+      self.heart.beat(step, waited=logs or pausing, saved=self.saved)
       if stop(step) and step < self.total:
         return self.interrupt()
+    self.heart.beat(self.done, 'save')
     settled = self._settle(wait=True)
     return 0 if settled and self.saved == self.done else 1
 
@@ -224,17 +235,20 @@ class Loop:
     self._settle(wait=True)
     if self.done > self.saved:
       self._save()
-    self._settle(wait=True)
+    if not self._settle(wait=True) or self.done > self.saved:
+      return 1
     self.progress.say(f'the same command goes on from step {self.saved}')
     return 130
 
   def close(self):
     """Waits for what is being written and writes the rest."""
+    self.heart.beat(self.done, 'close', saved=self.saved)
     self.profiler.close()
     with self.ledger.charge('checkpoint'):
       self.checkpoints.close()
     self.job.batches.close()
     self.writers.close()
+    self.heart.close()
     self.progress.close()
     if distributed.is_first():
       self.ledger.write()
@@ -251,6 +265,7 @@ class Loop:
     return next((s for s, loss in losses if not math.isfinite(loss)), None)
 
   def _evaluate(self, step):
+    self.heart.beat(step, 'evaluate')
     for name, evaluator in self.job.evaluators.items():
       begin = time.perf_counter()
       with self.ledger.charge('eval'):
@@ -261,12 +276,14 @@ class Loop:
       self.progress.evaluated(step, name, values, time.perf_counter() - begin)
 
   def _sample(self, step):
+    self.heart.beat(step, 'sample')
     if self.job.sample is not None:
       with self.ledger.charge('sample'):
         for prompt, text in self.job.sample(self.state.params):
           self.writers.write_sample(step, prompt, text)
 
   def _save(self):
+    self.heart.beat(self.done, 'save')
     with self.ledger.charge('checkpoint'):
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
       self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec), self.metrics, self.metrics_step)
