@@ -6,15 +6,11 @@ written together, on emulated CPU devices.  With one process it supervises a run
 
 import contextlib
 import dataclasses
-import os
 import pathlib
-import re
-import socket
-import sys
 import tempfile
 
 from llmjax.config import setting
-from llmjax.loops.supervise import WATCHDOG_SECONDS, Group, Policy, supervise
+from llmjax.loops.supervise import Group, Policy, start_processes, supervise
 from llmjax.parallel.heartbeat import START_SECONDS
 
 
@@ -56,34 +52,3 @@ def run(command, options):
       return group
 
     return supervise(start, options.processes, policy)
-
-
-def start_processes(group, command, count, devices):
-  """Starts `llmjax <command>` as `count` processes of the group, with `devices` emulated devices each, or 0."""
-  coordinator = f'127.0.0.1:{_free_port()}'
-  for i in range(count):
-    environment = dict(os.environ)
-    if devices:
-      environment = _environment(os.environ, coordinator, count, i, devices, group.policy.hang)
-    group.start([sys.executable, '-m', 'llmjax', *command], environment)
-
-
-def _environment(environment, coordinator, count, process_id, devices, hang):
-  """Returns the variables that tell a process its place (see parallel/distributed.py) and its devices."""
-  # An emulated device count of the caller's would hold for each process.
-  flags = re.sub(r'--xla_force_host_platform_device_count=\S+', '', environment.get('XLA_FLAGS', ''))
-  if hang and 'collective_timeout' not in flags:
-    # Should a watchdog not come to its turn: an exception out of the collective instead of none.
-    flags += f' --xla_cpu_collective_timeout_seconds={int(hang + 2 * WATCHDOG_SECONDS)}'
-  direct = {}
-  if any(name.lower().endswith('_proxy') for name in environment):  # gRPC would go through it.
-    direct = {'no_proxy': ','.join(filter(None, [environment.get('no_proxy', ''), '127.0.0.1,localhost']))}
-  return {**environment, **direct, 'LLMJAX_COORDINATOR': coordinator, 'LLMJAX_PROCESSES': str(count),
-          'LLMJAX_PROCESS_ID': str(process_id), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags.strip(),
-          'JAX_NUM_CPU_DEVICES': str(devices)}
-
-
-def _free_port():
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    return s.getsockname()[1]
