@@ -196,13 +196,14 @@ class Chaos:
         # With as many steps to an event on average as are left for each, some of them lost again.
         ahead = (self.steps - expected) / (len(kinds) - len(self.events) + 1)
         event.target = min(expected + 1 + int(self.random.random() * 1.6 * ahead), self.steps - 1)
-      group, moment = self._start('run'), self.random.random()
+      started, moment = time.monotonic(), self.random.random()
+      group = self._start('run')
       thread = threading.Thread(target=self._inject, args=(event, group, moment), daemon=True)
       if event:
         thread.start()
       began = [False]
 
-      def watch(last=last, expected=expected, began=began, started=time.monotonic()):
+      def watch(last=last, expected=expected, began=began, started=started):
         beats = [b for b in self.group.read().values() if b]
         if beats and not began[0] and all(b.step > b.first or b.phase == 'close' for b in beats):
           began[0] = True
@@ -281,7 +282,7 @@ class Chaos:
     if event.kind == 'save':
       return bool(seal.find_temporaries(self._checkpoints)) or any(
           not (self._checkpoints / str(step) / 'seal.json').exists() for step in seal.find_steps(self._checkpoints))
-    if event.kind == 'damage':
+    if event.kind in ('damage', 'disk'):
       return self._saved() > 0
     return True
 
@@ -291,7 +292,6 @@ class Chaos:
     sizes = [p.stat().st_size for step in steps[:1] for p in (self._checkpoints / str(step)).rglob('*') if p.is_file()]
     # Below what a save must write, and above what the logs hold, or it is these that fail.
     limit = max(sizes, default=4096) // 2
-    event.detail = f'files of at most {limit} bytes'
     for child in group.children:
       resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     deadline = time.monotonic() + DISK_SECONDS
@@ -311,6 +311,9 @@ class Chaos:
       self.problems.append(f'event {len(self.events) + 1} ({CHAOS_EVENTS[event.kind]}) at step {event.step}: process '
                            f'{end.rank} {end.text}; expected it {" or ".join(wanted)}'
                            + f': {end.tail[-1]}' * bool(end.tail))
+    if event.kind == 'disk':
+      told = [line.partition('is not saved: ')[2].partition(';')[0] for line in end.tail if 'is not saved: ' in line]
+      event.detail = told[0] if told else (end.tail[-1] if end.tail else '')[:60] or 'not met'
     good = newest_good(self._checkpoints)
     if end.kind == 'preempted' and good < end.step:
       self.problems.append(f'SIGTERM at step {end.step} lost {end.step - good} steps')

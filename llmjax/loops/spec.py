@@ -23,8 +23,8 @@ CHAOS_EVENTS = {
     'disk': 'disk full',
 }
 
-__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions',
-           'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
+__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec',
+           'MeshOptions', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
 
 
 @dataclasses.dataclass(frozen=True)
