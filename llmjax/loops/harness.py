@@ -244,6 +244,7 @@ class Loop:
     """Waits for what is being written and writes the rest."""
     self.heart.beat(self.done, 'close', saved=self.saved)
     self.profiler.close()
+    self._settle(wait=True)  # A save that fails now, after another one that ended the run, is told in a line, too.
     with self.ledger.charge('checkpoint'):
       self.checkpoints.close()
     self.job.batches.close()
