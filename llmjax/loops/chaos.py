@@ -314,6 +314,11 @@ class Chaos:
     if event.kind == 'disk':
       told = [line.partition('is not saved: ')[2].partition(';')[0] for line in end.tail if 'is not saved: ' in line]
       event.detail = told[0] if told else (end.tail[-1] if end.tail else '')[:60] or 'not met'
+    if event.kind == 'save':
+      left = seal.find_temporaries(self._checkpoints)
+      left = [p.name for p in left] or [str(s) for s in seal.find_steps(self._checkpoints)
+                                        if not (self._checkpoints / str(s) / 'seal.json').exists()]
+      event.detail = f'left {left[-1]}' if left else 'just after it'
     good = newest_good(self._checkpoints)
     if end.kind == 'preempted' and good < end.step:
       self.problems.append(f'SIGTERM at step {end.step} lost {end.step - good} steps')
