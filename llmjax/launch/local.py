@@ -27,8 +27,9 @@ class LocalOptions:
   backoff: float = setting(1.0, 'seconds before the second restart in a row, doubled for each further one',
                            minimum=0.0)
   shrink: bool = setting(False, 'restart with the processes that are left, where the mesh allows it')
-  hang_seconds: float = setting(0.0, 'a step that takes longer is a hang; more than log_every steps take. '
-                                '0: 10 times the longest wait for steps so far, a minute at least', minimum=0.0)
+  hang_seconds: float = setting(0.0, 'a loop that stands still longer hangs, and is ended; must be more than '
+                                'log_every steps take. 0: with --restart, 10 times the longest wait for steps so '
+                                'far, a minute at least', minimum=0.0)
   start_seconds: float = setting(START_SECONDS, 'longest start, compilation, evaluation or save', minimum=1.0)
 
   def problems(self):

@@ -28,6 +28,7 @@ TAIL_LINES = 25
 GRACE_SECONDS = 3.0
 # A process's own watchdog writes its stacks and leaves; then it is ended from here.
 WATCHDOG_SECONDS = 5.0
+PREEMPTED_SECONDS = 60.0
 STOPPED_SECONDS = 2.0  # SIGSTOP and SIGCONT may follow one another: a stop this long is one.
 LONGEST_BACKOFF = 300.0  # Seconds.
 PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
@@ -50,6 +51,11 @@ class Policy:
   start: float = heartbeat.START_SECONDS
   end: float = 2.0
   shrink: bool = False
+
+  @property
+  def ends_hung(self):
+    """Whether processes that hang are ended; else they only say so."""
+    return bool(self.restarts or self.hang)
 
   def delay(self, failures):
     """Returns the seconds to wait after so many failures in a row; none after the first."""
@@ -100,7 +106,9 @@ class Group:
     rank = len(self.children)
     with contextlib.suppress(FileNotFoundError):
       (self.beats / f'{rank}.json').unlink()
-    environment = {**environment, heartbeat.FOLDER: str(self.beats), heartbeat.LIMIT: str(self.policy.hang)}
+    environment = {**environment, heartbeat.FOLDER: str(self.beats)}
+    if self.policy.ends_hung:
+      environment[heartbeat.LIMIT] = str(self.policy.hang)
     log = self._log(rank)
     with open(log, 'wb') if log else contextlib.nullcontext() as output:
       # Of a process that has the terminal, what it complains of goes by way of us, who may have to say it again.
@@ -136,7 +144,7 @@ class Group:
         rank = self._ended.get(timeout=POLL_SECONDS)
       except queue.Empty:
         watch()
-        if end := self._find_hung():
+        if self.policy.ends_hung and (end := self._find_hung()):
           return self._finish(end, 0.0)
         continue
       status, left = self.children[rank].returncode, left - 1
@@ -191,7 +199,7 @@ class Group:
   def _finish(self, end, grace):
     """Waits `grace` seconds for the others, ends them, and returns the End with all that is known."""
     if end.kind == 'preempted':
-      grace = heartbeat.START_SECONDS  # They save the same step.
+      grace = PREEMPTED_SECONDS  # They have saved the same step together.
     self._await(grace)
     if any(child.poll() is None for child in self.children):
       for child in self.children:

@@ -391,5 +391,5 @@ def start_heartbeat(spec, workdir, first=0, flush=None):
   folder = supervisor or (os.path.join(workdir, 'heartbeats') if processes > 1 else None)
   return heartbeat.Heartbeat(
       jax.process_index(), processes, first, folder=folder, stacks=os.path.join(workdir, 'stacks'),
-      hang_seconds=spec.hang_seconds or float(limit or 0), leave=bool(supervisor or spec.hang_seconds),
+      hang_seconds=spec.hang_seconds or float(limit or 0), leave=bool(limit or spec.hang_seconds),
       flush=flush, pulse=heartbeat.SUPERVISED_PULSE if supervisor else heartbeat.PULSE)

@@ -16,7 +16,7 @@ import threading
 import time
 
 FOLDER = 'LLMJAX_HEARTBEATS'  # Set by a supervisor: where the files go.
-LIMIT = 'LLMJAX_HANG_SECONDS'  # Set by a supervisor: the watchdog ends the process; 0: the limit is found.
+LIMIT = 'LLMJAX_HANG_SECONDS'  # Set by a supervisor: the watchdog ends the process then; 0: it finds the limit.
 
 # Exit statuses.  75 is EX_TEMPFAIL of sysexits.h: start the same command again.
 PREEMPTED = 75
