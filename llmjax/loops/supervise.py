@@ -33,6 +33,8 @@ STOPPED_SECONDS = 2.0  # SIGSTOP and SIGCONT may follow one another: a stop this
 LONGEST_BACKOFF = 300.0  # Seconds.
 PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
 
+_LIBC = ctypes.CDLL(None)  # Not in the child: between fork and exec as little as may be is done.
+
 REFUSED, INTERRUPTED = 2, 130  # Statuses: a wrong setting; Ctrl-C.
 
 
@@ -326,7 +328,7 @@ def _is_stopped(child):
 def _end_with_parent():
   """In the child: the kernel ends it should the launcher be killed (Linux only)."""
   if sys.platform.startswith('linux'):
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def start_processes(group, command, count, devices):
