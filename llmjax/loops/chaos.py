@@ -40,6 +40,7 @@ DAMAGES = ('flip', 'truncate', 'delete')
 # Metrics that depend on the clock or the machine's other work, not on the run.
 TIMED = re.compile(r'seconds|second$|mfu|memory|time')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+SHOWN = 10  # Problems on the screen.
 LOOK_SECONDS = 0.003  # A save of a tiny model takes a few hundredths of a second.
 DISK_SECONDS = 60.0  # A full disk is emptied when the run has not met it so long.
 
@@ -137,10 +138,10 @@ class Chaos:
     self.screen.say('\n' + table)
     bits = sum(e.bits for e in self.events) + self.last_bits
     self._write(compared, bits, time.monotonic() - begin)
-    for problem in self.problems:
+    for problem in self.problems[:SHOWN]:
       self.screen.say(f'PROBLEM: {problem}')
     if bits or self.problems:
-      self.screen.say(f'{bits} bits differ, {len(self.problems)} problems: {self.workdir / "chaos.json"}')
+      self.screen.say(f'{bits} bits differ, {len(self.problems)} problems, all in {self.workdir / "chaos.json"}')
       return 1
     self.screen.say(f'{compared} logged values of {self.steps} steps and the final state ({self.digest[:12]}) are '
                     f'those of the undisturbed run, to the bit. {format_duration(time.monotonic() - begin)}, '
