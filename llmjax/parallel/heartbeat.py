@@ -28,6 +28,9 @@ TIMES_LONGEST = 10.0
 START_SECONDS = 1800.0  # For what is not a step: starting, compiling, evaluating, saving.
 SUPERVISED_PULSE, PULSE = 0.25, 5.0  # Seconds.  A file on a shared disk is not written more often than it must.
 FLUSH_SECONDS = 5.0
+# Between its report and its end: the others, whose limits are over at about the same time, lose their
+# collectives with it, and are to look around first.
+LINGER_SECONDS = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Heartbeat:
         self._told = beat.beats  # Once for each standstill.
         self._report(beat, silent)
         if self._leave:
+          self._closed.wait(LINGER_SECONDS)
           self._end()
 
   def _report(self, beat, silent):
