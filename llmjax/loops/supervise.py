@@ -151,6 +151,9 @@ class Group:
         continue
       status, left = self.children[rank].returncode, left - 1
       if status:
+        # One whose watchdog ended it takes others with it, and may be noticed a moment after them.
+        hung = [k for k, child in enumerate(self.children) if child.poll() == heartbeat.HUNG]
+        rank, status = (hung[0], heartbeat.HUNG) if hung else (rank, status)
         return self._finish(self._judge(rank, status), GRACE_SECONDS if status > 0 else 0.0)
     return self._with_steps(End('done'))
 
