@@ -80,6 +80,10 @@ COMMANDS = {
     'checkpoint seal': Command(
         'vouch for checkpoints of a version that did not seal them', 'llmjax.loops.checkpoint',
         'llmjax.checkpoint.spec:SealOptions', None, 'llmjax checkpoint seal 400 --workdir=runs/quickstart'),
+    'chaos': Command(
+        'prove on this machine that a run survives: kill it again and again, compare every bit',
+        'llmjax.loops.chaos', 'llmjax.loops.spec:ChaosOptions', 'llmjax.loops.spec:PretrainSpec',
+        'llmjax chaos --config=configs/pretrain/quickstart.py --steps=200 --kills=20'),
     'doctor': Command(
         'versions, devices, memory, disk, and what is wrong with them', 'llmjax.loops.doctor',
         'llmjax.loops.spec:DoctorOptions', None, 'llmjax doctor'),

@@ -291,6 +291,7 @@ def _reason(error):
 def _quieten_failed_saves():
   """Keeps Orbax from printing up to four tracebacks for a failed save, which `finished` tells in a line."""
   logging.getLogger('absl').addFilter(_not_an_error_of_orbax)  # Once: a second time changes nothing.
+  logging.getLogger('asyncio').addFilter(_not_left_over)
   if not hasattr(sys.unraisablehook, 'quiet'):
     told = sys.unraisablehook
 
@@ -305,6 +306,11 @@ def _quieten_failed_saves():
 
 def _not_an_error_of_orbax(record):
   return record.levelno < logging.ERROR or 'orbax' not in record.pathname
+
+
+def _not_left_over(record):
+  """Is not what the writes that were under way when one failed say at the end of the process."""
+  return not ('exception was never retrieved' in str(record.msg) and 'orbax' in str(record.msg))
 
 
 def _wait_for_seals(path):

@@ -9,6 +9,7 @@ import math
 
 from llmjax.config import setting
 from llmjax.launch.submit import run_tool, shell_line
+from llmjax.loops.supervise import REFUSED
 
 PORT = 8476
 INSTALL = 'https://kubernetes.io/docs/tasks/tools'
@@ -29,6 +30,7 @@ class GkeOptions:
   service_account: str = setting('', "its Kubernetes service account, for gs:// folders; '': the default one")
   setup: str = setting('', "shell commands before it, such as 'cd /llmjax'")
   save_seconds: int = setting(180, 'an evicted pod has so long to save', minimum=1)
+  restart: int = setting(0, 'start all pods again when one fails or is evicted, at most so often', minimum=0)
   dry_run: bool = setting(False, 'print the manifest and submit nothing')
 
   def problems(self):
@@ -96,6 +98,20 @@ def manifest(command, options):
                   [f'\n    {name}: {value}' for name, value in annotations.items()])
   account = f'\n            serviceAccountName: {options.service_account}' if options.service_account else ''
   labels = ''.join(f'\n              cloud.google.com/{name}: {value}' for name, value in selector.items())
+  rules = pod_rules = ''
+  if options.restart:  # A wrong setting is final: the pod's failure fails its job, and that the JobSet.
+    rules = '''
+    rules:
+    - action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]'''
+    pod_rules = f'''
+        podFailurePolicy:
+          rules:
+          - action: FailJob
+            onExitCodes:
+              containerName: llmjax
+              operator: In
+              values: [{REFUSED}]'''
   listed = ''.join(f'\n              - containerPort: {port}' for port in ports)
   return f'''apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
@@ -104,7 +120,7 @@ metadata:
   namespace: {options.namespace}{notes}
 spec:
   failurePolicy:
-    maxRestarts: 0
+    maxRestarts: {options.restart}{rules}
   replicatedJobs:
   - name: host
     replicas: {options.slices}
@@ -113,7 +129,7 @@ spec:
         parallelism: {options.node_count}
         completions: {options.node_count}
         backoffLimit: 0
-        completionMode: Indexed
+        completionMode: Indexed{pod_rules}
         template:
           spec:
             restartPolicy: Never

@@ -7,6 +7,8 @@ import dataclasses
 
 from llmjax.config import setting
 from llmjax.launch.submit import run_tool, shell_line
+from llmjax.loops.supervise import INTERRUPTED, REFUSED
+from llmjax.parallel.heartbeat import PREEMPTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,8 @@ class SlurmOptions:
   log: str = setting('llmjax-%j.log', 'file for its output; %j is the job')
   save_seconds: int = setting(180, 'the job is told so long before its time is up, and saves; 0: never',
                               minimum=0)
+  restart: int = setting(0, 'start it again after a failure, at most so often; and back into the queue when it has '
+                         'saved because its time is up', minimum=0)
   setup: str = setting('', "shell commands before it, such as 'source .venv/bin/activate'")
   sbatch: tuple[str, ...] = setting((), 'more options of sbatch, such as --qos=high,--exclusive')
   dry_run: bool = setting(False, 'print the script and submit nothing')
@@ -42,13 +46,21 @@ def script(command, options):
       ('job-name', options.name), ('nodes', options.nodes), ('ntasks-per-node', per_node),
       ('gpus-per-node', options.gpus_per_node), ('cpus-per-task', options.cpus_per_process),
       ('time', options.time), ('partition', options.partition), ('account', options.account),
-      ('output', options.log),
+      ('output', options.log), ('open-mode', options.restart and 'append'),
       # JAX takes SIGTERM as the notice to save a checkpoint together.
       ('signal', options.save_seconds and f'TERM@{options.save_seconds}')]
   lines = ['#!/usr/bin/env bash', *(f'#SBATCH --{name}={value}' for name, value in settings if value),
+           *['#SBATCH --requeue'] * bool(options.restart),
            *(f'#SBATCH {option}' for option in options.sbatch), 'set -euo pipefail']
   lines += [options.setup] if options.setup else []
   # srun takes cpus-per-task from no script since Slurm 22.05.
   cpus = f'--cpus-per-task={options.cpus_per_process} ' if options.cpus_per_process else ''
-  lines += [f'srun {cpus}--kill-on-bad-exit=1 {shell_line(command)}']
+  srun = f'srun {cpus}--kill-on-bad-exit=1 {shell_line(command)}'
+  if not options.restart:
+    return '\n'.join([*lines, srun]) + '\n'
+  # A wrong setting and Ctrl-C are final; what has saved after SIGTERM waits in the queue for more time.
+  lines += ['for ((attempt = 0; ; attempt++)); do', '  status=0', f'  {srun} || status=$?',
+            f'  if ((status == {PREEMPTED})); then exec scontrol requeue "$SLURM_JOB_ID"; fi',
+            f'  if ((status == 0 || status == {REFUSED} || status == {INTERRUPTED} || attempt >= {options.restart})); '
+            'then exit "$status"; fi', '  sleep $((2 ** attempt))', 'done']
   return '\n'.join(lines) + '\n'

@@ -104,7 +104,10 @@ def claim_workdir(workdir, spec):
 
 
 def train(job, workdir):
-  """Runs the job to its last step; returns the exit status: 0, 1 for a lost run, 130 after Ctrl-C."""
+  """Runs the job to its last step; returns the exit status.
+
+  0: done.  1: a lost run.  130: stopped by Ctrl-C.  75: stopped by SIGTERM, saved, to be started again.
+  """
   total, train = job.spec.train.steps, job.spec.train
   checkpoints = Checkpoints(workdir, job.spec.checkpoint)
   first = checkpoints.latest() or 0
@@ -119,9 +122,12 @@ def train(job, workdir):
   loop = Loop(job, workdir, checkpoints, first)
   try:
     with distributed.agreed_stop() as stop:
-      status = loop.run(stop)
-  except KeyboardInterrupt:
-    status = loop.interrupt()
+      try:
+        status = loop.run(stop)
+      except KeyboardInterrupt:
+        status = loop.interrupt()
+      if status == 130:
+        status = stop.status
   finally:
     loop.close()
   if distributed.is_first():
@@ -150,6 +156,7 @@ class Loop:
     self.progress = Progress(self.total, first, enabled=distributed.is_first())
     self.profiler = Profiler(workdir, self.spec.profile.steps,
                              say=self.progress.say if distributed.is_first() else None)
+    self.heart = distributed.start_heartbeat(self.spec.distributed, workdir, first, self.writers.close)
     for line in checkpoints.passed_over:
       self.progress.say(line)
       self.writers.event(first, 'damaged_checkpoint', reason=line)
@@ -213,6 +220,8 @@ class Loop:
     progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile']))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
     window, step, turn = _Window(), self.first, self.first
+    if stop(self.first):
+      return self.interrupt()
     while step < self.total:
       step, turn = step + 1, turn + 1  # Steps go back in a rollback; turns never do.
       logs, pausing = self._due(train.log_every, step), any(self._due(n, step) for n in pauses)
@@ -257,6 +266,7 @@ class Loop:
           self._save()
       if not self._settle():
         return 1
+      self.heart.beat(step, waited=logs or pausing, saved=self.saved)
       if self.patience.is_over() and step < self.total:
         return self._stop_early()
       if stop(turn) and step < self.total:
@@ -270,17 +280,21 @@ class Loop:
     self._settle(wait=True)
     if self.done > self.saved:
       self._save()
-    self._settle(wait=True)
+    if not self._settle(wait=True) or self.done > self.saved:
+      return 1
     self.progress.say(f'the same command goes on from step {self.saved}')
     return 130
 
   def close(self):
     """Waits for what is being written and writes the rest."""
+    self.heart.beat(self.done, 'close', saved=self.saved)
     self.profiler.close()
+    self._settle(wait=True)  # A save that fails now, after another one that ended the run, is told in a line, too.
     with self.ledger.charge('checkpoint'):
       self.checkpoints.close()
     self.job.batches.close()
     self.writers.close()
+    self.heart.close()
     self.progress.close()
     self.account()
 
@@ -409,6 +423,7 @@ class Loop:
     return self._finish()
 
   def _finish(self):
+    self.heart.beat(self.done, 'save')
     if not self._settle(wait=True) or self.saved != self.done:
       return 1
     self.finished = True
@@ -416,6 +431,7 @@ class Loop:
     return 0
 
   def _evaluate(self, step):
+    self.heart.beat(step, 'evaluate')
     for name, evaluator in self.job.evaluators.items():
       begin = time.perf_counter()
       with self.ledger.charge('eval'):
@@ -428,12 +444,14 @@ class Loop:
       self.progress.evaluated(step, name, values, time.perf_counter() - begin)
 
   def _sample(self, step):
+    self.heart.beat(step, 'sample')
     if self.job.sample is not None:
       with self.ledger.charge('sample'):
         for prompt, text in self.job.sample(self.state.params):
           self.writers.write_sample(step, prompt, text)
 
   def _save(self):
+    self.heart.beat(self.done, 'save')
     with self.ledger.charge('checkpoint'):
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
       self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec), self.metrics, self.metrics_step)

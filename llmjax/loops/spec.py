@@ -16,11 +16,22 @@ from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
-__all__ = ['DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec', 'MeshOptions', 'PlanOptions',
-           'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'ReportOptions']
-
+__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec',
+           'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions',
+           'PretrainSpec', 'ReportOptions']
 
 WRITERS = ('tensorboard', 'wandb', 'mlflow')
+
+# What `llmjax chaos` does to a run, and how its table calls it.
+CHAOS_EVENTS = {
+    'kill': 'kill -9 at any moment',
+    'save': 'kill -9 during a save',
+    'start': 'kill -9 during start-up',
+    'terminate': 'SIGTERM (preemption)',
+    'stop': 'SIGSTOP (hang)',
+    'damage': 'kill -9, newest checkpoint damaged',
+    'disk': 'disk full',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +113,24 @@ class PlanOptions:
       yield 'topology=NAME is missing: for which chips? For example --topology=v5p:4x4x4'
     if self.search and self.fast:
       yield 'search and --fast exclude one another: a search ranks by closed forms and then compiles'
+
+
+@dataclasses.dataclass(frozen=True)
+class ChaosOptions:
+  """Flags of `llmjax chaos`."""
+
+  workdir: str = setting('runs/chaos', 'a new folder for the two runs and chaos.json')
+  kills: int = setting(20, 'how often to disturb the run', minimum=1, maximum=10_000)
+  processes: int = setting(1, 'processes of the run', minimum=1, maximum=64)
+  devices_per_process: int = setting(0, "emulated CPU devices of each; 0: the machine's own devices, or 1 each where "
+                                     'there are several processes', minimum=0, maximum=256)
+  steps: int = setting(0, "steps of the run; 0: the recipe's", minimum=0)
+  seed: int = setting(0, 'of what happens when', minimum=0)
+  events: tuple[str, ...] = setting((), 'only these: kill, save, start, terminate, stop, damage, disk; none: all')
+
+  def problems(self):
+    if unknown := [name for name in self.events if name not in CHAOS_EVENTS]:
+      yield f'events: {", ".join(unknown)} is none; known: {", ".join(CHAOS_EVENTS)}'
 
 
 @dataclasses.dataclass(frozen=True)

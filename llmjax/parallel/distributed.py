@@ -6,6 +6,7 @@ handed to JAX's coordination service.  JAX by itself waits without a word and en
 
 import atexit
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -20,11 +21,13 @@ import time
 import jax
 
 from llmjax.config import ConfigError
+from llmjax.parallel import heartbeat
 
 PORT = 8476
 SAY_SECONDS = 10.0
 # Arrivals within this time share a line, so that hundreds of hosts do not make hundreds of lines.
 SETTLE_SECONDS = 0.5
+TWICE_SECONDS = 1.0  # Two signals within this time count as one.
 SLACK_SECONDS = 30.0  # A process waits so much longer than process 0 may, and then takes it for dead.
 
 
@@ -281,27 +284,80 @@ def _end(status):
   os._exit(status)
 
 
+class Stop:
+  """Says after which step to stop, once Ctrl-C or SIGTERM has come: see agreed_stop."""
+
+  def __init__(self, poll=None, tell=None):
+    self._poll, self._tell = poll, tell  # Both of several processes, or neither.
+    self._signum, self._asked, self._started = None, 0.0, False
+
+  def __call__(self, step):
+    """Returns whether to stop, which all processes hear at the same step.  Call it before the first step, too."""
+    self._started = True
+    return self._poll(step) if self._poll else self._signum is not None
+
+  @property
+  def status(self):
+    """The exit status of a run that has stopped: 130 after Ctrl-C, else PREEMPTED, to be started again."""
+    return 130 if self._signum == signal.SIGINT else heartbeat.PREEMPTED
+
+  def hear(self, signum):
+    """Notes a signal.  Runs in a thread: the main one may be in a collective that never ends."""
+    now = time.monotonic()
+    if self._signum is None:
+      self._asked, self._signum = now, signum
+      if self._tell:
+        self._tell()
+    elif now - self._asked > TWICE_SECONDS:  # Some launchers send the same notice by two ways.
+      print(f'llmjax: a second {signal.Signals(signum).name}: leaving without a save', file=sys.stderr)
+      _end(128 + signum)
+
+  def handle(self, signum, frame):
+    """The handler: only before the first step, where there is nothing to save, it ends what goes on."""
+    if not self._poll and not self._started:
+      if self._signum is None:
+        self._asked, self._signum = time.monotonic(), signum
+      raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def agreed_stop():
-  """Yields stop(step), which is true on all processes at one and the same step after Ctrl-C or SIGTERM on any.
+  """Yields a Stop, whose stop(step) is true on all processes at one and the same step after Ctrl-C or SIGTERM.
 
-  Call it after every step.  A second Ctrl-C is the usual KeyboardInterrupt; where there is one process,
-  so is the first one, and SIGTERM.
+  Any one of them may get the signal.  A second one, a second later or more, ends the process at once.
   """
-  from jax.experimental import multihost_utils
-
-  def ask(signum, frame):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.kill(os.getpid(), signal.SIGTERM)  # Which JAX's preemption service takes, and tells the others.
-
   if threading.current_thread() is not threading.main_thread():  # Only it may handle signals.
-    yield lambda step: False
-  elif not jax.distributed.is_initialized():
-    with _handling(signal.SIGTERM, signal.default_int_handler):
-      yield lambda step: False
-  else:
-    with _handling(signal.SIGINT, ask):
-      yield multihost_utils.reached_preemption_sync_point
+    yield Stop()
+    return
+  with contextlib.ExitStack() as stack:
+    stop = Stop()
+    if jax.distributed.is_initialized():
+      from jax.experimental import multihost_utils
+      libc = ctypes.CDLL(None)
+      libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+      # JAX's preemption service handles SIGTERM without Python's knowledge.  Its handler notes the signal and
+      # its thread tells the others; it is called from here, so that signals can be counted.
+      service = libc.signal(signal.SIGTERM, None)
+      stack.callback(libc.signal, signal.SIGTERM, service)
+      notice = ctypes.CFUNCTYPE(None, ctypes.c_int)(service)
+      stop = Stop(multihost_utils.reached_preemption_sync_point, lambda: notice(signal.SIGTERM))
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    thread = threading.Thread(target=_listen_for_signals, args=(ours, stop.hear), name='signals', daemon=True)
+    thread.start()
+    for ending in (ours.close, thread.join, theirs.close):  # The last one is done first: it ends the thread.
+      stack.callback(ending)
+    stack.enter_context(_handling(signal.SIGTERM, stop.handle))
+    stack.enter_context(_handling(signal.SIGINT, stop.handle))
+    stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False))
+    yield stop
+
+
+def _listen_for_signals(pipe, hear):
+  while numbers := pipe.recv(16):
+    for number in numbers:
+      if number in (signal.SIGINT, signal.SIGTERM):
+        hear(number)
 
 
 @contextlib.contextmanager
@@ -323,3 +379,17 @@ def wait_for_all(name):
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
     multihost_utils.sync_global_devices(name)
+
+
+def start_heartbeat(spec, workdir, first=0, flush=None):
+  """Returns this process's Heartbeat, which watches its loop.  spec: a DistributedSpec.  workdir: for stacks.
+
+  Where a supervisor or spec.hang_seconds sets a limit, a loop that stands still ends its process.
+  """
+  supervisor, limit = os.environ.get(heartbeat.FOLDER, ''), os.environ.get(heartbeat.LIMIT, '')
+  processes = jax.process_count()
+  folder = supervisor or (os.path.join(workdir, 'heartbeats') if processes > 1 else None)
+  return heartbeat.Heartbeat(
+      jax.process_index(), processes, first, folder=folder, stacks=os.path.join(workdir, 'stacks'),
+      hang_seconds=spec.hang_seconds or float(limit or 0), leave=bool(limit or spec.hang_seconds),
+      flush=flush, pulse=heartbeat.SUPERVISED_PULSE if supervisor else heartbeat.PULSE)

@@ -22,8 +22,11 @@ CASES = {
                  '--account=research', '--cpus-per-process=12', '--setup=source .venv/bin/activate',
                  '--sbatch=--exclusive,--qos=high'],
     'slurm_node.sh': ['slurm', '--nodes=2', '--gpus-per-node=4', '--process-per=node', '--save-seconds=0'],
+    'slurm_restart.sh': ['slurm', '--time=1:00:00', '--restart=3'],
     'gke_tpu.yaml': ['gke', '--name=pod', '--image=registry/llmjax:1', '--accelerator=tpu-v6e-slice',
                      '--topology=4x4', '--slices=2', '--service-account=trainer', '--setup=cd /llmjax'],
+    'gke_restart.yaml': ['gke', '--image=registry/llmjax:1', '--accelerator=tpu-v6e-slice', '--topology=4x4',
+                         '--restart=10'],
     'gke_gpu.yaml': ['gke', '--image=registry/llmjax:1', '--accelerator=nvidia-h100-80gb', '--nodes=4'],
 }
 
@@ -42,6 +45,34 @@ def test_text(name, capsys):
   if os.environ.get('LLMJAX_WRITE_GOLDEN'):
     (GOLDEN / name).write_text(out)
   assert out == (GOLDEN / name).read_text()
+
+
+def test_a_manifest_that_restarts_does_so_but_for_wrong_settings():
+  jobset = yaml.safe_load((GOLDEN / 'gke_restart.yaml').read_text())
+  assert jobset['spec']['failurePolicy'] == {
+      'maxRestarts': 10, 'rules': [{'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']}]}
+  (job,) = jobset['spec']['replicatedJobs']
+  (rule,) = job['template']['spec']['podFailurePolicy']['rules']
+  assert rule == {'action': 'FailJob', 'onExitCodes': {'containerName': 'llmjax', 'operator': 'In', 'values': [2]}}
+
+
+@pytest.mark.parametrize(('statuses', 'ending', 'calls'), [
+    ([1, 139, 0], 0, 3), ([1, 1, 1, 7], 7, 4), ([2], 2, 1), ([130], 130, 1), ([1, 75], 0, 3)])
+def test_a_script_that_restarts(tmp_path, statuses, ending, calls):
+  """srun ends with one status after the other; the last call of a preempted job is scontrol's."""
+  (tmp_path / 'statuses').write_text('\n'.join(map(str, statuses)) + '\n')
+  (tmp_path / 'srun').write_text('#!/bin/bash\necho "srun $*" >> calls\nn=$(wc -l < calls)\n'
+                                 'exit "$(sed -n "${n}p" statuses)"\n')
+  (tmp_path / 'scontrol').write_text('#!/bin/bash\necho "scontrol $*" >> calls\n')
+  (tmp_path / 'sleep').write_text('#!/bin/bash\n')
+  for tool in ('srun', 'scontrol', 'sleep'):
+    (tmp_path / tool).chmod(0o755)
+  done = subprocess.run(['bash', str(GOLDEN / 'slurm_restart.sh')], cwd=tmp_path, check=False,
+                        env={'PATH': f'{tmp_path}:/usr/bin:/bin', 'SLURM_JOB_ID': '17'})
+  assert done.returncode == ending
+  made = (tmp_path / 'calls').read_text().splitlines()
+  assert len(made) == calls
+  assert made[-1] == ('scontrol requeue 17' if 75 in statuses else made[0])
 
 
 @pytest.mark.parametrize(('name', 'nodes', 'chips'), [('gke_tpu.yaml', 4, {'google.com/tpu': 4}),

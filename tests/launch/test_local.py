@@ -152,3 +152,75 @@ def test_a_missing_process_is_one_line(folder):
   assert done.stdout + done.stderr == done.stderr
   assert done.stderr.count('\n') == 1
   assert 'process 1 of 2 cannot reach process 0 at 127.0.0.1:1: gave up after 1 s' in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_is_started_again_with_the_processes_that_are_left(folder):
+  """Process 1 is killed, so one process goes on; that one is stopped, and goes on; then SIGTERM ends it all."""
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'llmjax', 'launch', 'local', '--processes=2', '--devices-per-process=2', '--restart=2',
+       '--shrink', '--', *TRAIN, '--workdir=again', '--config.train.steps=100000', '--config.evaluate.splits=',
+       '--config.train.checkpoint_every=20'],
+      env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=folder, text=True, stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT)
+  file = folder / 'again/metrics.jsonl'
+
+  def reach(step):
+    deadline = time.monotonic() + 90
+    while step > max(rows(folder / 'again') if file.exists() else [0], default=0):
+      assert time.monotonic() < deadline and process.poll() is None
+      time.sleep(0.05)
+    return max(rows(folder / 'again'))
+
+  def children():
+    tasks = pathlib.Path(f'/proc/{process.pid}/task')
+    return [int(pid) for task in tasks.iterdir() for pid in (task / 'children').read_text().split()]
+
+  try:
+    step = reach(30)
+    os.kill(max(children()), signal.SIGKILL)
+    step = reach(step + 40)
+    (child,) = children()
+    os.kill(child, signal.SIGSTOP)
+    reach(step + 40)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert process.returncode == 75, out
+  first, second = (line for line in out.splitlines() if 'starting' in line and line.startswith('llmjax launch:'))
+  assert 'process 1 of 2 ended with signal SIGKILL' in first and 'starting 1 again from step' in first
+  assert 'process 0 of 1 is stopped (SIGSTOP)' in second and 'starting 1 again from step' in second
+  found = rows(folder / 'again')
+  assert list(found) == list(range(1, max(found) + 1))
+  assert (folder / f'again/checkpoints/{max(found)}/seal.json').exists()
+
+
+@pytest.mark.slow
+def test_a_hang_in_a_collective_names_who_is_missing(folder):
+  (folder / 'hang.py').write_text('''
+import time
+import jax
+from llmjax.parallel import distributed
+from llmjax.parallel.spec import DistributedSpec
+
+def get_config():
+  with distributed.together(DistributedSpec()):
+    heart = distributed.start_heartbeat(DistributedSpec(), 'hung')
+    distributed.wait_for_all('first')
+    heart.beat(41, waited=True)
+    if jax.process_index() == 1:
+      time.sleep(600)
+    heart.beat(42, waited=True)
+    distributed.wait_for_all('never')
+''')
+  done = subprocess.run(
+      [sys.executable, '-m', 'llmjax', 'launch', 'local', '--hang-seconds=2', '--logs=logs', '--', 'pretrain',
+       '--config=hang.py', '--workdir=x'],
+      env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=folder, text=True, capture_output=True, check=False, timeout=90)
+  assert done.returncode == 76, done.stdout + done.stderr
+  stacks = (folder / 'hung/stacks/0.txt').read_text()
+  assert 'in wait_for_all at distributed.py:' in stacks
+  assert 'rank 1 last seen at step 41 (step); rank 0 waits at step 42' in stacks
+  assert 'sync_global_devices' in stacks  # Of the loop's thread, and not only the watchdog's.
+  assert 'rank 1 has stood still' in (folder / 'hung/stacks/1.txt').read_text()

@@ -1,0 +1,157 @@
+"""`llmjax chaos`: what it measures with, and short runs of it."""
+
+import io
+import json
+import math
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import types
+
+import pytest
+
+from llmjax.checkpoint import seal
+from llmjax.data import corpus
+from llmjax.data.spec import PrepareSpec, TokenizerSpec
+from llmjax.loops import chaos
+from llmjax.loops.spec import CHAOS_EVENTS
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECIPE = """def get_config():
+  return {
+      'model': {'num_layers': 1, 'd_model': 16, 'num_heads': 2, 'mlp_dim': 32, 'dropout': 0.1},
+      'data': {'sources': {'text': 1.0}, 'seq_len': 16},
+      'train': {'steps': 60, 'batch_size': 8, 'accumulation': 2, 'checkpoint_every': 5, 'eval_every': 30},
+      'optimizer': {'lr': 0.01, 'warmup_steps': 5},
+      'evaluate': {'limit': 16},
+  }
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder with a prepared corpus and a recipe."""
+  folder = tmp_path_factory.mktemp('chaos')
+  generator = random.Random(0)
+  (folder / 'files').mkdir()
+  for i in range(40):
+    words = generator.choices('a cat sees the big old house'.split(), k=90)
+    (folder / f'files/{i}.txt').write_text(' '.join(words))
+  corpus.prepare(PrepareSpec(source='text_dir', path=str(folder / 'files'), output=str(folder / 'text'),
+                             tokenizer=TokenizerSpec(vocab_size=300, sample_lines=500)))
+  (folder / 'recipe.py').write_text(RECIPE)
+  return folder
+
+
+def run(folder, *argv):
+  """Returns (status, output, chaos.json or None)."""
+  # One device, and not the tests' eight.
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=1'}
+  done = subprocess.run([sys.executable, '-m', 'llmjax', 'chaos', '--config=recipe.py', *argv], cwd=folder, text=True,
+                        env=environment, capture_output=True, check=False, timeout=400)
+  workdir = next(a.partition('=')[2] for a in argv if a.startswith('--workdir='))
+  file = folder / workdir / 'chaos.json'
+  return done.returncode, done.stdout + done.stderr, json.loads(file.read_text()) if file.exists() else None
+
+
+def test_a_run_survives(folder):
+  status, out, found = run(folder, '--workdir=short', '--kills=2', '--events=damage,terminate')
+  assert status == 0, out
+  assert found['passed'] and not found['bits_differing'] and not found['problems']
+  assert sorted(e['kind'] for e in found['events']) == ['damage', 'terminate']
+  # Something was done to it, and something was lost and done again.
+  assert all(e['step'] >= 1 and e['compared'] > 0 for e in found['events'])
+  (damaged,) = (e for e in found['events'] if e['kind'] == 'damage')
+  assert damaged['lost'] >= 1 and damaged['detail']
+  assert next(e['lost'] for e in found['events'] if e['kind'] == 'terminate') == 0
+  rows = [json.loads(line) for line in (folder / 'short/run/metrics.jsonl').read_text().splitlines()]
+  assert [row['step'] for row in rows if 'train/loss' in row] == list(range(1, 61))
+  assert '│ all' in out and 'to the bit' in out
+  status, out, _ = run(folder, '--workdir=short')
+  assert status == 2 and '--workdir=short is not empty' in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_run_survives_all_of_it(folder, processes):
+  status, out, found = run(folder, f'--workdir=full{processes}', '--kills=10', '--steps=200', '--seed=1',
+                           f'--processes={processes}')
+  assert status == 0, out
+  assert found['passed'] and len(found['events']) == 10
+
+
+def test_a_recipe_that_fails_by_itself_is_told(folder):
+  status, out, _ = run(folder, '--workdir=wrong', '--config.train.platform=tpu')
+  assert status == 1
+  assert 'the recipe does not run in peace: process 0 ended with status 2' in out
+  assert 'tpu' in out.splitlines()[-1]
+
+
+def test_events():
+  for seed in range(3):
+    assert set(chaos.plan_events(20, seed)) == set(CHAOS_EVENTS)
+  assert chaos.plan_events(20, 0) == chaos.plan_events(20, 0) != chaos.plan_events(20, 1)
+  assert set(chaos.plan_events(5, 0, ('stop', 'save'))) == {'stop', 'save'}
+
+
+def test_damage_is_always_seen(tmp_path):
+  (tmp_path / '7/params/d').mkdir(parents=True)
+  generator, kinds = random.Random(0), set()
+  for _ in range(40):
+    for name, size in (('params/d/a', 300), ('params/manifest', 40), ('spec', 3)):
+      (tmp_path / '7' / name).write_bytes(generator.randbytes(size))
+    seal.write_seal(tmp_path / '7', 7)
+    assert chaos.newest_good(tmp_path) == 7
+    words = chaos.damage(tmp_path / '7', generator)
+    kinds.add(words.split()[1])
+    assert seal.find_damage(tmp_path / '7'), words
+    assert chaos.newest_good(tmp_path) == 0
+  assert {'deleted', 'cut'} < kinds
+
+
+def test_bits():
+  assert chaos.differing_bits(1.5, 1.5) == 0
+  assert chaos.differing_bits(1.0, math.nextafter(1.0, 2.0)) == 1
+  assert chaos.differing_bits(0.0, -0.0) == 1
+  assert chaos.differing_bits(1.5, 'NaN') == 64
+  assert chaos.differing_bits('NaN', 'NaN') == 0
+
+
+def test_what_differs_is_a_problem(tmp_path):
+  """One bit of one loss, a missing row, a row twice, another final state."""
+  (tmp_path / 'run').mkdir()
+  rows = [{'step': s, 'time': s, 'train/loss': 1 / s, 'train/step_seconds': 0.1 * s} for s in range(1, 6)]
+  options = types.SimpleNamespace(workdir=str(tmp_path), kills=1, processes=1, devices_per_process=0, seed=0)
+  made = chaos.Chaos({'train': {'steps': 5, 'checkpoint_every': 2}}, options, chaos.Screen(io.StringIO()))
+  made.reference = {(row['step'], 'train/loss'): row['train/loss'] for row in rows}
+
+  def write(rows):
+    made.problems = []
+    (tmp_path / 'run/metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+  write([{**row, 'train/step_seconds': 9.0} for row in rows])
+  assert made._compare(2) == (3, 0) and not made.problems
+  write([*rows[:3], {**rows[3], 'train/loss': math.nextafter(0.25, 1)}, rows[4]])
+  assert made._compare(2) == (3, 1)
+  assert made.problems == ['step 4: train/loss is 0.25000000000000006 instead of 0.25']
+  assert made._compare(4) == (1, 0)
+  write([*rows[:2], *rows[3:], rows[4]])
+  made._compare_all()
+  assert made.problems == ['1 values are missing, the first of them train/loss of step 3',
+                           '1 lines of metrics.jsonl are there twice', 'there is no good checkpoint of step 5']
+
+
+def test_table():
+  events = [chaos.Event('kill', lost=3, seconds=4.0), chaos.Event('kill', lost=2, seconds=6.0),
+            chaos.Event('disk', lost=1, bits=2)]
+  assert chaos.render_table(events) == """\
+┌───────────────────────┬───────┬────────────┬────────────────┬────────────────────────┐
+│ event                 │ count │ steps lost │ bits differing │ median time to recover │
+├───────────────────────┼───────┼────────────┼────────────────┼────────────────────────┤
+│ kill -9 at any moment │     2 │          5 │              0 │                  5.0 s │
+│ disk full             │     1 │          1 │              2 │                        │
+├───────────────────────┼───────┼────────────┼────────────────┼────────────────────────┤
+│ all                   │     3 │          6 │              2 │                  5.0 s │
+└───────────────────────┴───────┴────────────┴────────────────┴────────────────────────┘"""
