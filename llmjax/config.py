@@ -40,18 +40,30 @@ def group(spec_class):
   return dataclasses.field(default_factory=spec_class)
 
 
+_RECIPES = ('.py', '.json')
+
+
+def _recipes(folder):
+  return [p for p in folder.glob('*') if p.suffix in _RECIPES]
+
+
 def load_recipe(path: str) -> dict[str, Any]:
   """Returns a recipe as nested dicts: `get_config()` of a Python file, or a JSON object.
 
   Raises ConfigError when the file is missing, fails, or holds something else.
   """
   file = pathlib.Path(path)
+  if file.is_dir():
+    found = ', '.join(sorted(p.name for p in _recipes(file))) or 'none'
+    raise ConfigError([f'--config={path} is a folder; give one recipe of it ({found})'])
   if not file.is_file():
-    near = difflib.get_close_matches(
-        file.stem, [p.stem for p in file.parent.glob('*') if p.suffix in ('.py', '.json')], n=1)
-    hint = f'; did you mean {file.parent / near[0]}{file.suffix}?' if near else (
+    near = (difflib.get_close_matches(str(file), map(str, _recipes(file.parent)), n=1, cutoff=0.8) or
+            [str(p) for p in file.parent.glob(f'*/{file.name}')])
+    hint = f'; did you mean {near[0]}?' if near else (
         '; give the path of a recipe such as configs/pretrain/quickstart.py')
     raise ConfigError([f'--config={path}: there is no such file{hint}'])
+  if file.suffix not in _RECIPES:
+    raise ConfigError([f'--config={path} is not a recipe; recipes end in {" or ".join(_RECIPES)}'])
   try:
     if file.suffix == '.json':
       recipe = json.loads(file.read_text())
@@ -212,6 +224,8 @@ def parse_text(annotation, text):
   """Returns the value that a command-line text stands for, or the text where it stands for none."""
   if annotation is str:
     return text
+  if typing.get_origin(annotation) is dict and not text.lstrip().startswith('{'):
+    return {text: 1.0} if text else {}  # Names and weights: one name alone has all of it.
   lowered = text.strip().lower()
   if lowered in ('true', 'false'):
     return lowered == 'true'
@@ -238,7 +252,7 @@ def _convert(annotation, value):
     return tuple(_convert(arguments[0], v) for v in value)
   if origin is dict:
     if not isinstance(value, collections.abc.Mapping):
-      raise ValueError(f'must map names to {arguments[1].__name__}, such as {{"corpus": 1.0}}')
+      raise ValueError(f'must map names to {arguments[1].__name__}, such as {{"a": 0.7, "b": 0.3}}')
     return {str(k): _convert(arguments[1], v) for k, v in value.items()}
   if annotation is bool:
     if value in (True, False):

@@ -7,7 +7,10 @@ and JAX with it, is imported only after everything the user typed has been check
 import dataclasses
 import difflib
 import importlib
+import os
+import signal
 import sys
+import threading
 
 from absl import flags
 
@@ -102,6 +105,32 @@ COMMANDS = {
 def main(argv=None):
   """Runs a command and exits: 0 done, 1 the command failed, 2 the command line is wrong."""
   argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    try:
+      _run(argv)
+    finally:
+      if sys.stdout:
+        sys.stdout.flush()
+  except KeyboardInterrupt:
+    for thread in threading.enumerate():
+      if isinstance(thread, threading.Timer):  # One of JAX's would hold the exit for a minute.
+        thread.cancel()
+    _fail(130, f'\nllmjax {" ".join(argv[:1])}: stopped by Ctrl-C')
+  except BrokenPipeError:  # Whoever read the output, `head` for one, has had enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Nothing is left to fail at exit.
+    sys.exit(141)
+
+
+def _import(module):
+  """Imports a module; Ctrl-C waits for the end of it, as extensions turn it into an ImportError or abort."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    return importlib.import_module(module)
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run(argv):
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(_overview())
     sys.exit(0)
@@ -110,11 +139,19 @@ def main(argv=None):
     sys.exit(0)
   words = 2 if ' '.join(argv[:2]) in COMMANDS else 1
   name, arguments = ' '.join(argv[:words]), argv[words:]
+  parts = [c.split()[1] for c in COMMANDS if c.startswith(f'{name} ')]
+  if parts and arguments[:1] in ([], ['-h'], ['--help'], ['help']):
+    if not arguments:
+      _fail(2, _overview(f'{name} '))
+    print(_overview(f'{name} '))
+    sys.exit(0)
+  if parts:
+    near = '' if arguments[0].startswith('-') else difflib.get_close_matches(arguments[0], parts, n=1)
+    hint = f'did you mean `llmjax {name} {near[0]}`?' if near else f'known: {", ".join(parts)}'
+    _fail(2, f'llmjax {name}: {arguments[0]!r} is not one of its commands; {hint}')
   if name not in COMMANDS:
-    near = ([c for c in COMMANDS if c.startswith(f'{name} ')] or
-            difflib.get_close_matches(' '.join(argv[:2]), COMMANDS, n=1) or
-            difflib.get_close_matches(name, COMMANDS, n=1))
-    hint = f'did you mean `llmjax {"` or `llmjax ".join(near)}`?' if near else 'known: ' + ', '.join(COMMANDS)
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f'did you mean `llmjax {near[0]}`?' if near else 'known: ' + ', '.join(COMMANDS)
     _fail(2, f'llmjax: there is no command {name!r}; {hint}')
   command = COMMANDS[name]
   own = arguments[:arguments.index('--')] if '--' in arguments else arguments
@@ -123,14 +160,9 @@ def main(argv=None):
     sys.exit(0)
   try:
     spec, options = parse(command, arguments)
+    status = _import(command.module).run(spec, options)
   except config.ConfigError as e:
     _fail(2, _listed(name, e))
-  try:
-    status = importlib.import_module(command.module).run(spec, options)
-  except config.ConfigError as e:
-    _fail(2, _listed(name, e))
-  except KeyboardInterrupt:
-    _fail(130, f'\nllmjax {name}: stopped by Ctrl-C')
   sys.exit(status or 0)
 
 
@@ -139,12 +171,19 @@ def parse(command, arguments):
   if command.launches:
     return _parse_launch(command, arguments)
   problems, recipe, recipe_path, overrides, plain = [], {}, None, [], []
-  waiting = None  # A `--config.a.b` whose value is the next argument.
+  waiting = None  # A `--config.a.b`, or '' for `--config` itself, whose value is the next argument.
   for argument in arguments:
-    if waiting is not None:
-      overrides.append((waiting, argument))
+    if waiting is not None and not argument.startswith('--'):
+      if waiting:
+        overrides.append((waiting, argument))
+      else:
+        recipe_path = argument
       waiting = None
-    elif argument.lstrip('-').startswith('config.') and argument.startswith('-'):
+      continue
+    if waiting is not None:
+      problems.append(_needs_value(waiting))
+      waiting = None
+    if argument.lstrip('-').startswith('config.') and argument.startswith('-'):
       key, equals, text = argument.lstrip('-').removeprefix('config.').partition('=')
       if equals:
         overrides.append((key, text))
@@ -152,30 +191,36 @@ def parse(command, arguments):
         waiting = key
     elif argument.startswith('--config='):
       recipe_path = argument.removeprefix('--config=')
+    elif argument == '--config':
+      waiting = ''
     else:
       plain.append(argument)
-  if '--config' in plain:
-    problems.append('--config needs a file: write --config=FILE')
-    plain.remove('--config')
   if waiting is not None:
-    problems.append(f'--config.{waiting} needs a value: write --config.{waiting}=VALUE')
+    problems.append(_needs_value(waiting))
   options_class, options = _load(command.options), None
   try:
-    options = config.build(options_class, _parse_flags(options_class, plain))
+    options = config.build(options_class, _parse_flags(options_class, plain, command.spec))
   except config.ConfigError as e:
-    problems += ['--' + p for p in e.problems]
+    problems += [_dashed(p) for p in e.problems]
   if command.spec is None:
     if recipe_path or overrides:
       problems.append('--config is not for this command: it reads the config in its --workdir')
     _raise(problems)
     return None, options
-  if recipe_path is None and not getattr(options, 'text_dir', ''):
+  wanted = options is None or not getattr(options, 'text_dir', '')
+  if options is None and any(_with_underscores(a).startswith('--text_dir') for a in plain):
+    wanted = False
+  if recipe_path is None and wanted:
     problems.append(f'--config=FILE is missing; for example {command.example}')
-  elif recipe_path is not None:
+  if recipe_path is not None:
     try:
       recipe = config.load_recipe(recipe_path)
     except config.ConfigError as e:
       _raise(problems + e.problems)
+  if recipe and not _field_names(command) & set(recipe):
+    others = [name for name, c in COMMANDS.items() if c.spec and set(recipe) <= _field_names(c)]
+    if others:
+      _raise([*problems, f'--config={recipe_path} is a recipe of `llmjax {others[0]}`'])
   try:
     spec = config.build(_load(command.spec), recipe, overrides)
   except config.ConfigError as e:
@@ -191,7 +236,7 @@ def _parse_launch(command, arguments):
   try:
     options = config.build(_load(command.options), _parse_flags(_load(command.options), arguments[:end]))
   except config.ConfigError as e:
-    problems = ['--' + p for p in e.problems]
+    problems = [_dashed(p) for p in e.problems]
   if not launched or launched[0] not in COMMANDS or COMMANDS[launched[0]].launches:
     near = difflib.get_close_matches(launched[0], COMMANDS, n=1) if launched else []
     problems.append('the command to start stands after `--`' + (
@@ -210,8 +255,26 @@ def _load(reference):
   return getattr(importlib.import_module(module), name)
 
 
-def _parse_flags(options_class, arguments):
-  """Returns {field: value} of the absl flags given; raises ConfigError on ones that do not exist."""
+def _field_names(command):
+  return {f.name for f in dataclasses.fields(_load(command.spec))}
+
+
+def _needs_value(name):
+  if not name:
+    return '--config needs a file: write --config=FILE'
+  return f'--config.{name} needs a value: write --config.{name}=VALUE'
+
+
+def _dashed(problem):
+  """Returns a flag's problem with its dashes; one that is about no flag begins with a quote."""
+  return problem if problem.startswith(("'", '"')) else '--' + problem
+
+
+def _parse_flags(options_class, arguments, spec=None):
+  """Returns {field: value} of the absl flags given; raises ConfigError on ones that do not exist.
+
+  spec: the command's, whose fields people forget to write as `--config.FIELD`.
+  """
   values = flags.FlagValues()
   for flag, kind, _, doc in config.describe(options_class, ''):
     define = flags.DEFINE_bool if kind == 'bool' else flags.DEFINE_string
@@ -226,6 +289,8 @@ def _parse_flags(options_class, arguments):
       break
     except flags.UnrecognizedFlagError as e:
       near = difflib.get_close_matches(e.flagname, known, n=1)
+      if spec and e.flagname in [f for f, *_ in config.describe(_load(spec), '')]:
+        near = [f'config.{e.flagname}']
       hint = f'; did you mean --{near[0]}?' if near else f'; known: {", ".join(known[::2])}'
       problems.append(f'{e.flagname} is not a flag{hint}')
       arguments = [a for a in arguments if a.lstrip('-').partition('=')[0] != e.flagname]
@@ -233,7 +298,7 @@ def _parse_flags(options_class, arguments):
       raise config.ConfigError(problems + [str(e)]) from e
   words = getattr(options_class, 'words', None)  # The field that plain words fill, if there is one.
   if not words:
-    problems += [f' {a!r} is not expected here; flags are written --name=value' for a in rest]
+    problems += [f'{a!r} is not expected here; flags are written --name=value' for a in rest]
   if problems:
     raise config.ConfigError(problems)
   given = {f: values[f].value for f in values if values[f].present and values[f].value is not None}
@@ -263,11 +328,13 @@ def _fail(status, message):
   sys.exit(status)
 
 
-def _overview():
-  width = max(map(len, COMMANDS))
+def _overview(start=''):
+  """Returns the table of the commands, or of those whose names start so."""
+  commands = {name: command for name, command in COMMANDS.items() if name.startswith(start)}
+  width = max(map(len, commands))
   lines = [f'llmjax {llmjax.__version__}: the whole life of a language model, in JAX.', '',
-           'usage: llmjax <command> [--flag=value ...]', '']
-  lines += [f'  {name:<{width}}  {command.summary}' for name, command in COMMANDS.items()]
+           f'usage: llmjax {start}<command> [--flag=value ...]', '']
+  lines += [f'  {name:<{width}}  {command.summary}' for name, command in commands.items()]
   return '\n'.join(lines + ['', '`llmjax <command> --help` shows its flags and config fields.'])
 
 
