@@ -5,9 +5,12 @@ A loop such as pretrain.py supplies a Job; everything that is the same for all o
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import pathlib
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +62,41 @@ def enable_compilation_cache(setting):
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+@contextlib.contextmanager
+def hold_workdir(workdir):
+  """Makes the run's folder and keeps every other run out of it until the block ends.
+
+  The first process locks `<workdir>/lock`; the system lets go of it when the process ends, however it ends.
+  """
+  if not distributed.is_first():
+    yield
+    return
+  path = pathlib.Path(workdir) / 'lock'
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, 'ab+', buffering=0)
+  except OSError as e:
+    raise ConfigError([f'--workdir={workdir} cannot be written: {e.strerror}']) from e
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      lock.seek(0)
+      holder = lock.read().decode(errors='replace') or 'another process'
+      raise ConfigError([f'--workdir={workdir} is in use: {holder} trains there; wait for it, stop it, or '
+                         'give another --workdir']) from e
+    except OSError:
+      pass  # A filesystem without locks.
+    with contextlib.suppress(OSError):  # A full disk is said by what needs the space.
+      lock.truncate(0)
+      lock.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def claim_workdir(workdir, spec):
   """Makes the run's folder and writes config.json; refuses a folder that holds a different run.
 
@@ -77,9 +115,11 @@ def claim_workdir(workdir, spec):
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
     if changed:
       raise ConfigError(changed)
+  saved = [int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*') if p.name.isdecimal()]
+  done = file.exists() and max(saved, default=0) >= spec.train.steps  # What would be written never ran.
   distributed.wait_for_all('looked at the workdir')
   try:
-    if distributed.is_first():
+    if distributed.is_first() and not done:
       workdir.mkdir(parents=True, exist_ok=True)
       file.write_text(json.dumps(resolved, indent=2) + '\n')
   except OSError as e:

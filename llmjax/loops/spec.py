@@ -7,7 +7,7 @@ from llmjax.config import group, setting
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
-from llmjax.loops.profiling import ProfileSpec
+from llmjax.loops.profiling import ProfileSpec, parse_steps
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.train.spec import OptimizerSpec, TrainSpec
@@ -84,6 +84,9 @@ class PretrainSpec:
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
              f'train.steps={self.train.steps}; write {max(self.train.steps // 10, 1)} for a tenth')
+    traced = None if list(self.profile.problems()) else parse_steps(self.profile.steps)
+    if traced and traced[0] > self.train.steps:
+      yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
     best = self.checkpoint.best_metric
     metrics = [f'eval/{split}/{name}' for split in self.evaluate.splits
                for name in ('loss', 'perplexity', 'bits_per_byte')]
