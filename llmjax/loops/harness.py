@@ -240,9 +240,9 @@ class Loop:
         progress.tick(step)
       elif bad := self._log(step, window.read(), speed):
         self._settle(wait=True)
-        progress.say(f'stopped: the loss is not finite at step {bad}; the last checkpoint is step '
-                     f'{self.saved}. Lower optimizer.lr, raise optimizer.warmup_steps, or look at '
-                     'the data')
+        last = f'the last checkpoint is step {self.saved}' if self.saved else 'there is no checkpoint'
+        progress.say(f'stopped: the loss is not finite at step {bad}; {last}. Lower optimizer.lr, raise '
+                     'optimizer.warmup_steps, or look at the data')
         return 1
       with window.paused():
         if self._due(train.eval_every, step):
@@ -319,7 +319,8 @@ class Loop:
     for save in saves:
       if not save.problem:
         self.saved = save.step
-        self.progress.saved(save.step, save.path, save.seconds, save.size or None)
+        path = self.workdir / 'checkpoints' / str(save.step)  # As the user wrote it.
+        self.progress.saved(save.step, path, save.seconds, save.size or None)
         if save.note:
           self.progress.say(save.note)
         continue

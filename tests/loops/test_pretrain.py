@@ -101,6 +101,7 @@ def test_a_finished_run_keeps_its_config(folder):
   before = (folder / 'whole/config.json').read_text()
   out = pretrain(folder, 'whole', 6, '--config.optimizer.lr=9')
   assert 'whole is done: step 6 of 6' in out
+  assert not (folder / 'whole/lock').exists()
   assert (folder / 'whole/config.json').read_text() == before
 
 
