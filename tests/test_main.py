@@ -121,7 +121,7 @@ def test_a_reader_that_has_had_enough_gets_no_traceback():
 
 def test_ctrl_c_while_a_module_is_imported(tmp_path, monkeypatch):
   module = tmp_path / 'slow_module.py'
-  module.write_text('import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhole = True\n')
+  module.write_text('import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n')
   monkeypatch.syspath_prepend(tmp_path)
   with pytest.raises(KeyboardInterrupt):
     main._import('slow_module')
