@@ -52,6 +52,13 @@ def group(spec_class):
   return dataclasses.field(default_factory=spec_class)
 
 
+_RECIPES = ('.py', '.json')
+
+
+def _recipes(folder):
+  return [p for p in folder.glob('*') if p.suffix in _RECIPES]
+
+
 def load_recipe(path: str) -> dict[str, Any]:
   """Returns a recipe as nested dicts: `get_config()` of a Python file, or a JSON object.
 
@@ -68,7 +75,9 @@ def load_recipe(path: str) -> dict[str, Any]:
     except (OSError, ValueError):
       beside = []
     near = difflib.get_close_matches(file.name[:255], beside, n=1)
-    hint = f'; did you mean {file.parent / near[0]}?' if near else (
+    found = [str(file.parent / near[0])] if near else (
+        sorted(map(str, file.parent.glob(f'*/{file.name[:255]}'))) if file.suffix in ('.py', '.json') else [])
+    hint = f'; did you mean {found[0]}?' if found else (
         '; give the path of a recipe such as configs/pretrain/quickstart.py')
     raise ConfigError([f'--config={shown(path, quote=False)}: there is no such file{hint}'])
   if file.suffix not in ('.py', '.json'):
@@ -259,6 +268,8 @@ def parse_text(annotation, text):
   """Returns the value that a command-line text stands for, or the text where it stands for none."""
   if annotation is str:
     return text
+  if typing.get_origin(annotation) is dict and not text.lstrip().startswith('{'):
+    return {text: 1.0} if text else {}  # Names and weights: one name alone has all of it.
   lowered = text.strip().lower()
   if lowered in ('true', 'false'):
     return lowered == 'true'

@@ -7,7 +7,10 @@ and JAX with it, is imported only after everything the user typed has been check
 import dataclasses
 import difflib
 import importlib
+import os
+import signal
 import sys
+import threading
 
 from absl import flags
 
@@ -112,6 +115,32 @@ def main(argv=None):
   if argv is None:  # A process of our own; elsewhere the streams are the caller's.
     secrets.hide_output()
   argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    try:
+      _run(argv)
+    finally:
+      if sys.stdout:
+        sys.stdout.flush()
+  except KeyboardInterrupt:
+    for thread in threading.enumerate():
+      if isinstance(thread, threading.Timer):  # One of JAX's would hold the exit for a minute.
+        thread.cancel()
+    _fail(130, f'\nllmjax {" ".join(argv[:1])}: stopped by Ctrl-C')
+  except BrokenPipeError:  # Whoever read the output, `head` for one, has had enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Nothing is left to fail at exit.
+    sys.exit(141)
+
+
+def _import(module):
+  """Imports a module; Ctrl-C waits for the end of it, as extensions turn it into an ImportError or abort."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    return importlib.import_module(module)
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run(argv):
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(_overview())
     sys.exit(0)
@@ -120,6 +149,16 @@ def main(argv=None):
     sys.exit(0)
   words = 2 if ' '.join(argv[:2]) in COMMANDS else 1
   name, arguments = ' '.join(argv[:words]), argv[words:]
+  parts = [c.split()[1] for c in COMMANDS if c.startswith(f'{name} ')]
+  if parts and arguments[:1] in ([], ['-h'], ['--help'], ['help']):
+    if not arguments:
+      _fail(2, _overview(f'{name} '))
+    print(_overview(f'{name} '))
+    sys.exit(0)
+  if parts:
+    near = '' if arguments[0].startswith('-') else difflib.get_close_matches(arguments[0], parts, n=1)
+    hint = f'did you mean `llmjax {name} {near[0]}`?' if near else f'known: {", ".join(parts)}'
+    _fail(2, f'llmjax {name}: {arguments[0]!r} is not one of its commands; {hint}')
   if name not in COMMANDS:
     _fail(2, f'llmjax: {_no_command(argv)}')
   command = COMMANDS[name]
@@ -129,14 +168,9 @@ def main(argv=None):
     sys.exit(0)
   try:
     spec, options = parse(command, arguments)
+    status = _import(command.module).run(spec, options)
   except config.ConfigError as e:
     _fail(2, _listed(name, e))
-  try:
-    status = importlib.import_module(command.module).run(spec, options)
-  except config.ConfigError as e:
-    _fail(2, _listed(name, e))
-  except KeyboardInterrupt:
-    _fail(130, f'\nllmjax {name}: stopped by Ctrl-C')
   sys.exit(status or 0)
 
 
@@ -160,8 +194,11 @@ def parse(command, arguments):
   if command.launches:
     return _parse_launch(command, arguments)
   problems, recipe, recipe_path, overrides, plain = [], {}, None, [], []
-  waiting = None  # A `--config.a.b` whose value is the next argument.
+  waiting = None  # A `--config.a.b`, or '' for `--config` itself, whose value is the next argument.
   for argument in arguments:
+    if waiting is not None and argument.startswith('--'):
+      problems.append(_needs_value(waiting))
+      waiting = None
     if waiting == '':  # Of a `--config` without a file so far.
       recipe_path, waiting = argument, None
     elif waiting is not None:
@@ -181,14 +218,11 @@ def parse(command, arguments):
       recipe_path = argument.removeprefix('--config=')
     else:
       plain.append(argument)
-  if waiting == '':
-    problems.append('--config needs a file: write --config=FILE')
-  elif waiting is not None:
-    key = config.shown(waiting, quote=False)
-    problems.append(f'--config.{key} needs a value: write --config.{key}=VALUE')
+  if waiting is not None:
+    problems.append(_needs_value(waiting))
   options_class, options = _load(command.options), None
   try:
-    options = _build_options(options_class, plain)
+    options = _build_options(options_class, plain, command.spec)
   except config.ConfigError as e:
     problems += e.problems
   if command.spec is None:
@@ -197,7 +231,7 @@ def parse(command, arguments):
     _raise(problems)
     return None, options
   missing = recipe_path is None and not getattr(options, 'text_dir', '')
-  if missing and waiting != '':
+  if missing and _needs_value('') not in problems:
     problems.append(f'--config=FILE is missing; for example {command.example}')
   if recipe_path is not None:
     try:
@@ -250,17 +284,28 @@ def _load(reference):
   return getattr(importlib.import_module(module), name)
 
 
-def _build_options(options_class, arguments):
-  """Returns the options that the flags say; raises ConfigError with all problems."""
-  given = _parse_flags(options_class, arguments)
+def _needs_value(name):
+  """Returns what to say of a `--config.NAME`, or a `--config`, with nothing behind it."""
+  if not name:
+    return '--config needs a file: write --config=FILE'
+  name = config.shown(name, quote=False)
+  return f'--config.{name} needs a value: write --config.{name}=VALUE'
+
+
+def _build_options(options_class, arguments, spec=None):
+  """Returns the options that the flags say; raises ConfigError with all problems.  spec: see `_parse_flags`."""
+  given = _parse_flags(options_class, arguments, spec)
   try:
     return config.build(options_class, given)
   except config.ConfigError as e:
     raise config.ConfigError(['--' + p for p in e.problems]) from e
 
 
-def _parse_flags(options_class, arguments):
-  """Returns {field: value} of the absl flags given; raises ConfigError on ones that do not exist."""
+def _parse_flags(options_class, arguments, spec=None):
+  """Returns {field: value} of the absl flags given; raises ConfigError on ones that do not exist.
+
+  spec: the command's, whose fields people forget to write as `--config.FIELD`.
+  """
   values = flags.FlagValues()
   for flag, kind, _, doc in config.describe(options_class, ''):
     define = flags.DEFINE_bool if kind == 'bool' else flags.DEFINE_string
@@ -279,6 +324,8 @@ def _parse_flags(options_class, arguments):
       break
     except flags.UnrecognizedFlagError as e:
       near = difflib.get_close_matches(e.flagname, known, n=1)
+      if spec and e.flagname in [f for f, *_ in config.describe(_load(spec), '')]:
+        near = [f'config.{e.flagname}']
       hint = f'; did you mean --{_with_dashes(near[0])}?' if near else (
           f'; known: {", ".join(f"--{_with_dashes(k)}" for k in known[::2])}')
       unknown = [a for a in arguments if a.lstrip('-').partition('=')[0] == e.flagname]
@@ -339,11 +386,13 @@ def _fail(status, message):
   sys.exit(status)
 
 
-def _overview():
-  width = max(map(len, COMMANDS))
+def _overview(start=''):
+  """Returns the table of the commands, or of those whose names start so."""
+  commands = {name: command for name, command in COMMANDS.items() if name.startswith(start)}
+  width = max(map(len, commands))
   lines = [f'llmjax {llmjax.__version__}: the whole life of a language model, in JAX.', '',
-           'usage: llmjax <command> [--flag=value ...]', '']
-  lines += [f'  {name:<{width}}  {command.summary}' for name, command in COMMANDS.items()]
+           f'usage: llmjax {start}<command> [--flag=value ...]', '']
+  lines += [f'  {name:<{width}}  {command.summary}' for name, command in commands.items()]
   return '\n'.join(lines + ['', '`llmjax <command> --help` shows its flags and config fields.'])
 
 

@@ -93,3 +93,10 @@ def test_recipe_files(tmp_path):
       config.load_recipe(str(tmp_path / name))
   with pytest.raises(config.ConfigError, match='did you mean .*recipe.py'):
     config.load_recipe(str(tmp_path / 'recipee.py'))
+
+
+@pytest.mark.parametrize(('text', 'value'), [
+    ('data/a', {'data/a': 1.0}), ("{'data/a': 0.7, 'data/b': 0.3}", {'data/a': 0.7, 'data/b': 0.3}),
+    ("{'data/a: 1}", "{'data/a: 1}"), ('', {})])
+def test_a_mapping_may_be_one_name(text, value):
+  assert config.parse_text(dict[str, float], text) == value

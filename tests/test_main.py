@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -58,7 +59,23 @@ def test_help_needs_no_jax():
     (['checkpoint', 'diff', '3', '--workdir=x'], 'two are wanted, such as llmjax checkpoint diff 200 400'),
     (['checkpoint', 'verify', 'newest', '--workdir=x'], "--steps=newest must be a whole number"),
     (['checkpoint', 'ls', '--workdir=nowhere'], '--workdir=nowhere has no checkpoints'),
-    (['report', 'stray'], "'stray' is not expected here"),
+    (['report', 'stray'], "llmjax report: 'stray' is not expected here"),
+    (['pretrain', '--config', 'configs/pretrain/quikstart.py', '--workdir=x'],
+     'pretrain: --config=configs/pretrain/quikstart.py: there is no such file; did you mean'),
+    (['pretrain', '--config', '--workdir=x'], '--config needs a file: write --config=FILE'),
+    (['pretrain', '--config=configs/quickstart.py', '--workdir=x'],
+     'did you mean configs/pretrain/quickstart.py?'),
+    (['pretrain', '--config=configs/pretrain', '--workdir=x'],
+     'is a folder; name a recipe in it, such as configs/pretrain/gpt2_124m.py'),
+    (['pretrain', '--config=README.md', '--workdir=x'], 'README.md is no recipe: a recipe is a .py file'),
+    (['pretrain', '--config=configs/data/tfds.py', '--workdir=x'],
+     'pretrain: --config=configs/data/tfds.py is a recipe of `llmjax prepare`; for example'),
+    (['pretrain', '--config=configs/pretrain/quickstart.py', '--workdir=x', '--train.steps=3'],
+     '--train.steps is not a flag; did you mean --config.train.steps?\n'),
+    (['prepare', '--text-dir=tests', '--output=x'],
+     '--output is not a flag; did you mean --config.output?\n'),
+    (['launch', 'lokal'],
+     "llmjax launch: 'lokal' is not one of its commands; did you mean `llmjax launch local`?"),
 ])
 def test_mistakes_get_a_line(capsys, argv, expected):
   status, _, err = call(capsys, *argv)
@@ -78,3 +95,47 @@ def test_all_mistakes_at_once_and_at_once(capsys):
                "model.num_heads='x' must be a whole number", 'did you mean adamw?',
                '--flag is not a flag'):
     assert line in err
+
+
+def test_a_group_of_commands_lists_its_own(capsys):
+  status, _, err = call(capsys, 'checkpoint')
+  assert status == 2
+  assert '  checkpoint verify  read every file' in err
+  assert 'pretrain' not in err
+  assert call(capsys, 'launch', '--help')[0] == 0
+
+
+def test_recipe_after_a_space():
+  spec, _ = main.parse(main.COMMANDS['mesh'], ['--config', 'configs/pretrain/quickstart.py', '--no-compile',
+                                               '--config.model.vocab_size', '512'])
+  assert (spec.model.num_layers, spec.model.vocab_size) == (4, 512)
+
+
+def test_a_reader_that_has_had_enough_gets_no_traceback():
+  command = subprocess.Popen([sys.executable, '-m', 'llmjax', 'help'], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
+  command.stdout.close()
+  assert 'Traceback' not in command.stderr.read()
+  command.wait()
+
+
+def test_ctrl_c_while_a_module_is_imported(tmp_path, monkeypatch):
+  module = tmp_path / 'slow_module.py'
+  module.write_text('import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(KeyboardInterrupt):
+    main._import('slow_module')
+  assert sys.modules.pop('slow_module').whole
+
+
+def test_ctrl_c_while_the_command_line_is_read(capsys, monkeypatch):
+  def interrupt(*args):
+    raise KeyboardInterrupt
+
+  timer = threading.Timer(60, print)  # As JAX starts one while it looks for devices.
+  timer.start()
+  monkeypatch.setattr(main, 'parse', interrupt)
+  status, _, err = call(capsys, 'pretrain')
+  timer.join(5)
+  assert not timer.is_alive()
+  assert (status, err) == (130, '\nllmjax pretrain: stopped by Ctrl-C\n')

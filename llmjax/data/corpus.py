@@ -45,7 +45,10 @@ def prepare(spec: PrepareSpec, *, force=False, progress=lambda *args: None):
     raise ConfigError([f'{folder} exists and is not a prepared folder; it is left as it is: choose '
                        'another --config.output'])
   unfinished = folder.with_name(folder.name + '.unfinished')
-  unfinished.mkdir(parents=True, exist_ok=True)
+  try:
+    unfinished.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise ConfigError([f'{folder} cannot be written: {e.strerror}; choose another --config.output']) from e
   with _locked(unfinished):
     _start_or_resume(unfinished, request, force)
     try:
@@ -278,8 +281,8 @@ def _assign(spec, scan):
   for name, fraction in fractions.items():
     if free.size and fraction and not np.any(codes == splits.CODES[name]):
       raise ConfigError([
-          f'the corpus has only {len(set(scan.digests))} different documents, too few to hold some '
-          f'out for {name}; give more text, or write --config.{name}_fraction=0'])
+          f'too few different documents ({len(set(scan.digests))}) to hold some out for {name}; '
+          f'give more text, or write --config.{name}_fraction=0'])
   return codes
 
 

@@ -90,9 +90,11 @@ class _Mixture:
 
 
 def _open_store(folder, split):
-  if split not in prepared.read_manifest(folder)['splits']:
-    raise ConfigError([f'data.sources: {folder} has no {split} split; prepare it again with '
-                       f'--force --config.{split}_fraction=0.05'])
+  found = prepared.read_manifest(folder)['splits']
+  if split not in found:
+    remedy = (f'prepare it again with --force --config.{split}_fraction=0.05' if split in prepared.SPLITS
+              else f'it has {", ".join(found)}')
+    raise ConfigError([f'data.sources: {folder} has no {split} split; {remedy}'])
   return token_store.TokenStore(prepared.tokens_path(folder, split))
 
 

@@ -37,8 +37,8 @@ SHOWN_VARIABLES = re.compile(
     r'XDG_CACHE_HOME|TFDS_DATA_DIR|(https?|all|no)_proxy', re.IGNORECASE)
 # TPU v3 to v7.  A list, for Google Cloud's network cards and disks are of the same vendor.
 TPU_PCI_DEVICES = ('0x0027', '0x005e', '0x0062', '0x0063', '0x006f', '0x0076')
-GPU_INSTALL = "pip install -U 'llmjax[cuda]'"
-TPU_INSTALL = "pip install -U 'llmjax[tpu]'"
+GPU_INSTALL = "pip install -U -e '.[cuda]' in llmjax's checkout"
+TPU_INSTALL = "pip install -U -e '.[tpu]' in llmjax's checkout"
 
 
 @dataclasses.dataclass

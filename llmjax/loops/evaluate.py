@@ -31,6 +31,11 @@ def run(spec, options):
 def _evaluate(options):
   workdir = pathlib.Path(options.workdir)
   spec = config.build(PretrainSpec, read_config(workdir))
+  kept, now = workdir / 'tokenizer.model', stream.load_tokenizer(spec.data).path
+  if kept.exists() and kept.read_bytes() != pathlib.Path(now).read_bytes():
+    sources = ', '.join(spec.data.sources)
+    raise config.ConfigError([f'{sources} was prepared again with another tokenizer than this run has; prepare it '
+                              f'with --force --config.tokenizer.path={kept}'])
   spec = dataclasses.replace(spec, evaluate=dataclasses.replace(
       spec.evaluate, splits=tuple(options.splits), limit=options.limit,
       batch_size=options.batch_size or spec.evaluate.batch_size))

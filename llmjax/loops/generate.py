@@ -20,12 +20,13 @@ from llmjax.data import stream
 from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
 from llmjax.generate.stops import TextStream
 from llmjax.loops import harness
-from llmjax.loops.spec import PretrainSpec
+from llmjax.loops.spec import LayoutSpec, PretrainSpec
 from llmjax.model import decoder
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import DistributedSpec
+from llmjax.text.tokenizer import Tokenizer
 
 DIM, PLAIN = '\x1b[2m', '\x1b[0m'
 REASONS = {'end': 'the model ended the text', 'stop': 'stop text {!r}', '': 'max_new_tokens'}
@@ -43,7 +44,8 @@ def run(spec, options):
 
 
 def _generate(options):
-  run_spec = config.build(PretrainSpec, read_config(options.workdir))
+  kept = (pathlib.Path(options.workdir) / 'tokenizer.model').exists()  # Then the corpus may be elsewhere.
+  run_spec = config.build(LayoutSpec if kept else PretrainSpec, read_config(options.workdir))
   prompt = _given_prompt(options)
   harness.enable_compilation_cache(run_spec.train.compilation_cache)
   generator, tokenizer, step = load_generator(options, run_spec)
@@ -65,7 +67,8 @@ def load_generator(options, run_spec):
   params, model, _, step = load_params(
       options.workdir, options.step,
       shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
-  tokenizer = stream.load_tokenizer(run_spec.data)
+  kept = pathlib.Path(options.workdir) / 'tokenizer.model'
+  tokenizer = Tokenizer(kept) if kept.exists() else stream.load_tokenizer(run_spec.data)
   # CPUs have no fast bf16 product, so float32 costs nothing there and is closer to the truth.
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   dtype = jnp.float32 if on_cpu else jnp.dtype(run_spec.train.compute_dtype)

@@ -7,8 +7,11 @@ and before it evaluates, samples or saves.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import pathlib
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +73,41 @@ def enable_compilation_cache(setting):
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
+@contextlib.contextmanager
+def hold_workdir(workdir):
+  """Makes the run's folder and keeps every other run out of it until the block ends.
+
+  The first process locks `<workdir>/lock`; the system lets go of it when the process ends, however it ends.
+  """
+  if not distributed.is_first():
+    yield
+    return
+  path = pathlib.Path(workdir) / 'lock'
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, 'ab+', buffering=0)
+  except OSError as e:
+    raise ConfigError([f'--workdir={workdir} cannot be written: {e.strerror}']) from e
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      lock.seek(0)
+      holder = lock.read().decode(errors='replace') or 'another process'
+      raise ConfigError([f'--workdir={workdir} is in use: {holder} trains there; wait for it, stop it, or '
+                         'give another --workdir']) from e
+    except OSError:
+      pass  # A filesystem without locks.
+    with contextlib.suppress(OSError):  # A full disk is said by what needs the space.
+      lock.truncate(0)
+      lock.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
+    try:
+      yield
+    finally:
+      with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def claim_workdir(workdir, spec):
   """Makes the run's folder and writes config.json; refuses a folder that holds a different run.
 
@@ -89,9 +127,11 @@ def claim_workdir(workdir, spec):
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
     if changed:
       raise ConfigError(changed)
+  saved = [int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*') if p.name.isdecimal()]
+  done = file.exists() and max(saved, default=0) >= spec.train.steps  # What would be written never ran.
   distributed.wait_for_all('looked at the workdir')
   try:
-    if distributed.is_first():
+    if distributed.is_first() and not done:
       workdir.mkdir(parents=True, exist_ok=True)
       file.write_text(json.dumps(resolved, indent=2) + '\n')
   except OSError as e:
@@ -466,7 +506,8 @@ class Loop:
     for save in saves:
       if not save.problem:
         self.saved = save.step
-        self.progress.saved(save.step, save.path, save.seconds, save.size or None)
+        path = self.workdir / 'checkpoints' / str(save.step)  # As the user wrote it.
+        self.progress.saved(save.step, path, save.seconds, save.size or None)
         if save.note:
           self.progress.say(save.note)
         continue

@@ -1,12 +1,17 @@
 """`llmjax prepare`: text to a corpus, a tokenizer and a token store."""
 
 import dataclasses
+import errno
+import os
 import pathlib
+import shlex
 import sys
 import time
 
 from llmjax import config
 from llmjax.data import corpus, prepared
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(spec, options):
@@ -17,7 +22,15 @@ def run(spec, options):
       raise config.ConfigError(problems)
   show = Progress()
   start = time.monotonic()
-  manifest, was_finished = corpus.prepare(spec, force=options.force, progress=show)
+  try:
+    manifest, was_finished = corpus.prepare(spec, force=options.force, progress=show)
+  except (OSError, RuntimeError) as e:  # The writers of libraries give the system's reason in words.
+    reason = next((os.strerror(n) for n in _CANNOT_WRITE if os.strerror(n) in str(e)), None)
+    if reason is None:
+      raise
+    print(f'llmjax prepare: {spec.folder} cannot be written: {reason}; the same command goes on when that is '
+          'mended, or choose another --config.output', file=sys.stderr)
+    return 1
   show.finish()
   if was_finished:
     print(f'{spec.folder} is prepared already; --force prepares it again')
@@ -55,7 +68,7 @@ def describe(manifest, folder) -> str:
   name = pathlib.Path(folder)
   command = 'llmjax pretrain --config=configs/pretrain/quickstart.py'
   if name != pathlib.Path('data/python_docs'):
-    command += f' --workdir=runs/{name.name} --config.data.sources="{{\'{folder}\': 1.0}}"'
+    command += f' --workdir=runs/{name.name} --config.data.sources={shlex.quote(str(folder))}'
   else:
     command += ' --workdir=runs/quickstart'
   return '\n'.join([*lines, f'folder: {folder}', f'next: {command}'])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def run(spec, options):
     determinism.require()
   if not doctor.accelerator_present():
     keep_freed_memory()  # Before JAX makes its threads, whose memory is bound to them.
-  with distributed.together(spec.distributed):
+  with distributed.together(spec.distributed), harness.hold_workdir(options.workdir):
     return _train(spec, options, ledger)
 
 
@@ -46,6 +47,8 @@ def _train(spec, options, ledger):
       for name, content in (('environment', describe_environment(mesh)),
                             ('data', describe_data(spec.data))):
         (workdir / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+      if not (any((workdir / 'checkpoints').glob('[0-9]*')) and (workdir / 'tokenizer.model').exists()):
+        shutil.copyfile(stream.load_tokenizer(spec.data).path, workdir / 'tokenizer.model')
     batches = stream.open_stream(
         spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
         blocks=batch_blocks(mesh), block_count=batch_shards(mesh))

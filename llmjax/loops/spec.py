@@ -10,7 +10,7 @@ from llmjax.data import prepared
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
-from llmjax.loops.profiling import ProfileSpec
+from llmjax.loops.profiling import ProfileSpec, parse_steps
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
@@ -162,6 +162,9 @@ class PretrainSpec:
       elif not os.path.exists(source):
         yield (f"train.init_from={source}: there is no such folder; give a run's folder, or one checkpoint of it "
                'such as runs/quickstart/checkpoints/400')
+    traced = None if list(self.profile.problems()) else parse_steps(self.profile.steps)
+    if traced and traced[0] > self.train.steps:
+      yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
     best = self.checkpoint.best_metric
     metrics = [f'eval/{split}/{name}' for split in self.evaluate.splits
                for name in ('loss', 'perplexity', 'bits_per_byte')]

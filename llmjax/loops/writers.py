@@ -208,7 +208,7 @@ class WeightsAndBiases:
   """A Weights & Biases run; its environment variables (WANDB_PROJECT, WANDB_MODE, …) hold."""
 
   def __init__(self, workdir, config, resume_step):
-    package = _import('wandb', "pip install 'llmjax[wandb]'")
+    package = _import('wandb', "pip install wandb")
     self._run = package.init(
         project=os.environ.get('WANDB_PROJECT', 'llmjax'), name=workdir.name, dir=str(workdir),
         id=_mirror_id(workdir, 'wandb', resume_step, lambda: uuid.uuid4().hex[:12]),
@@ -231,7 +231,7 @@ class MLflow:
   """An MLflow run on the server that MLFLOW_TRACKING_URI names."""
 
   def __init__(self, workdir, config, resume_step):
-    package = _import('mlflow', "pip install 'llmjax[mlflow]'")
+    package = _import('mlflow', "pip install mlflow")
     self._client = package.MlflowClient()
     name = os.environ.get('MLFLOW_EXPERIMENT_NAME', 'llmjax')
     self._id = _mirror_id(workdir, 'mlflow', resume_step, lambda: self._create(name, workdir.name))

@@ -103,7 +103,7 @@ def test_a_script_runs_the_command_as_typed(tmp_path):
 
 
 @pytest.mark.parametrize(('argv', 'expected'), [
-    ([], 'needs a second word; write `llmjax launch local` or'),
+    ([], '  launch local   start a command'),
     (['tpuvm'], 'launch tpu-vm'),
     (['tpu-vm', '--name=pod', *TRAIN], '--zone is missing'),
     (['slurm'], 'the command to start stands after `--`'),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,18 @@ def train(workdir, steps, losses=(), log_every=1, lost_at=0, **checkpoint):
                     evaluators=evaluators)
   with jax.set_mesh(mesh):
     return harness.train(job, workdir)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+  folder = tmp_path / 'run'
+  with harness.hold_workdir(folder):
+    with pytest.raises(ConfigError, match=rf'is in use: process {os.getpid()} on .* trains there'), \
+        harness.hold_workdir(folder):
+      pass
+    assert (folder / 'lock').exists()
+  assert not (folder / 'lock').exists()
+  with harness.hold_workdir(folder):
+    pass
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -40,8 +40,8 @@ def test_a_healthy_machine_has_no_problem(facts, platform):
 
 
 @pytest.mark.parametrize('facts, platform, what, fix', [
-    (machine(), 'gpu', "JAX's GPU plugin is not installed", "pip install -U 'llmjax[cuda]'"),
-    (machine(), 'tpu', "JAX's TPU plugin is not installed", "pip install -U 'llmjax[tpu]'"),
+    (machine(), 'gpu', "JAX's GPU plugin is not installed", "pip install -U -e '.[cuda]'"),
+    (machine(), 'tpu', "JAX's TPU plugin is not installed", "pip install -U -e '.[tpu]'"),
     (machine(versions={'libtpu': '0.0.42'}), 'tpu', 'this machine shows no TPU', 'Cloud TPU VM'),
     (machine(versions=CUDA), 'gpu', 'this machine shows no GPU', 'nvidia-smi'),
     (machine(versions=CUDA, gpu_present=True, complaints=['CUDA failed: bad driver']), 'gpu',
@@ -51,7 +51,7 @@ def test_a_healthy_machine_has_no_problem(facts, platform):
     (machine(versions=CUDA, gpu_present=True, environment={'JAX_PLATFORMS': 'cpu'}), 'gpu',
      'JAX_PLATFORMS=cpu keeps JAX from it', 'unset JAX_PLATFORMS'),
     (machine(gpu_present=True), '', 'a GPU is in this machine, but JAX fell back to the CPU',
-     "pip install -U 'llmjax[cuda]'"),
+     "pip install -U -e '.[cuda]'"),
     (machine(tpu_present=True, versions={'libtpu': '1'}, complaints=['no permission']), '',
      'a TPU is in this machine, but JAX fell back to the CPU: no permission', 'JAX_PLATFORMS=cpu'),
     (machine(**GPU), 'cpu', 'cpu was asked for, but JAX runs on gpu', 'JAX_PLATFORMS=cpu'),
@@ -69,7 +69,7 @@ def test_a_healthy_machine_has_no_problem(facts, platform):
     (machine(import_errors={'orbax.checkpoint': 'ImportError: x'}), '',
      'importing orbax.checkpoint fails: ImportError: x', 'orbax-checkpoint'),
     (machine(versions={'jax-cuda13-plugin': '0.10.2', 'jaxlib': '0.12.0'}), '',
-     'jax-cuda13-plugin 0.10.2 does not belong to jaxlib 0.12.0', 'llmjax[cuda]'),
+     'jax-cuda13-plugin 0.10.2 does not belong to jaxlib 0.12.0', '.[cuda]'),
     (machine(versions={'jax-cuda13-plugin': '0.12.0', 'jax-cuda12-plugin': '0.12.0'}), '',
      'two CUDA plugins', 'pip uninstall'),
     (machine(tensorflow_by='grain.python'), '', 'importing grain.python brings in TensorFlow',

@@ -49,6 +49,24 @@ def test_text_dir_flag_prints_counts_and_the_next_command(texts, tmp_path, capsy
   assert not output.with_name('out.unfinished').exists()
 
 
+@pytest.mark.parametrize('error', [
+    OSError(28, 'No space left on device', 'x'), RuntimeError('finalize: No space left on device')])
+def test_a_full_disk_is_said_in_a_line(texts, tmp_path, capsys, monkeypatch, error):
+  def full(*args):
+    raise error
+
+  monkeypatch.setattr(corpus, '_write_documents', full)
+  assert prepare.run(spec_for(texts, tmp_path / 'out'), PrepareOptions()) == 1
+  assert f'{tmp_path / "out"} cannot be written: No space left on device; the same' in capsys.readouterr().err
+  monkeypatch.undo()
+  assert prepare.run(spec_for(texts, tmp_path / 'out'), PrepareOptions()) == 0
+
+
+def test_a_folder_that_cannot_be_made(texts):
+  with pytest.raises(config.ConfigError, match='/dev/null/out cannot be written: Not a directory; choose'):
+    corpus.prepare(spec_for(texts, '/dev/null/out'))
+
+
 def test_nothing_is_lost(texts, tmp_path):
   manifest, was_finished = corpus.prepare(spec_for(texts, tmp_path / 'out'))
   assert not was_finished

@@ -103,6 +103,14 @@ def test_another_model_in_the_same_folder_is_refused(folder):
   assert 'data.seq_len was 32' in out
 
 
+def test_a_finished_run_keeps_its_config(folder):
+  before = (folder / 'whole/config.json').read_text()
+  out = pretrain(folder, 'whole', 6, '--config.optimizer.lr=9')
+  assert 'whole is done: step 6 of 6' in out
+  assert not (folder / 'whole/lock').exists()
+  assert (folder / 'whole/config.json').read_text() == before
+
+
 def test_other_data_in_the_same_folder_is_refused(folder):
   file = folder / 'data/text/manifest.json'
   before = file.read_text()
@@ -137,6 +145,31 @@ def test_evaluate_and_generate(folder):
   out = llmjax(folder, 'generate', '--workdir=whole', '--prompt=the cat', '--max-new-tokens=12')
   assert 'the cat' in out
   assert '12 tokens' in out or 'ended' in out
+
+
+def test_a_run_keeps_its_tokenizer(folder):
+  made = llmjax(folder, 'generate', '--workdir=whole', '--prompt=the cat', '--max-new-tokens=12', '--json')
+  tokenizer = folder / 'data/text/tokenizer.model'
+  before = tokenizer.read_bytes()
+  assert (folder / 'whole/tokenizer.model').read_bytes() == before
+  try:
+    tokenizer.write_bytes(b'another')
+    out = llmjax(folder, 'evaluate', '--workdir=whole', status=2)
+  finally:
+    tokenizer.write_bytes(before)
+  assert 'prepared again with another tokenizer' in out
+  (folder / 'data').rename(folder / 'elsewhere')
+  try:
+    again = llmjax(folder, 'generate', '--workdir=whole', '--prompt=the cat', '--max-new-tokens=12', '--json')
+  finally:
+    (folder / 'elsewhere').rename(folder / 'data')
+  assert [line for line in again.splitlines() if line[0] == '{'] == [
+      line for line in made.splitlines() if line[0] == '{']
+
+
+def test_a_profile_past_the_end_is_refused(folder):
+  out = pretrain(folder, 'profiled', 5, '--config.profile.steps=10:13', status=2)
+  assert 'profile.steps=10:13 is past the last step, train.steps=5' in out
 
 
 def test_a_lost_loss_stops_the_run(folder):

@@ -97,7 +97,7 @@ def test_unknown_and_missing_mirrors_say_what_to_do(tmp_path, monkeypatch):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1}\n')
   with pytest.raises(ConfigError) as e:
     writers.open_writers(tmp_path, {}, names=('wandb', 'mlflow'))
-  assert 'llmjax[wandb]' in e.value.problems[0] and 'llmjax[mlflow]' in e.value.problems[1]
+  assert 'pip install wandb' in e.value.problems[0] and 'pip install mlflow' in e.value.problems[1]
   assert _steps(tmp_path) == [1]  # Nothing was rewound for a run that did not start.
 
 
