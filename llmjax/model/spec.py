@@ -44,7 +44,8 @@ class ModelSpec:
   @classmethod
   def base(cls, values):
     """Returns the fields that the preset named in `values` sets."""
-    return presets.PRESETS.get(values.get('preset', ''), {})
+    name = values.get('preset', '')
+    return presets.PRESETS.get(name, {}) if isinstance(name, str) else {}
 
   @property
   def kv_heads(self):
