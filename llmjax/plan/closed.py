@@ -75,7 +75,8 @@ def param_shards(spec):
   """Returns into how many parts (layers' parameters, embedding and head) are divided."""
   size = spec.mesh.size
   layers = size('fsdp') * size('stage') * size('tensor') * size('expert')
-  return layers, size('fsdp') * size('expert') * size('stage') * size('tensor')
+  shared = size('data') if spec.mesh.zero == 3 else 1
+  return layers * shared, size('fsdp') * size('expert') * size('stage') * size('tensor') * shared
 
 
 def local_tokens(spec):
@@ -90,8 +91,14 @@ def kept_values(spec):
   d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
   products = q + 2 * kv + 2 * f
-  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'dots': 3 * d + products,
+  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'mlp': 2 * d + 2 * q + 2 * kv, 'dots': 3 * d + products,
           'none': 2 * d + q + products + 8 * d + 5 * f}[spec.train.remat]
+
+
+def _mlp_products(model):
+  """Returns the parameters of a layer's MLP that a token multiplies."""
+  experts = model.experts_per_token + model.shared_experts if model.num_experts else 1
+  return 3 * model.d_model * model.mlp_dim * experts
 
 
 def estimate_memory(spec, topology):
@@ -102,7 +109,7 @@ def estimate_memory(spec, topology):
   local = count['blocks'] / layers + (count['embed'] + count['head']) / ends
   width, compute = _bytes(train.param_dtype), _bytes(train.compute_dtype)
   moments = {'adamw': 2, 'muon': 1, 'lion': 1, 'adafactor': 0, 'sgd': 1}[spec.optimizer.name]
-  moment_shards = size('data') if spec.mesh.zero else 1
+  moment_shards = size('data') if spec.mesh.zero == 1 else 1
   optimizer = moments * local * _bytes(spec.optimizer.moment_dtype) / moment_shards
   # Summed over microbatches gradients are of the parameters' dtype; those of one batch stay as they come.
   gradients = local * (width if train.accumulation > 1 else compute)
@@ -133,10 +140,10 @@ def estimate_seconds(spec, topology):
   tokens = train.batch_size * spec.data.seq_len / devices  # Of a step, on one device.
   attention = counts.train_flops_per_token(m, spec.data.seq_len) - 6 * counts.matmul_params(m)
   layers_params = counts.matmul_params(m) - m.vocab_size * m.d_model
-  again = {'none': 0.0, 'dots': 0.0, 'minimal': 0.0, 'offload': 0.0, 'full': 1.0}[train.remat]
+  again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0}.get(train.remat, 0.0)
   products = (6 + 2 * again) * layers_params + 6 * m.vocab_size * m.d_model
   # Backward computes the attention weights again: 7 products of which the model's own count has 6.
-  kernel = attention * (7 + 2 * again) / 6
+  kernel = attention * (7 + 2 * (train.remat == 'full')) / 6
   peak = topology.device_peak
   stream = tokens * m.num_layers * m.d_model * 2 * STREAM_PASSES
   parts = {'matmul': tokens * products / peak / product_efficiency(m.d_model), 'kernel': tokens * kernel / peak,
@@ -256,7 +263,7 @@ def changes_that_fit(spec, topology, scale=1.0, most=3):
 def _changes(spec, topology):
   """Yields changes {'train.remat': 'full', ...} that save memory, one or two at a time."""
   train, mesh = spec.train, spec.mesh
-  remats = [{'train.remat': r} for r in ('dots', 'minimal', 'full') if r != train.remat]
+  remats = [{'train.remat': r} for r in ('dots', 'minimal', 'mlp', 'full') if r != train.remat]
   accumulations = [{'train.accumulation': train.accumulation * n} for n in (2, 4, 8, 16)]
   batches = [{'train.batch_size': train.batch_size // n} for n in (2, 4, 8) if train.batch_size % n == 0]
   moments = [{'optimizer.moment_dtype': 'bfloat16'}] if spec.optimizer.moment_dtype == 'float32' else []

@@ -53,7 +53,7 @@ def test_every_name_has_a_policy():
 
 
 @pytest.mark.parametrize(('remat', 'unroll'), [
-    ('dots', 1), ('minimal', 1), ('full', 1), ('offload', 1), ('full', 2)])
+    ('dots', 1), ('minimal', 1), ('mlp', 1), ('full', 1), ('offload', 1), ('full', 2)])
 def test_gradients_are_the_same(remat, unroll):
   expected, found = compiled('none')(params()), compiled(remat, unroll)(params())
   for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
