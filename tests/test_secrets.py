@@ -107,6 +107,7 @@ def life(tmp_path_factory):
   return folder, printed
 
 
+@pytest.mark.slow
 def test_a_whole_run_holds_no_canary(life):
   folder, printed = life
   files = [p for part in ('run', 'data') for p in (folder / part).rglob('*') if p.is_file()]

@@ -91,8 +91,8 @@ def kept_values(spec):
   d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
   products = q + 2 * kv + 2 * f
-  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'mlp': 2 * d + 2 * q + 2 * kv, 'dots': 3 * d + products,
-          'none': 2 * d + q + products + 8 * d + 5 * f}[spec.train.remat]
+  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'mlp': 2 * d + 2 * q + 2 * kv,
+          'dots': 3 * d + products, 'none': 2 * d + q + products + 8 * d + 5 * f}[spec.train.remat]
 
 
 def _mlp_products(model):

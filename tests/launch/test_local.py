@@ -77,6 +77,7 @@ def four(folder):
   return folder / 'four'
 
 
+@pytest.mark.slow
 def test_fewer_processes_go_on_to_the_bit(folder, four):
   shutil.copytree(four, folder / 'one')
   shutil.rmtree(folder / 'one/checkpoints/4')

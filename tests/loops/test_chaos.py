@@ -56,6 +56,7 @@ def run(folder, *argv):
   return done.returncode, done.stdout + done.stderr, json.loads(file.read_text()) if file.exists() else None
 
 
+@pytest.mark.slow
 def test_a_run_survives(folder):
   status, out, found = run(folder, '--workdir=short', '--kills=2', '--events=damage,terminate')
   assert status == 0, out

@@ -147,6 +147,7 @@ def test_evaluate_and_generate(folder):
   assert '12 tokens' in out or 'ended' in out
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer(folder):
   made = llmjax(folder, 'generate', '--workdir=whole', '--prompt=the cat', '--max-new-tokens=12', '--json')
   tokenizer = folder / 'data/text/tokenizer.model'

@@ -142,6 +142,7 @@ def test_the_mesh_does_not_change_the_model(kind, name):
   assert_near(params, expected_params, 1e-4)
 
 
+@pytest.mark.slow
 def test_experts_with_capacity_drop_the_same_tokens_on_a_mesh():
   model = dataclasses.replace(MODELS['moe'], capacity_factor=0.75)
   grads, params, losses = run(model, MeshSpec(data=1, expert=2, context=2, tensor=2))
@@ -151,6 +152,7 @@ def test_experts_with_capacity_drop_the_same_tokens_on_a_mesh():
   assert abs(losses[1] - alone('moe')[2][1]) > 1e-4  # Some were dropped.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sizes', [
     dict(stage=2, expert=2, tensor=2), pytest.param(dict(fsdp=2, tensor=2, context=2), marks=pytest.mark.slow)])
 def test_in_bfloat16_too(sizes):
@@ -159,6 +161,7 @@ def test_in_bfloat16_too(sizes):
   np.testing.assert_allclose(losses, alone('moe')[2][:2], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_accumulation_inside_a_pipeline():
   grads, _, losses = run(MODELS['dense'], MeshSpec(data=1, fsdp=4, stage=2), PipelineSpec(schedule='1f1b'),
                          accumulation=2, remat='full')
@@ -166,6 +169,7 @@ def test_accumulation_inside_a_pipeline():
   assert_near(grads, alone('dense')[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', [
     'data2 fsdp2 tensor2', pytest.param('stage2 fsdp2 tensor2', marks=pytest.mark.slow)])
 def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp_path):
