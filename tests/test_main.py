@@ -1,5 +1,6 @@
 """The command line as its users meet it: quick help, and every mistake in one clear line."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -119,10 +120,13 @@ def test_a_reader_that_has_had_enough_gets_no_traceback():
   command.wait()
 
 
-def test_ctrl_c_while_a_module_is_imported(tmp_path, monkeypatch):
+def test_ctrl_c_while_a_module_is_imported(tmp_path, monkeypatch, request):
   module = tmp_path / 'slow_module.py'
   module.write_text('import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n')
   monkeypatch.syspath_prepend(tmp_path)
+  # A shell starts what it runs in the background without Ctrl-C, and so would these tests be.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
   with pytest.raises(KeyboardInterrupt):
     main._import('slow_module')
   assert sys.modules.pop('slow_module').whole
