@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -37,6 +38,7 @@ from llmjax.train.state import TrainState
 
 # Seconds that the first process waits for the seals of the others before it removes older checkpoints.
 SEAL_SECONDS = 60.0
+READ_PARTS = 10  # A restore has at most this share of its arrays in flight, or the largest of them.
 
 
 class SaveError(Exception):
@@ -126,9 +128,12 @@ class Checkpoints:
     """Returns (state, stream) as saved.  abstract: the TrainState of shapes, dtypes and shardings."""
     self._join()
     rest = {'step': abstract.step, 'opt_state': abstract.opt_state, 'key': abstract.key}
-    items = self._orbax.restore(self.folder / str(step), args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract.params),
-        optimizer=ocp.args.StandardRestore(rest), stream=ocp.args.JsonRestore()))
+    handlers = ocp.CompositeCheckpointHandler(
+        params=_make_reader(abstract.params), optimizer=_make_reader(rest), stream=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(handlers) as orbax:
+      items = orbax.restore(self.folder / str(step), args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(abstract.params),
+          optimizer=ocp.args.StandardRestore(rest), stream=ocp.args.JsonRestore()))
     return TrainState(params=items.params, **items.optimizer), items.stream
 
   def wait(self):
@@ -419,5 +424,17 @@ def restore_params(checkpoint, abstract):
   if refused := weights.refusal(checkpoint):
     raise ConfigError([refused])
   path = pathlib.Path(checkpoint).absolute() if '://' not in str(checkpoint) else checkpoint
-  with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(epath.Path(path) / 'params', abstract)
+  with ocp.Checkpointer(_make_reader(abstract)) as orbax:
+    return orbax.restore(epath.Path(path) / 'params', args=ocp.args.StandardRestore(abstract))
+
+
+def _make_reader(abstract):
+  """Returns Orbax's handler that reads this tree: a tenth of it at a time, so that the host never holds it twice.
+
+  abstract: ShapeDtypeStructs with shardings.
+  """
+  here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.addressable_devices)
+             for x in jax.tree.leaves(abstract))
+  # What was written by one device is read in one piece, and may have been float32.
+  largest = max((math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in jax.tree.leaves(abstract)), default=0)
+  return ocp.StandardCheckpointHandler(restore_concurrent_gb=(max(here / READ_PARTS, largest) + 1) / 1e9)

@@ -30,6 +30,7 @@ from llmjax.loops.stragglers import Stragglers
 from llmjax.loops.writers import open_writers
 from llmjax.model import counts
 from llmjax.parallel import chips, distributed
+from llmjax.parallel.host import keep_freed_memory
 from llmjax.parallel.mesh import place_batch
 from llmjax.train.guard import explain, watched
 from llmjax.train.optimizers import make_optimizer
@@ -191,6 +192,8 @@ class Loop:
     self.tx = watched(rule, self.spec.guard.window)
     with self.ledger.charge('init'):
       self.state, _ = self._load_state(first)
+      if job.mesh.devices.flat[0].platform == 'cpu':
+        keep_freed_memory()
       self._open_logs(first or None)
     lost = self.ledger.go_back(first)
     self.progress = Progress(self.total, first, enabled=distributed.is_first())

@@ -18,7 +18,7 @@ from llmjax.loops.doctor import require_platform
 from llmjax.loops.environment import describe_data, describe_environment
 from llmjax.loops.ledger import Ledger, process_age
 from llmjax.parallel import distributed
-from llmjax.parallel.host import keep_freed_memory
+from llmjax.parallel.host import share_arena
 from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh, place_batch
 from llmjax.train import objectives
 
@@ -29,7 +29,7 @@ def run(spec, options):
   if spec.train.deterministic:
     determinism.require()
   if not doctor.accelerator_present():
-    keep_freed_memory()  # Before JAX makes its threads, whose memory is bound to them.
+    share_arena()
   with distributed.together(spec.distributed), harness.hold_workdir(options.workdir):
     return _train(spec, options, ledger)
 
