@@ -268,8 +268,11 @@ def _parse_launch(command, arguments):
   if not launched or launched[0] not in COMMANDS or COMMANDS[launched[0]].launches:
     known = [c for c in COMMANDS if not COMMANDS[c].launches and ' ' not in c]
     near = difflib.get_close_matches(launched[0], known, n=1) if launched else []
-    problems.append('the command to start stands after `--`' + (
-        f', and {launched[0]!r} is none; did you mean {near[0]}?' if near else f'; for example {command.example}'))
+    if launched and launched[0] in [name.split()[0] for name, c in COMMANDS.items() if c.launches]:
+      problems.append(f'what stands after `--` cannot be {launched[0]!r} again; for example {command.example}')
+    else:
+      problems.append('the command to start stands after `--`' + (
+          f', and {launched[0]!r} is none; did you mean {near[0]}?' if near else f'; for example {command.example}'))
   _raise(problems)
   return launched, options
 

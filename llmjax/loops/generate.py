@@ -175,7 +175,8 @@ def _given_prompt(options):
       raise ConfigError([f'--prompt_file={options.prompt_file} is not UTF-8 (byte {e.start}); save '
                          'it as UTF-8']) from e
   if sys.stdin is None or not sys.stdin.isatty():
-    return sys.stdin.read() if sys.stdin else ''
+    # `echo` ends what it says with a newline that nobody means.
+    return sys.stdin.read().removesuffix('\n') if sys.stdin else ''
   return None
 
 

@@ -154,7 +154,8 @@ class PretrainSpec:
   def problems(self):
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
-             f'train.steps={self.train.steps}; write {max(self.train.steps // 10, 1)} for a tenth')
+             f'train.steps={self.train.steps}; write optimizer.warmup_steps={max(self.train.steps // 10, 1)} '
+             'for a tenth')
     source = self.train.init_from
     if source and '://' not in source:
       if refused := weights.refusal(source):
