@@ -41,6 +41,8 @@ class TokenizerSpec:
 class DataSpec:
   """The `data` group: which prepared folders are mixed, and how documents become rows."""
 
+  kinds = ('text', 'chat')  # What the sources may hold.
+
   sources: dict[str, float] = setting(
       {'data/python_docs': 1.0}, 'prepared folders and the share of rows each one gives')
   seq_len: int = setting(512, 'targets in a row', minimum=2)
@@ -65,9 +67,9 @@ class DataSpec:
         yield f'sources: {e if prepared.is_prepared(folder) else _how_to_prepare(folder)}'
         continue
       hashes[folder], kinds[folder] = manifest['tokenizer']['sha256'], prepared.kind(manifest)
-    if wrong := [folder for folder, kind in kinds.items() if kind not in ('text', 'chat')]:
-      yield (f'sources: {", ".join(wrong)} holds {kinds[wrong[0]]}, not text or conversations; it serves reward, '
-             'preference and RL training')
+    if wrong := [folder for folder, kind in kinds.items() if kind not in self.kinds]:
+      yield (f'sources: {", ".join(wrong)} holds {kinds[wrong[0]]}, and this command reads {" or ".join(self.kinds)}; '
+             f'prepare it with --config.records={self.kinds[-1]}')
     chats = [folder for folder, kind in kinds.items() if kind == 'chat']
     if chats and self.packing == 'concat':
       yield (f'packing=concat would cut the conversations of {", ".join(chats)} at the ends of rows; write '
@@ -78,6 +80,10 @@ class DataSpec:
       yield (f'sources: {", ".join(others)} and {first} have different tokenizers; prepare the '
              'one again with --force '
              f'--config.tokenizer.path={prepared.tokenizer_path(first)}')
+    templates = {folder: prepared.read_manifest(folder).get('template') for folder in chats}
+    if others := [folder for folder in chats if templates[folder] != templates[chats[0]]]:
+      yield (f'sources: {", ".join(others)} and {chats[0]} have different chat templates; prepare the one again with '
+             '--force --config.template=NAME')
     if self.tokenizer:
       if not os.path.isfile(self.tokenizer):
         yield f'tokenizer={self.tokenizer}: there is no such file; leave it empty'

@@ -17,6 +17,7 @@ import numpy as np
 from llmjax.config import ConfigError
 from llmjax.data import packing, prepared, token_store
 from llmjax.data.spec import DataSpec
+from llmjax.text.chat import ChatFormat, template_of
 from llmjax.text.tokenizer import Tokenizer
 
 
@@ -89,6 +90,21 @@ class _Mixture:
       start = self.ends[source - 1] if source else 0
       self.rows[source].fill(out, [place], [number - start])
     return out
+
+
+def rows_of(spec: DataSpec, split: str):
+  """Returns the rows (see `packing`) of a spec with one source; each `.each` of them are one sample."""
+  kind = prepared.kind(prepared.read_manifest(next(iter(spec.sources))))
+  return _Mixture(spec, split, packing.PairRows if kind == 'pairs' else None).rows[0]
+
+
+def chat_format(spec: DataSpec):
+  """Returns the ChatFormat that the sources' conversations were made with; None where all are text."""
+  for folder in spec.sources:
+    manifest = prepared.read_manifest(folder)
+    if prepared.kind(manifest) != 'text':
+      return ChatFormat(template_of(manifest['template']), load_tokenizer(spec))
+  return None
 
 
 class _Prompts(_Mixture):
