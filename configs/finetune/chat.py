@@ -13,6 +13,6 @@ def get_config():
                  checkpoint_every=200, sample_every=200)
   c.optimizer = dict(lr=1e-3, warmup_steps=30, schedule='cosine', weight_decay=0.0)
   c.evaluate = dict(limit=128, by_source=True)
-  c.sample = dict(prompts=('What is the capital of France?', 'List the files of a folder, newest first'),
+  c.sample = dict(prompts=('What is the capital of France?', 'Remove a file (rm)'),
                   max_new_tokens=64, temperature=0.3)
   return c

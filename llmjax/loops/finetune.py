@@ -4,11 +4,10 @@ import dataclasses
 
 from llmjax.config import ConfigError
 from llmjax.data import stream
+from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.loops import pretrain, start
 from llmjax.parallel import distributed
 from llmjax.text.templates import TemplateError
-
-TEMPLATE = 'chat_template.json'  # In the run's folder; `llmjax generate --chat` needs nothing else.
 
 
 def run(spec, options):
@@ -25,7 +24,7 @@ def make_job(spec, mesh, batches, workdir):
   try:
     with chat:
       if distributed.is_first():
-        chat.save(workdir / TEMPLATE)
+        chat.save(workdir / CHAT_TEMPLATE)
       ask = lambda text: chat.prompt([{'role': 'user', 'content': text}])
       sample = pretrain.make_sampler(spec, mesh, ask, chat.stop_ids)
   except TemplateError as e:

@@ -44,6 +44,8 @@ class EvaluateSpec:
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
   limit: int = setting(0, 'rows of a split to use, the same ones each time; 0: all of them', minimum=0)
   by_source: bool = setting(False, 'evaluate each source of the data by itself as well')
+  also: tuple[str, ...] = setting((), 'prepared folders besides those trained on to evaluate on, such as the corpus '
+                                  'that a fine-tuned model must not forget')
 
   def problems(self):
     for split in self.splits:
@@ -182,6 +184,10 @@ class PretrainSpec:
                f'{" or ".join(names) or "a split in evaluate.splits"}')
     if self.train.neftune_alpha and self.pipeline.schedule == '1f1b' and self.mesh.size('stage') > 1:
       yield 'train.neftune_alpha has no place in pipeline.schedule=1f1b; write pipeline.schedule=gpipe'
+    if self.evaluate.also:  # Read as the sources are.
+      beside = dataclasses.replace(self.data, sources={f: 1.0 for f in (*self.data.sources, *self.evaluate.also)})
+      before = {*self.data.problems()}
+      yield from (f'evaluate.also: {p.removeprefix("sources: ")}' for p in beside.problems() if p not in before)
     yield from self.mesh_problems(self.mesh)
 
   def evaluations(self):
@@ -190,8 +196,8 @@ class PretrainSpec:
     for split in self.evaluate.splits:
       found[split] = (split, dict(self.data.sources))
       if self.evaluate.by_source and len(self.data.sources) > 1:
-        found |= {f'{split}:{os.path.basename(os.path.normpath(folder))}': (split, {folder: 1.0})
-                  for folder in self.data.sources}
+        found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.data.sources}
+      found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.evaluate.also}
     return found
 
   def mesh_problems(self, mesh):
@@ -231,6 +237,10 @@ class PretrainSpec:
         fits = ' or '.join(str(n) for n in (below, below + parts) if n)
         text = ' x '.join([f'mesh.{a}={size(a)}' for a in axes if size(a) > 1] + [words] * (times > 1))
         yield f'{name}={whole} is not divisible by {text}; write {name}={fits}, or change the mesh'
+
+
+def _name(folder):
+  return os.path.basename(os.path.normpath(folder))
 
 
 @dataclasses.dataclass(frozen=True)
