@@ -229,6 +229,8 @@ def _build(spec_class, values, prefix, problems, root):
     if dataclasses.is_dataclass(field.type):
       if dataclasses.is_dataclass(value):
         value = {}
+      if isinstance(value, collections.abc.Mapping) and name in base:
+        value = {**base[name], **value}
       if not isinstance(value, collections.abc.Mapping):
         problems.append(f'{prefix}{name} is a group of fields, not {shown(value)}')
         continue

@@ -44,6 +44,14 @@ COMMANDS = {
         'train a language model from scratch, or go on with a run', 'llmjax.loops.pretrain',
         'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:PretrainSpec',
         'llmjax pretrain --config=configs/pretrain/quickstart.py --workdir=runs/quickstart'),
+    'finetune': Command(
+        "go on with a run's model on conversations, or on other text", 'llmjax.loops.finetune',
+        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:FinetuneSpec',
+        'llmjax finetune --config=configs/finetune/chat.py --workdir=runs/chat --config.train.init_from=runs/quickstart'),
+    'preview': Command(
+        'rows of a recipe as text, with what is trained told apart', 'llmjax.loops.preview',
+        'llmjax.loops.spec:PreviewOptions', 'llmjax.loops.spec:PreviewSpec',
+        'llmjax preview --config=configs/finetune/chat.py --rows=3'),
     'evaluate': Command(
         'held-out perplexity and bits per byte of a run, beside gzip and xz',
         'llmjax.loops.evaluate', 'llmjax.loops.spec:EvaluateOptions', None,

@@ -23,8 +23,9 @@ import numpy as np
 import llmjax
 from llmjax import secrets
 from llmjax.config import ConfigError, to_dict
-from llmjax.data import prepared, python_docs, splits, text_files, token_store
+from llmjax.data import conversations, prepared, python_docs, splits, text_files, token_store
 from llmjax.data.spec import PrepareSpec
+from llmjax.text import chat
 from llmjax.text import tokenizer as tokenizers
 
 # With fewer files (or records) than this, held-out text is drawn from parts of files.
@@ -81,6 +82,8 @@ def _request(spec):
     request['files_sha256'] = digest.hexdigest()
   elif spec.source == 'python_docs':
     request['python'] = python_docs.version()
+  if os.path.isfile(spec.template):
+    request['template_sha256'] = prepared.file_sha256(spec.template)
   if spec.tokenizer.path:
     request['tokenizer_sha256'] = prepared.file_sha256(spec.tokenizer.path)
   return request
@@ -180,9 +183,11 @@ class _Scan:
 
 def _read(spec, found=None):
   """Yields the Documents and the Rejected of the source that the spec names."""
+  is_text = spec.records == 'text'
   limits = text_files.Limits(
-      tuple(spec.suffixes), spec.text_key or 'text', spec.document_bytes, spec.max_record_bytes,
-      spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links)
+      tuple(spec.suffixes) if is_text else conversations.SUFFIXES, spec.text_key or 'text', spec.document_bytes,
+      spec.max_record_bytes, spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links,
+      None if is_text else conversations.normaliser(spec.records))
   if spec.source == 'python_docs':
     yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
   elif spec.source == 'text_dir':
@@ -302,7 +307,8 @@ def _nothing_found(spec, scan):
   """Returns the message for an empty corpus: what was looked for, where, and what was there."""
   if spec.source != 'text_dir':
     return f'{spec.name or spec.source}: there is no text in it'
-  looked = (f'no text found in {spec.path}: looked for {", ".join(spec.suffixes)} (also in .gz, '
+  suffixes = spec.suffixes if spec.records == 'text' else conversations.SUFFIXES
+  looked = (f'no {spec.records} found in {spec.path}: looked for {", ".join(suffixes)} (also in .gz, '
             f'.zst, .bz2, .xz, .tar, .zip)')
   if scan.rejected:
     reasons = collections.Counter(r.reason for r in scan.rejected).most_common(3)
@@ -325,11 +331,11 @@ def _make_tokenizer(spec, folder, progress):
       model = pathlib.Path(spec.tokenizer.path).read_bytes()
     else:
       progress('tokenizer', 0, None)
-      lines = sample_lines(folder, spec.tokenizer.sample_lines, spec.tokenizer.seed)
+      lines = sample_lines(folder, spec.tokenizer.sample_lines, spec.tokenizer.seed, spec.records)
       try:
         model = tokenizers.train_tokenizer(
             lines, vocab_size=spec.tokenizer.vocab_size, model_type=spec.tokenizer.model_type,
-            num_threads=spec.tokenizer.num_threads)
+            num_threads=spec.tokenizer.num_threads, special=_special(spec))
       except ValueError as e:
         raise ConfigError([str(e)]) from e
     partial = path.with_name(path.name + '.partial')
@@ -344,7 +350,13 @@ def _make_tokenizer(spec, folder, progress):
   return tokenizer
 
 
-def sample_lines(folder, count, seed) -> list[str]:
+def _special(spec):
+  """Returns the control symbols of a tokenizer to train: those asked for, and the template's."""
+  template = chat.TEMPLATES.get(spec.template) if spec.records != 'text' else None
+  return (*spec.tokenizer.special, *(template.special if template else ()))
+
+
+def sample_lines(folder, count, seed, records='text') -> list[str]:
   """Returns about `count` lines of the train split, the same ones each time, blank ones left out.
 
   Documents are visited in a random order until eight times as many lines were seen; so a large
@@ -356,6 +368,7 @@ def sample_lines(folder, count, seed) -> list[str]:
   rng, lines = np.random.default_rng(seed), []
   for number in rng.permutation(len(documents)).tolist():
     text = documents[number]['text'].decode()
+    text = text if records == 'text' else '\n'.join(conversations.texts(text))
     lines += [part for line in text.split('\n') if line.strip() for part in _short(line)]
     if len(lines) >= 8 * count:
       break
@@ -384,35 +397,56 @@ def _write_tokens(spec, folder, tokenizer, found, request, progress):
   from llmjax.data import builders
 
   shutil.rmtree(folder / 'tokens', ignore_errors=True)
-  splits_found, refused = {}, []
-  for split in found['splits']:
-    documents = builders.open_documents(prepared.documents_path(folder), split)
-    records, size = hashlib.sha256(), 0
-    with token_store.TokenStoreWriter(
-        prepared.tokens_path(folder, split), vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id) as store:
-      for number, item in enumerate(builders.iterate(documents)):
-        reason = store.add(tokenizer.encode(item['text'].decode()))
-        if reason:
-          refused.append(text_files.Rejected(item['id'].decode(), reason, bytes=len(item['text'])))
-        else:
-          size += len(item['text'])
-        for field in (item['id'], item['text']):
-          records.update(len(field).to_bytes(8, 'big') + field)
-        progress(f'tokens of {split}', number + 1, len(documents))
-    splits_found[split] = {
-        'documents': store.meta['documents'], 'bytes': size, 'tokens': store.meta['tokens'],
-        'records_sha256': records.hexdigest(), 'tokens_sha256': store.meta['tokens_sha256']}
+  splits_found, refused, untrained, template = {}, [], [], None
+  is_text = spec.records == 'text'
+  with contextlib.ExitStack() as stack:
+    if not is_text:
+      try:
+        format = stack.enter_context(chat.ChatFormat(spec.template, tokenizer))
+        _ = format.stop_ids  # Finds out at once whether the template suits the tokenizer.
+      except chat.TemplateError as e:
+        raise ConfigError([f'template={spec.template}: {e}']) from e
+      encode = conversations.Encoder(spec.records, format)
+      template = format.template and dataclasses.asdict(format.template)
+    for split in found['splits']:
+      documents = builders.open_documents(prepared.documents_path(folder), split)
+      records, size = hashlib.sha256(), 0
+      with token_store.TokenStoreWriter(
+          prepared.tokens_path(folder, split), vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id,
+          eos_id=tokenizer.eos_id, weighted=not is_text) as store:
+        for number, item in enumerate(builders.iterate(documents)):
+          name, text = item['id'].decode(), item['text'].decode()
+          if is_text:
+            reason, count = store.add(tokenizer.encode(text)), len(item['text'])
+          else:
+            reason, count = _add_conversation(store, encode, name, text, untrained)
+          if reason:
+            refused.append(text_files.Rejected(name, reason, bytes=len(item['text'])))
+          else:
+            size += count
+          for field in (item['id'], item['text']):
+            records.update(len(field).to_bytes(8, 'big') + field)
+          progress(f'tokens of {split}', number + 1, len(documents))
+      splits_found[split] = {
+          'documents': store.meta['documents'], 'bytes': size, 'tokens': store.meta['tokens'],
+          'records_sha256': records.hexdigest(),
+          **{k: v for k, v in store.meta.items() if k in ('tokens_sha256', 'weights_sha256', 'notes_sha256', 'trained')}}
+  if untrained:
+    raise ConfigError(_nothing_to_train(spec, untrained))
   before = (folder / 'refused.jsonl').read_text(encoding='utf-8')
   prepared.quarantine_path(folder).write_text(before + _json_lines(refused), encoding='utf-8')
   if refused:
     found['quarantine']['records'] += len(refused)
-    found['quarantine']['reasons']['token id outside the vocabulary'] = len(refused)
+    for reason, count in collections.Counter(_kind_of(r.reason) for r in refused).items():
+      reason = 'token id outside the vocabulary' if reason.startswith('token id') else reason
+      reasons = found['quarantine']['reasons']
+      reasons[reason] = reasons.get(reason, 0) + count
   packages = ('numpy', 'sentencepiece', 'tensorflow-datasets', 'array_record')
   return {
       'format': prepared.FORMAT,
       'name': secrets.hide(pathlib.Path(spec.folder).name),
       'source': spec.source,
+      **({} if is_text else {'records': spec.records, 'template': template}),
       'request': request,
       'splits': splits_found,
       'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size,
@@ -422,3 +456,33 @@ def _write_tokens(spec, folder, tokenizer, found, request, progress):
       **{k: v for k, v in found.items() if k != 'splits'},
       'versions': {'llmjax': llmjax.__version__, 'python': platform.python_version(),
                    **{p: importlib.metadata.version(p) for p in packages}}}
+
+
+def _add_conversation(store, encode, name, text, untrained):
+  """Appends a conversation's documents; returns (why it was refused or None, bytes of its text).
+
+  untrained: a list that gains a line where there is nothing to train.
+  """
+  try:
+    made, size = encode(text)
+  except chat.TemplateError as e:
+    return str(e), 0
+  if encode.kind != 'prompts':
+    for ids, weights in made:
+      if not np.any(weights[1:]):
+        untrained.append(conversations.untrained(name, encode.chat, ids))
+        return None, size
+  note = json.loads(text)['answer'] if encode.kind == 'prompts' else None
+  for ids, weights in made:
+    if reason := store.add_weighted(ids, weights, note):
+      return reason, 0
+  return None, size
+
+
+def _nothing_to_train(spec, untrained):
+  """Returns the problem lines for conversations without a trained token."""
+  advice = ('end each conversation with a message of the assistant whose weight is above 0'
+            if spec.template in (*chat.TEMPLATES, chat.PLAIN) else
+            f'{spec.template} must have {{% generation %}} and {{% endgeneration %}} around what the assistant says')
+  more = [f'... and {len(untrained) - 3:,} more'] if len(untrained) > 3 else []
+  return [*untrained[:3], *more, advice]

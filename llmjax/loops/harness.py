@@ -33,7 +33,7 @@ from llmjax.parallel import chips, distributed
 from llmjax.parallel.host import keep_freed_memory
 from llmjax.parallel.mesh import place_batch
 from llmjax.train.guard import explain, watched
-from llmjax.train.optimizers import make_optimizer
+from llmjax.train.optimizers import make_optimizer, stop_frozen
 from llmjax.train.replicas import Replicas
 from llmjax.train.state import abstract_state, init_state
 from llmjax.train.step import lower_step, make_train_step
@@ -61,8 +61,8 @@ class Job:
   loss_fn: Callable
   evaluators: dict[str, Callable]
   sample: Callable | None
-  ledger: Ledger
   describe: Callable | None = None
+  ledger: Ledger | None = None  # `start.run` supplies it.
 
 
 def enable_compilation_cache(setting):
@@ -120,8 +120,8 @@ def claim_workdir(workdir, spec):
   if file.exists() and any((workdir / 'checkpoints').glob('[0-9]*')):
     before = json.loads(file.read_text())
     fixed = [('model', k) for k in resolved['model']] + [
-        ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('optimizer', 'name'),
-        ('optimizer', 'moment_dtype'), ('guard', 'window'), ('train', 'batch_size'), ('train', 'seed'),
+        ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
+        ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'), ('train', 'seed'),
         ('train', 'param_dtype')]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
@@ -244,7 +244,8 @@ class Loop:
 
   def _compile(self, batch):
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
-    step = make_train_step(self.job.loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
+    loss_fn = stop_frozen(self.job.loss_fn, self.spec.optimizer.freeze)
+    step = make_train_step(loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
                            self.spec.guard)
     return lower_step(step, self.state, batch).compile()
 

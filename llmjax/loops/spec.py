@@ -1,13 +1,15 @@
 """What each command's `--config` and flags may say.  No JAX here: `--help` must be quick."""
 
 import dataclasses
+import json
 import os
+import pathlib
 
 from llmjax.checkpoint import weights
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import group, setting
 from llmjax.data import prepared
-from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec
+from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec, parse_steps
@@ -16,9 +18,9 @@ from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
-__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec',
-           'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions',
-           'PretrainSpec', 'ReportOptions']
+__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'FinetuneSpec', 'GenerateOptions',
+           'LayoutSpec', 'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions',
+           'PretrainSpec', 'PreviewOptions', 'PreviewSpec', 'ReportOptions']
 
 WRITERS = ('tensorboard', 'wandb', 'mlflow')
 
@@ -41,6 +43,9 @@ class EvaluateSpec:
   splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation')
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
   limit: int = setting(0, 'rows of a split to use, the same ones each time; 0: all of them', minimum=0)
+  by_source: bool = setting(False, 'evaluate each source of the data by itself as well')
+  also: tuple[str, ...] = setting((), 'prepared folders besides those trained on to evaluate on, such as the corpus '
+                                  'that a fine-tuned model must not forget')
 
   def problems(self):
     for split in self.splits:
@@ -167,18 +172,34 @@ class PretrainSpec:
     if traced and traced[0] > self.train.steps:
       yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
     best = self.checkpoint.best_metric
-    metrics = [f'eval/{split}/{name}' for split in self.evaluate.splits
+    metrics = [f'eval/{split}/{name}' for split in self.evaluations()
                for name in ('loss', 'perplexity', 'bits_per_byte')]
     if best and best not in metrics:
       yield f'checkpoint.best_metric={best!r} is not measured; this run has {", ".join(metrics) or "no evaluation"}'
     if self.train.patience:
-      names = [f'eval/{split}/loss' for split in self.evaluate.splits]
+      names = [f'eval/{name}/loss' for name in self.evaluations()]
       if not self.train.eval_every:
         yield 'train.patience needs evaluations on the way; set train.eval_every, to 100 for example'
       if self.train.stop_metric.rpartition('/')[0] not in [name.rpartition('/')[0] for name in names]:
         yield (f'train.stop_metric={self.train.stop_metric} is not measured; write '
                f'{" or ".join(names) or "a split in evaluate.splits"}')
+    if self.train.neftune_alpha and self.pipeline.schedule == '1f1b' and self.mesh.size('stage') > 1:
+      yield 'train.neftune_alpha has no place in pipeline.schedule=1f1b; write pipeline.schedule=gpipe'
+    if self.evaluate.also:  # Read as the sources are.
+      beside = dataclasses.replace(self.data, sources={f: 1.0 for f in (*self.data.sources, *self.evaluate.also)})
+      before = {*self.data.problems()}
+      yield from (f'evaluate.also: {p.removeprefix("sources: ")}' for p in beside.problems() if p not in before)
     yield from self.mesh_problems(self.mesh)
+
+  def evaluations(self):
+    """Returns {name of an evaluation: (split, the sources it is of)}."""
+    found = {}
+    for split in self.evaluate.splits:
+      found[split] = (split, dict(self.data.sources))
+      if self.evaluate.by_source and len(self.data.sources) > 1:
+        found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.data.sources}
+      found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.evaluate.also}
+    return found
 
   def mesh_problems(self, mesh):
     """Yields a line for every size that the mesh does not divide, naming the nearest that it does."""
@@ -217,6 +238,80 @@ class PretrainSpec:
         fits = ' or '.join(str(n) for n in (below, below + parts) if n)
         text = ' x '.join([f'mesh.{a}={size(a)}' for a in axes if size(a) > 1] + [words] * (times > 1))
         yield f'{name}={whole} is not divisible by {text}; write {name}={fits}, or change the mesh'
+
+
+def _name(folder):
+  return os.path.basename(os.path.normpath(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSpec(PretrainSpec):
+  """The config of `llmjax finetune`: pretraining's.  What it does not set of the model is that of train.init_from."""
+
+  @classmethod
+  def base(cls, values):
+    """Returns the groups that the run to start from sets: its model, and how long its rows are."""
+    train = values.get('train')
+    source = train.get('init_from') if isinstance(train, dict) else None
+    try:
+      before = json.loads((run_folder(source) / 'config.json').read_text(encoding='utf-8'))
+      found = {name: before[name] for name in ('model', 'data') if isinstance(before[name], dict)}
+    except (TypeError, OSError, ValueError, KeyError, RecursionError):
+      return {}  # `problems` says what is wrong with init_from.
+    model = values.get('model')
+    if isinstance(model, dict) and model.get('preset'):
+      del found['model']
+    if 'data' in found:
+      found['data'] = {k: v for k, v in found['data'].items() if k == 'seq_len'}
+    return found
+
+  def problems(self):
+    yield from super().problems()
+    source = self.train.init_from
+    if not source:
+      yield ('train.init_from is missing: which run is to be fine-tuned? For example '
+             '--config.train.init_from=runs/quickstart')
+      return
+    tokenizer = run_folder(source) / 'tokenizer.model'
+    for folder in self.data.sources if tokenizer.is_file() else ():
+      try:
+        manifest = prepared.read_manifest(folder)
+      except ValueError:
+        continue  # The data group says so.
+      if manifest['tokenizer']['sha256'] != prepared.file_sha256(tokenizer):
+        yield (f'data.sources: {folder} has another tokenizer than {source}; prepare it again with --force '
+               f'--config.tokenizer.path={tokenizer}')
+
+
+def run_folder(source):
+  """Returns the folder of the run that a path names: itself, or that of one of its checkpoints."""
+  path = pathlib.Path(source)
+  return path.parent.parent if path.parent.name == 'checkpoints' else path
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewOptions:
+  """Flags of `llmjax preview`."""
+
+  rows: int = setting(3, 'rows to show', minimum=1, maximum=1000)
+  split: str = setting('train', 'split to take them from', choices=prepared.SPLITS)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyData(DataSpec):
+  """The data group where sources may hold anything."""
+
+  kinds = RECORDS
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewSpec(PretrainSpec):
+  """The config of `llmjax preview`: a recipe for training, of which it looks at the data alone."""
+
+  data: AnyData = group(AnyData)
+
+  def problems(self):
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,15 +147,16 @@ def make_context(spec, positions, segment_ids, *, key=None, implementation='bloc
 
 
 def hidden_states(spec, params, tokens, context, kv_cache=None, *, compute_dtype=jnp.float32,
-                  remat='none', unroll=1, pipe=None):
+                  remat='none', unroll=1, pipe=None, perturb=None):
   """Returns (final normalised hidden states [B, T, D] of compute_dtype, kv_cache, aux).
 
   tokens: int [B, T].  kv_cache: leaves [layers, B, K, S, H] or None.  aux: sums over rows and layers.
   pipe: the PipelineSpec by which rows go through the stages of the mesh; None runs the layers in order
-  on whatever mesh there is.
+  on whatever mesh there is.  perturb: function of the embeddings [B, T, D] to what the blocks get, or None.
   """
   params = cast(params, compute_dtype)
   x = embed(spec, params, tokens, compute_dtype)
+  x = perturb(x) if perturb else x
   stages = pipeline.num_stages()
   if pipe is None or stages == 1 or kv_cache is not None:
     x, kv_cache, aux = apply_stack(Block(spec), params['blocks'], x, kv_cache, context, remat, unroll)

@@ -58,7 +58,19 @@ def require_remat(name, device):
 def likelihood(model, train, platform, pipe=None):
   """Returns the loss_fn of evaluation: the targets' negative log-likelihood and nothing else."""
   return next_token(dataclasses.replace(model, balance_loss=0.0, router_z_loss=0.0),
-                    dataclasses.replace(train, z_loss=0.0), platform, pipe)
+                    dataclasses.replace(train, z_loss=0.0, neftune_alpha=0.0), platform, pipe)
+
+
+def embedding_noise(key, x, segment_ids, alpha):
+  """Returns NEFTune's noise for embeddings x [B, T, D]: U(-1, 1) * alpha / sqrt(L * D) (arXiv:2310.05914, alg. 1).
+
+  L is the real length of the sample.  In a packed row each document is one (segment_ids: int [B, T]), so packing
+  changes nothing, nor does padding; padding itself gets what its own number of places gives, and is never seen.
+  """
+  count = lambda row: jnp.bincount(row, length=row.shape[0] + 1)[row]
+  lengths = jax.vmap(count)(segment_ids)
+  scale = alpha * jax.lax.rsqrt(lengths.astype(jnp.float32) * x.shape[-1])
+  return (jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0) * scale[..., None]).astype(x.dtype)
 
 
 def next_token(model, train, platform, pipe=None):
@@ -87,10 +99,17 @@ def next_token(model, train, platform, pipe=None):
 
     return sum_over_rows(sums, matrix.astype(dtype), x, rows['targets'], rows['loss_mask'])
 
+  def perturb(batch, key):
+    if not train.neftune_alpha or key is None:
+      return None
+    # Another key than the layers', which are split from the same one.
+    noise_key = jax.random.fold_in(key, 0x4EF7)
+    return lambda x: x + embedding_noise(noise_key, x, batch['segment_ids'], train.neftune_alpha)
+
   def loss_fn(params, batch, key):
     x, _, aux = decoder.hidden_states(
         model, params, batch['tokens'], make_context(batch, key), compute_dtype=dtype,
-        remat=train.remat, unroll=unroll, pipe=pipe)
+        remat=train.remat, unroll=unroll, pipe=pipe, perturb=perturb(batch, key))
     loss, (weight, names) = score(params, x, batch)
     return loss + aux.get('penalty', 0.0), (weight, {**names, **aux})
 
