@@ -52,6 +52,16 @@ COMMANDS = {
         'rows of a recipe as text, with what is trained told apart', 'llmjax.loops.preview',
         'llmjax.loops.spec:PreviewOptions', 'llmjax.loops.spec:PreviewSpec',
         'llmjax preview --config=configs/finetune/chat.py --rows=3'),
+    'feedback revise': Command(
+        'a model criticises and rewrites its answers by written principles', 'llmjax.loops.feedback',
+        'llmjax.rl.feedback:ReviseOptions', None,
+        'llmjax feedback revise --workdir=runs/chat --principles=configs/feedback/principles.toml '
+        '--prompts=prompts.jsonl --output=data/revised.jsonl'),
+    'feedback prefer': Command(
+        'a model says which of two answers follows the principles better', 'llmjax.loops.feedback',
+        'llmjax.rl.feedback:PreferOptions', None,
+        'llmjax feedback prefer --workdir=runs/critic --policy=runs/chat --principles=configs/feedback/principles.toml '
+        '--prompts=prompts.jsonl --output=data/preferences.jsonl'),
     'evaluate': Command(
         'held-out perplexity and bits per byte of a run, beside gzip and xz',
         'llmjax.loops.evaluate', 'llmjax.loops.spec:EvaluateOptions', None,

@@ -43,6 +43,25 @@ def normaliser(kind):
   return normal
 
 
+def read_prompt(record):
+  """Returns the messages that a record asks with, in any of its forms; raises ValueError."""
+  made = None
+  if isinstance(record, dict):
+    made = _messages(record['messages']) if 'messages' in record else _prompt_of(record)
+  if made is None:
+    raise ValueError(f'no prompt: the record must be an object with {FORMS["prompts"].rsplit(" and ", 1)[0]}')
+  return made
+
+
+def read_answers(record):
+  """Returns (messages, answer, other answer) of a record with `responses`, or with `chosen` and `rejected`."""
+  prompt = read_prompt(record)
+  both = record.get('responses', [record.get('chosen'), record.get('rejected')])
+  if not isinstance(both, list) or len(both) != 2 or not all(isinstance(answer, str) for answer in both):
+    raise ValueError('two answers must stand beside the prompt: "responses": [text, text], or chosen and rejected')
+  return prompt, *both
+
+
 def _plain(value):
   """Returns what TFDS and Parquet give as what JSON gives: text for bytes, lists for arrays."""
   if isinstance(value, bytes):

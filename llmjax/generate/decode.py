@@ -227,7 +227,7 @@ class Generator:
     self.compute_dtype = jnp.dtype(compute_dtype)
     self.bos_id, self.context_length = bos_id, context_length
     self.vocab_size = vocab_size or model_spec.vocab_size
-    with self._mesh():
+    with self.on_mesh():
       self.params = _prepare(params, compute_dtype=self.compute_dtype)
 
   def generate(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=()):
@@ -286,7 +286,7 @@ class Generator:
     def cut(tokens, logprobs):
       """Drops added rows, and counts each row's tokens up to its stop token."""
       nonlocal done
-      tokens, logprobs = self._fetch(tokens)[:rows], self._fetch(logprobs)[:rows]
+      tokens, logprobs = self.fetch(tokens)[:rows], self.fetch(logprobs)[:rows]
       stops = np.isin(tokens, stop_ids) & ~done[:, None]
       first = np.where(stops.any(1), stops.argmax(1) + 1, tokens.shape[1])
       counts = np.where(done, 0, first).astype(np.int32)
@@ -294,9 +294,9 @@ class Generator:
       return tokens, logprobs, counts
 
     run = {'compute_dtype': self.compute_dtype}
-    with self._mesh():
-      state, token, logprob = _start(self.spec, self.params, self._rows(padded),
-                                     self._rows(lengths), self._rows(keys), choice, **run)
+    with self.on_mesh():
+      state, token, logprob = _start(self.spec, self.params, self.place_rows(padded),
+                                     self.place_rows(lengths), self.place_rows(keys), choice, **run)
     yield cut(token[:, None], logprob[:, None])
     made, slots = 1, padded.shape[1]
     while made < max_new_tokens and not done.all():
@@ -304,13 +304,13 @@ class Generator:
       used, total = padded.shape[1] + made - 1, padded.shape[1] + max_new_tokens - 1
       if used == slots:
         slots = bucket(max(min(total, 2 * used), MIN_CACHE))
-        with self._mesh():
+        with self.on_mesh():
           state = state._replace(cache=_grow(state.cache, slots))
       steps = min(chunk, CHUNK, max_new_tokens - made, slots - used)
-      with self._mesh():
+      with self.on_mesh():
         state, tokens, logprobs, count = _decode_chunk(
             self.spec, self.params, state, choice, np.int32(steps), **run)
-      count = int(self._fetch(count))
+      count = int(self.fetch(count))
       yield cut(tokens[:, :count], logprobs[:, :count])
       made += count
 
@@ -333,10 +333,12 @@ class Generator:
     ids[:len(stop_ids)] = stop_ids
     return _Choice({**values, 'top_k': np.int32(sampling.top_k)}, ids, np.int32(self.vocab_size))
 
-  def _mesh(self):
+  def on_mesh(self):
+    """Returns the context in which its programs run."""
     return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
-  def _rows(self, x):
+  def place_rows(self, x):
+    """Returns a host array [B, ...] on the devices, rows over the mesh."""
     if not self.mesh:
       return x
     sharding = NamedSharding(self.mesh, mesh_spec(('batch',)))
@@ -344,7 +346,7 @@ class Generator:
       return jax.device_put(x, sharding)
     return jax.jit(lambda x: x, out_shardings=sharding)(x)  # Every process has the same x.
 
-  def _fetch(self, x):
+  def fetch(self, x):
     """Returns a host array; on a mesh over several processes every one of them gets all rows."""
     if self.mesh and not x.is_fully_addressable:
       x = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(x)

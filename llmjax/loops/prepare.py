@@ -10,6 +10,7 @@ import time
 
 from llmjax import config
 from llmjax.data import corpus, prepared
+from llmjax.loops.progress import Stages
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -20,7 +21,7 @@ def run(spec, options):
     spec = dataclasses.replace(spec, source='text_dir', path=options.text_dir, name='')
     if problems := list(config.find_problems(spec)):
       raise config.ConfigError(problems)
-  show = Progress()
+  show = Stages()
   start = time.monotonic()
   try:
     manifest, was_finished = corpus.prepare(spec, force=options.force, progress=show)
@@ -72,45 +73,3 @@ def describe(manifest, folder) -> str:
   else:
     command += ' --workdir=runs/quickstart'
   return '\n'.join([*lines, f'folder: {folder}', f'next: {command}'])
-
-
-class Progress:
-  """Prints the steps: one line each, rewritten in a terminal, at most every 10 s elsewhere."""
-
-  def __init__(self, stream=None):
-    self._stream = stream or sys.stderr
-    self._terminal = self._stream.isatty()
-    self._step, self._start, self._shown = None, 0.0, 0.0
-    self._line = self._summary = ''  # While a step runs, and when it is over.
-
-  def __call__(self, step, done, total):
-    now = time.monotonic()
-    if step != self._step:
-      self.finish()
-      self._step, self._start, self._shown = step, now, now
-    seconds = now - self._start
-    rate = done / seconds if seconds > 0.1 else 0.0
-    self._summary = f'{step}: {done:,} documents' if done else step
-    if not done:
-      self._line = f'{step} ...'
-    elif total is None:
-      self._line = f'{step}: {done:,} documents, {rate:,.0f}/s'
-    else:
-      left = f', {(total - done) / rate:,.0f} s left' if rate and done < total else ''
-      self._line = f'{step}: {done:,} of {total:,} documents, {rate:,.0f}/s{left}'
-    if now - self._shown >= (0.2 if self._terminal else 10.0) or not done:
-      self._shown = now
-      self._write(self._line, final=False)
-
-  def finish(self):
-    """Ends the line of the step with how long it took."""
-    if self._step is not None:
-      self._write(f'{self._summary}, {time.monotonic() - self._start:.1f} s', final=True)
-      self._step = None
-
-  def _write(self, line, final):
-    if self._terminal:
-      self._stream.write(f'\r\x1b[K{line}' + ('\n' if final else ''))
-    else:
-      self._stream.write(line + '\n')
-    self._stream.flush()
