@@ -101,16 +101,19 @@ def batch_blocks(mesh):
 
 
 def place_batch(mesh, batch):
-  """Returns device arrays [B, T].  batch: the whole rows of this process's `batch_blocks`, block after block."""
-  sharding = NamedSharding(mesh, mesh_spec(('batch', 'length')))
+  """Returns device arrays [B, T], and [B] of what a row has one of.
+
+  batch: the whole rows of this process's `batch_blocks`, block after block.
+  """
   blocks, count = batch_blocks(mesh), batch_shards(mesh)
 
   def place(rows):
     size = len(rows) // len(blocks)
+    sharding = NamedSharding(mesh, mesh_spec(('batch', 'length')[:rows.ndim]))
 
     def part(index):
       start = blocks.index((index[0].start or 0) // size) * size
-      return rows[start:start + size, index[1]]
+      return rows[(slice(start, start + size), *index[1:])]
 
     return jax.make_array_from_callback((size * count, *rows.shape[1:]), sharding, part)
 
