@@ -20,7 +20,8 @@ import xml.etree.ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'experiments/reliability'
-# What is counted, and the tests that do it.  A test's inputs are its property of that name, or the number in its name.
+# What is counted, and the tests that do it.  A test's inputs are its property of that name, or the number that a fuzz
+# test has in its name, or one.
 TESTS = {
     'damaged checkpoints, none loaded': ['tests/checkpoint/test_seal.py::test_every_damage_to_every_file_is_named'],
     'malformed inputs, a clear line each': ['tests/fuzz'],
@@ -42,7 +43,7 @@ def run_tests():
     inputs = 0
     for case in cases:
       told = [p.get('value') for p in case.iter('property') if p.get('name') == 'inputs']
-      number = re.search(r'\[(\d+)\]$', case.get('name'))
+      number = re.search(r'\[(\d+)\]$', case.get('name')) if names == ['tests/fuzz'] else None
       inputs += int(told[0]) if told else int(number[1]) if number else 1
     found[what] = {'inputs': inputs, 'tests': len(cases), 'failed': failed,
                    'seconds': round(sum(float(c.get('time')) for c in cases), 1)}
