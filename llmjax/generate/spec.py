@@ -6,7 +6,6 @@ import os
 from llmjax.checkpoint import weights
 from llmjax.config import setting
 
-
 CHAT_TEMPLATE = 'chat_template.json'  # In the folder of a run that was trained on conversations.
 
 
