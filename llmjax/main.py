@@ -47,7 +47,7 @@ COMMANDS = {
     'finetune': Command(
         "go on with a run's model on conversations, or on other text", 'llmjax.loops.finetune',
         'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:FinetuneSpec',
-        'llmjax finetune --config=configs/finetune/chat.py --workdir=runs/chat --config.train.init_from=runs/quickstart'),
+        'llmjax finetune --config=configs/finetune/chat.py --workdir=runs/chat'),
     'preview': Command(
         'rows of a recipe as text, with what is trained told apart', 'llmjax.loops.preview',
         'llmjax.loops.spec:PreviewOptions', 'llmjax.loops.spec:PreviewSpec',

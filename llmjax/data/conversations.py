@@ -147,8 +147,8 @@ def _message(message):
     raise ValueError(f'a message must be an object with role and content, not {type(message).__name__}')
   message = {k: v for k, v in message.items() if v is not None}
   if 'from' in message and 'value' in message:
-    speaker = message.pop('from')
-    message = {**message, 'role': _ROLES.get(speaker, speaker), 'content': message.pop('value')}
+    speaker, text = message.pop('from'), message.pop('value')
+    message = {**message, 'role': _ROLES.get(speaker, speaker), 'content': text}
   for name in ('role', 'content'):
     if name not in message:
       raise ValueError(f'a message has no {name}')

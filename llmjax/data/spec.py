@@ -27,8 +27,8 @@ class TokenizerSpec:
   num_threads: int = setting(2, 'threads for training; a unigram model depends on their number',
                              minimum=1, maximum=64)
   seed: int = setting(0, 'draws the sample', minimum=0)
-  special: tuple[str, ...] = setting((), "control symbols to have besides llmjax's own, such as <|im_start|>,<|im_end|> "
-                                     "for a later template=chatml; a template's own come by themselves")
+  special: tuple[str, ...] = setting((), "control symbols besides llmjax's own, such as <|im_start|>,<|im_end|> for a "
+                                     "later template=chatml; a template's own come by themselves")
 
   def problems(self):
     if self.path and self.special:

@@ -121,8 +121,8 @@ def claim_workdir(workdir, spec):
     before = json.loads(file.read_text())
     fixed = [('model', k) for k in resolved['model']] + [
         ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
-        ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'), ('train', 'seed'),
-        ('train', 'param_dtype')]
+        ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'),
+        ('train', 'batch_size'), ('train', 'seed'), ('train', 'param_dtype')]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]

@@ -43,12 +43,15 @@ def run(spec, options):
 
 def describe(manifest, folder) -> str:
   """Returns the table of a prepared folder, what was left out, and the next command."""
-  lines = [f'{"split":<11}{"documents":>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}']
+  kind = prepared.kind(manifest)
+  lines = [f'{"split":<11}{"documents":>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}'
+           + f'{"trained":>13}' * (kind in ('chat', 'pairs'))]
   for split in prepared.SPLITS:
     if split in manifest['splits']:
       row = manifest['splits'][split]
       lines.append(f'{split:<11}{row["documents"]:>11,}{row["bytes"]:>15,}{row["tokens"]:>14,}'
-                   f'{row["bytes"] / max(row["tokens"], 1):>13.2f}')
+                   f'{row["bytes"] / max(row["tokens"], 1):>13.2f}'
+                   + f'{row.get("trained", 0):>13,}' * (kind in ('chat', 'pairs')))
   found, asked = manifest['tokenizer']['vocab_size'], manifest['tokenizer'].get('asked_vocab_size', 0)
   lines.append(f'tokenizer: {found:,} ids' + (
       f', not {asked:,}: the text supports no more' if found < asked else ''))
@@ -66,10 +69,12 @@ def describe(manifest, folder) -> str:
     ignored = ', '.join(f'{count} {suffix or "without suffix"}'
                         for suffix, count in manifest['ignored_files'].items())
     lines.append(f'files not read: {ignored}')
-  name = pathlib.Path(folder)
+  name, source = pathlib.Path(folder), shlex.quote(str(folder))
   command = 'llmjax pretrain --config=configs/pretrain/quickstart.py'
   if name != pathlib.Path('data/python_docs'):
-    command += f' --workdir=runs/{name.name} --config.data.sources={shlex.quote(str(folder))}'
+    command += f' --workdir=runs/{name.name} --config.data.sources={source}'
   else:
     command += ' --workdir=runs/quickstart'
+  if kind != 'text':
+    command = f'llmjax preview --config=configs/finetune/chat.py --config.data.sources={source}'
   return '\n'.join([*lines, f'folder: {folder}', f'next: {command}'])

@@ -81,4 +81,5 @@ def _print_prompts(spec, options, output):
   with stream.open_prompts(spec.data, batch_size=options.rows, seed=spec.train.seed, split=options.split) as prompts:
     for item in next(prompts):
       text = ''.join(t for t, _ in stretches(tokenizer, np.asarray(item['ids'])))
-      print(f'--- {len(item["ids"])} tokens\n{_safe(text, output)}\nanswer: {_safe(item["answer"], output)}', file=output)
+      print(f'--- {len(item["ids"])} tokens\n{_safe(text, output)}\nanswer: {_safe(item["answer"], output)}',
+            file=output)

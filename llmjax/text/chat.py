@@ -110,19 +110,14 @@ class ChatFormat:
 
   def _render(self, messages, generate=False):
     """Returns (ids, runs): int32 [n], and which answer of the assistant's each is part of, from 1; 0: none."""
-    rendered = self._renderer.render([{k: v for k, v in m.items() if k != 'weight'} if isinstance(m, dict) else m
-                                      for m in messages], add_generation_prompt=generate)
-    special = self.tokenizer.special_ids
-    if missing := sorted({p.text for p in rendered.pieces if p.control} - set(special)):
-      raise TemplateError(
-          f'the tokenizer has no special token {", ".join(missing)}; it has {", ".join(special)}: use the template '
-          f'llmjax, or a tokenizer trained with --config.tokenizer.special={",".join(missing)}')
-    first = next(iter(rendered.pieces), None)
-    own_bos = first is not None and first.control and first.text in (
-        self.template.bos, _piece(special, self.tokenizer.bos_id))
-    ids, runs, run, speaking, ended = [] if own_bos else [[self.tokenizer.bos_id]], [0] * (not own_bos), 0, False, True
-    for piece in rendered.pieces:
-      part = [special[piece.text]] if piece.control else self.tokenizer.encode(piece.text)
+    plain = [{k: v for k, v in m.items() if k != 'weight'} if isinstance(m, dict) else m for m in messages]
+    parts = self._renderer.render(plain, add_generation_prompt=generate).tokens(self.tokenizer)
+    special = {i: piece for piece, i in self.tokenizer.special_ids.items()}
+    bos = (self.template.bos, special[self.tokenizer.bos_id])
+    own_bos = bool(parts) and parts[0][0].control and parts[0][0].text in bos
+    ids, runs = ([], []) if own_bos else ([[self.tokenizer.bos_id]], [0])
+    run, speaking, ended = 0, False, True  # ended: a control token has ended the latest answer.
+    for piece, part in parts:
       if piece.generated:
         run, ended = run + (not speaking), piece.control
       closes = speaking and not piece.generated and not ended and piece.control
@@ -194,10 +189,6 @@ def stretches(tokenizer, ids, weights=None):
     found.append((''.join(text), bool(trained[begin])))
     begin = end
   return found
-
-
-def _piece(special, number):
-  return next((piece for piece, i in special.items() if i == number), None)
 
 
 def _weight(message):

@@ -24,8 +24,8 @@ _MAX_LINE_BYTES = 4096
 def train_tokenizer(lines, *, vocab_size, model_type='unigram', num_threads=2, special=()) -> bytes:
   """Returns a SentencePiece model file trained on an iterable of str.
 
-  special: control symbols besides CHAT_MARKERS.  A unigram model depends on num_threads: keep it and record it.  Raises ValueError with one line
-  when the lines do not support the vocabulary.
+  special: control symbols besides CHAT_MARKERS.  A unigram model depends on num_threads: keep it and record
+  it.  Raises ValueError with one line when the lines do not support the vocabulary.
   """
   import sentencepiece
 
