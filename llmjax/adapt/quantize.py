@@ -131,11 +131,12 @@ def quantized_paths(params):
   return [path for path in matrices(params) if path.startswith('blocks/')]
 
 
-def quantize_tree(params, kind, names=None, place=None):
+def quantize_tree(params, kind, names=None, place=None, delete=True):
   """Returns the parameters with the blocks' matrices quantised, one after the other; others stay.
 
   names, place: the logical names of the parameters, and a function of a tree of names to the shardings to
-  make the parts in; each matrix is deleted once it is quantised, so the two forms of all never exist.
+  make the parts in.  delete: each matrix then goes once it is quantised, so that the two forms of all never
+  exist together.  Of ShapeDtypeStructs, ShapeDtypeStructs.
   """
   chosen = set(quantized_paths(params))
 
@@ -144,9 +145,15 @@ def quantize_tree(params, kind, names=None, place=None):
     if path not in chosen:
       return w
     ndim = sum(matrix_axes(path))
-    layout = {} if place is None else {'out_shardings': place(quantized_names(w_names, kind, ndim, w.dtype))}
-    made = jax.jit(lambda w: quantize(w, kind, ndim), **layout)(w)
-    if place is not None:
+    make = lambda w: quantize(w, kind, ndim)
+    if place is None:
+      return jax.jit(make)(w)
+    shardings = place(quantized_names(w_names, kind, ndim, w.dtype))
+    if isinstance(w, jax.ShapeDtypeStruct):
+      return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), jax.eval_shape(make, w),
+                          shardings)
+    made = jax.jit(make, out_shardings=shardings)(w)
+    if delete:
       jax.block_until_ready(made)
       w.delete()
     return made

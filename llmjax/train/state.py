@@ -33,11 +33,13 @@ class TrainState:
 class Trained:
   """What a run trains where that is not the model's own parameters.
 
-  init: function of a key that returns them.  names: the tree of their logical axis names.
+  init: function of a key, and of the inputs, that returns them.  names: the tree of their logical axis
+  names.  inputs: trees of arrays, or of ShapeDtypeStructs where only shapes are asked for.
   """
 
   init: Callable
   names: Any
+  inputs: tuple = ()
 
 
 def init_state(model, tx, seed, param_dtype, mesh, zero=0, trained=None, frozen=None):
@@ -48,12 +50,12 @@ def init_state(model, tx, seed, param_dtype, mesh, zero=0, trained=None, frozen=
   """
   trained = trained or _whole(model, param_dtype)
 
-  def init():
+  def init(*inputs):
     key, params_key = jax.random.split(jax.random.key(seed))
-    return _make(trained.init(params_key), tx, jax.random.key_data(key))
+    return _make(trained.init(params_key, *inputs), tx, jax.random.key_data(key))
 
-  shardings = state_shardings(jax.eval_shape(init), trained.names, mesh, zero)
-  state = jax.jit(init, out_shardings=shardings)()
+  shardings = state_shardings(jax.eval_shape(init, *trained.inputs), trained.names, mesh, zero)
+  state = jax.jit(init, out_shardings=shardings)(*trained.inputs)
   layout = jax.tree.map(lambda x: x.sharding, frozen)
   return state.replace(frozen=frozen), shardings.replace(frozen=layout)
 
@@ -65,10 +67,10 @@ def abstract_state(model, tx, param_dtype, mesh, zero=0, trained=None):
   """
   trained = trained or _whole(model, param_dtype)
 
-  def init():
-    return _make(trained.init(jax.random.key(0)), tx, jax.random.key_data(jax.random.key(0)))
+  def init(*inputs):
+    return _make(trained.init(jax.random.key(0), *inputs), tx, jax.random.key_data(jax.random.key(0)))
 
-  shapes = jax.eval_shape(init)
+  shapes = jax.eval_shape(init, *trained.inputs)
   shardings = state_shardings(shapes, trained.names, mesh, zero)
   return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes,
                       shardings)
