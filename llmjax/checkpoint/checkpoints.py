@@ -29,7 +29,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llmjax import config
-from llmjax.checkpoint import seal, weights
+from llmjax.adapt import lora
+from llmjax.adapt.quantize import quantize_tree
+from llmjax.adapt.spec import AdapterSpec
+from llmjax.checkpoint import bases, seal, weights
+from llmjax.checkpoint.arrays import read_json
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model import decoder
@@ -403,7 +407,8 @@ def load_params(workdir, step=0, shardings=None):
   """Returns (params, ModelSpec, config, step) of a run.
 
   step: 0 for the newest checkpoint.  shardings: function of the ModelSpec that returns the tree of
-  shardings to load into; None loads onto the first device.
+  shardings to load into; None loads onto the first device.  Adapters are merged into their base; ConfigError
+  when that is not the one that they were trained on.
   """
   settings = read_config(workdir)
   step = find_step(workdir, step)
@@ -416,7 +421,37 @@ def load_params(workdir, step=0, shardings=None):
   else:
     tree = shardings(model)
   abstract = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, tree)
-  return restore_params(checkpoints_folder(workdir) / str(step), abstract), model, settings, step
+  checkpoint = checkpoints_folder(workdir) / str(step)
+  if not is_adapter(checkpoint):
+    return restore_params(checkpoint, abstract), model, settings, step
+  base, adapters, specs = load_adapters(checkpoint, abstract)
+  return jax.jit(lambda b, a: lora.merge(b, a, specs), out_shardings=tree)(base, adapters), model, settings, step
+
+
+def is_adapter(checkpoint):
+  """Returns whether a checkpoint holds adapters alone, without their base."""
+  return bool(read_json(checkpoint, 'spec').get('adapter', {}).get('kind'))
+
+
+def load_adapters(checkpoint, abstract):
+  """Returns (base, {name: adapter}, {name: AdapterSpec}) of an adapter checkpoint.
+
+  abstract: the base's parameters, as ShapeDtypeStructs with shardings.  The base is quantised where it was.
+  Adapters are made on the first device.
+  """
+  settings = read_json(checkpoint, 'spec')
+  spec = config.build(AdapterSpec, settings['adapter'])
+  folder = bases.find_base(read_json(checkpoint, 'stream')['base'], settings['train'].get('init_from', ''))
+  require_good(folder)
+  single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = jax.eval_shape(
+      lambda b: {spec.name: lora.init_adapter(spec, b, jax.random.key(0), settings['train']['param_dtype'])}, abstract)
+  adapters = restore_params(checkpoint, jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=single), shapes))
+  if len(jax.tree.leaves(abstract)[0].sharding.device_set) > 1:
+    adapters = jax.device_get(adapters)  # To lie wherever the base does.
+  base = restore_params(folder, abstract)
+  return (quantize_tree(base, spec.quantize) if spec.quantize else base), adapters, {spec.name: spec}
 
 
 def restore_params(checkpoint, abstract):

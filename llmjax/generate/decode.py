@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmjax.generate.spec import SamplingSpec
 from llmjax.model import decoder
 from llmjax.ops import sampling as sampling_ops
+from llmjax.ops.products import is_weight
 from llmjax.parallel.mesh import batch_shards
 from llmjax.parallel.sharding import constrain, mesh_spec
 
@@ -357,4 +358,4 @@ class Generator:
 def _prepare(params, *, compute_dtype):
   """Returns unstacked parameters, matrices in compute_dtype; norms stay as they are."""
   params = decoder.unstack(params)
-  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 1 else p, params)
+  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 1 else p, params, is_leaf=is_weight)

@@ -18,10 +18,11 @@ from typing import Any
 
 import jax
 
-from llmjax.checkpoint.checkpoints import Checkpoints, find_step, require_good, restore_params
+from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
 from llmjax.loops import doctor
+from llmjax.loops.adapters import Adapting, initial_checkpoint, restore_initial
 from llmjax.loops.ledger import Ledger
 from llmjax.loops.patience import Patience
 from llmjax.loops.profiling import Profiler
@@ -121,8 +122,8 @@ def claim_workdir(workdir, spec):
     before = json.loads(file.read_text())
     fixed = [('model', k) for k in resolved['model']] + [
         ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
-        ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'),
-        ('train', 'batch_size'), ('train', 'seed'), ('train', 'param_dtype')]
+        ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'),
+        ('train', 'seed'), ('train', 'param_dtype')] + [('adapter', k) for k in resolved.get('adapter', {})]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
@@ -215,22 +216,35 @@ class Loop:
     The stream goes to where it was at that step.
     """
     spec, mesh = self.spec, self.job.mesh
+    self.adapting = Adapting(spec, mesh) if spec.adapter.kind else None
     if step:
+      trained = self.adapting and self.adapting.trained()
       state, stream = self.checkpoints.restore(
-          step, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero))
+          step, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero, trained))
       if stream['fingerprint'] != self.job.batches.fingerprint:
         raise ConfigError([f'the data is not what steps 1 to {step} read: a folder of data.sources was '
                            'prepared again, with other text or another tokenizer. Put it back, or start a new '
                            f'run from these weights: --workdir=NEW --config.train.init_from={self.workdir}'])
       self.job.batches.restore(stream['batches'])
+      if self.adapting:
+        self.adapting.base = stream['base']
+        state = state.replace(frozen=self.adapting.load_frozen())
       return state, stream['batches']
+    frozen = self.adapting and self.adapting.load_frozen()
+    trained = self.adapting and self.adapting.trained(frozen)
     state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh,
-                                  spec.mesh.zero)
-    if spec.train.init_from:
-      params = _load_initial(spec.train.init_from, state.params, shardings.params)
-      state = state.replace(params=params)
+                                  spec.mesh.zero, trained, frozen)
+    if spec.train.init_from and not self.adapting:
+      source = spec.train.init_from
+      abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), state.params,
+                              shardings.params)
+      state = state.replace(params=restore_initial(source, initial_checkpoint(source), abstract))
     self.job.batches.restore(0)
     return state, 0
+
+  def _parameters(self):
+    """Returns the parameters as the model takes them."""
+    return self.adapting.parameters(self.state) if self.adapting else self.state.params
 
   def _open_logs(self, step):
     """Opens the writers with nothing after a step (None: nothing at all), and what reads their past."""
@@ -244,7 +258,8 @@ class Loop:
 
   def _compile(self, batch):
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
-    loss_fn = stop_frozen(self.job.loss_fn, self.spec.optimizer.freeze)
+    loss_fn = self.adapting.loss_fn(self.job.loss_fn) if self.adapting else self.job.loss_fn
+    loss_fn = stop_frozen(loss_fn, self.spec.optimizer.freeze)
     step = make_train_step(loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
                            self.spec.guard)
     return lower_step(step, self.state, batch).compile()
@@ -261,7 +276,8 @@ class Loop:
       speed = _Speed(self.spec, self.job.mesh)
       self.stragglers = Stragglers(guard.straggler_deviations)
     self.account()
-    progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile']))
+    what = self.adapting.describe(self.state) if self.adapting else ''
+    progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile'], what))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
     window, step, turn = _Window(), self.first, self.first
     if stop(self.first):
@@ -479,7 +495,7 @@ class Loop:
     for name, evaluator in self.job.evaluators.items():
       begin = time.perf_counter()
       with self.ledger.charge('eval'):
-        values = evaluator(self.state.params)
+        values = evaluator(self._parameters())
       metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
       self.metrics, self.metrics_step = {**self.metrics, **metrics}, step
       self.writers.write(step, metrics)
@@ -491,13 +507,15 @@ class Loop:
     self.heart.beat(step, 'sample')
     if self.job.sample is not None:
       with self.ledger.charge('sample'):
-        for prompt, text in self.job.sample(self.state.params):
+        for prompt, text in self.job.sample(self._parameters()):
           self.writers.write_sample(step, prompt, text)
 
   def _save(self):
     self.heart.beat(self.done, 'save')
     with self.ledger.charge('checkpoint'):
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
+      if self.adapting:
+        stream['base'] = self.adapting.base
       self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec), self.metrics, self.metrics_step)
     self.rollbacks = 0
     self.account()
@@ -542,7 +560,7 @@ class _Speed:
 
   def __init__(self, spec, mesh):
     peak = chips.peak_flops(mesh.devices.flat[0])
-    self._flops = counts.train_flops_per_token(spec.model, spec.data.seq_len)
+    self._flops = counts.train_flops_per_token(spec.model, spec.data.seq_len, frozen=bool(spec.adapter.kind))
     self._peak = peak and peak * mesh.devices.size
 
   def mfu(self, tokens_per_second):
@@ -600,27 +618,11 @@ class _Window:
     return values
 
 
-def _load_initial(source, params, shardings):
-  """Returns the parameters of another run or checkpoint, laid out as this run's are."""
-  folder = pathlib.Path(source)
-  if (folder / 'checkpoints').exists():
-    folder = folder / 'checkpoints' / str(find_step(folder))
-  if not (folder / 'params').exists():
-    raise ConfigError([f"train.init_from={source} is neither a run's folder nor one of its "
-                       'checkpoints'])
-  require_good(folder)
-  abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params,
-                          shardings)
-  try:
-    return restore_params(folder, abstract)
-  except ValueError as e:
-    raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
-
-
-def _headline(spec, mesh, compile_seconds):
-  """Returns the line that says what is being trained, on what."""
+def _headline(spec, mesh, compile_seconds, trained=''):
+  """Returns the line that says what is being trained, on what.  trained: which part of it."""
   total = counts.count_params(spec.model)['total']
   axes = ' x '.join(f'{a} {n}' for a, n in mesh.shape.items() if n > 1) or 'one device'
   rows = spec.train.batch_size * spec.data.seq_len
-  return (f'{total / 1e6:.2f} M parameters, {rows} tokens a step, {mesh.devices.size} x '
+  trained = f', {trained}' if trained else ''
+  return (f'{total / 1e6:.2f} M parameters{trained}, {rows} tokens a step, {mesh.devices.size} x '
           f'{mesh.devices.flat[0].device_kind} ({axes}), compiled in {compile_seconds:.1f}s')

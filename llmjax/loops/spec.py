@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import weights
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import group, setting
@@ -149,6 +150,7 @@ class PretrainSpec:
   pipeline: PipelineSpec = group(PipelineSpec)
   train: TrainSpec = group(TrainSpec)
   optimizer: OptimizerSpec = group(OptimizerSpec)
+  adapter: AdapterSpec = group(AdapterSpec)
   guard: GuardSpec = group(GuardSpec)
   checkpoint: CheckpointSpec = group(CheckpointSpec)
   evaluate: EvaluateSpec = group(EvaluateSpec)
@@ -168,6 +170,12 @@ class PretrainSpec:
       elif not os.path.exists(source):
         yield (f"train.init_from={source}: there is no such folder; give a run's folder, or one checkpoint of it "
                'such as runs/quickstart/checkpoints/400')
+    if self.adapter.kind and not source:
+      yield ('train.init_from is missing: which run is the adapter for? For example '
+             '--config.train.init_from=runs/quickstart')
+    if self.adapter.kind and self.pipeline.schedule == '1f1b':
+      yield ('pipeline.schedule=1f1b makes gradients of all weights, and adapters leave theirs frozen; write '
+             'pipeline.schedule=gpipe')
     traced = None if list(self.profile.problems()) else parse_steps(self.profile.steps)
     if traced and traced[0] > self.train.steps:
       yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from llmjax.model.layers import Block, Context, Embed, Head, Norm
 from llmjax.ops.norms import rms_norm
-from llmjax.ops.products import project
+from llmjax.ops.products import dense, is_weight, project
 from llmjax.ops.rotary import rotary_angles
 from llmjax.parallel import pipeline
 from llmjax.parallel.sharding import constrain, row_shards
@@ -174,7 +174,7 @@ def cast(params, compute_dtype):
 
   Once, outside the layers: what is gathered over the mesh is then already small.
   """
-  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params)
+  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params, is_leaf=is_weight)
 
 
 def embed(spec, params, tokens, compute_dtype):
@@ -207,8 +207,8 @@ def stage_fn(spec, context, remat, unroll):
 def output_matrix(spec, params):
   """Returns (matrix, vocab_axis): [D, V] and 1, or the tied embedding table [V, D] and 0."""
   if spec.tie_embeddings:
-    return constrain(params['embed']['table'], 'vocab', None), 0
-  return constrain(params['head']['kernel'], None, 'vocab'), 1
+    return constrain(dense(params['embed']['table']), 'vocab', None), 0
+  return constrain(dense(params['head']['kernel']), None, 'vocab'), 1
 
 
 def unembed(spec, params, x):

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from llmjax.ops.products import is_differentiated, values
 
 # Logits of one chunk: 131 MB of float32.  With 512 to 4096 tokens a chunk, all take the same time on x86.
 CHUNK_LOGITS = 1 << 25
@@ -122,10 +125,11 @@ def _statistics(logits, targets):
   return log_z, jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], top
 
 
-def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak):
+def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak, trains):
   """Returns (d x, float32 d w) for d warm = spread * softmax - peak * one_hot(targets).
 
   logits: the pair that `_chunk_logits` returns.  spread: float32 [B, C], or [B, C, V].  peak: float32 [B, C].
+  trains: False for a frozen w, whose gradient is left out: d w is 0.
   """
   logits, warm = logits
   spread = spread if spread.ndim == 3 else spread[..., None]
@@ -137,6 +141,8 @@ def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak):
     d = d * (1 - jnp.square(logits / options.soft_cap))
   d = d.astype(x.dtype)
   d_x = jax.lax.dot_general(d, w.astype(x.dtype), (((2,), (options.vocab_axis,)), ((), ())))
+  if not trains:
+    return d_x, jnp.zeros(())
   pair = (x, d) if options.vocab_axis == 1 else (d, x)
   d_w = jax.lax.dot_general(*pair, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
   return d_x, d_w
@@ -167,28 +173,34 @@ def _loss_sum(options, x, w, targets, loss_mask):
   return jax.lax.scan(add_chunk, _zero_loss(), _split(options.chunks, x, targets, loss_mask))[0]
 
 
-def _loss_sum_fwd(options, x, w, targets, loss_mask):
+def _loss_sum_fwd(options, *arguments):
+  trains = is_differentiated(arguments[1])
+  x, w, targets, loss_mask = values(arguments)
+
   def add_chunk(total, chunk):
     rows, targets, loss_mask = chunk
     loss, losses, logits, log_z = _chunk_loss(options, rows, w, targets, loss_mask)
     # d (z_loss * log_z^2) / d logits = 2 z_loss * log_z * softmax.
     spread = loss_mask * (1 + 2 * options.z_loss * log_z)
-    d_x, d_w = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, loss_mask)
+    d_x, d_w = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, loss_mask, trains)
     return jax.tree.map(jnp.add, total, (loss, d_w)), (d_x, losses)
 
-  zeros = _zero_loss(), jnp.zeros(w.shape, jnp.float32)
+  zeros = _zero_loss(), jnp.zeros(w.shape if trains else (), jnp.float32)
   (loss, d_w), parts = jax.lax.scan(add_chunk, zeros, _split(options.chunks, x, targets, loss_mask))
   d_x, losses = _join(x.shape[1], *parts)
-  return loss, (d_x, d_w.astype(w.dtype), losses)
+  return loss, (d_x, d_w.astype(w.dtype) if trains else None, losses)
 
 
 def _loss_sum_bwd(options, residuals, cotangents):
   d_x, d_w, losses = residuals
   scale, _ = cotangents  # aux has no gradient.
-  return d_x * scale.astype(d_x.dtype), d_w * scale.astype(d_w.dtype), None, losses * scale
+  if isinstance(scale, SymbolicZero):
+    return None, None, None, None
+  d_w = d_w if d_w is None else d_w * scale.astype(d_w.dtype)
+  return d_x * scale.astype(d_x.dtype), d_w, None, losses * scale
 
 
-_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
+_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 
 
 # Log-probabilities. Their cotangent differs from token to token, so the gradient cannot be made forward.
@@ -196,18 +208,26 @@ _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logprobs(options, x, w, targets):
-  return _logprobs_fwd(options, x, w, targets)[0]
+  return _logprobs_and_normalisers(options, x, w, targets)[:2]
 
 
-def _logprobs_fwd(options, x, w, targets):
+def _logprobs_and_normalisers(options, x, w, targets):
+  """Returns log-probabilities, entropies, and log Z, each float32 [B, T]."""
   def one_chunk(_, chunk):
     rows, targets = chunk
     _, logits = _chunk_logits(options, rows, w)
     log_z, target, _ = _statistics(logits, targets)
     return None, (target - log_z, _entropy(logits, log_z) if options.entropy else jnp.zeros_like(log_z), log_z)
   parts = jax.lax.scan(one_chunk, None, _split(options.chunks, x, targets))[1]
-  logprobs, entropies, log_z = _join(x.shape[1], *parts)
-  return (logprobs, entropies), (x, w, targets, log_z, entropies)
+  return _join(x.shape[1], *parts)
+
+
+def _logprobs_fwd(options, *arguments):
+  x, w, targets = values(arguments)
+  logprobs, entropies, log_z = _logprobs_and_normalisers(options, x, w, targets)
+  # An entry of the residuals that holds no array: whether w is differentiated.
+  trains = () if is_differentiated(arguments[1]) else None
+  return (logprobs, entropies), (x, w, targets, log_z, entropies, trains)
 
 
 def _entropy(logits, log_z):
@@ -217,7 +237,11 @@ def _entropy(logits, log_z):
 
 
 def _logprobs_bwd(options, residuals, cotangents):
-  x, w, targets, log_z, entropies = residuals
+  x, w, targets, log_z, entropies, trains = residuals
+  trains = trains is not None
+  if all(isinstance(d, SymbolicZero) for d in cotangents):
+    return None, None, None
+  cotangents = [jnp.zeros_like(log_z) if isinstance(d, SymbolicZero) else d for d in cotangents]
 
   def add_chunk(d_w, chunk):
     rows, targets, log_z, entropies, d_logprob, d_entropy = chunk
@@ -227,12 +251,12 @@ def _logprobs_bwd(options, residuals, cotangents):
       # d entropy / d logit = -p (log p + entropy).
       log_p = jnp.maximum(logits[1] - log_z[..., None], -200.0)  # There p is 0, and -inf times 0 would be no number.
       spread = spread[..., None] - d_entropy[..., None] * (log_p + entropies[..., None])
-    d_x, more = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, -d_logprob)
+    d_x, more = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, -d_logprob, trains)
     return d_w + more, d_x
 
   chunks = _split(options.chunks, x, targets, log_z, entropies, *cotangents)
-  d_w, d_x = jax.lax.scan(add_chunk, jnp.zeros(w.shape, jnp.float32), chunks)
-  return *_join(x.shape[1], d_x), d_w.astype(w.dtype), None
+  d_w, d_x = jax.lax.scan(add_chunk, jnp.zeros(w.shape if trains else (), jnp.float32), chunks)
+  return *_join(x.shape[1], d_x), d_w.astype(w.dtype) if trains else None, None
 
 
-_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)
+_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd, symbolic_zeros=True)

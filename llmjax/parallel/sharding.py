@@ -29,6 +29,7 @@ TRAIN_RULES = {
     'expert_embed': 'fsdp',
     'expert_rows': ('stage', 'data', 'fsdp'),
     'router': None,
+    'rank': None,
     # Embedding and head belong to no stage: all of them share the matrices.
     'vocab': 'tensor',
     'table_embed': ('fsdp', 'expert', 'stage'),

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llmjax.adapt.lora import combine
 from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.ops.losses import CHUNK_LOGITS, chunked_cross_entropy
@@ -71,6 +72,18 @@ def embedding_noise(key, x, segment_ids, alpha):
   lengths = jax.vmap(count)(segment_ids)
   scale = alpha * jax.lax.rsqrt(lengths.astype(jnp.float32) * x.shape[-1])
   return (jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0) * scale[..., None]).astype(x.dtype)
+
+
+def with_adapters(loss_fn, specs):
+  """Returns the loss_fn(params, batch, key, frozen) of adapters {name: adapter} on frozen['base'].
+
+  loss_fn: of the model's parameters.  specs: {name: AdapterSpec}.  Dropout's key is folded from the step's.
+  """
+  def adapted(params, batch, key, frozen):
+    dropout_key = None if key is None else jax.random.fold_in(key, 1)
+    return loss_fn(combine(frozen['base'], params, specs, key=dropout_key), batch, key)
+
+  return adapted
 
 
 def next_token(model, train, platform, pipe=None):

@@ -12,8 +12,8 @@ from llmjax.train.rounding import keep_moments
 
 # Whether weight decay applies, by the last part of a parameter's path; the first pattern that matches.
 DECAY = (
-    (r'(^|/)scale$', False),
-    (r'(^|/)(table|kernel|query|key|value|out|gate|up|down|router)$', True),
+    (r'(^|/)(scale|magnitude)$', False),
+    (r'(^|/)(table|kernel|query|key|value|out|gate|up|down|router|a|b)$', True),
 )
 
 # The axes of a matrix inside a block that its input runs over, and its output's: what Muon makes

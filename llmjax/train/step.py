@@ -10,7 +10,8 @@ from llmjax.train.guard import judge
 def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=1):
   """Returns step(state, batch) -> (state, metrics), pure; the caller jits it and donates the state.
 
-  loss_fn(params, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.
+  loss_fn(params, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.  A
+  state with frozen arrays gives it those too: loss_fn(params, batch, key, frozen).
   batch: leaves [B, ...].  Sums, weights and gradients are added over `accumulation` microbatches and
   divided once, so the result does not depend on how many there are (means of means would).
   metrics: float32 scalars `loss` (nats a target), `grad_norm` (before clipping), `lr`,
@@ -21,9 +22,11 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-  def add_microbatches(params, batch, key):
+  def add_microbatches(state, batch, key):
+    params, frozen = state.params, () if state.frozen is None else (state.frozen,)
+
     def one(rows, index):
-      (loss, (weight, aux)), grads = grad_fn(params, rows, jax.random.fold_in(key, index))
+      (loss, (weight, aux)), grads = grad_fn(params, rows, jax.random.fold_in(key, index), *frozen)
       return loss, weight, aux, grads
 
     if accumulation == 1:
@@ -46,7 +49,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
 
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    loss, weight, aux, grads = add_microbatches(state.params, batch, key)
+    loss, weight, aux, grads = add_microbatches(state, batch, key)
     weight = jnp.where(weight > 0, weight, 1.0)  # A batch of padding alone must not divide 0 by 0.
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
