@@ -49,7 +49,8 @@ class Job:
 
   spec: the command's spec, whose groups `model, train, optimizer, guard, checkpoint, profile, logs` the
   harness reads.  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data),
-  `restore(state)` and `close()`.
+  `restore(state)` and `close()`.  One that is made with the model has `is_due`, whether its next batch needs the
+  parameters, and `refill(params)`, which is called then and returns metrics.
   loss_fn: see train/step.py.  evaluators: name -> function of the parameters that returns metrics.
   sample: function of the parameters that returns [(prompt, continuation)], or None.  describe: function of
   a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
@@ -122,7 +123,7 @@ def claim_workdir(workdir, spec):
     fixed = [('model', k) for k in resolved['model']] + [
         ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
         ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'), ('train', 'seed'),
-        ('train', 'param_dtype')]
+        ('train', 'param_dtype')] + [(group, k) for group in ('rl', 'policy') for k in resolved.get(group, ())]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
@@ -238,6 +239,16 @@ class Loop:
     train = self.spec.train
     self.patience = Patience(train.patience, train.stop_metric, self.workdir, step or 0)
 
+  def _refill(self, step):
+    """Lets a stream that is made with the model sample what comes after this step."""
+    self.heart.beat(step, 'sample')
+    with self.ledger.charge('rollout'):
+      begin = time.perf_counter()
+      metrics = self.job.batches.refill(self.state.params)
+    # They belong to the step that learns from them: a run that goes on from this one makes them again.
+    self.writers.write(step + 1, {f'rollout/{name}': value for name, value in metrics.items()})
+    self.progress.rollout(step + 1, metrics, time.perf_counter() - begin)
+
   def _next_batch(self):
     """Returns a batch on the devices, and the stream's state once it is used up."""
     return place_batch(self.job.mesh, next(self.job.batches)), self.job.batches.state
@@ -252,6 +263,8 @@ class Loop:
   def run(self, stop=lambda turn: False):
     """Trains to the last step, until the run is lost, or until stop(turn) says so; returns the exit status."""
     train, guard, ledger, progress = self.spec.train, self.spec.guard, self.ledger, self.progress
+    if getattr(self.job.batches, 'is_due', False):
+      self._refill(self.first)
     with ledger.charge('data_wait'):
       batch, position = self._next_batch()
     with ledger.charge('compile'):
@@ -277,6 +290,10 @@ class Loop:
         if self.replicas and (self._due(guard.checksum_every, step) or self._due(train.checkpoint_every, step)):
           self.sums.append((step, self.replicas.sums(self.state.params)))
         if step < self.total:
+          if getattr(self.job.batches, 'is_due', False):
+            jax.block_until_ready(metrics)
+            with window.paused():
+              self._refill(step)
           begin = time.perf_counter()
           batch, position = self._next_batch()  # While the devices work.
           spent = time.perf_counter() - begin
@@ -601,7 +618,24 @@ class _Window:
 
 
 def _load_initial(source, params, shardings):
-  """Returns the parameters of another run or checkpoint, laid out as this run's are."""
+  """Returns the parameters of another run or checkpoint, laid out as this run's are.
+
+  A value head that the source does not have stays as it is.
+  """
+  folder = initial_checkpoint(source)
+  abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, shardings)
+  try:
+    return restore_params(folder, abstract)
+  except ValueError as e:
+    if 'value' in params:
+      rest = {name: tree for name, tree in abstract.items() if name != 'value'}
+      with contextlib.suppress(ValueError):
+        return {**restore_params(folder, rest), 'value': params['value']}
+    raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
+
+
+def initial_checkpoint(source):
+  """Returns the folder of the checkpoint that a run or checkpoint names; ConfigError when it is none."""
   folder = pathlib.Path(source)
   if (folder / 'checkpoints').exists():
     folder = folder / 'checkpoints' / str(find_step(folder))
@@ -609,12 +643,7 @@ def _load_initial(source, params, shardings):
     raise ConfigError([f"train.init_from={source} is neither a run's folder nor one of its "
                        'checkpoints'])
   require_good(folder)
-  abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params,
-                          shardings)
-  try:
-    return restore_params(folder, abstract)
-  except ValueError as e:
-    raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
+  return folder
 
 
 def _headline(spec, mesh, compile_seconds):

@@ -108,7 +108,7 @@ def make_reward_loss(model, train, platform, pipe=None, *, centring=0.0):
   forward = Forward(model, train, platform, pipe)
 
   def loss_fn(params, batch, key):
-    batch = forward.order(batch)
+    batch = forward.order(with_last_target(batch))
     x, model_aux = forward(params, batch, key)
     scores = end_scores(params, x, batch)
     some = (jnp.max(batch['loss_mask'], axis=1) > 0)
@@ -120,11 +120,23 @@ def make_reward_loss(model, train, platform, pipe=None, *, centring=0.0):
   return loss_fn
 
 
+def with_last_target(batch):
+  """Returns a batch of one document a row whose inputs end with the last target: a reward model reads the end, too.
+
+  A row without room for one more token keeps what it has.
+  """
+  before = lambda a: jnp.pad(a, ((0, 0), (1, 0)))[:, :-1]
+  end = (batch['segment_ids'] == 0) & (before(batch['segment_ids']) != 0)
+  put = lambda name, new: jnp.where(end, new.astype(batch[name].dtype), batch[name])
+  return {**batch, 'tokens': put('tokens', before(batch['targets'])),
+          'segment_ids': put('segment_ids', before(batch['segment_ids'])),
+          'positions': put('positions', before(batch['positions']) + 1)}
+
+
 def end_scores(params, x, batch):
   """Returns float32 [B], the value head's number at each row's last token, wherever padding lies.
 
-  The last token is the one of the highest position; it need not be the last of the array.  x: hidden states of
-  the inputs; the last *target* has none, so an answer is scored at the last token that is an input.
+  The last token is the one of the highest position, in whatever order the tokens lie.  x: hidden states [B, T, D].
   """
   values = decoder.token_values(params, x)
   real = batch['segment_ids'] != 0
