@@ -48,6 +48,10 @@ COMMANDS = {
         "go on with a run's model on conversations, or on other text", 'llmjax.loops.finetune',
         'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:FinetuneSpec',
         'llmjax finetune --config=configs/finetune/chat.py --workdir=runs/chat'),
+    'rl': Command(
+        "let a run's model learn from what its own answers are worth", 'llmjax.loops.rl',
+        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:RlCommandSpec',
+        'llmjax rl --config=configs/rl/sums_grpo.py --workdir=runs/rl'),
     'preview': Command(
         'rows of a recipe as text, with what is trained told apart', 'llmjax.loops.preview',
         'llmjax.loops.spec:PreviewOptions', 'llmjax.loops.spec:PreviewSpec',

@@ -138,11 +138,15 @@ class _State(NamedTuple):
 
 
 class _Choice(NamedTuple):
-  """How tokens are chosen, all traced: sampling parameters, stop ids, number of real tokens."""
+  """How tokens are chosen, all traced: sampling parameters, stop ids, number of real tokens.
+
+  drawn: whether log-probabilities are those of the distribution drawn from: see `ops.sampling.sample`.
+  """
 
   sampling: dict
   stop_ids: jax.Array
   vocab_size: jax.Array
+  drawn: jax.Array
 
 
 def _choose(choice, logits, seen, keys, positions):
@@ -150,7 +154,7 @@ def _choose(choice, logits, seen, keys, positions):
   ids = jnp.arange(logits.shape[-1])
   logits = jnp.where(ids < choice.vocab_size, logits, sampling_ops.REMOVED)
   keys = jax.vmap(jax.random.fold_in)(keys, positions)
-  token, logprob = sampling_ops.sample(keys, logits, seen=seen, **choice.sampling)
+  token, logprob = sampling_ops.sample(keys, logits, seen=seen, drawn=choice.drawn, **choice.sampling)
   return token, logprob, jnp.any(token[:, None] == choice.stop_ids, axis=-1)
 
 
@@ -231,17 +235,19 @@ class Generator:
     with self.on_mesh():
       self.params = _prepare(params, compute_dtype=self.compute_dtype)
 
-  def generate(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=()):
+  def generate(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=(), drawn_logprobs=False):
     """Returns a Generation: (tokens [B, max_new_tokens], logprobs, lengths).
 
     prompts: token ids, one int array for each row, of any lengths; each row gets what it would get
     alone.  sampling: a SamplingSpec; None is greedy.  key: a PRNG key, or one for each row [B].
+    drawn_logprobs: give the log-probabilities of the distribution that was drawn from, with its
+    temperature and what top-p and the like leave, instead of the model's own.
     """
     tokens = np.zeros((len(prompts), max_new_tokens), np.int32)
     logprobs = np.zeros((len(prompts), max_new_tokens), np.float32)
     lengths, at = np.zeros(len(prompts), np.int32), 0
     for new, new_logprobs, counts in self.stream(prompts, max_new_tokens, sampling, key, stop_ids,
-                                                 chunk=CHUNK):
+                                                 CHUNK, drawn_logprobs):
       tokens[:, at:at + new.shape[1]] = new
       logprobs[:, at:at + new.shape[1]] = new_logprobs
       lengths += counts
@@ -256,7 +262,7 @@ class Generator:
     return None
 
   def stream(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=(),
-             chunk=STREAM_CHUNK):
+             chunk=STREAM_CHUNK, drawn_logprobs=False):
     """Yields (tokens int32 [B, n], logprobs float32 [B, n], counts int32 [B]) as they are made.
 
     counts: how many of the n belong to each row; a row that has ended has 0.  The first yield is
@@ -281,7 +287,7 @@ class Generator:
     # A row's key depends on its place only, so rows added or left out change nothing.
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
     keys = keys[np.minimum(np.arange(len(prompts)), rows - 1)]
-    choice = self._choice(sampling, stop_ids)
+    choice = self._choice(sampling, stop_ids, drawn_logprobs)
     done = np.zeros(rows, bool)
 
     def cut(tokens, logprobs):
@@ -326,13 +332,13 @@ class Generator:
                        f'0 to {self.spec.vocab_size - 1}')
     return prompt
 
-  def _choice(self, sampling, stop_ids):
+  def _choice(self, sampling, stop_ids, drawn=False):
     sampling = sampling or SamplingSpec(temperature=0.0)
     names = ('temperature', 'top_p', 'min_p', 'repetition_penalty')
     values = {name: np.float32(getattr(sampling, name)) for name in names}
     ids = np.full(max(1, -(-len(stop_ids) // STOP_IDS)) * STOP_IDS, -1, np.int32)
     ids[:len(stop_ids)] = stop_ids
-    return _Choice({**values, 'top_k': np.int32(sampling.top_k)}, ids, np.int32(self.vocab_size))
+    return _Choice({**values, 'top_k': np.int32(sampling.top_k)}, ids, np.int32(self.vocab_size), np.bool_(drawn))
 
   def on_mesh(self):
     """Returns the context in which its programs run."""

@@ -1,5 +1,6 @@
 """What a training loop does for adapters: their frozen base, and what trains beside it."""
 
+import contextlib
 import functools
 import pathlib
 
@@ -36,10 +37,16 @@ def initial_checkpoint(source):
 
 
 def restore_initial(source, folder, abstract):
-  """Returns the parameters of a checkpoint, laid out as abstract is; ConfigError when they are another model's."""
+  """Returns the parameters of a checkpoint, laid out as abstract is; ConfigError when they are another model's.
+
+  A value head that it does not have is left out.
+  """
   try:
     return restore_params(folder, abstract)
   except ValueError as e:
+    if 'value' in abstract:
+      with contextlib.suppress(ValueError):
+        return restore_params(folder, {name: tree for name, tree in abstract.items() if name != 'value'})
     raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
 
 

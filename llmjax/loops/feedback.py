@@ -103,7 +103,8 @@ class _Voice:
   """A run's model that answers conversations and judges choices."""
 
   def __init__(self, workdir, options):
-    self._options = dataclasses.replace(options, workdir=workdir, step=options.step if workdir == options.workdir else 0)
+    step = options.step if workdir == options.workdir else 0
+    self._options = dataclasses.replace(options, workdir=workdir, step=step)
     run_spec = config.build(LayoutSpec, read_config(workdir))
     harness.enable_compilation_cache(run_spec.train.compilation_cache)
     self._generator, self._tokenizer, step = load_generator(self._options, run_spec)

@@ -50,7 +50,8 @@ class Job:
 
   spec: the command's spec, whose groups `model, train, optimizer, guard, checkpoint, profile, logs` the
   harness reads.  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data),
-  `restore(state)` and `close()`.
+  `restore(state)` and `close()`.  One that is made with the model has `is_due`, whether its next batch needs the
+  parameters, and `refill(params)`, which is called then and returns metrics.
   loss_fn: see train/step.py.  evaluators: name -> function of the parameters that returns metrics.
   sample: function of the parameters that returns [(prompt, continuation)], or None.  describe: function of
   a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
@@ -123,7 +124,8 @@ def claim_workdir(workdir, spec):
     fixed = [('model', k) for k in resolved['model']] + [
         ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
         ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'),
-        ('train', 'seed'), ('train', 'param_dtype')] + [('adapter', k) for k in resolved.get('adapter', {})]
+        ('train', 'seed'), ('train', 'param_dtype')] + [
+            (group, k) for group in ('adapter', 'rl', 'policy') for k in resolved.get(group, ())]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
@@ -238,7 +240,7 @@ class Loop:
       source = spec.train.init_from
       abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), state.params,
                               shardings.params)
-      state = state.replace(params=restore_initial(source, initial_checkpoint(source), abstract))
+      state = state.replace(params={**state.params, **restore_initial(source, initial_checkpoint(source), abstract)})
     self.job.batches.restore(0)
     return state, 0
 
@@ -251,6 +253,16 @@ class Loop:
     self.writers = open_writers(self.workdir, to_dict(self.spec), self.spec.logs.writers, resume_step=step)
     train = self.spec.train
     self.patience = Patience(train.patience, train.stop_metric, self.workdir, step or 0)
+
+  def _refill(self, step):
+    """Lets a stream that is made with the model sample what comes after this step."""
+    self.heart.beat(step, 'sample')
+    with self.ledger.charge('rollout'):
+      begin = time.perf_counter()
+      metrics = self.job.batches.refill(self.state.params)
+    # They belong to the step that learns from them: a run that goes on from this one makes them again.
+    self.writers.write(step + 1, {f'rollout/{name}': value for name, value in metrics.items()})
+    self.progress.rollout(step + 1, metrics, time.perf_counter() - begin)
 
   def _next_batch(self):
     """Returns a batch on the devices, and the stream's state once it is used up."""
@@ -267,6 +279,8 @@ class Loop:
   def run(self, stop=lambda turn: False):
     """Trains to the last step, until the run is lost, or until stop(turn) says so; returns the exit status."""
     train, guard, ledger, progress = self.spec.train, self.spec.guard, self.ledger, self.progress
+    if getattr(self.job.batches, 'is_due', False):
+      self._refill(self.first)
     with ledger.charge('data_wait'):
       batch, position = self._next_batch()
     with ledger.charge('compile'):
@@ -293,6 +307,10 @@ class Loop:
         if self.replicas and (self._due(guard.checksum_every, step) or self._due(train.checkpoint_every, step)):
           self.sums.append((step, self.replicas.sums(self.state.params)))
         if step < self.total:
+          if getattr(self.job.batches, 'is_due', False):
+            jax.block_until_ready(metrics)
+            with window.paused():
+              self._refill(step)
           begin = time.perf_counter()
           batch, position = self._next_batch()  # While the devices work.
           spent = time.perf_counter() - begin

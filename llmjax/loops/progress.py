@@ -109,14 +109,20 @@ class Progress:
     self._live_length = len(text)
 
   def evaluated(self, step, name, metrics, seconds=None):
-    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`."""
+    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`, `reward`."""
     parts = [self._head('eval', step), name]
     for key, form in (('loss', 'loss {:.3f}'), ('perplexity', 'ppl {:.4g}'),
-                      ('bits_per_byte', '{:.3f} bits/byte')):
+                      ('bits_per_byte', '{:.3f} bits/byte'), ('reward', 'reward {:.3f}')):
       value = metrics.get(key, metrics.get(f'eval/{name}/{key}'))
       if value is not None:
         parts.append(form.format(value))
     self._print('  '.join(parts + ([format_duration(seconds)] if seconds is not None else [])))
+
+  def rollout(self, step, metrics, seconds):
+    """Prints the line of a rollout.  metrics: `reward`, `tokens`, `ended` and perhaps `kl` (nats an answer)."""
+    parts = [self._head('roll', step)] + [f'{key} {metrics[key]:.4g}' for key in ('reward', 'tokens', 'ended', 'kl')
+                                          if key in metrics]
+    self._print('  '.join([*parts, format_duration(seconds)]))
 
   def saved(self, step, path, seconds=None, size=None):
     """Prints a checkpoint's line.  seconds: what the loop waited.  size: bytes."""

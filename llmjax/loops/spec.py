@@ -17,11 +17,12 @@ from llmjax.loops.profiling import ProfileSpec, parse_steps
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
+from llmjax.rl.spec import PolicySpec, RlSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
 __all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'FinetuneSpec', 'GenerateOptions',
            'LayoutSpec', 'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions',
-           'PretrainSpec', 'PreviewOptions', 'PreviewSpec', 'ReportOptions']
+           'PretrainSpec', 'PreviewOptions', 'PreviewSpec', 'ReportOptions', 'RlCommandSpec']
 
 WRITERS = ('tensorboard', 'wandb', 'mlflow')
 
@@ -289,6 +290,45 @@ class FinetuneSpec(PretrainSpec):
       if manifest['tokenizer']['sha256'] != prepared.file_sha256(tokenizer):
         yield (f'data.sources: {folder} has another tokenizer than {source}; prepare it again with --force '
                f'--config.tokenizer.path={tokenizer}')
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptData(DataSpec):
+  """The data group where sources hold prompts.  A row is a prompt and an answer."""
+
+  kinds = ('prompts',)
+
+
+@dataclasses.dataclass(frozen=True)
+class RlCommandSpec(FinetuneSpec):
+  """The config of `llmjax rl`: fine-tuning's, on prompts."""
+
+  data: PromptData = group(PromptData)
+  rl: RlSpec = group(RlSpec)
+  policy: PolicySpec = group(PolicySpec)
+
+  def problems(self):
+    yield from super().problems()
+    rl, policy, rows = self.rl, self.policy, self.train.batch_size
+    if rl.rows % rows:
+      fits = [n for n in range(1, rl.rows + 1) if rl.rows % n == 0]
+      near = min(fits, key=lambda n: abs(n - rows))
+      yield (f'train.batch_size={rows} does not divide the {rl.rows} rows of an iteration, rl.prompts={rl.prompts} x '
+             f'rl.group={rl.group}; write train.batch_size={near}')
+    if policy.advantages != 'gae' and rl.group < 2:
+      yield f'rl.group={rl.group} leaves nothing to compare with; write rl.group=8, or policy.name=ppo'
+    if rl.max_new_tokens >= self.data.seq_len:
+      yield (f'rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in data.seq_len='
+             f'{self.data.seq_len}; write data.seq_len={2 * rl.max_new_tokens}')
+    if not rl.reference and policy.kl_coef:
+      yield 'rl.reference=False leaves nothing to measure the KL from; write policy.kl_coef=0, or rl.reference=True'
+    if self.guard.policy == 'rollback':
+      yield ('guard.policy=rollback would leave out rollouts that are not made yet; write guard.policy=skip or '
+             'guard.policy=abort')
+    if self.pipeline.schedule == '1f1b' and self.mesh.size('stage') > 1:
+      yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+    if rl.reward_model and not (run_folder(rl.reward_model) / 'config.json').is_file():
+      yield f"rl.reward_model={rl.reward_model} is not a run's folder; give the --workdir of a reward model"
 
 
 def run_folder(source):

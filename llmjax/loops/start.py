@@ -18,10 +18,11 @@ from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh
 from llmjax.train import objectives
 
 
-def run(spec, options, make_job):
+def run(spec, options, make_job, open_batches=None):
   """Trains what the spec says in options.workdir; returns the exit status.
 
   make_job(spec, mesh, batches, workdir) -> harness.Job without its ledger: all that differs between commands.
+  open_batches: function of (spec, mesh) to those batches; None: rows of tokens.
   """
   ledger = Ledger(options.workdir, age=process_age())
   if spec.train.deterministic:
@@ -29,10 +30,10 @@ def run(spec, options, make_job):
   if not doctor.accelerator_present():
     share_arena()
   with distributed.together(spec.distributed), harness.hold_workdir(options.workdir):
-    return _train(spec, options, ledger, make_job)
+    return _train(spec, options, ledger, make_job, open_batches or _open_rows)
 
 
-def _train(spec, options, ledger, make_job):
+def _train(spec, options, ledger, make_job, open_batches):
   with ledger.charge('init'):
     harness.enable_compilation_cache(spec.train.compilation_cache)
     require_platform(spec.train.platform)
@@ -47,12 +48,15 @@ def _train(spec, options, ledger, make_job):
         (workdir / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
       if not (any((workdir / 'checkpoints').glob('[0-9]*')) and (workdir / 'tokenizer.model').exists()):
         shutil.copyfile(stream.load_tokenizer(spec.data).path, workdir / 'tokenizer.model')
-    batches = stream.open_stream(
-        spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
-        blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
+    batches = open_batches(spec, mesh)
   job = dataclasses.replace(make_job(spec, mesh, batches, workdir), ledger=ledger)
   with jax.set_mesh(mesh):
     return harness.train(job, workdir)
+
+
+def _open_rows(spec, mesh):
+  return stream.open_stream(spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
+                            blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
 
 
 def resolve(spec):

@@ -9,7 +9,8 @@ def count_params(spec):
   mlps = (spec.num_experts + spec.shared_experts if spec.num_experts else 1) * 3 * d * f
   router = spec.num_experts * d
   parts = {'embed': v * d, 'blocks': spec.num_layers * (attention + mlps + router + norms),
-           'final_norm': d, 'head': 0 if spec.tie_embeddings else v * d}
+           'final_norm': d, 'head': 0 if spec.tie_embeddings else v * d,
+           **({'value': d} if spec.value_head else {})}
   return {**parts, 'total': sum(parts.values())}
 
 

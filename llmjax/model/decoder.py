@@ -1,6 +1,7 @@
 """The decoder: plain functions over one nested dict of parameters.
 
-  {'embed': {'table'}, 'blocks': {... each leaf [layers, ...]}, 'final_norm': {'scale'}, 'head': {'kernel'}}
+  {'embed': {'table'}, 'blocks': {... each leaf [layers, ...]}, 'final_norm': {'scale'}, 'head': {'kernel'},
+   'value': {'kernel'}}, the last one with spec.value_head only
 
 Letters as in layers.py.  `init_params` makes the dict and its logical axis names; `hidden_states` runs
 it; `unembed` makes logits.  A loss takes hidden states and `output_matrix`, so that the logits of a
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llmjax.model.layers import Block, Context, Embed, Head, Norm
+from llmjax.model.layers import Block, Context, Embed, Head, Norm, ValueHead
 from llmjax.ops.norms import rms_norm
 from llmjax.ops.products import dense, is_weight, project
 from llmjax.ops.rotary import rotary_angles
@@ -69,6 +70,8 @@ def _init(spec, key, param_dtype):
       'blocks': init_stack(Block(spec, param_dtype), spec.num_layers, keys[1], x, None, context),
       'final_norm': Norm(spec.norm_epsilon, param_dtype).init(keys[2], x)['params'],
   }
+  if spec.value_head:
+    params['value'] = ValueHead(param_dtype).init(keys[2], x)['params']
   if not spec.tie_embeddings:
     params['head'] = Head(spec, param_dtype).init(keys[2], x)['params']
   return params
@@ -209,6 +212,11 @@ def output_matrix(spec, params):
   if spec.tie_embeddings:
     return constrain(dense(params['embed']['table']), 'vocab', None), 0
   return constrain(dense(params['head']['kernel']), None, 'vocab'), 1
+
+
+def token_values(params, x):
+  """Returns what the value head says of hidden states [..., D]: float32 [...]."""
+  return ValueHead().apply({'params': params['value']}, x)
 
 
 def unembed(spec, params, x):

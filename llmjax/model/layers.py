@@ -311,3 +311,15 @@ class Head(nn.Module):
                         nn.with_logical_partitioning(nn.initializers.zeros, ('table_embed', 'vocab')),
                         (self.spec.d_model, self.spec.vocab_size), self.param_dtype)
     return project(x, kernel)
+
+
+class ValueHead(nn.Module):
+  """One number for each token, [..., D] to float32 [...], in float32.  Zeros: the first value is 0."""
+
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)), (x.shape[-1],),
+                        self.param_dtype)
+    return jnp.einsum('...D,D->...', x.astype(jnp.float32), kernel.astype(jnp.float32))

@@ -111,11 +111,12 @@ SURROGATES = {'clip': _clip, 'cispo': _cispo, 'sapo': _sapo, 'vespo': _vespo, 'r
 def value_loss(values, old_values, returns, mask, clip=0.2):
   """Returns (sum over tokens, weight, aux) of half the squared error, the larger one of clipped and free values.
 
+  values, old_values, returns: float32 [B, T].  mask: the tokens' weights [B, T].
   clip: how far from old_values a value is believed to move; 0: not clipped.  aux: sums of `value_clip_fraction`,
   `value_error` (squared) and `value`.  Source: arXiv:1707.06347, eq. 9, with the clip of its released code
   (arXiv:2005.12729).
   """
-  mask = (mask != 0).astype(jnp.float32)
+  mask = mask.astype(jnp.float32)
   zero = lambda x: jnp.where(mask != 0, x, 0.0)
   values, old_values, returns = zero(values), zero(old_values), zero(returns)
   error = jnp.square(values - returns)

@@ -10,7 +10,7 @@ from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.ops.losses import CHUNK_LOGITS, chunked_cross_entropy
 from llmjax.parallel import pipeline
-from llmjax.parallel.attention import zigzag_batch
+from llmjax.parallel.attention import from_zigzag, zigzag_batch
 from llmjax.parallel.sharding import mesh_size, row_shards, sum_over_rows
 
 # Each platform's kernel.
@@ -86,58 +86,87 @@ def with_adapters(loss_fn, specs):
   return adapted
 
 
-def next_token(model, train, platform, pipe=None):
-  """Returns the loss_fn of language modelling; its sum is in nats.  pipe: see `decoder.hidden_states`."""
-  dtype = jnp.dtype(train.compute_dtype)
-  implementation = resolve_attention(train.attention, platform)
-  unroll = resolve_unroll(train, model.num_layers, platform)
+class Forward:
+  """What every objective does first: a batch through the model, as far as the final hidden states."""
 
-  def use_ring():
-    return train.context_attention == 'ring' and mesh_size('context') > 1
+  def __init__(self, model, train, platform, pipe=None):
+    """pipe: see `decoder.hidden_states`."""
+    self.model, self.train, self.pipe = model, train, pipe
+    self.dtype = jnp.dtype(train.compute_dtype)
+    self.implementation = resolve_attention(train.attention, platform)
+    self.unroll = resolve_unroll(train, model.num_layers, platform)
+    # How logits are cut: see `ops.losses`.
+    self.chunking = {'soft_cap': model.logits_soft_cap or None,
+                     'chunk_logits': CHUNK_LOGITS if platform == 'cpu' else ACCELERATOR_CHUNK_LOGITS}
 
-  def make_context(rows, key):
-    return decoder.make_context(model, rows['positions'], rows['segment_ids'],
-                                implementation=implementation, key=key if model.dropout else None,
-                                zigzag=use_ring())
+  def use_ring(self):
+    return self.train.context_attention == 'ring' and mesh_size('context') > 1
 
-  def score(params, x, rows):
-    """Returns (sum of losses, (weight, aux)) of final hidden states x [B, T, D]."""
-    matrix, vocab_axis = decoder.output_matrix(model, params)
+  def order(self, batch):
+    """Returns the batch in the order of tokens that the model wants on the mesh that is set."""
+    return zigzag_batch(batch) if self.use_ring() else batch
 
-    def sums(matrix, x, targets, loss_mask):
-      loss, weight, aux = chunked_cross_entropy(
-          x, matrix, targets, loss_mask, z_loss=train.z_loss, soft_cap=model.logits_soft_cap or None,
-          chunk_logits=CHUNK_LOGITS if platform == 'cpu' else ACCELERATOR_CHUNK_LOGITS, vocab_axis=vocab_axis)
-      return loss, (weight, aux)
+  def restore(self, a):
+    """Returns an array [B, T, ...] of an ordered batch in the order of the row."""
+    return from_zigzag(a) if self.use_ring() else a
 
-    return sum_over_rows(sums, matrix.astype(dtype), x, rows['targets'], rows['loss_mask'])
+  def context(self, rows, key):
+    return decoder.make_context(self.model, rows['positions'], rows['segment_ids'],
+                                implementation=self.implementation, key=key if self.model.dropout else None,
+                                zigzag=self.use_ring())
 
-  def perturb(batch, key):
-    if not train.neftune_alpha or key is None:
+  def __call__(self, params, batch, key):
+    """Returns (final normalised hidden states [B, T, D], aux) of an ordered batch.  key: None for no dropout."""
+    x, _, aux = decoder.hidden_states(
+        self.model, params, batch['tokens'], self.context(batch, key), compute_dtype=self.dtype,
+        remat=self.train.remat, unroll=self.unroll, pipe=self.pipe, perturb=self._perturb(batch, key))
+    return x, aux
+
+  def matrix(self, params):
+    """Returns (output matrix in the dtype of products, vocab_axis)."""
+    matrix, vocab_axis = decoder.output_matrix(self.model, params)
+    return matrix.astype(self.dtype), vocab_axis
+
+  def _perturb(self, batch, key):
+    if not self.train.neftune_alpha or key is None:
       return None
     # Another key than the layers', which are split from the same one.
     noise_key = jax.random.fold_in(key, 0x4EF7)
-    return lambda x: x + embedding_noise(noise_key, x, batch['segment_ids'], train.neftune_alpha)
+    return lambda x: x + embedding_noise(noise_key, x, batch['segment_ids'], self.train.neftune_alpha)
+
+
+def next_token(model, train, platform, pipe=None):
+  """Returns the loss_fn of language modelling; its sum is in nats.  pipe: see `decoder.hidden_states`."""
+  forward = Forward(model, train, platform, pipe)
+
+  def score(params, x, rows):
+    """Returns (sum of losses, (weight, aux)) of final hidden states x [B, T, D]."""
+    matrix, vocab_axis = forward.matrix(params)
+
+    def sums(matrix, x, targets, loss_mask):
+      loss, weight, aux = chunked_cross_entropy(
+          x, matrix, targets, loss_mask, z_loss=train.z_loss, vocab_axis=vocab_axis, **forward.chunking)
+      return loss, (weight, aux)
+
+    return sum_over_rows(sums, matrix, x, rows['targets'], rows['loss_mask'])
 
   def loss_fn(params, batch, key):
-    x, _, aux = decoder.hidden_states(
-        model, params, batch['tokens'], make_context(batch, key), compute_dtype=dtype,
-        remat=train.remat, unroll=unroll, pipe=pipe, perturb=perturb(batch, key))
+    x, aux = forward(params, batch, key)
     loss, (weight, names) = score(params, x, batch)
     return loss + aux.get('penalty', 0.0), (weight, {**names, **aux})
 
   def reorder(loss_fn):
-    return lambda params, batch, key: loss_fn(params, zigzag_batch(batch) if use_ring() else batch, key)
+    return lambda params, batch, key: loss_fn(params, forward.order(batch), key)
 
   if pipe is None or pipe.schedule != '1f1b':
     return reorder(loss_fn)
 
   def totals_and_gradients(params, batch, key):
     ends = {name: tree for name, tree in params.items() if name != 'blocks'}
-    layers = decoder.stage_fn(model, make_context(batch, key), train.remat, unroll)
-    first = lambda ends, rows: decoder.embed(model, ends, rows['tokens'], dtype)
+    layers = decoder.stage_fn(model, forward.context(batch, key), train.remat, forward.unroll)
+    first = lambda ends, rows: decoder.embed(model, ends, rows['tokens'], forward.dtype)
     last = lambda ends, x, rows: score(ends, decoder.final_norm(model, ends, x), rows)
-    blocks = decoder.cast(params['blocks'], dtype)
+    blocks = decoder.cast(params['blocks'], forward.dtype)
     stages = pipeline.num_stages()
     totals, (d_ends, d_blocks) = pipeline.forward_backward(
         first, layers, last, (ends, blocks), batch,

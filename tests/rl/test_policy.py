@@ -13,7 +13,7 @@ from llmjax.rl.spec import NAMED, PolicySpec
 
 
 def named(name, **fields):
-  return PolicySpec(**{**NAMED[name], **fields})
+  return PolicySpec(**{'name': name, **NAMED[name], **fields})
 
 
 # Golden name -> the loss.
