@@ -163,24 +163,18 @@ def lower(spec, topology):
   devices = get_devices(topology)
   import jax
 
-  from llmjax.loops.mesh import abstract_batch
+  from llmjax.loops.mesh import abstract_pretraining
   from llmjax.parallel.mesh import make_mesh
-  from llmjax.train import objectives
-  from llmjax.train.optimizers import make_optimizer
-  from llmjax.train.state import abstract_state
-  from llmjax.train.step import lower_step, make_train_step
+  from llmjax.train.step import lower_step
   try:
     mesh = make_mesh(spec.mesh, devices)
   except NotImplementedError as e:
     sizes = {axis: getattr(spec.mesh, axis) for axis in AXES}
     raise ConfigError([f'the mesh {mesh_text(sizes)} cannot be laid on {topology.name}; give axes sizes that are '
                        f'products of {", ".join(map(str, topology.shape))}']) from e
-  tx, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
-  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero)
-  loss_fn = objectives.next_token(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
-  step = make_train_step(loss_fn, tx, schedule, spec.train.accumulation)
+  step, state, batch = abstract_pretraining(spec, mesh)
   with jax.set_mesh(mesh):
-    return lower_step(step, state, abstract_batch(spec, mesh)), mesh, state
+    return lower_step(step, state, batch), mesh, state
 
 
 def compile_text(lowered):
