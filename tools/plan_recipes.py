@@ -112,9 +112,10 @@ def report(entries):
   return f'''# Recipes, compiled for the chips they are meant for
 
 Written by `python tools/plan_recipes.py`, with {', '.join(f'{k} {v}' for k, v in versions.items())}. Each line is one
-`llmjax plan --config=configs/pretrain/RECIPE --topology=CHIPS [--slices=N]`, with the changes that stand behind the recipe.
-No TPU was used: these are predictions from compiled programs, and `experiments/tpu_calibration` says how good such are.
-`gpt2_124m` and `llm_1b` have a vocabulary of 32,000. The first three are compiled by the tests wherever libtpu is there.
+`llmjax plan --config=configs/pretrain/RECIPE --topology=CHIPS [--slices=N]`, with the changes that stand behind the
+recipe. No TPU was used: these are predictions from compiled programs, and `experiments/tpu_calibration` says how good
+such are. `gpt2_124m` and `llm_1b` have a vocabulary of 32,000. The first three are compiled by the tests wherever
+libtpu is there.
 
 {table}
 '''

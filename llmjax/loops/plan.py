@@ -16,7 +16,7 @@ import pathlib
 import sys
 import time
 
-from llmjax.config import ConfigError, find_problems
+from llmjax.config import ConfigError, find_problems, to_dict
 from llmjax.parallel.spec import AXES
 from llmjax.plan import closed, page
 from llmjax.plan.closed import causal_part, outline, rate
@@ -59,7 +59,7 @@ def run(spec, options):
       plan = too_large(spec, topology, e.found)
   if not plan['fits']:
     plan.setdefault('changes', closed.changes_that_fit(spec, topology))
-  plan['cost'] = cost_of(plan, spec, topology)
+  plan.update(cost=cost_of(plan, spec, topology), config=to_dict(spec))
   print(describe(plan))
   if options.output:
     write(plan, options.output)

@@ -111,9 +111,8 @@ def candidates(spec, topology, rows_per_chip=()):
             spec.train, remat=remat, accumulation=accumulation, batch_size=batch))
         if batch % accumulation or any(True for _ in find_problems(other)):
           continue
-        fast = closed.plan(other, topology)
-        if fast['hbm_bytes']['total'] <= ROOM * topology.device_hbm:
-          found.append(Candidate(other, fast))
+        if closed.estimate_memory(other, topology)['total'] <= ROOM * topology.device_hbm:
+          found.append(Candidate(other, closed.plan(other, topology)))
   # Closed forms cannot tell a percent apart.
   return sorted(found, key=lambda c: (-round(math.log(c.speed) * 100), len(c.sizes), -c.speed))
 
