@@ -134,17 +134,17 @@ def main():
     parser.error(f'--only={options.only}: known are {", ".join(p.name for p in PROGRAMS)}')
   file = options.output / 'table.json'
   entries = {e['name']: e for e in json.loads(file.read_text())} if file.exists() else {}
-  jobs = {p: Job(p.name, [f'--config={ROOT}/configs/pretrain/{p.recipe}', *p.flags]) for p in chosen}
+  jobs = [Job(p.name, [f'--config={ROOT}/configs/pretrain/{p.recipe}', *p.flags]) for p in chosen]
   try:
-    run_jobs(list(jobs.values()), options.jobs, lambda text: print(text, flush=True))
+    run_jobs(jobs, options.jobs, lambda text: print(text, flush=True))
   finally:  # After Ctrl-C too, what was compiled is kept.
-    entries.update({p.name: entry_of(p, job) for p, job in jobs.items() if job.plan or job.error})
+    entries.update({p.name: entry_of(p, job) for p, job in zip(chosen, jobs, strict=True) if job.plan or job.error})
     ordered = [entries[p.name] for p in PROGRAMS if p.name in entries]
     options.output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(ordered, indent=1) + '\n')
     (options.output / 'README.md').write_text(report(ordered))
   print(report(ordered))
-  sys.exit(0 if all(job.plan and job.plan['fits'] for job in jobs.values()) else 1)
+  sys.exit(0 if all(job.plan and job.plan['fits'] for job in jobs) else 1)
 
 
 if __name__ == '__main__':

@@ -81,9 +81,7 @@ def run(spec, topology, options):
     return 130 if interrupted else 1
   file = pathlib.Path(options.output or '.') / 'best.json'
   file.parent.mkdir(parents=True, exist_ok=True)
-  best = to_dict(done[0].spec)
-  best.pop('cost')  # Of `plan` alone; `pretrain` takes the rest.
-  file.write_text(json.dumps(best, indent=2) + '\n')
+  file.write_text(json.dumps(to_dict(done[0].spec), indent=2) + '\n')
   print(f'the best is {done[0].mesh}, remat {done[0].spec.train.remat}, accumulation '
         f'{done[0].spec.train.accumulation}: --config={file}')
   return 130 if interrupted else 0
