@@ -103,7 +103,14 @@ def test_the_run_folder(folder):
     assert set(rows(run, f'eval/validation/{key}')) == {6}
   assert sorted(p.name for p in (run / 'checkpoints').iterdir()) == ['3', '6']
   assert json.loads((run / 'samples.jsonl').read_text().splitlines()[0])['prompt'] == 'the cat'
-  assert '<html' in (run / 'report.html').read_text()
+  page = (run / 'report.html').read_text()
+  assert '<html' in page
+  assert 'Energy and cost' in page
+  assert 'set cost.chip_watts' in page  # No table has the power of this CPU.
+  energy = json.loads((run / 'energy.json').read_text())
+  spent = json.loads((run / 'time.jsonl').read_text().splitlines()[-1])['seconds']
+  assert energy['total']['seconds'] == pytest.approx(sum(spent.values()), abs=0.1)
+  assert energy['total']['chip_hours'] == pytest.approx(energy['total']['seconds'] / 3600)
   assert any((run / 'tensorboard').iterdir())
   assert json.loads((run / 'config.json').read_text())['model']['vocab_size'] % 128 == 0
   assert 'is done: step 6 of 6' in pretrain(folder, 'whole', 6)
