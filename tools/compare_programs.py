@@ -46,9 +46,10 @@ def flops_of_tokens(recipe, tokens):
 def row_of_plan(plan):
   """Returns one program's row; bytes and seconds are of one device, wire of one step."""
   parts, memory = plan['parts'], plan['hbm_bytes']
-  static = parts['matmul'] + parts['other'] + parts['kernel']
+  kernel = sum((k['flops'] or 0) * k['runs'] for k in plan['kernels']) / parse_topology(plan['topology']).device_peak
+  static = parts['matmul'] + parts['other'] + kernel
   return {'static_seconds': static, 'mfu': plan['mfu'] * plan['step_seconds'] / static, 'cycles': plan['cycles'],
-          'kernel_seconds': parts['kernel'], 'waiting_seconds': parts['exposed'],
+          'kernel_seconds': kernel, 'waiting_seconds': parts['exposed'],
           'predicted_mfu': plan['mfu'], 'tokens_per_second_per_chip': plan['tokens_per_second_per_chip'],
           'arguments': memory['arguments'], 'temp': memory['temp'], 'total': memory['total'],
           'wire': sum(r['sent_bytes'] for r in plan['collectives']), 'unknown_loops': plan['unknown_loops'],

@@ -271,14 +271,14 @@ def read_program(spec, topology, mesh, text, memory, compile_seconds, state):
                 'bytes': local_bytes(leaf), 'count': 1} for name, leaf in stored],
       kept=arrays(kept), arrays=arrays(largest(program.module)))
   plan['fits'] = plan['hbm_bytes']['total'] <= topology.device_hbm
-  totals, clock, peak = program.totals, topology.chip.clock, topology.device_peak
+  totals, clock = program.totals, topology.chip.clock
   plan['cycles'] = {'total': sum(totals.cycles.values()), **totals.cycles}
   plan['clock_hz'] = clock
   plan['parts'] = {'matmul': totals.cycles['matmul'] / clock, 'other': totals.cycles['other'] / clock,
-                   'kernel': totals.kernel_flops / peak, 'exposed': totals.waiting}
+                   'kernel': totals.kernel, 'exposed': totals.waiting}
   plan['network_seconds'] = totals.network
   plan['step_seconds'] = totals.seconds
-  plan['kernels'] = [{**dataclasses.asdict(k), 'seconds': (k.flops or 0) * k.runs / peak} for k in program.kernels]
+  plan['kernels'] = [dataclasses.asdict(k) for k in program.kernels]
   plan['collectives'] = summarize(program.transfers)
   plan['top'] = [dict(zip(('seconds', 'category', 'name', 'runs', 'op_name'), row, strict=True))
                  for row in program.top[:12]]
