@@ -23,6 +23,7 @@ from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
 from llmjax.loops import doctor
 from llmjax.loops.adapters import Adapting, initial_checkpoint, restore_initial
+from llmjax.loops.energy import EnergyLog
 from llmjax.loops.ledger import Ledger
 from llmjax.loops.patience import Patience
 from llmjax.loops.profiling import Profiler
@@ -191,6 +192,7 @@ class Loop:
     self.metrics, self.metrics_step = {}, None  # Of the latest evaluation.
     self.bad_in_row = self.rollbacks = self.dumps = 0
     self.finished, self.sums, self.slow = False, [], {}
+    self.energy = EnergyLog(workdir, self.spec.cost, list(job.mesh.devices.flat), jax.process_count())
     rule, self.schedule = make_optimizer(self.spec.optimizer, self.total, self.spec.train.seed)
     self.tx = watched(rule, self.spec.guard.window)
     with self.ledger.charge('init'):
@@ -380,9 +382,10 @@ class Loop:
     return step == self.total or (every > 0 and step % every == 0)
 
   def account(self):
-    """Writes where the time went so far."""
+    """Writes where the time went so far, and what it cost."""
     if distributed.is_first():
       self.ledger.write(self.done, self.finished)
+      self.energy.write(self.ledger.sitting_seconds)
 
   def _log(self, step, values, speed):
     """Writes the window's metrics and who was slow."""

@@ -158,6 +158,7 @@ class PretrainSpec:
   sample: SampleSpec = group(SampleSpec)
   profile: ProfileSpec = group(ProfileSpec)
   logs: LogsSpec = group(LogsSpec)
+  cost: CostSpec = group(CostSpec)
 
   def problems(self):
     if self.optimizer.warmup_steps > self.train.steps:
@@ -385,6 +386,4 @@ class LayoutSpec(PretrainSpec):
 
 @dataclasses.dataclass(frozen=True)
 class PlanSpec(LayoutSpec):
-  """The config of `llmjax plan`: pretraining's, and what chips cost."""
-
-  cost: CostSpec = group(CostSpec)
+  """The config of `llmjax plan`: pretraining's."""

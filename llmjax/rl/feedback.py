@@ -171,7 +171,7 @@ def revise(prompts, speak, principles, *, rounds=1, seed=0, first=0):
 
 
 def comparison(messages, first, second, principle):
-  """Returns the conversation in which a model is asked to choose between two answers (arXiv:2212.08073, section 4.1)."""
+  """Returns the conversation in which a model is to choose between two answers (arXiv:2212.08073, section 4.1)."""
   talk = '\n\n'.join(f'{m["role"].capitalize()}: {m["content"]}' for m in messages)
   return [_says('user', f'Consider this conversation:\n\n{talk}\n\n{principle.prefer}\n\nOptions:\n'
                         f'(A) {first}\n(B) {second}\n\nThe answer is the letter A or B.')]
@@ -181,8 +181,8 @@ def label(log_probs, clamp=(0.0, 1.0)):
   """Returns (probability that the first answer is better, bias towards place A), each float64 [n].
 
   log_probs: [n, 2 orders, 2 choices], nats; in the second order the answers have changed places.  The probability is
-  that of the two choices alone, averaged over the orders, then clamped (arXiv:2212.08073, section 4.1, clamps to 40-60 %
-  after a chain of thought).  bias: how much likelier than 1/2 the place A is, averaged over the orders.
+  that of the two choices alone, averaged over the orders, then clamped (arXiv:2212.08073, section 4.1, clamps to 40
+  to 60 % after a chain of thought).  bias: how much likelier than 1/2 the place A is, averaged over the orders.
   """
   log_probs = np.asarray(log_probs, np.float64)
   place_a = 1.0 / (1.0 + np.exp(np.clip(log_probs[..., 1] - log_probs[..., 0], -700, 700)))
