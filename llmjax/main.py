@@ -48,6 +48,10 @@ COMMANDS = {
         "go on with a run's model on conversations, or on other text", 'llmjax.loops.finetune',
         'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:FinetuneSpec',
         'llmjax finetune --config=configs/finetune/chat.py --workdir=runs/chat'),
+    'reward': Command(
+        "let a run's model learn to score answers, from pairs of a better and a worse one", 'llmjax.loops.reward',
+        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:RewardSpec',
+        'llmjax reward --config=configs/reward/pairs.py --workdir=runs/reward'),
     'rl': Command(
         "let a run's model learn from what its own answers are worth", 'llmjax.loops.rl',
         'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:RlCommandSpec',

@@ -1,7 +1,7 @@
 """Records of conversations: every usual form of them as one form, and that form as tokens with loss weights.
 
     chat     {"messages": [{"role", "content", "weight"?}, ...]}
-    pairs    {"prompt": [messages], "chosen": [messages], "rejected": [messages]}
+    pairs    {"prompt": [messages], "chosen": [messages], "rejected": [messages], "margin"?, "probability"?}
     prompts  {"prompt": [messages], "answer": text}
 
 A prepared folder keeps that form, as JSON, in `documents/`.  Tokens: a chat is one document of the store; a pair
@@ -15,6 +15,9 @@ import numpy as np
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
 
+# What a pair may say of itself: how far its scores are to be apart, and how sure it is that the chosen answer is the
+# better one (a soft label); the least, the most, and what is meant where nothing is said.
+PAIR_NUMBERS = {'margin': (0.0, 1e6, 0.0), 'probability': (0.0, 1.0, 1.0)}
 KINDS = ('text', 'chat', 'pairs', 'prompts')
 SUFFIXES = ('.jsonl', '.ndjson', '.json', '.parquet')
 FORMS = {
@@ -107,7 +110,14 @@ def _pair(record):
     raise ValueError('no prompt before chosen and rejected')
   if not all(any(m['role'] == 'assistant' for m in messages) for messages in both):
     raise ValueError('chosen or rejected holds no message of the assistant')
-  return {'prompt': prompt, 'chosen': both[0], 'rejected': both[1]}
+  numbers = {name: _number(record[name], name, *limits[:2]) for name, limits in PAIR_NUMBERS.items() if name in record}
+  return {'prompt': prompt, 'chosen': both[0], 'rejected': both[1], **numbers}
+
+
+def _number(value, name, least, most):
+  if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+    raise ValueError(f'{name} must be a number from {least:g} to {most:g}, not {str(value)[:40]}')
+  return value
 
 
 def _prompt(record):
@@ -175,8 +185,15 @@ def texts(document):
   for value in json.loads(document).values():
     if isinstance(value, str):
       yield value
-    else:
+    elif isinstance(value, list):
       yield from (message['content'] for message in value)
+
+
+def note_of(kind, document):
+  """Returns what a store keeps beside a document's tokens: a prompt's answer, a pair's numbers; None of a chat."""
+  record = json.loads(document)
+  return record['answer'] if kind == 'prompts' else (
+      {name: record[name] for name in PAIR_NUMBERS if name in record} if kind == 'pairs' else None)
 
 
 class Encoder:
@@ -205,4 +222,5 @@ def untrained(name, chat, ids):
   return f'{name} has no trained token: {text!r}'
 
 
-__all__ = ['FORMS', 'KINDS', 'SUFFIXES', 'Encoder', 'TemplateError', 'normaliser', 'texts', 'untrained']
+__all__ = ['FORMS', 'KINDS', 'PAIR_NUMBERS', 'SUFFIXES', 'Encoder', 'TemplateError', 'normaliser', 'note_of',
+           'read_answers', 'read_prompt', 'texts', 'untrained']

@@ -16,6 +16,7 @@ import numpy as np
 
 from llmjax.config import ConfigError
 from llmjax.data import token_store
+from llmjax.data.conversations import PAIR_NUMBERS
 
 FIELDS = {'tokens': np.int32, 'targets': np.int32, 'loss_mask': np.float32,
           'segment_ids': np.int32, 'positions': np.int32}
@@ -36,6 +37,7 @@ class _Rows:
   """What both ways of cutting share.  Subclasses set the plan and fill a row."""
 
   each = 1  # Rows of a batch that belong together under one number.
+  numbers = {}  # {name: float32 [len(self)]}: what is told of each of them.
 
   def __init__(self, store: token_store.TokenStore, seq_len: int, long: str = 'error'):
     self.store, self.seq_len, self.long = store, seq_len, long
@@ -222,7 +224,10 @@ class BestFitRows(_Pieces):
 
 
 class PairRows(_Pieces):
-  """Pairs, each of two rows under one number: the chosen answer's at an even place, the rejected one's behind it."""
+  """Pairs, each of two rows under one number: the chosen answer's at an even place, the rejected one's behind it.
+
+  An answer's last token is an input, too, without a target: there a reward model reads the whole answer.
+  """
 
   each = 2
 
@@ -230,8 +235,21 @@ class PairRows(_Pieces):
   def _pieces(self):
     """(first stored id, pairs), both int64 [2 * pairs]: chosen, rejected, chosen, ..."""
     starts, pairs = self.store.offsets[:-1], np.diff(self.store.offsets) - 1
-    fits = np.repeat(self._keeps(starts, pairs).reshape(-1, 2).all(1), 2)  # A half is of no use.
+    fits = np.repeat(self._kept, 2)
     return starts[fits], np.minimum(pairs[fits], self.seq_len)
+
+  @functools.cached_property
+  def _kept(self):
+    """bool [pairs of the store]: a half is of no use."""
+    starts, pairs = self.store.offsets[:-1], np.diff(self.store.offsets) - 1
+    return self._keeps(starts, pairs + 1).reshape(-1, 2).all(1)
+
+  @functools.cached_property
+  def numbers(self):
+    """{name: float32 [len(self)]} of `conversations.PAIR_NUMBERS`, those that any pair has."""
+    notes = [note for note, kept in zip(self.store.notes[::2], self._kept, strict=True) if kept]
+    return {name: np.array([note.get(name, default) for note in notes], np.float32)
+            for name, (_, _, default) in PAIR_NUMBERS.items() if any(name in note for note in notes)}
 
   def __len__(self):
     return len(self._pieces[0]) // 2
@@ -239,7 +257,12 @@ class PairRows(_Pieces):
   def _fill_row(self, out, place, row):
     starts, counts = self._pieces
     for i in (0, 1):
-      self._fill_one_document(out, 2 * place + i, int(starts[2 * row + i]), int(counts[2 * row + i]))
+      start, count = int(starts[2 * row + i]), int(counts[2 * row + i])
+      self._fill_one_document(out, 2 * place + i, start, count)
+      if count < self.seq_len:
+        out['tokens'][2 * place + i, count] = self.store.tokens[start + count]
+        out['segment_ids'][2 * place + i, count] = 1
+        out['positions'][2 * place + i, count] = count
 
 
 class PromptRows(_Pieces):

@@ -16,6 +16,7 @@ import numpy as np
 
 from llmjax.config import ConfigError
 from llmjax.data import packing, prepared, token_store
+from llmjax.data.conversations import PAIR_NUMBERS
 from llmjax.data.spec import DataSpec
 from llmjax.text.chat import ChatFormat, template_of
 from llmjax.text.tokenizer import Tokenizer
@@ -74,6 +75,10 @@ class _Mixture:
     self.seq_len, self.each = spec.seq_len, rows_class.each
     self.rows = [rows_class(_open_store(f, split), spec.seq_len, spec.long) for f in self.folders]
     self.ends = list(itertools.accumulate(len(rows) for rows in self.rows))
+    self.columns = {}
+    for name in sorted({name for rows in self.rows for name in rows.numbers}):
+      parts = [rows.numbers.get(name, np.full(len(rows), PAIR_NUMBERS[name][2], np.float32)) for rows in self.rows]
+      self.attach(name, np.repeat(np.concatenate(parts)[:, None], self.each, 1))
 
   def __len__(self):
     return self.ends[-1]
@@ -84,12 +89,21 @@ class _Mixture:
     packing.pad_rows(out, len(numbers) * self.each)
     if len(self.rows) == 1:
       self.rows[0].fill(out, range(len(numbers)), numbers)
-      return out
-    sources = np.searchsorted(self.ends, numbers, 'right')
-    for place, (source, number) in enumerate(zip(sources.tolist(), numbers, strict=True)):
-      start = self.ends[source - 1] if source else 0
-      self.rows[source].fill(out, [place], [number - start])
+    else:
+      sources = np.searchsorted(self.ends, numbers, 'right')
+      for place, (source, number) in enumerate(zip(sources.tolist(), numbers, strict=True)):
+        start = self.ends[source - 1] if source else 0
+        self.rows[source].fill(out, [place], [number - start])
+    for name, table in self.columns.items():
+      out[name] = np.zeros(len(out['tokens']), np.float32)
+      out[name][:len(numbers) * self.each] = table[np.asarray(numbers, int)].reshape(-1)
     return out
+
+  def attach(self, name, table):
+    """Lets every batch have a field `name`, float32 [size].  table: [len(self), rows of a number]."""
+    if np.shape(table) != (len(self), self.each):
+      raise ValueError(f'{name} must have the shape {(len(self), self.each)}, not {np.shape(table)}')
+    self.columns[name] = np.asarray(table, np.float32)
 
 
 def rows_of(spec: DataSpec, split: str):
@@ -203,6 +217,11 @@ class BatchStream:
     self._drawn += 1
     return batch
 
+  def attach(self, name: str, table: np.ndarray):
+    """Lets every batch have a field `name`, float32 [rows].  table: for each sample and each of its rows."""
+    self.close()
+    self._batches.mixture.attach(name, table)
+
   def describe(self, number: int) -> list[dict]:
     """Returns all rows of batch `number` (from 0) of the whole job, each one {source, row, tokens}.
 
@@ -250,6 +269,8 @@ def documents_of(batch, row):
   found, segments = [], batch['segment_ids'][row]
   for segment in range(1, int(segments.max()) + 1):
     place = np.flatnonzero(segments == segment)
+    if batch['targets'][row][place[-1]] == 0:  # The last input of a pair's answer has no target.
+      place = place[:-1]
     found.append((np.append(batch['tokens'][row][place], batch['targets'][row][place[-1]]),
                   np.append(np.float32(0), batch['loss_mask'][row][place])))
   return found
@@ -300,10 +321,21 @@ def open_prompts(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'tr
 
 
 def eval_pairs(spec: DataSpec, split: str, batch_size: int, limit: int | None = None, *,
-               blocks=(0,), block_count: int = 1):
-  """Yields batches with every pair of a split exactly once, rows as of `open_pairs`; else as `eval_batches`."""
+               blocks=(0,), block_count: int = 1, columns=None):
+  """Yields batches with every pair of a split exactly once, rows as of `open_pairs`; else as `eval_batches`.
+
+  columns: {name: float32 [pairs, 2]}, fields that batches are to have as well.
+  """
   _require_kind(spec, 'pairs')
-  yield from _in_order(_Mixture(spec, split, packing.PairRows), batch_size, limit, blocks, block_count)
+  mixture = _Mixture(spec, split, packing.PairRows)
+  for name, table in (columns or {}).items():
+    mixture.attach(name, table)
+  yield from _in_order(mixture, batch_size, limit, blocks, block_count)
+
+
+def count_pairs(spec: DataSpec, split: str) -> int:
+  """Returns how many pairs of a split are used."""
+  return len(_Mixture(spec, split, packing.PairRows))
 
 
 def _require_kind(spec, kind):

@@ -4,7 +4,8 @@ tokens.bin: uint16 (vocabulary up to 65,536) or uint32, every document as BOS, t
 offsets.npy: int64 [documents + 1], where each document starts; the last one is the total.
 weights.bin: float32, one for each id: its weight in the loss as a target.  Only stores of conversations have it;
 their documents are as the chat template makes them.
-notes.jsonl: one JSON value for each document; only stores of prompts have it, for the right answers.
+notes.jsonl: one JSON value for each document; stores of prompts have it, for the right answers, and
+those of pairs, for what a pair says of itself.
 """
 
 import functools

@@ -170,7 +170,7 @@ def _add_conversation(store, encode, name, text, untrained):
       if not np.any(weights[1:]):
         untrained.append(conversations.untrained(name, encode.chat, ids))
         return None, size
-  note = json.loads(text)['answer'] if encode.kind == 'prompts' else None
+  note = conversations.note_of(encode.kind, text)
   for ids, weights in made:
     if reason := store.add_weighted(ids, weights, note):
       return reason, 0

@@ -79,9 +79,9 @@ class Adapting:
     names = {adapter.name: adapter_names(adapter, decoder.param_names(self.spec.model))}
     return Trained(init, names, (frozen['base'],))
 
-  def loss_fn(self, loss_fn):
+  def loss_fn(self, loss_fn, sees_frozen=False):
     """Returns the loss of adapters and frozen arrays for a loss of the model's parameters."""
-    return with_adapters(loss_fn, self.specs)
+    return with_adapters(loss_fn, self.specs, sees_frozen)
 
   def parameters(self, state):
     """Returns a state's parameters as the model takes them."""

@@ -65,7 +65,7 @@ def run(spec, options):
           f'{found["mean_absolute_bias"]:.1%} off in either direction; '
           f'{found["inconsistent"]:.1%} named another answer when the answers changed places')
   print(f'{options.output}: llmjax prepare --config=configs/data/chat.py --config.path={options.output} '
-        f'--config.kind={"pairs" if prefers else "chat"} makes it ready for training')
+        f'--config.records={"pairs" if prefers else "chat"} makes it ready for training')
   return 0
 
 

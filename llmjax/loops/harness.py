@@ -56,6 +56,8 @@ class Job:
   loss_fn: see train/step.py.  evaluators: name -> function of the parameters that returns metrics.
   sample: function of the parameters that returns [(prompt, continuation)], or None.  describe: function of
   a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
+  together: rows in order that belong together.  sees_frozen: the loss takes the state's frozen trees as well,
+  `loss_fn(params, batch, key, frozen)`: the base of adapters, and what `load_frozen` returns, {name: parameters}.
   """
 
   spec: Any
@@ -65,6 +67,9 @@ class Job:
   evaluators: dict[str, Callable]
   sample: Callable | None
   describe: Callable | None = None
+  together: int = 1
+  sees_frozen: bool = False
+  load_frozen: Callable | None = None
   ledger: Ledger | None = None  # `start.run` supplies it.
 
 
@@ -232,9 +237,8 @@ class Loop:
       self.job.batches.restore(stream['batches'])
       if self.adapting:
         self.adapting.base = stream['base']
-        state = state.replace(frozen=self.adapting.load_frozen())
-      return state, stream['batches']
-    frozen = self.adapting and self.adapting.load_frozen()
+      return state.replace(frozen=self._load_frozen()), stream['batches']
+    frozen = self._load_frozen()
     trained = self.adapting and self.adapting.trained(frozen)
     state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh,
                                   spec.mesh.zero, trained, frozen)
@@ -245,6 +249,11 @@ class Loop:
       state = state.replace(params={**state.params, **restore_initial(source, initial_checkpoint(source), abstract)})
     self.job.batches.restore(0)
     return state, 0
+
+  def _load_frozen(self):
+    """Returns the trees that the loss sees and that do not change, by name, or None."""
+    parts = [load() for load in (self.adapting and self.adapting.load_frozen, self.job.load_frozen) if load]
+    return {name: tree for part in parts for name, tree in part.items()} or None
 
   def _parameters(self):
     """Returns the parameters as the model takes them."""
@@ -272,10 +281,12 @@ class Loop:
 
   def _compile(self, batch):
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
-    loss_fn = self.adapting.loss_fn(self.job.loss_fn) if self.adapting else self.job.loss_fn
+    loss_fn = self.job.loss_fn
+    if self.adapting:
+      loss_fn = self.adapting.loss_fn(loss_fn, self.job.sees_frozen)
     loss_fn = stop_frozen(loss_fn, self.spec.optimizer.freeze)
     step = make_train_step(loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
-                           self.spec.guard)
+                           self.spec.guard, self.job.together)
     return lower_step(step, self.state, batch).compile()
 
   def run(self, stop=lambda turn: False):
@@ -516,7 +527,7 @@ class Loop:
     for name, evaluator in self.job.evaluators.items():
       begin = time.perf_counter()
       with self.ledger.charge('eval'):
-        values = evaluator(self._parameters())
+        values = evaluator(self._parameters(), *[self.state.frozen] * self.job.sees_frozen)
       metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
       self.metrics, self.metrics_step = {**self.metrics, **metrics}, step
       self.writers.write(step, metrics)
@@ -622,14 +633,14 @@ class _Window:
     """
     now, rows = time.perf_counter(), self._rows
     seconds, count = now - self._begin, len(rows)
-    tokens = sum(float(row['target_tokens']) for row in rows)
+    tokens = sum(float(row.get('tokens', row['target_tokens'])) for row in rows)
     counted = [row for row in rows if not row['bad']] or rows
     weight = sum(float(row['target_tokens']) for row in counted)
-    hidden = ('step', 'position', 'target_tokens', *VERDICT)
+    hidden = ('step', 'position', 'target_tokens', 'tokens', *VERDICT)
     values = {
         **{f'train/{k}': float(v) for k, v in counted[-1].items() if k not in hidden},
         'train/loss': sum(float(r['loss']) * float(r['target_tokens']) for r in counted) / max(weight, 1),
-        'train/target_tokens': tokens,
+        'train/target_tokens': sum(float(row['target_tokens']) for row in rows),
         'train/step_seconds': seconds / count,
         'train/data_wait_seconds': self.data_wait / count,
         'train/tokens_per_second': tokens / seconds,

@@ -3,17 +3,16 @@
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.checkpoint.checkpoints import load_params, restore_params
+from llmjax.checkpoint.checkpoints import load_params
 from llmjax.config import ConfigError
 from llmjax.data import prepared, stream
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.loops import harness, start
-from llmjax.loops.adapters import initial_checkpoint
+from llmjax.loops.pairs import load_initial
 from llmjax.loops.spec import run_folder
 from llmjax.model import decoder
 from llmjax.parallel import distributed
@@ -48,7 +47,7 @@ def make_job(spec, mesh, prompts, workdir):
   score = reward_model(spec, mesh) if 'model' in spec.rl.rewards else None
   reference = None
   if spec.rl.reference:
-    reference = load_reference(spec, mesh)
+    reference = load_initial(spec, mesh)
   source = RolloutSource(spec, mesh, prompts, tokenizer, workdir, stop_ids=stop_ids, scorer=scorer,
                          reference=reference, score=score)
   loss_fn = objective.make_policy_loss(
@@ -59,16 +58,6 @@ def make_job(spec, mesh, prompts, workdir):
       spec=spec, mesh=mesh, batches=source, loss_fn=loss_fn, describe=source.describe, sample=None,
       evaluators={split: functools.partial(evaluate, spec, mesh, tokenizer, stop_ids, score, split)
                   for split in spec.evaluate.splits})
-
-
-def load_reference(spec, mesh):
-  """Returns the parameters that training begins with, laid out as those that are trained."""
-  model = dataclasses.replace(spec.model, value_head=False)
-  dtype = jnp.dtype(spec.train.param_dtype)
-  shapes = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0), dtype))
-  layout = tree_shardings(mesh, decoder.param_names(model))
-  abstract = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, layout)
-  return restore_params(initial_checkpoint(spec.train.init_from), abstract)
 
 
 def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params):

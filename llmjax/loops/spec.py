@@ -17,7 +17,7 @@ from llmjax.loops.profiling import ProfileSpec, parse_steps
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
-from llmjax.rl.spec import PolicySpec, RlSpec
+from llmjax.rl.spec import BATCH_LOSSES, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
 __all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'FinetuneSpec', 'GenerateOptions',
@@ -255,8 +255,8 @@ def _name(folder):
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneSpec(PretrainSpec):
-  """The config of `llmjax finetune`: pretraining's.  What it does not set of the model is that of train.init_from."""
+class FromRunSpec(PretrainSpec):
+  """The config of what goes on from a run.  What it does not set of the model is that of train.init_from."""
 
   @classmethod
   def base(cls, values):
@@ -294,6 +294,88 @@ class FinetuneSpec(PretrainSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class TunedData(DataSpec):
+  """The data group of fine-tuning: text and conversations together, or pairs of answers."""
+
+  kinds = ('text', 'pairs', 'chat')
+
+  def problems(self):
+    yield from super().problems()
+    kinds = _kinds(self.sources)
+    if 'pairs' in kinds.values() and len(set(kinds.values())) > 1:
+      pairs = [folder for folder, kind in kinds.items() if kind == 'pairs']
+      yield (f'sources: {", ".join(pairs)} holds pairs and the rest does not; pairs are learnt from by themselves '
+             '(preference.sft_weight keeps the likelihood of the better answers up)')
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSpec(FromRunSpec):
+  """The config of `llmjax finetune`.  Sources that hold pairs are learnt from as the preference group says."""
+
+  data: TunedData = group(TunedData)
+  preference: PreferenceSpec = group(PreferenceSpec)
+
+  @property
+  def prefers(self):
+    """Whether it learns from pairs."""
+    return 'pairs' in _kinds(self.data.sources).values()
+
+  def problems(self):
+    yield from super().problems()
+    if self.prefers:
+      yield from _pair_problems(self)
+      preference = self.preference
+      if preference.reference == 'adapters_off' and not self.adapter.kind:
+        yield ('preference.reference=adapters_off needs adapters, and a base that stays as it is; write '
+               'adapter.kind=lora, or preference.reference=precomputed')
+      if preference.loss == 'kto' and preference.reference == 'precomputed':
+        yield ('preference.loss=kto needs the reference at hand, for answers to other prompts; write '
+               'preference.reference=copy, or adapters_off where adapters are trained')
+      if preference.loss in BATCH_LOSSES and self.train.accumulation > 1:
+        yield (f'preference.loss={preference.loss} looks at all pairs of a batch together, so that it would depend on '
+               'train.accumulation; write train.accumulation=1')
+
+
+@dataclasses.dataclass(frozen=True)
+class PairData(DataSpec):
+  """The data group where sources hold pairs."""
+
+  kinds = ('pairs',)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSpec(FromRunSpec):
+  """The config of `llmjax reward`: fine-tuning's, on pairs."""
+
+  data: PairData = group(PairData)
+  reward: RewardModelSpec = group(RewardModelSpec)
+
+  def problems(self):
+    yield from super().problems()
+    yield from _pair_problems(self)
+    if self.adapter.kind:
+      yield ('adapter.kind has no place here: a reward model trains a head that its base does not have; leave it out, '
+             'or hold parameters still with optimizer.freeze')
+
+
+def _pair_problems(spec):
+  """Yields what is wrong with training on pairs."""
+  if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
+    yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+
+
+def _kinds(sources):
+  """Returns {folder: what it holds} of those that are prepared."""
+  found = {}
+  for folder in sources:
+    try:
+      found[folder] = prepared.kind(prepared.read_manifest(folder))
+    except ValueError:
+      continue  # The data group says so.
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptData(DataSpec):
   """The data group where sources hold prompts.  A row is a prompt and an answer."""
 
@@ -301,7 +383,7 @@ class PromptData(DataSpec):
 
 
 @dataclasses.dataclass(frozen=True)
-class RlCommandSpec(FinetuneSpec):
+class RlCommandSpec(FromRunSpec):
   """The config of `llmjax rl`: fine-tuning's, on prompts."""
 
   data: PromptData = group(PromptData)

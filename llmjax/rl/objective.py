@@ -68,12 +68,72 @@ def make_pair_loss(spec, model, train, platform, pipe=None, vocab_size=None):
     halves = lambda a: (a[0::2], a[1::2])
     pairs = preference.Pairs(*halves(sums), *halves(reference), *halves(lengths))
     weights = (jnp.minimum(*halves(lengths)) > 0).astype(jnp.float32)
-    loss, weight, aux = preference.pair_loss(spec, pairs, weights)
+    loss, weight, aux = preference.pair_loss(spec, pairs, weights, _of_pairs(batch, 'probability'))
     aux['chosen_logprob'] = jax.lax.stop_gradient(jnp.sum(weights * raw[0::2]))
     aux['rejected_logprob'] = jax.lax.stop_gradient(jnp.sum(weights * raw[1::2]))
     return _with_penalty(loss, weight, scores.aux, batch), (weight, {**aux, **scores.aux})
 
   return loss_fn
+
+
+# The reference's sums over the answers of `mismatch`, a field of KTO's batches.
+MISMATCHED = 'ref_logprobs_mismatched'
+
+
+def make_unpaired_loss(spec, model, train, platform, pipe=None, vocab_size=None):
+  """Returns the loss_fn of a PreferenceSpec that takes single answers; batches as of `make_pair_loss`.
+
+  The better answer of a pair counts as good, the worse one as bad.  For loss kto batches also have `MISMATCHED`, the
+  reference's sums over `mismatch(batch)`.  The weight is the number of answers.
+  """
+  forward = Forward(model, train, platform, pipe)
+
+  def sums(params, batch, key):
+    batch = forward.order(batch)
+    scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
+    return *preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch)), scores.aux
+
+  def loss_fn(params, batch, key):
+    logprobs, lengths, model_aux = sums(params, batch, key)
+    good = jnp.arange(len(logprobs)) % 2 == 0
+    weights, kl = (lengths > 0).astype(jnp.float32), 0.0
+    if spec.loss == 'kto':
+      other, count, _ = sums(jax.lax.stop_gradient(params), mismatch(batch), None)
+      kl = preference.mismatched_kl(other, batch[MISMATCHED], (count > 0).astype(jnp.float32))
+    loss, weight, aux = preference.unpaired_loss(spec, logprobs, batch['ref_logprobs'], good, kl, weights)
+    return _with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})
+
+  return loss_fn
+
+
+def mismatch(batch):
+  """Returns the batch with each row's prompt before the answer of the row two further on: to another prompt.
+
+  What a row cannot hold is cut off.  Source: KTO, arXiv:2402.01306, section 4.1.
+  """
+  length = batch['tokens'].shape[1]
+  place = jnp.arange(length)
+  # A target belongs to the answer from here on; the input before it is the last one of the prompt.
+  first = jnp.argmax(batch['loss_mask'] != 0, axis=1)[:, None]
+  ends = jnp.max(jnp.where(batch['segment_ids'] != 0, place + 1, 0), axis=1)[:, None]
+  other = lambda a: jnp.roll(a, -2, axis=0)
+  source = place - first + other(first)  # Where an answer's place lies in the other row.
+  answers = place >= first
+  inside = (source >= 0) & (source < jnp.minimum(other(ends), length))
+  take = lambda a: jnp.take_along_axis(other(a), jnp.clip(source, 0, length - 1), axis=1)
+  real = jnp.where(answers, inside, True)
+  # The input at `first` is still the prompt's last token.
+  tokens = jnp.where(place > first, take(batch['tokens']), batch['tokens'])
+  return {**batch, 'tokens': jnp.where(real, tokens, 0),
+          'targets': jnp.where(real, jnp.where(answers, take(batch['targets']), batch['targets']), 0),
+          'loss_mask': jnp.where(answers & inside, take(batch['loss_mask']), 0.0),
+          'segment_ids': jnp.where(real, 1, 0).astype(batch['segment_ids'].dtype),
+          'positions': jnp.where(real, place, 0).astype(batch['positions'].dtype)}
+
+
+def _of_pairs(batch, name):
+  """Returns what a batch says of its pairs, float32 [P], or None."""
+  return batch[name][0::2] if name in batch else None
 
 
 def answer_weights(spec, batch):
@@ -113,8 +173,8 @@ def make_reward_loss(model, train, platform, pipe=None, *, centring=0.0):
     scores = end_scores(params, x, batch)
     some = (jnp.max(batch['loss_mask'], axis=1) > 0)
     weights = (some[0::2] & some[1::2]).astype(jnp.float32)
-    margin = batch['margin'][0::2] if 'margin' in batch else None
-    loss, weight, aux = reward.bradley_terry(scores[0::2], scores[1::2], margin, centring, weights)
+    loss, weight, aux = reward.bradley_terry(scores[0::2], scores[1::2], _of_pairs(batch, 'margin'), centring, weights,
+                                             _of_pairs(batch, 'probability'))
     return _with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})
 
   return loss_fn
@@ -133,10 +193,21 @@ def with_last_target(batch):
           'positions': put('positions', before(batch['positions']) + 1)}
 
 
+def make_end_scores(model, train, platform, pipe=None):
+  """Returns the function (params, batch) -> float32 [B] of what a reward model says of whole rows."""
+  forward = Forward(model, train, platform, pipe)
+
+  def scores(params, batch):
+    batch = forward.order(batch)
+    return end_scores(params, forward(params, batch, None)[0], batch)
+
+  return scores
+
+
 def end_scores(params, x, batch):
   """Returns float32 [B], the value head's number at each row's last token, wherever padding lies.
 
-  The last token is the one of the highest position, in whatever order the tokens lie.  x: hidden states [B, T, D].
+  The last token is the input of the highest position; it need not be the last of the array.
   """
   values = decoder.token_values(params, x)
   real = batch['segment_ids'] != 0

@@ -29,6 +29,12 @@ class Pairs(NamedTuple):
   shift: jax.Array | float = 0.0
 
 
+def exchange(pairs):
+  """Returns the Pairs with better and worse answers in each other's places."""
+  return Pairs(pairs.rejected, pairs.chosen, pairs.ref_rejected, pairs.ref_chosen, pairs.rejected_length,
+               pairs.chosen_length, pairs.shift)
+
+
 def sum_logprobs(logprobs, weights):
   """Returns (sum, number of tokens), float32 [B], of log-probabilities [B, T] where weights [B, T] are not 0."""
   weights = weights.astype(jnp.float32)
@@ -188,8 +194,11 @@ LOSSES = {
 }
 
 
-def pair_loss(spec, pairs, weights=None):
+def pair_loss(spec, pairs, weights=None, probability=None):
   """Returns (sum over pairs, weight, aux).  spec: PreferenceSpec.  weights: float [P], 0 for a pair of padding.
+
+  probability: float32 [P] or None, soft labels: how sure it is that the chosen answer is the better one.  The loss is
+  then the expected one, of the pair and of the pair exchanged (arXiv:2309.00267, section 2.2.1).
 
   aux, sums without gradient: `chosen_logprob` and `rejected_logprob` of whole answers, `chosen_reward` and
   `rejected_reward` (beta c, beta r), `margin` between them and `accuracy`, how often it is positive.
@@ -199,7 +208,10 @@ def pair_loss(spec, pairs, weights=None):
   weights = jnp.ones_like(pairs.chosen) if weights is None else weights.astype(jnp.float32)
   # Padding may hold anything; where would let its infinities into the gradient.
   pairs = jax.tree.map(lambda a: jnp.where(weights != 0, a, 0) if jnp.ndim(a) else a, pairs)
-  losses = LOSSES[spec.loss](pairs, spec, *implicit_scores(pairs, spec))
+  loss = lambda pairs: LOSSES[spec.loss](pairs, spec, *implicit_scores(pairs, spec))
+  losses = loss(pairs)
+  if probability is not None:
+    losses = probability * losses + (1.0 - probability) * loss(exchange(pairs))
   if spec.sft_weight:
     losses = losses + spec.sft_weight * _sft(pairs, spec, None, None)
   c, r = spec.beta * (pairs.chosen - pairs.ref_chosen), spec.beta * (pairs.rejected - pairs.ref_rejected)

@@ -14,17 +14,22 @@ def score_at_end(values, mask):
   return jnp.sum(jnp.where(last_token(mask) != 0, values.astype(jnp.float32), 0.0), axis=1)
 
 
-def bradley_terry(chosen, rejected, margin=None, centring=0.0, weights=None):
+def bradley_terry(chosen, rejected, margin=None, centring=0.0, weights=None, probability=None):
   """Returns (sum over pairs, weight, aux) of -log sigmoid(chosen - rejected - margin).
 
   chosen, rejected: float32 [P], scores.  margin: float [P] or None (arXiv:2307.09288, section 3.2.2).  centring:
   weight of (chosen + rejected)^2, which holds the mean score at 0 (arXiv:2312.09244).  weights:
-  float [P], 0 for a pair of padding.  aux: sums of `accuracy`, `margin`, `chosen_reward`, `rejected_reward`.
+  float [P], 0 for a pair of padding.  probability: float [P] or None, soft labels: how sure it is that the chosen
+  answer is the better one; the loss is the expected one.  aux: sums of `accuracy`, `margin`,
+  `chosen_reward`, `rejected_reward`.
   Source: arXiv:2203.02155, eq. 1.
   """
   weights = jnp.ones_like(chosen) if weights is None else weights.astype(jnp.float32)
   gap = chosen - rejected
-  losses = -jax.nn.log_sigmoid(gap - (0.0 if margin is None else margin))
+  margin = 0.0 if margin is None else margin
+  losses = -jax.nn.log_sigmoid(gap - margin)
+  if probability is not None:
+    losses = probability * losses - (1.0 - probability) * jax.nn.log_sigmoid(-gap - margin)
   losses = losses + centring * jnp.square(chosen + rejected)
   aux = {'accuracy': gap > 0, 'margin': gap, 'chosen_reward': chosen, 'rejected_reward': rejected}
   return (_total(weights, losses), jnp.sum(weights),

@@ -24,6 +24,9 @@ class PreferenceSpec:
 
   loss: str = setting('sigmoid', 'sigmoid is DPO, with label_smoothing cDPO; kto and apo_zero_unpaired take single '
                       'answers; orpo, simpo, cpo and sft need no reference', choices=PAIR_LOSSES + UNPAIRED_LOSSES)
+  reference: str = setting('precomputed', 'the model that training begins with: its log-probabilities of all answers '
+                           'beforehand (precomputed), a second model in memory (copy), or the base of the adapters '
+                           'that are trained (adapters_off)', choices=('precomputed', 'copy', 'adapters_off'))
   beta: float = setting(0.1, 'how much a change of log-probability counts; less moves the model further (ipo: tau; '
                         'orpo: weight of the odds ratio)', minimum=0.0)
   label_smoothing: float = setting(0.0, 'part of the labels that are wrong (sigmoid, robust, aot, cpo, simpo), or '
@@ -70,6 +73,14 @@ NAMED = {
     'sapo': {'surrogate': 'sapo', 'average': 'sequence'},  # arXiv:2511.20347
     'vespo': {'surrogate': 'vespo', 'average': 'token'},  # arXiv:2602.10693
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelSpec:
+  """How a reward model learns from pairs."""
+
+  centring: float = setting(0.01, 'weight of (chosen + rejected)^2, which holds the mean score at 0 '
+                            '(arXiv:2312.09244); 0: none', minimum=0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,14 +74,15 @@ def embedding_noise(key, x, segment_ids, alpha):
   return (jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0) * scale[..., None]).astype(x.dtype)
 
 
-def with_adapters(loss_fn, specs):
+def with_adapters(loss_fn, specs, sees_frozen=False):
   """Returns the loss_fn(params, batch, key, frozen) of adapters {name: adapter} on frozen['base'].
 
-  loss_fn: of the model's parameters.  specs: {name: AdapterSpec}.  Dropout's key is folded from the step's.
+  loss_fn: of the model's parameters.  specs: {name: AdapterSpec}.  sees_frozen: loss_fn takes the frozen trees as
+  well.  Dropout's key is folded from the step's.
   """
   def adapted(params, batch, key, frozen):
     dropout_key = None if key is None else jax.random.fold_in(key, 1)
-    return loss_fn(combine(frozen['base'], params, specs, key=dropout_key), batch, key)
+    return loss_fn(combine(frozen['base'], params, specs, key=dropout_key), batch, key, *[frozen] * sees_frozen)
 
   return adapted
 

@@ -15,7 +15,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
   batch: leaves [B, ...].  Sums, weights and gradients are added over `accumulation` microbatches and
   divided once, so the result does not depend on how many there are (means of means would).
   metrics: float32 scalars `loss` (nats a target), `grad_norm` (before clipping), `lr`,
-  `target_tokens`, and the sums in aux divided by the weight.
+  `target_tokens` (the weight), `tokens` (all that are no padding), and the sums in aux divided by the weight.
   together: so many rows in order, such as a pair's two, stay in one microbatch.
   guard: GuardSpec; tx is then `guard.watched`.  A bad step counts, but parameters and optimizer state stay
   as they are, to the bit; its metrics have the verdict (see `guard.judge`) as well.
@@ -54,6 +54,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    tokens = {'tokens': jnp.sum(batch['segment_ids'] != 0)} if 'segment_ids' in batch else {}
     loss, norm, updates_done, verdict = loss / weight, optax.tree.norm(grads), state.step, {}
     if guard is not None:
       before = state.opt_state
@@ -63,7 +64,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
                                   (params, opt_state.rule), (state.params, before.rule))
       opt_state = before._replace(rule=rule, watch=watch)
     metrics = {'loss': loss, 'grad_norm': norm, 'lr': jnp.asarray(schedule(updates_done), jnp.float32),
-               'target_tokens': weight, **{name: total / weight for name, total in aux.items()}, **verdict}
+               'target_tokens': weight, **tokens, **{name: total / weight for name, total in aux.items()}, **verdict}
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step
