@@ -224,10 +224,7 @@ class BestFitRows(_Pieces):
 
 
 class PairRows(_Pieces):
-  """Pairs, each of two rows under one number: the chosen answer's at an even place, the rejected one's behind it.
-
-  An answer's last token is an input, too, without a target: there a reward model reads the whole answer.
-  """
+  """Pairs, each of two rows under one number: the chosen answer's at an even place, the rejected one's behind it."""
 
   each = 2
 
@@ -242,7 +239,7 @@ class PairRows(_Pieces):
   def _kept(self):
     """bool [pairs of the store]: a half is of no use."""
     starts, pairs = self.store.offsets[:-1], np.diff(self.store.offsets) - 1
-    return self._keeps(starts, pairs + 1).reshape(-1, 2).all(1)
+    return self._keeps(starts, pairs).reshape(-1, 2).all(1)
 
   @functools.cached_property
   def numbers(self):
@@ -257,12 +254,7 @@ class PairRows(_Pieces):
   def _fill_row(self, out, place, row):
     starts, counts = self._pieces
     for i in (0, 1):
-      start, count = int(starts[2 * row + i]), int(counts[2 * row + i])
-      self._fill_one_document(out, 2 * place + i, start, count)
-      if count < self.seq_len:
-        out['tokens'][2 * place + i, count] = self.store.tokens[start + count]
-        out['segment_ids'][2 * place + i, count] = 1
-        out['positions'][2 * place + i, count] = count
+      self._fill_one_document(out, 2 * place + i, int(starts[2 * row + i]), int(counts[2 * row + i]))
 
 
 class PromptRows(_Pieces):

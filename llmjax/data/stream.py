@@ -269,8 +269,6 @@ def documents_of(batch, row):
   found, segments = [], batch['segment_ids'][row]
   for segment in range(1, int(segments.max()) + 1):
     place = np.flatnonzero(segments == segment)
-    if batch['targets'][row][place[-1]] == 0:  # The last input of a pair's answer has no target.
-      place = place[:-1]
     found.append((np.append(batch['tokens'][row][place], batch['targets'][row][place[-1]]),
                   np.append(np.float32(0), batch['loss_mask'][row][place])))
   return found

@@ -109,10 +109,12 @@ class Progress:
     self._live_length = len(text)
 
   def evaluated(self, step, name, metrics, seconds=None):
-    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`, `reward`."""
+    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`, `accuracy`, ..."""
     parts = [self._head('eval', step), name]
     for key, form in (('loss', 'loss {:.3f}'), ('perplexity', 'ppl {:.4g}'),
-                      ('bits_per_byte', '{:.3f} bits/byte'), ('reward', 'reward {:.3f}')):
+                      ('bits_per_byte', '{:.3f} bits/byte'), ('accuracy', 'accuracy {:.1%}'),
+                      ('margin', 'margin {:.3f}'), ('chosen_logprob', 'log p(chosen) {:.1f}'),
+                      ('reward', 'reward {:.3f}')):
       value = metrics.get(key, metrics.get(f'eval/{name}/{key}'))
       if value is not None:
         parts.append(form.format(value))

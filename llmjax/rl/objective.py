@@ -194,11 +194,11 @@ def with_last_target(batch):
 
 
 def make_end_scores(model, train, platform, pipe=None):
-  """Returns the function (params, batch) -> float32 [B] of what a reward model says of whole rows."""
+  """Returns the function (params, batch) -> float32 [B] of what a reward model says of rows, their last target too."""
   forward = Forward(model, train, platform, pipe)
 
   def scores(params, batch):
-    batch = forward.order(batch)
+    batch = forward.order(with_last_target(batch))
     return end_scores(params, forward(params, batch, None)[0], batch)
 
   return scores
