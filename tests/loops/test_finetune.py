@@ -15,7 +15,8 @@ TINY = ('--config.model.num_layers=2 --config.model.d_model=32 --config.model.nu
         '--config.data.seq_len=48 --config.train.batch_size=8 --config.train.log_every=1 --config.sample.prompts= '
         '--config.train.compute_dtype=float32 --config.train.compilation_cache=none --config.logs.writers=')
 TUNE = ('finetune --config=chat.py --config.data.sources="{\'chat\': 0.75, \'text\': 0.25}" '
-        '--config.train.init_from=base '--config.train.log_every=1 --config.train.compute_dtype=float32 --config.train.compilation_cache=none '
+        '--config.train.init_from=base --config.train.log_every=1 --config.train.compute_dtype=float32 '
+        '--config.train.compilation_cache=none '
         '--config.optimizer.lr=0.02 --config.train.neftune_alpha=2 --config.optimizer.freeze=final_norm '
         '--config.sample.prompts=cat --config.sample.max_new_tokens=8 --config.evaluate.by_source=true '
         '--config.logs.writers= ')
