@@ -14,12 +14,11 @@ import types
 import jax
 import jax.numpy as jnp
 
-from llmjax import config
 from llmjax.checkpoint.checkpoints import read_config
 from llmjax.data import stream
 from llmjax.data.spec import DataSpec
 from llmjax.loops.generate import load_generator
-from llmjax.loops.spec import LayoutSpec
+from llmjax.loops.spec import LayoutSpec, of_run
 
 
 def f1(said, right):
@@ -34,7 +33,7 @@ def main(folder, count, runs):
   right = [messages[-1]['content'] for messages in records]
   said = {}
   for run in runs:
-    spec = config.build(LayoutSpec, read_config(run))
+    spec = of_run(LayoutSpec, read_config(run))
     generator, tokenizer, _ = load_generator(types.SimpleNamespace(workdir=run, step=0), spec)
     with stream.chat_format(DataSpec(sources={folder: 1.0})) as chat:
       prompts = [chat.prompt(messages[:-1]) for messages in records]
