@@ -66,8 +66,8 @@ class GenerateOptions(SamplingSpec):
       yield 'prompt and prompt_file are both set; write one of them'
     if self.system and not self.chat:
       yield 'system needs --chat; add it, or leave --system out'
-    if self.chat and self.workdir and os.path.isdir(self.workdir) and not os.path.isfile(
-        os.path.join(self.workdir, CHAT_TEMPLATE)):
+    within = [os.path.isfile(os.path.join(self.workdir, name)) for name in ('config.json', CHAT_TEMPLATE)]
+    if self.chat and within == [True, False]:
       yield (f'chat: {self.workdir} was not trained on conversations (no {CHAT_TEMPLATE}); leave --chat out, or '
              'fine-tune it: llmjax finetune')
     if '' in self.stop:

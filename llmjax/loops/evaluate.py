@@ -13,7 +13,7 @@ from llmjax.evaluate.compressors import compressor_bits_per_byte
 from llmjax.evaluate.report import write_report
 from llmjax.loops import harness
 from llmjax.loops.pretrain import make_evaluators
-from llmjax.loops.spec import PretrainSpec
+from llmjax.loops.spec import PretrainSpec, of_run
 from llmjax.model import decoder
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
@@ -30,7 +30,7 @@ def run(spec, options):
 
 def _evaluate(options):
   workdir = pathlib.Path(options.workdir)
-  spec = config.build(PretrainSpec, read_config(workdir))
+  spec = of_run(PretrainSpec, read_config(workdir))
   kept, now = workdir / 'tokenizer.model', stream.load_tokenizer(spec.data).path
   if kept.exists() and kept.read_bytes() != pathlib.Path(now).read_bytes():
     sources = ', '.join(spec.data.sources)

@@ -21,7 +21,7 @@ from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
 from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.generate.stops import TextStream
 from llmjax.loops import harness
-from llmjax.loops.spec import LayoutSpec, PretrainSpec
+from llmjax.loops.spec import LayoutSpec, PretrainSpec, of_run
 from llmjax.model import decoder
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
@@ -48,7 +48,7 @@ def run(spec, options):
 
 def _generate(options):
   kept = (pathlib.Path(options.workdir) / 'tokenizer.model').exists()  # Then the corpus may be elsewhere.
-  run_spec = config.build(LayoutSpec if kept else PretrainSpec, read_config(options.workdir))
+  run_spec = of_run(LayoutSpec if kept else PretrainSpec, read_config(options.workdir))
   prompt = _given_prompt(options)
   harness.enable_compilation_cache(run_spec.train.compilation_cache)
   generator, tokenizer, step = load_generator(options, run_spec)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+from llmjax import config
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import weights
 from llmjax.checkpoint.spec import CheckpointSpec
@@ -443,6 +444,12 @@ class PreviewSpec(PretrainSpec):
 
   def problems(self):
     return ()
+
+
+def of_run(spec_class, settings):
+  """Returns the spec of a run's config.json, whichever command trained it, without groups that spec_class lacks."""
+  known = {field.name for field in dataclasses.fields(spec_class)}
+  return config.build(spec_class, {name: value for name, value in settings.items() if name in known})
 
 
 @dataclasses.dataclass(frozen=True)

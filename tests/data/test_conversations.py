@@ -34,7 +34,8 @@ def test_an_instruction_and_its_input_are_one_message():
 
 
 @pytest.mark.parametrize('record', [
-    {'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}, {'instruction': 'q', 'chosen': 'a', 'rejected': 'b', 'output': 'x'},
+    {'prompt': 'q', 'chosen': 'a', 'rejected': 'b'},
+    {'instruction': 'q', 'chosen': 'a', 'rejected': 'b', 'output': 'x'},
     {'prompt': [USER], 'chosen': [SAID], 'rejected': [SAID2]},
     {'chosen': [USER, SAID], 'rejected': [USER, SAID2]},
     {'prompt': [USER], 'chosen': [USER, SAID], 'rejected': [USER, SAID2]}])
@@ -49,7 +50,7 @@ def test_every_form_of_a_prompt(record):
 
 
 @pytest.mark.parametrize(('kind', 'record', 'reason'), [
-    ('chat', {'text': 'x'}, 'no messages; conversations; prompt and completion; or instruction, input and output (found'),
+    ('chat', {'text': 'x'}, 'completion; or instruction, input and output (found: text)'),
     ('chat', [1], 'the record is no object'),
     ('chat', {'messages': []}, 'messages must be a list'),
     ('chat', {'messages': 'x'}, 'messages must be a list'),
@@ -98,8 +99,8 @@ def test_a_prepared_folder_of_chats(chats):
   manifest = prepared.read_manifest(chats)
   assert prepared.kind(manifest) == 'chat' and manifest['template']['special']
   assert manifest['quarantine'] == {'byte_order_marks_removed': 0, 'records': 3, 'reasons': {
-      'messages must be a list of objects with role and content': 1, 'no messages; conversations; prompt and completion;'
-      ' or instruction, input and output': 1, 'not JSON': 1}}
+      'messages must be a list of objects with role and content': 1, 'not JSON': 1,
+      'no messages; conversations; prompt and completion; or instruction, input and output': 1}}
   places = [(r['file'], r['line']) for r in map(json.loads, open(prepared.quarantine_path(chats)))]
   assert places == [('chats.jsonl', 81), ('chats.jsonl', 82), ('chats.jsonl', 83)]
   assert sum(s['documents'] for s in manifest['splits'].values()) == 80
@@ -167,7 +168,8 @@ def write_pairs(path, count=40):
 
 
 def prepare_records(tmp_path, small_folder, records):
-  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records=records, output=str(tmp_path / 'out'),
+  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records=records,
+                     output=str(tmp_path / 'out'),
                      tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
   corpus.prepare(spec)
   return str(tmp_path / 'out')

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from llmjax import config
-from llmjax.data import corpus, prepared, stream, token_store
+from llmjax.data import corpus, prepared, stream, token_store, tokens
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec, TokenizerSpec
 from llmjax.loops import prepare, progress
 
@@ -114,12 +114,12 @@ def test_bad_records_are_listed_and_the_rest_is_kept(texts, tmp_path):
 
 
 def test_ids_outside_the_vocabulary_are_quarantined(texts, tmp_path, monkeypatch):
-  encode = corpus.tokenizers.Tokenizer.encode
+  encode = tokens.tokenizers.Tokenizer.encode
 
   def broken(self, text):
     return encode(self, text) + (10_000 if text.startswith(LINES[0]) else 0)
 
-  monkeypatch.setattr(corpus.tokenizers.Tokenizer, 'encode', broken)
+  monkeypatch.setattr(tokens.tokenizers.Tokenizer, 'encode', broken)
   manifest, _ = corpus.prepare(spec_for(texts, tmp_path / 'out'))
   assert manifest['quarantine']['reasons'] == {'token id outside the vocabulary': 1}
   (entry,) = quarantine(tmp_path / 'out')
@@ -165,17 +165,17 @@ def test_too_few_documents_to_hold_out(tmp_path):
 
 def test_a_killed_prepare_goes_on(texts, tmp_path, monkeypatch):
   spec = spec_for(texts, tmp_path / 'out')
-  write_tokens, write_documents = corpus._write_tokens, corpus._write_documents
+  write_tokens, write_documents = tokens.write_tokens, corpus._write_documents
 
   def killed(*args):
     write_tokens(*args)
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(corpus, '_write_tokens', killed)
+  monkeypatch.setattr(tokens, 'write_tokens', killed)
   with pytest.raises(KeyboardInterrupt):
     corpus.prepare(spec)
   assert not (tmp_path / 'out').exists()
-  monkeypatch.setattr(corpus, '_write_tokens', write_tokens)
+  monkeypatch.setattr(tokens, 'write_tokens', write_tokens)
   monkeypatch.setattr(corpus, '_scan', None)  # The documents are there: nothing is read again.
   manifest, _ = corpus.prepare(spec)
   monkeypatch.undo()
