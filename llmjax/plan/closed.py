@@ -12,16 +12,21 @@ from llmjax.config import find_problems
 from llmjax.model import counts
 from llmjax.parallel.spec import AXES
 
-# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) of experiments/tpu_calibration: the part of the peak that matrix
-# products reach, which grows with the width of the model, and how often a layer's residual stream [tokens, D] goes
-# through memory outside of them.
-STREAM_PASSES = 300
+# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) in experiments/tpu_calibration: the part of the peak that wide
+# matrix products reach, by generation, what of it is lost for each width of the matrix unit over the model's, and how
+# often a layer's residual stream [tokens, D] goes through memory outside of products.
+PRODUCTS, OTHER_PRODUCTS, LOST_WIDTHS = {'v5e': 0.93, 'v6e': 0.67}, 0.845, 1.6
+STREAM_PASSES, OTHER_STREAM_PASSES = {'v6e': 64}, 150
+# Keys of a block of attention; blocks that a causal mask cuts are computed whole.
+KEYS_OF_BLOCK = 1024
 # Of collectives beside which there is enough to do, the part that the core still waits for.
 HIDDEN_REST = 0.05
 
 
-def product_efficiency(d_model):
-  return min(0.55 + 0.16 * d_model / 4096, 0.88)
+def product_efficiency(topology, d_model):
+  """Returns the part of the peak that a layer's products reach."""
+  best = PRODUCTS.get(topology.chip.name, OTHER_PRODUCTS)
+  return best * max(1 - LOST_WIDTHS * topology.array / d_model, 0.3)
 
 
 def plan(spec, topology):
@@ -142,11 +147,14 @@ def estimate_seconds(spec, topology):
   layers_params = counts.matmul_params(m) - m.vocab_size * m.d_model
   again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0}.get(train.remat, 0.0)
   products = (6 + 2 * again) * layers_params + 6 * m.vocab_size * m.d_model
-  # Backward computes the attention weights again: 7 products of which the model's own count has 6.
-  kernel = attention * (7 + 2 * (train.remat == 'full')) / 6
+  # Two backward kernels each compute the attention weights again: 9 products of which the model's own count has 6.
+  kernel = attention * (9 + 2 * (train.remat == 'full')) / 6
+  kernel *= (1 + KEYS_OF_BLOCK / max(spec.data.seq_len, KEYS_OF_BLOCK)) / min(m.heads_dim / topology.array, 1)
   peak = topology.device_peak
-  stream = tokens * m.num_layers * m.d_model * 2 * STREAM_PASSES
-  parts = {'matmul': tokens * products / peak / product_efficiency(m.d_model), 'kernel': tokens * kernel / peak,
+  passes = STREAM_PASSES.get(topology.chip.name, OTHER_STREAM_PASSES)
+  stream = tokens * m.num_layers * m.d_model * 2 * passes
+  parts = {'matmul': tokens * products / peak / product_efficiency(topology, m.d_model),
+           'kernel': tokens * kernel / peak,
            'other': stream / (topology.chip.hbm_rate / topology.chip.devices)}
   if stages := spec.mesh.size('stage'):
     rows = max(int(train.batch_size / spec.mesh.size('data', 'fsdp', 'expert')), 1)
@@ -183,16 +191,20 @@ def communicate(spec, topology):
   weights = count['total'] * compute / size('tensor') / size('stage') / size('expert')
   weights_axes = ('fsdp',)
   if size('fsdp') > 1:
-    # Over a whole torus of rings libtpu writes gathers and reductions as all-reduces, which send twice as much and
-    # which nothing hides; over less it starts them early.
-    torus = (topology.chip.tpu and inside('fsdp') == topology.devices // topology.slices
-             and all(topology.is_ring(dim) for dim in range(len(topology.shape))))
+    # On slices with rings libtpu lets the core wait for gathers and reductions; elsewhere it starts them early.  Over
+    # a whole torus it writes them as all-reduces, which send twice as much.
+    rings = [topology.chip.tpu and topology.is_ring(dim) for dim in range(len(topology.shape))]
+    torus = inside('fsdp') == topology.devices // topology.slices and all(rings)
     sent = (2 if torus else 1) * weights
-    add('all-gather', weights_axes, weights, sent, 2 * times, not torus)
-    add('reduce-scatter', weights_axes, weights, sent, times, not torus)
+    add('all-gather', weights_axes, weights, sent, 2 * times, not any(rings))
+    add('reduce-scatter', weights_axes, weights, sent, times, not any(rings))
   if size('data') > 1:
     part = weights / size('fsdp')
-    add('all-reduce', ('data',), part, 2 * part, times)
+    if spec.mesh.zero == 3:
+      add('all-gather', ('data',), part, part, 2 * times)
+      add('reduce-scatter', ('data',), part, part, times)
+    else:
+      add('all-reduce', ('data',), part, 2 * part, times)
   stream = tokens * m.d_model * compute
   if size('tensor') > 1:
     add('all-gather', ('tensor',), stream, stream, 6 * m.num_layers * times)
