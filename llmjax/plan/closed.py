@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import math
 
-from llmjax.config import find_problems
 from llmjax.model import counts
 from llmjax.parallel.spec import AXES
 
@@ -37,7 +36,8 @@ def plan(spec, topology):
   result.update(
       source='closed forms', hbm_bytes={**memory, 'limit': topology.device_hbm}, collectives=rows, cycles=None,
       parts=parts, step_seconds=sum(parts.values()), network_seconds=sum(r['seconds'] for r in rows),
-      largest=[], kept=[], arrays=[], fits=memory['total'] <= topology.device_hbm)
+      largest=[], kept=[], fits=memory['total'] <= topology.device_hbm)
+  result['arrays'] = [] if result['fits'] else largest(spec, topology)
   return rate(result, spec, topology)
 
 
@@ -91,13 +91,37 @@ def local_tokens(spec):
 
 
 def kept_values(spec):
-  """Returns how many values of a token each layer keeps for the backward pass (model/decoder.py has the table)."""
+  """Returns {what: values of a token} that each layer keeps for the backward pass (model/decoder.py has the table)."""
   m = spec.model
   d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
-  products = q + 2 * kv + 2 * f
-  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'mlp': 2 * d + 2 * q + 2 * kv,
-          'dots': 3 * d + products, 'none': 2 * d + q + products + 8 * d + 5 * f}[spec.train.remat]
+  heads = {'queries': q, 'keys and values': 2 * kv}
+  wide = {'gate and up of the MLP': 2 * f}
+  return {'full': {'input of each layer': d}, 'offload': {},
+          'minimal': {'inputs of attention and MLP': 2 * d, 'output of attention': q, **heads, **wide},
+          'mlp': {'inputs of attention and MLP': 2 * d, 'output of attention': q, **heads},
+          'dots': {'inputs and outputs of products': 3 * d, **heads, **wide},
+          'none': {'norms, residuals and outputs': 10 * d, 'output of attention': q, **heads,
+                   'gate, up, activations and products of the MLP': 7 * f}}[spec.train.remat]
+
+
+def largest(spec, topology):
+  """Returns what takes most memory on one device, the largest first: [{'what', 'type', 'bytes', 'count'}].
+
+  For programs that the compiler refuses without a word on their arrays.
+  """
+  m, train = spec.model, spec.train
+  tokens, tensor = int(local_tokens(spec)), spec.mesh.size('tensor')
+  memory = estimate_memory(spec, topology)
+  layers = m.num_layers // spec.mesh.size('stage')
+  rows = [(f'kept by remat {train.remat}: {what}', f'{train.compute_dtype}[{tokens},{n // tensor}]',
+           tokens * (n // tensor) * _bytes(train.compute_dtype), layers) for what, n in kept_values(spec).items()]
+  rows += [('parameters', train.param_dtype, memory['parameters'], 1),
+           ('optimizer', spec.optimizer.moment_dtype, memory['optimizer'], 1),
+           ('gradients', '', memory['gradients'], 1),
+           ('one layer at work, embedding and head', '', memory['temporaries'], 1)]
+  found = [dict(what=what, type=type_, bytes=int(size), count=count) for what, type_, size, count in rows if size]
+  return sorted(found, key=lambda row: -row['bytes'] * row['count'])
 
 
 def _mlp_products(model):
@@ -120,7 +144,7 @@ def estimate_memory(spec, topology):
   gradients = local * (width if train.accumulation > 1 else compute)
   tokens, tensor = local_tokens(spec), size('tensor')
   stages = size('stage')
-  kept = kept_values(spec) * compute * tokens * m.num_layers / tensor
+  kept = sum(kept_values(spec).values()) * compute * tokens * m.num_layers / tensor
   if stages > 1 and spec.pipeline.schedule == '1f1b':
     kept *= min(1, stages / max(spec.pipeline.count(stages, max(int(tokens * stages / spec.data.seq_len), 1)), 1))
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
@@ -253,7 +277,7 @@ def changes_that_fit(spec, topology, scale=1.0, most=3):
       other = change_spec(spec, change)
     except ValueError:
       continue
-    if list(find_problems(other)):
+    if any(True for _ in other.settled_problems()):
       continue
     result = plan(other, topology)
     total = result['hbm_bytes']['total'] * scale
