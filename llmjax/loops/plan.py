@@ -88,8 +88,8 @@ def settle(spec, topology):
     near = nearest_meshes({axis: max(n, 1) for axis, n in sizes.items()}, inside)
     raise ConfigError([
         f'the mesh {mesh_text(sizes)} does not fill {topology.name}, which has {inside} devices'
-        + (' in each slice' if topology.slices > 1 else '') + '; the nearest that do:\n  '
-        + '\n  '.join(' '.join(f'--config.mesh.{a}={n}' for a, n in found.items()) for found in near)])
+        + (' in each slice' if topology.slices > 1 else '') + '; the nearest that do: '
+        + ', or '.join(' '.join(f'--config.mesh.{a}={n}' for a, n in found.items()) for found in near)])
   spec = dataclasses.replace(spec, mesh=dataclasses.replace(mesh, **sizes))
   if problems := list(spec.settled_problems()):
     raise ConfigError(problems)
