@@ -90,7 +90,7 @@ def load_recipe(path: str) -> dict[str, Any]:
                        "as a run's config.json"])
   try:
     if file.suffix == '.json':
-      recipe = json.loads(file.read_bytes())
+      recipe, variants = json.loads(file.read_bytes()), {}
     else:
       made = runpy.run_path(str(file))
       recipe, variants = made['get_config'](), made.get('VARIANTS', {})
@@ -246,6 +246,8 @@ def _build(spec_class, values, prefix, problems, root):
     if dataclasses.is_dataclass(field.type):
       if dataclasses.is_dataclass(value):
         value = {}
+      if isinstance(value, collections.abc.Mapping) and name in base:
+        value = {**base[name], **value}
       if not isinstance(value, collections.abc.Mapping):
         problems.append(f'{prefix}{name} is a group of fields, not {shown(value)}')
         continue

@@ -374,7 +374,7 @@ def _time(run):
     return ''
   # The steps are what a run is for: they come first and in the first colour.
   spent.sort(key=lambda kv: (kv[0] != 'step', kv[0] in ('other', 'lost', 'restart'), -kv[1]))
-  names = {'init': 'start', 'compile': 'compilation', 'data_wait': 'waiting for data',
+  names = {'init': 'start', 'compile': 'compilation', 'data_wait': 'waiting for data', 'rollout': 'rollouts',
            'step': 'training steps', 'eval': 'evaluation', 'sample': 'sampling',
            'checkpoint': 'checkpoints', 'lost': 'steps done again', 'restart': 'between sittings',
            'other': 'other'}

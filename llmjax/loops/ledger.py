@@ -14,8 +14,9 @@ import time
 from llmjax.evaluate.metrics import read_lines
 from llmjax.loops.writers import open_lines
 
-BUCKETS = ('init', 'compile', 'data_wait', 'step', 'eval', 'sample', 'checkpoint', 'lost', 'restart', 'other')
-OF_STEPS = ('step', 'data_wait')  # What is lost with a step that must be done again.
+BUCKETS = ('init', 'compile', 'data_wait', 'rollout', 'step', 'eval', 'sample', 'checkpoint', 'lost', 'restart',
+           'other')
+OF_STEPS = ('step', 'data_wait', 'rollout')  # What is lost with a step that must be done again.
 
 
 class Ledger:

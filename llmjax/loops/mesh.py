@@ -37,8 +37,8 @@ def run(spec, options):
   """Prints the mesh, the layout of state and batch, and the step's collectives; returns the exit status."""
   count = options.devices or spec.mesh.size(*AXES)
   if not spec.model.vocab_size:
-    from llmjax.loops import pretrain  # Slow to import, and needed only to look into the data.
-    spec = pretrain.resolve(spec)
+    from llmjax.loops import start  # Slow to import, and needed only to look into the data.
+    spec = start.resolve(spec)
   spec = dataclasses.replace(spec, mesh=fill(spec.mesh, count))
   if problems := list(find_problems(spec)):
     raise ConfigError(problems)

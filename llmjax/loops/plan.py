@@ -69,8 +69,8 @@ def run(spec, options):
 def settle(spec, topology):
   """Returns the spec with the mesh that fills the chips; raises ConfigError with meshes that do."""
   if not spec.model.vocab_size:
-    from llmjax.loops import pretrain
-    spec = pretrain.resolve(spec)
+    from llmjax.loops import start
+    spec = start.resolve(spec)
   mesh = spec.mesh
   if topology.slices > 1 and mesh.slices == 1:
     mesh = dataclasses.replace(mesh, dcn_data=topology.slices)

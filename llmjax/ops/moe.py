@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llmjax.ops import grouped
+
 
 def route(logits, count):
   """Returns (weights [..., k] that sum to 1, expert ids int32 [..., k], probabilities [..., E]).
@@ -43,26 +45,52 @@ def router_z_loss(logits, mask):
   return jnp.sum(mask * jnp.square(jax.nn.logsumexp(logits, axis=-1)))
 
 
-def dropless(x, weights, ids, gate, up, down, activation, first=0):
+def dropless(x, weights, ids, gate, up, down, activation, first=0, share=1.0,
+             layouts=(None, None)):
   """Returns each token's weighted sum over those of its experts that are here, [n, D].
 
   x: [n, D].  weights, ids: [n, k].  gate, up: [E', D, F] and down: [E', F, D] of the E' experts from
   `first` on.  Tokens are sorted by expert, so that each expert multiplies one contiguous block
-  (arXiv:2211.15841, section 4); no token is dropped.
+  (arXiv:2211.15841, section 4); no token is dropped.  layouts: those of gate and up, and of down; they and
+  share as in `ops.grouped.product`.
   """
-  count, experts = ids.shape[1], gate.shape[0]
+  experts = gate.shape[0]
   expert = ids.reshape(-1) - first
-  here = (expert >= 0) & (expert < experts)
-  expert = jnp.where(here, expert, experts)  # What is elsewhere sorts behind all that is here.
+  expert = jnp.where((expert >= 0) & (expert < experts), expert, experts)  # What is elsewhere sorts last.
   order = jnp.argsort(expert, stable=True)
-  sizes = jnp.bincount(expert, length=experts + 1)[:experts].astype(jnp.int32)
-  product = lambda a, w: jax.lax.ragged_dot(a, w.astype(a.dtype), sizes)
-  rows = x[order // count]
-  gated, raised = checkpoint_name(product(rows, gate), 'gate'), checkpoint_name(product(rows, up), 'up')
-  y = product(activation(gated) * raised, down)
-  # Rows behind the last block are not defined on every platform.
-  y = jnp.where(here[order, None], y, 0) * weights.reshape(-1)[order, None].astype(y.dtype)
-  return y[jnp.argsort(order)].reshape(-1, count, x.shape[1]).sum(axis=1)
+  places = jnp.argsort(order).reshape(ids.shape)
+  sizes = jnp.sum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), axis=0)
+  places = jnp.where(places < jnp.sum(sizes), places, order.size)
+  product = lambda a, w, layout: grouped.product(a, w.astype(a.dtype), sizes, layout, share)
+  rows = spread(x, order, places)
+  gated, raised = (checkpoint_name(product(rows, w, layouts[0]), name) for w, name in ((gate, 'gate'), (up, 'up')))
+  # Weighted before the product: the backward pass then does not need the result.
+  factors = spread(weights.reshape(-1, 1), order, places.reshape(-1, 1)).astype(x.dtype)
+  return collect(product(activation(gated) * raised * factors, down, layouts[1]), order, places)
+
+
+@jax.custom_vjp
+def spread(x, order, places):
+  """Returns the rows of x [n, D] in the order of their experts, [n k, D]: row i is that of choice order[i].
+
+  places: int [n, k], the inverse of order: where each choice went; n k where its expert is elsewhere.  Rows
+  of those are not defined, nor what `collect` is given for them.  The gradient is `collect`: a sum of
+  gathered rows, where XLA would scatter them one by one.
+  """
+  return x[order // places.shape[1]]
+
+
+@jax.custom_vjp
+def collect(rows, order, places):
+  """Returns the sums over each token's choices of rows [n k, D] that lie as `spread` put them: [n, D]."""
+  found = rows.at[places].get(mode='fill', fill_value=0)
+  return jnp.sum(found, axis=1)
+
+
+spread.defvjp(lambda x, order, places: (spread(x, order, places), (order, places)),
+              lambda kept, d_rows: (collect(d_rows, *kept), None, None))
+collect.defvjp(lambda rows, order, places: (collect(rows, order, places), (order, places)),
+               lambda kept, d_y: (spread(d_y, *kept), None, None))
 
 
 def slots(ids, mask, experts, capacity):
