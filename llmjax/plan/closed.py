@@ -99,6 +99,7 @@ def kept_values(spec):
   wide = {'gate and up of the MLP': 2 * f}
   return {'full': {'input of each layer': d}, 'offload': {},
           'minimal': {'inputs of attention and MLP': 2 * d, 'output of attention': q, **heads, **wide},
+          'out': {'input of attention': d, 'output of attention': q, **heads, **wide},
           'mlp': {'inputs of attention and MLP': 2 * d, 'output of attention': q, **heads},
           'dots': {'inputs and outputs of products': 3 * d, **heads, **wide},
           'none': {'norms, residuals and outputs': 10 * d, 'output of attention': q, **heads,
@@ -169,7 +170,9 @@ def estimate_seconds(spec, topology):
   tokens = train.batch_size * spec.data.seq_len / devices  # Of a step, on one device.
   attention = counts.train_flops_per_token(m, spec.data.seq_len) - 6 * counts.matmul_params(m)
   layers_params = counts.matmul_params(m) - m.vocab_size * m.d_model
-  again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0}.get(train.remat, 0.0)
+  out = m.d_model * m.num_heads * m.heads_dim
+  again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0,
+           'out': m.num_layers * out / layers_params}.get(train.remat, 0.0)
   products = (6 + 2 * again) * layers_params + 6 * m.vocab_size * m.d_model
   # Two backward kernels each compute the attention weights again: 9 products of which the model's own count has 6.
   kernel = attention * (9 + 2 * (train.remat == 'full')) / 6
