@@ -69,7 +69,7 @@ def load_recipe(path: str) -> dict[str, Any]:
   if not os.path.exists(path) and '.py:' in path:
     path, _, variant = path.partition('.py:')
     path += '.py'
-  file = pathlib.Path(path)
+  file, variants = pathlib.Path(path), {}
   if path and os.path.isdir(path):
     within = sorted(p for p in file.glob('*') if p.suffix in ('.py', '.json'))
     raise ConfigError([f'--config={path} is a folder; name a recipe' + (

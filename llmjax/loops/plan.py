@@ -16,7 +16,7 @@ import pathlib
 import sys
 import time
 
-from llmjax.config import ConfigError, find_problems, to_dict
+from llmjax.config import ConfigError, to_dict
 from llmjax.parallel.spec import AXES
 from llmjax.plan import closed, page
 from llmjax.plan.closed import causal_part, outline, rate
@@ -88,10 +88,10 @@ def settle(spec, topology):
     near = nearest_meshes({axis: max(n, 1) for axis, n in sizes.items()}, inside)
     raise ConfigError([
         f'the mesh {mesh_text(sizes)} does not fill {topology.name}, which has {inside} devices'
-        + (' in each slice' if topology.slices > 1 else '') + '; the nearest that do:\n  '
-        + '\n  '.join(' '.join(f'--config.mesh.{a}={n}' for a, n in found.items()) for found in near)])
+        + (' in each slice' if topology.slices > 1 else '') + '; the nearest that do: '
+        + ', or '.join(' '.join(f'--config.mesh.{a}={n}' for a, n in found.items()) for found in near)])
   spec = dataclasses.replace(spec, mesh=dataclasses.replace(mesh, **sizes))
-  if problems := list(find_problems(spec)):
+  if problems := list(spec.settled_problems()):
     raise ConfigError(problems)
   return spec
 
@@ -249,7 +249,7 @@ def read_program(spec, topology, mesh, text, memory, compile_seconds, state):
   from llmjax.plan.schedule import Program
   devices = list(mesh.devices.flat)
   program = Program(text, mesh, topology, [place_of(d) for d in devices], causal_part(spec))
-  kept, gradients = stacks(program.module)
+  kept, gradients = stacks(program.module, spec.train.accumulation)
   arrays = lambda tensors: [dataclasses.asdict(t) for t in tensors]
   total = lambda tensors: sum(t.bytes * t.count for t in tensors)
   params = sum(map(local_bytes, jax.tree.leaves(state.params)))
@@ -315,7 +315,7 @@ def too_large(spec, topology, found):
   memory = plan['hbm_bytes']
   used = found['used'] + memory['arguments'] * found['temporaries_alone']
   plan.update(source='closed forms; the compiler ran out of memory', fits=False,
-              arrays=[dataclasses.asdict(t) for t in found['allocations'][:10]],
+              arrays=[dataclasses.asdict(t) for t in found['allocations'][:10]] or closed.largest(spec, topology),
               changes=closed.changes_that_fit(spec, topology, used / memory['total']))
   memory.update(total=used, limit=found['limit'], temp=used - memory['arguments'])
   return plan

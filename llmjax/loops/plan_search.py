@@ -11,7 +11,7 @@ import math
 import pathlib
 import tempfile
 
-from llmjax.config import ConfigError, find_problems, to_dict
+from llmjax.config import ConfigError, to_dict
 from llmjax.loops import plan_jobs
 from llmjax.parallel.spec import AXES
 from llmjax.plan import closed
@@ -102,12 +102,12 @@ def candidates(spec, topology, rows_per_chip=()):
       mesh = dataclasses.replace(spec.mesh, **{**dict.fromkeys(AXES, 1), **sizes}, zero=zero)
       fits_mesh = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
           spec.train, accumulation=1, batch_size=math.lcm(devices, *batches)))
-      if any(True for _ in fits_mesh.mesh_problems(mesh)):
+      if any(True for _ in fits_mesh.settled_problems()):
         continue  # The model's sizes do not divide, whatever the batch.
       for remat, accumulation, batch in itertools.product(REMATS, ACCUMULATIONS, batches):
         other = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
             spec.train, remat=remat, accumulation=accumulation, batch_size=batch))
-        if batch % accumulation or any(True for _ in find_problems(other)):
+        if batch % accumulation or any(True for _ in other.settled_problems()):
           continue
         if closed.estimate_memory(other, topology)['total'] <= ROOM * topology.device_hbm:
           found.append(Candidate(other, closed.plan(other, topology)))

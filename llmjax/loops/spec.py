@@ -9,7 +9,7 @@ from llmjax import config
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import weights
 from llmjax.checkpoint.spec import CheckpointSpec
-from llmjax.config import group, setting
+from llmjax.config import find_problems, group, setting
 from llmjax.data import prepared
 from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
@@ -475,4 +475,12 @@ class LayoutSpec(PretrainSpec):
 
 @dataclasses.dataclass(frozen=True)
 class PlanSpec(LayoutSpec):
-  """The config of `llmjax plan`: pretraining's."""
+  """The config of `llmjax plan`: pretraining's, whose mesh is looked at once the chips are known."""
+
+  def mesh_problems(self, mesh):
+    return ()
+
+  def settled_problems(self):
+    """Yields everything that is wrong with the spec, what its mesh does not divide included."""
+    yield from find_problems(self)
+    yield from super().mesh_problems(self.mesh)

@@ -8,20 +8,24 @@ import dataclasses
 import itertools
 import math
 
-from llmjax.config import find_problems
 from llmjax.model import counts
 from llmjax.parallel.spec import AXES
 
-# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) of experiments/tpu_calibration: the part of the peak that matrix
-# products reach, which grows with the width of the model, and how often a layer's residual stream [tokens, D] goes
-# through memory outside of them.
-STREAM_PASSES = 300
+# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) in experiments/tpu_calibration: the part of the peak that wide
+# matrix products reach, by generation, what of it is lost for each width of the matrix unit over the model's, and how
+# often a layer's residual stream [tokens, D] goes through memory outside of products.
+PRODUCTS, OTHER_PRODUCTS, LOST_WIDTHS = {'v5e': 0.93, 'v6e': 0.67}, 0.845, 1.6
+STREAM_PASSES, OTHER_STREAM_PASSES = {'v6e': 64}, 150
+# Keys of a block of attention; blocks that a causal mask cuts are computed whole.
+KEYS_OF_BLOCK = 1024
 # Of collectives beside which there is enough to do, the part that the core still waits for.
 HIDDEN_REST = 0.05
 
 
-def product_efficiency(d_model):
-  return min(0.55 + 0.16 * d_model / 4096, 0.88)
+def product_efficiency(topology, d_model):
+  """Returns the part of the peak that a layer's products reach."""
+  best = PRODUCTS.get(topology.chip.name, OTHER_PRODUCTS)
+  return best * max(1 - LOST_WIDTHS * topology.array / d_model, 0.3)
 
 
 def plan(spec, topology):
@@ -32,7 +36,8 @@ def plan(spec, topology):
   result.update(
       source='closed forms', hbm_bytes={**memory, 'limit': topology.device_hbm}, collectives=rows, cycles=None,
       parts=parts, step_seconds=sum(parts.values()), network_seconds=sum(r['seconds'] for r in rows),
-      largest=[], kept=[], arrays=[], fits=memory['total'] <= topology.device_hbm)
+      largest=[], kept=[], fits=memory['total'] <= topology.device_hbm)
+  result['arrays'] = [] if result['fits'] else largest(spec, topology)
   return rate(result, spec, topology)
 
 
@@ -86,13 +91,38 @@ def local_tokens(spec):
 
 
 def kept_values(spec):
-  """Returns how many values of a token each layer keeps for the backward pass (model/decoder.py has the table)."""
+  """Returns {what: values of a token} that each layer keeps for the backward pass (model/decoder.py has the table)."""
   m = spec.model
   d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
-  products = q + 2 * kv + 2 * f
-  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'mlp': 2 * d + 2 * q + 2 * kv,
-          'dots': 3 * d + products, 'none': 2 * d + q + products + 8 * d + 5 * f}[spec.train.remat]
+  heads = {'queries': q, 'keys and values': 2 * kv}
+  wide = {'gate and up of the MLP': 2 * f}
+  return {'full': {'input of each layer': d}, 'offload': {},
+          'minimal': {'inputs of attention and MLP': 2 * d, 'output of attention': q, **heads, **wide},
+          'out': {'input of attention': d, 'output of attention': q, **heads, **wide},
+          'mlp': {'inputs of attention and MLP': 2 * d, 'output of attention': q, **heads},
+          'dots': {'inputs and outputs of products': 3 * d, **heads, **wide},
+          'none': {'norms, residuals and outputs': 10 * d, 'output of attention': q, **heads,
+                   'gate, up, activations and products of the MLP': 7 * f}}[spec.train.remat]
+
+
+def largest(spec, topology):
+  """Returns what takes most memory on one device, the largest first: [{'what', 'type', 'bytes', 'count'}].
+
+  For programs that the compiler refuses without a word on their arrays.
+  """
+  m, train = spec.model, spec.train
+  tokens, tensor = int(local_tokens(spec)), spec.mesh.size('tensor')
+  memory = estimate_memory(spec, topology)
+  layers = m.num_layers // spec.mesh.size('stage')
+  rows = [(f'kept by remat {train.remat}: {what}', f'{train.compute_dtype}[{tokens},{n // tensor}]',
+           tokens * (n // tensor) * _bytes(train.compute_dtype), layers) for what, n in kept_values(spec).items()]
+  rows += [('parameters', train.param_dtype, memory['parameters'], 1),
+           ('optimizer', spec.optimizer.moment_dtype, memory['optimizer'], 1),
+           ('gradients', '', memory['gradients'], 1),
+           ('one layer at work, embedding and head', '', memory['temporaries'], 1)]
+  found = [dict(what=what, type=type_, bytes=int(size), count=count) for what, type_, size, count in rows if size]
+  return sorted(found, key=lambda row: -row['bytes'] * row['count'])
 
 
 def _mlp_products(model):
@@ -115,7 +145,7 @@ def estimate_memory(spec, topology):
   gradients = local * (width if train.accumulation > 1 else compute)
   tokens, tensor = local_tokens(spec), size('tensor')
   stages = size('stage')
-  kept = kept_values(spec) * compute * tokens * m.num_layers / tensor
+  kept = sum(kept_values(spec).values()) * compute * tokens * m.num_layers / tensor
   if stages > 1 and spec.pipeline.schedule == '1f1b':
     kept *= min(1, stages / max(spec.pipeline.count(stages, max(int(tokens * stages / spec.data.seq_len), 1)), 1))
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
@@ -140,13 +170,18 @@ def estimate_seconds(spec, topology):
   tokens = train.batch_size * spec.data.seq_len / devices  # Of a step, on one device.
   attention = counts.train_flops_per_token(m, spec.data.seq_len) - 6 * counts.matmul_params(m)
   layers_params = counts.matmul_params(m) - m.vocab_size * m.d_model
-  again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0}.get(train.remat, 0.0)
+  out = m.d_model * m.num_heads * m.heads_dim
+  again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0,
+           'out': m.num_layers * out / layers_params}.get(train.remat, 0.0)
   products = (6 + 2 * again) * layers_params + 6 * m.vocab_size * m.d_model
-  # Backward computes the attention weights again: 7 products of which the model's own count has 6.
-  kernel = attention * (7 + 2 * (train.remat == 'full')) / 6
+  # Two backward kernels each compute the attention weights again: 9 products of which the model's own count has 6.
+  kernel = attention * (9 + 2 * (train.remat == 'full')) / 6
+  kernel *= (1 + KEYS_OF_BLOCK / max(spec.data.seq_len, KEYS_OF_BLOCK)) / min(m.heads_dim / topology.array, 1)
   peak = topology.device_peak
-  stream = tokens * m.num_layers * m.d_model * 2 * STREAM_PASSES
-  parts = {'matmul': tokens * products / peak / product_efficiency(m.d_model), 'kernel': tokens * kernel / peak,
+  passes = STREAM_PASSES.get(topology.chip.name, OTHER_STREAM_PASSES)
+  stream = tokens * m.num_layers * m.d_model * 2 * passes
+  parts = {'matmul': tokens * products / peak / product_efficiency(topology, m.d_model),
+           'kernel': tokens * kernel / peak,
            'other': stream / (topology.chip.hbm_rate / topology.chip.devices)}
   if stages := spec.mesh.size('stage'):
     rows = max(int(train.batch_size / spec.mesh.size('data', 'fsdp', 'expert')), 1)
@@ -183,16 +218,20 @@ def communicate(spec, topology):
   weights = count['total'] * compute / size('tensor') / size('stage') / size('expert')
   weights_axes = ('fsdp',)
   if size('fsdp') > 1:
-    # Over a whole torus of rings libtpu writes gathers and reductions as all-reduces, which send twice as much and
-    # which nothing hides; over less it starts them early.
-    torus = (topology.chip.tpu and inside('fsdp') == topology.devices // topology.slices
-             and all(topology.is_ring(dim) for dim in range(len(topology.shape))))
+    # On slices with rings libtpu lets the core wait for gathers and reductions; elsewhere it starts them early.  Over
+    # a whole torus it writes them as all-reduces, which send twice as much.
+    rings = [topology.chip.tpu and topology.is_ring(dim) for dim in range(len(topology.shape))]
+    torus = inside('fsdp') == topology.devices // topology.slices and all(rings)
     sent = (2 if torus else 1) * weights
-    add('all-gather', weights_axes, weights, sent, 2 * times, not torus)
-    add('reduce-scatter', weights_axes, weights, sent, times, not torus)
+    add('all-gather', weights_axes, weights, sent, 2 * times, not any(rings))
+    add('reduce-scatter', weights_axes, weights, sent, times, not any(rings))
   if size('data') > 1:
     part = weights / size('fsdp')
-    add('all-reduce', ('data',), part, 2 * part, times)
+    if spec.mesh.zero == 3:
+      add('all-gather', ('data',), part, part, 2 * times)
+      add('reduce-scatter', ('data',), part, part, times)
+    else:
+      add('all-reduce', ('data',), part, 2 * part, times)
   stream = tokens * m.d_model * compute
   if size('tensor') > 1:
     add('all-gather', ('tensor',), stream, stream, 6 * m.num_layers * times)
@@ -241,7 +280,7 @@ def changes_that_fit(spec, topology, scale=1.0, most=3):
       other = change_spec(spec, change)
     except ValueError:
       continue
-    if list(find_problems(other)):
+    if any(True for _ in other.settled_problems()):
       continue
     result = plan(other, topology)
     total = result['hbm_bytes']['total'] * scale

@@ -16,18 +16,27 @@ class Tensor:
   count: int = 1
 
 
-def stacks(module):
+def stacks(module, accumulation=1):
   """Returns (kept, gradients): Tensors of one array for each turn that forward and backward loops fill.
 
-  A forward loop over layers writes what the backward one reads; a backward loop writes gradients.
+  A forward loop over layers writes what the backward one reads; a backward loop writes gradients.  accumulation:
+  turns of the loop over microbatches, within which those over layers are.
   """
-  frame = Frame(module, module.entry)
+  kept, gradients = _stacks(Frame(module, module.entry), accumulation)
+  return _merged(kept), _merged(gradients)
+
+
+def _stacks(frame, accumulation):
   kept, gradients = [], []
   for instruction in frame.computation.instructions.values():
     if instruction.op != 'while':
       continue
     loop = Loop(frame, instruction)
     trips = loop.trips()
+    if accumulation > 1 and trips == accumulation:
+      inside = _stacks(loop.body, 1)
+      if any(inside):
+        return inside
     body = loop.body.computation
     root = body.instructions[body.root]
     if root.op != 'tuple' or not trips or trips < 2:
@@ -39,7 +48,7 @@ def stacks(module):
       writer = _writer(body, name)
       backward = 'transpose(' in instruction.op_name or 'transpose(' in writer
       (gradients if backward else kept).append(Tensor(short_name(writer), str(arrays[0]), arrays[0].bytes))
-  return _merged(kept), _merged(gradients)
+  return kept, gradients
 
 
 def largest(module, most=10):

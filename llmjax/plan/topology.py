@@ -72,8 +72,8 @@ def parse_topology(text, slices=1):
   if name not in chips:
     near = difflib.get_close_matches(name, chips, n=1, cutoff=0.4)
     hint = f'did you mean {near[0]}? ' if near else ''
-    raise ConfigError([f'--topology={text}: there is no TPU {name!r}; {hint}known are\n  '
-                       + '\n  '.join(listed)])
+    raise ConfigError([f'--topology={text}: there is no TPU {name!r}; {hint}known are '
+                       + '; '.join(listed)])
   chip = chips[name]
   if not chip.tpu:
     if not re.fullmatch('[1-9][0-9]?', shape):

@@ -74,7 +74,7 @@ def memory_lines(plan):
                + ('fits' if plan['fits'] else 'DOES NOT FIT')))
   yield table(rows, right=(1,))
   large = sorted(plan['kept'] + plan['largest'], key=lambda t: -t['bytes'] * t['count'])[:6]
-  if not plan['fits'] and plan['arrays']:
+  if not plan['fits'] and plan.get('arrays'):
     large = plan['arrays'][:6]
   if large:
     yield 'largest:'

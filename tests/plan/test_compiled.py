@@ -110,7 +110,7 @@ def test_candidates_fill_the_chips_and_pass_every_check():
   assert all(a.speed > 0.98 * b.speed for a, b in itertools.pairwise(found))
   near_best = [c for c in found if c.speed > 0.995 * found[0].speed]
   assert len(near_best[0].sizes) == min(len(c.sizes) for c in near_best)  # The simplest of equals.
-  assert all(not list(config.find_problems(c.spec)) for c in found)
+  assert all(not list(c.spec.settled_problems()) for c in found)
   rows = {c.spec.train.batch_size for c in plan_search.candidates(tiny_spec(), topology, (1, 4))}
   assert rows == {4, 16}
   chosen = plan_search.choose(found, 10)
