@@ -91,8 +91,9 @@ def kept_values(spec):
   d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
   products = q + 2 * kv + 2 * f
-  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'mlp': 2 * d + 2 * q + 2 * kv,
-          'dots': 3 * d + products, 'none': 2 * d + q + products + 8 * d + 5 * f}[spec.train.remat]
+  return {'full': d, 'offload': 0, 'minimal': 2 * d + q + products, 'out': d + q + products,
+          'mlp': 2 * d + 2 * q + 2 * kv, 'dots': 3 * d + products,
+          'none': 2 * d + q + products + 8 * d + 5 * f}[spec.train.remat]
 
 
 def _mlp_products(model):
@@ -140,7 +141,9 @@ def estimate_seconds(spec, topology):
   tokens = train.batch_size * spec.data.seq_len / devices  # Of a step, on one device.
   attention = counts.train_flops_per_token(m, spec.data.seq_len) - 6 * counts.matmul_params(m)
   layers_params = counts.matmul_params(m) - m.vocab_size * m.d_model
-  again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0}.get(train.remat, 0.0)
+  out = m.d_model * m.num_heads * m.heads_dim
+  again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0,
+           'out': m.num_layers * out / layers_params}.get(train.remat, 0.0)
   products = (6 + 2 * again) * layers_params + 6 * m.vocab_size * m.d_model
   # Backward computes the attention weights again: 7 products of which the model's own count has 6.
   kernel = attention * (7 + 2 * (train.remat == 'full')) / 6
@@ -263,7 +266,7 @@ def changes_that_fit(spec, topology, scale=1.0, most=3):
 def _changes(spec, topology):
   """Yields changes {'train.remat': 'full', ...} that save memory, one or two at a time."""
   train, mesh = spec.train, spec.mesh
-  remats = [{'train.remat': r} for r in ('dots', 'minimal', 'mlp', 'full') if r != train.remat]
+  remats = [{'train.remat': r} for r in ('dots', 'minimal', 'out', 'mlp', 'full') if r != train.remat]
   accumulations = [{'train.accumulation': train.accumulation * n} for n in (2, 4, 8, 16)]
   batches = [{'train.batch_size': train.batch_size // n} for n in (2, 4, 8) if train.batch_size % n == 0]
   moments = [{'optimizer.moment_dtype': 'bfloat16'}] if spec.optimizer.moment_dtype == 'float32' else []
