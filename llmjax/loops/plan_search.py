@@ -18,7 +18,7 @@ from llmjax.plan import closed
 from llmjax.plan.words import gib, table
 
 ROOM = 1.1  # Closed forms may be so much too high; what they find larger than this is not compiled.
-REMATS = ('none', 'dots', 'minimal', 'mlp', 'full')
+REMATS = ('none', 'dots', 'minimal', 'out', 'mlp', 'full')
 ACCUMULATIONS = (1, 2, 4, 8, 16)
 ALIKE = 3  # Programs of the same mesh that are compiled, at most, before other meshes have had their turn.
 

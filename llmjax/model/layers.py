@@ -75,20 +75,20 @@ def parameter(module, name, init, shape):
   return found if is_weight(found) else module.param(name, init, shape, module.param_dtype)
 
 
-def linear(module, name, shape, names, in_dims=1, scale=1.0):
+def linear(module, name, shape, names, in_dims=1, scale=1.0, at_once=False):
   """Returns the function x -> x W of a weight [*in, *out] that becomes a parameter of the module."""
   init = nn.with_logical_partitioning(scaled_normal(in_dims, scale * module.spec.init_scale), names)
   w = parameter(module, name, init, shape)
-  return lambda x: project(x, w, in_dims, WeightLayout(names))
+  return lambda x: project(x, w, in_dims, WeightLayout(names), at_once)
 
 
 def summed(x):
-  """Returns a product x [B, T, D] whose terms lie over `tensor`, summed over it.
+  """Returns a product x [B, T, D] whose terms lie over `tensor`, summed over it and divided along the length.
 
-  The block divides it along the length right after, and XLA joins the two into a reduce-scatter; asked for
-  both at once it would gather rows that lie along `context`.
+  XLA joins the two into a reduce-scatter; asked for both at once it would gather rows that lie along `context`.
   """
-  return constrain(x, 'batch', 'length', 'act_embed')
+  x = constrain(x, 'batch', 'length', 'act_embed')
+  return result_apart(constrain(x, 'batch', 'block_length', 'act_embed'))
 
 
 class Embed(nn.Module):
@@ -129,9 +129,10 @@ class Attention(nn.Module):
     spec = self.spec
     d, n, k, h = spec.d_model, spec.num_heads, spec.kv_heads, spec.heads_dim
 
-    query = linear(self, 'query', (d, n, h), ('embed', 'heads', 'head_dim'))(x)
-    keys = linear(self, 'key', (d, k, h), ('embed', 'kv_heads', 'head_dim'))(x)
-    values = linear(self, 'value', (d, k, h), ('embed', 'kv_heads', 'head_dim'))(x)
+    x = copies(x, 3)
+    query = linear(self, 'query', (d, n, h), ('embed', 'heads', 'head_dim'))(x[0])
+    keys = linear(self, 'key', (d, k, h), ('embed', 'kv_heads', 'head_dim'))(x[1])
+    values = linear(self, 'value', (d, k, h), ('embed', 'kv_heads', 'head_dim'))(x[2])
     # Outputs into the residual stream start smaller with depth (GPT-2, section 2.3).
     out = linear(self, 'out', (n, h, d), ('heads', 'head_dim', 'embed'), 2, (2 * spec.num_layers)**-0.5)
     if spec.qk_norm:
@@ -173,6 +174,25 @@ def gradient_apart(x):
 gradient_apart.defvjp(lambda x: (x, None), lambda _, g: (apart(g),))
 
 
+@jax.custom_vjp
+def result_apart(x):
+  """Returns x, computed `apart`; its gradient is not."""
+  return apart(x)
+
+
+result_apart.defvjp(lambda x: (apart(x), None), lambda _, g: (g,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def copies(x, count):
+  """Returns x as often as products take it: their gradients are computed `apart` and then added."""
+  return (x,) * count
+
+
+copies.defvjp(lambda x, count: (copies(x, count), None),
+              lambda count, _, gradients: (functools.reduce(jnp.add, apart(gradients)),))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gate_product(activation, gated, raised):
   """Returns activation(gated) * raised, computed `apart` as are both gradients."""
@@ -199,8 +219,10 @@ class GatedMlp(nn.Module):
     spec = self.spec
     d, f = spec.d_model, self.widths * spec.mlp_dim
 
-    gated = checkpoint_name(linear(self, 'gate', (d, f), ('embed', 'mlp'))(x), 'gate')
-    raised = checkpoint_name(linear(self, 'up', (d, f), ('embed', 'mlp'))(x), 'up')
+    # The widest arrays: their gradients should not wait for what attention's backward pass overlaps.
+    gated, raised = (
+        checkpoint_name(result_apart(linear(self, name, (d, f), ('embed', 'mlp'), at_once=True)(x)), name)
+        for name in ('gate', 'up'))
     down = linear(self, 'down', (f, d), ('mlp', 'embed'), 1, (2 * spec.num_layers)**-0.5)
     hidden = gate_product(getattr(nn, spec.activation), gated, raised)
     return summed(down(constrain(hidden, 'batch', 'length', 'act_mlp')))

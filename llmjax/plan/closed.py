@@ -302,7 +302,7 @@ def changes_that_fit(spec, topology, scale=1.0, most=3):
 def _changes(spec, topology):
   """Yields changes {'train.remat': 'full', ...} that save memory, one or two at a time."""
   train, mesh = spec.train, spec.mesh
-  remats = [{'train.remat': r} for r in ('dots', 'minimal', 'mlp', 'full') if r != train.remat]
+  remats = [{'train.remat': r} for r in ('dots', 'minimal', 'out', 'mlp', 'full') if r != train.remat]
   accumulations = [{'train.accumulation': train.accumulation * n} for n in (2, 4, 8, 16)]
   batches = [{'train.batch_size': train.batch_size // n} for n in (2, 4, 8) if train.batch_size % n == 0]
   moments = [{'optimizer.moment_dtype': 'bfloat16'}] if spec.optimizer.moment_dtype == 'float32' else []

@@ -6,7 +6,7 @@ import re
 from llmjax.config import setting
 
 DTYPES = ('float32', 'bfloat16')
-REMATS = ('none', 'dots', 'minimal', 'mlp', 'full', 'offload')
+REMATS = ('none', 'dots', 'minimal', 'out', 'mlp', 'full', 'offload')
 SCHEDULES = ('cosine', 'linear', 'constant', 'wsd', 'rsqrt')
 
 
@@ -22,8 +22,9 @@ class TrainSpec:
   param_dtype: str = setting('float32', 'of parameters', choices=DTYPES)
   compute_dtype: str = setting('bfloat16', 'of products and activations', choices=DTYPES)
   remat: str = setting('none', 'what the backward pass computes again to save memory. none: nothing; dots: '
-                       'all but weight products; minimal: norms and activations; mlp: those and the MLP; full: '
-                       'everything; offload: as minimal, kept in host memory', choices=REMATS)
+                       'all but weight products; minimal: norms and activations; out: those and the product after '
+                       'attention; mlp: norms, activations and the MLP; full: everything; offload: as minimal, kept '
+                       'in host memory', choices=REMATS)
   attention: str = setting('auto', 'attention kernel; auto follows the platform',
                            choices=('auto', 'reference', 'blockwise', 'splash', 'cudnn'))
   context_attention: str = setting('ring', 'along mesh.context, keys and values go round a ring, or each device '

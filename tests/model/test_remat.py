@@ -53,7 +53,7 @@ def test_every_name_has_a_policy():
 
 
 @pytest.mark.parametrize(('remat', 'unroll'), [
-    ('dots', 1), ('minimal', 1), ('mlp', 1), ('full', 1), ('offload', 1), ('full', 2)])
+    ('dots', 1), ('minimal', 1), ('out', 1), ('mlp', 1), ('full', 1), ('offload', 1), ('full', 2)])
 def test_gradients_are_the_same(remat, unroll):
   expected, found = compiled('none')(params()), compiled(remat, unroll)(params())
   for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
@@ -81,9 +81,10 @@ def loss_of(p, remat):
 
 
 def test_products_computed_again():
-  """minimal: none.  dots: the two of attention, and two of rotary positions, which TPUs alone run.  full:
+  """minimal: none.  out: one.  dots: the two of attention, and two of rotary positions, which TPUs alone run.  full:
   those, and the layer's six but `down`."""
   assert products('minimal') == products('offload') == products('none')
+  assert products('out') == products('none') + 1
   assert products('dots') == products('none') + 4
   assert products('full') == products('none') + 10
 
