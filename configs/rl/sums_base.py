@@ -16,7 +16,7 @@ def get_config():
   c = config_dict.ConfigDict()
   c.model = dict(num_layers=2, d_model=64, num_heads=4, mlp_dim=128, tie_embeddings=True)
   c.data = dict(sources={'data/sums_chat': 1.0}, seq_len=16, packing='pad')
-  c.train = dict(steps=400, batch_size=128, log_every=50, compute_dtype='float32')
+  c.train = dict(steps=600, batch_size=128, log_every=50, compute_dtype='float32')
   c.optimizer = dict(lr=4e-3, warmup_steps=20, weight_decay=0.0)
   c.evaluate = dict(splits=())
   return c
