@@ -160,6 +160,8 @@ class PretrainSpec:
   logs: LogsSpec = group(LogsSpec)
   cost: CostSpec = group(CostSpec)
 
+  measures = ('loss', 'perplexity', 'bits_per_byte')  # What an evaluation finds of which less is better.
+
   def problems(self):
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
@@ -182,12 +184,11 @@ class PretrainSpec:
     if traced and traced[0] > self.train.steps:
       yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
     best = self.checkpoint.best_metric
-    metrics = [f'eval/{split}/{name}' for split in self.evaluations()
-               for name in ('loss', 'perplexity', 'bits_per_byte')]
+    metrics = [f'eval/{split}/{name}' for split in self.evaluations() for name in self.measures]
     if best and best not in metrics:
       yield f'checkpoint.best_metric={best!r} is not measured; this run has {", ".join(metrics) or "no evaluation"}'
     if self.train.patience:
-      names = [f'eval/{name}/loss' for name in self.evaluations()]
+      names = [f'eval/{name}/{self.measures[0]}' for name in self.evaluations()] if self.measures else []
       if not self.train.eval_every:
         yield 'train.patience needs evaluations on the way; set train.eval_every, to 100 for example'
       if self.train.stop_metric.rpartition('/')[0] not in [name.rpartition('/')[0] for name in names]:
@@ -385,6 +386,8 @@ class PromptData(DataSpec):
 @dataclasses.dataclass(frozen=True)
 class RlCommandSpec(FromRunSpec):
   """The config of `llmjax rl`: fine-tuning's, on prompts."""
+
+  measures = ()
 
   data: PromptData = group(PromptData)
   rl: RlSpec = group(RlSpec)

@@ -1,0 +1,142 @@
+"""`llmjax rl` in small: rollouts, exact resume in the middle of an iteration, the report, wrong data."""
+
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from llmjax import main
+from llmjax.checkpoint.checkpoints import load_params
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = ['--config.model.num_layers=1', '--config.model.d_model=16', '--config.model.num_heads=2',
+        '--config.model.mlp_dim=32']
+SMALL = ['--config.rl.prompts=4', '--config.rl.group=4', '--config.rl.epochs=2', '--config.train.batch_size=8',
+         '--config.train.log_every=1', '--config.train.eval_every=0', '--config.evaluate.limit=4',
+         '--config.logs.writers=', '--config.mesh.fsdp=2', '--config.mesh.tensor=2']
+
+
+def call(*argv):
+  """Runs a command in this process; returns its exit status."""
+  with pytest.raises(SystemExit) as stopped:
+    main.main([str(a) for a in argv])
+  return stopped.value.code or 0
+
+
+def prepare(folder):
+  """Makes the prepared folders of the recipes under folder/data."""
+  runpy.run_path(str(ROOT / 'experiments/rl/make_sums.py'))['main'](folder / 'data/sums')
+  common = ['prepare', f'--config={ROOT}/configs/data/chat.py', '--config.template=plain', '--config.test_fraction=0']
+  assert not call(*common, '--config.path=data/sums/chat.jsonl', '--config.output=data/sums_chat',
+                  '--config.tokenizer.vocab_size=300', '--config.validation_fraction=0')
+  assert not call(*common, '--config.path=data/sums/prompts.jsonl', '--config.output=data/sums_prompts',
+                  '--config.records=prompts', '--config.validation_fraction=0.2',
+                  '--config.tokenizer.path=data/sums_chat/tokenizer.model')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder with data, a base model, and a finished run of 10 steps: two iterations of 4, and a half."""
+  folder, before = tmp_path_factory.mktemp('rl'), os.getcwd()
+  os.chdir(folder)
+  prepare(folder)
+  assert not call('pretrain', f'--config={ROOT}/configs/rl/sums_base.py', '--workdir=runs/sums', *TINY,
+                  '--config.train.steps=2', '--config.train.batch_size=16', '--config.optimizer.warmup_steps=0',
+                  '--config.logs.writers=')
+  assert not rl('whole', 10)
+  yield folder
+  os.chdir(before)
+
+
+def rl(name, steps, *argv):
+  return call('rl', f'--config={ROOT}/configs/rl/sums_grpo.py', f'--workdir=runs/{name}', *SMALL,
+              f'--config.train.steps={steps}', *argv)
+
+
+def rows(run):
+  lines = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
+  found = {}
+  for line in lines:
+    found.setdefault(line['step'], {}).update(line)
+  return found
+
+
+def test_an_iteration_begins_on_policy_and_is_kept(folder):
+  run = folder / 'runs/whole'
+  found = rows(run)
+  for step in (1, 5, 9):  # The first of each iteration.
+    assert found[step]['train/clip_fraction'] == 0
+    assert abs(found[step]['train/ratio'] - 1) < 1e-5
+    assert found[step]['rollout/logprob_gap'] < 1e-5
+  assert found[1]['rollout/kl'] == pytest.approx(0, abs=1e-4) and 'rollout/reward' not in found[2]
+  assert found[10]['eval/validation/reward'] >= 0
+  files = sorted((run / 'rollouts').iterdir())
+  assert [f.name for f in files] == ['000000.jsonl', '000001.jsonl', '000002.jsonl']
+  header, *records = map(json.loads, files[1].read_text().splitlines())
+  assert header['metrics']['reward'] == found[5]['rollout/reward'] and len(records) == 16
+  assert {'prompt', 'text', 'answer', 'reward', 'ended'} <= set(records[0])
+  assert [r['prompt'] for r in records[:5]].count(records[0]['prompt']) == 4
+  assert 'iteration 2' in (run / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('stop', [5, 8])
+def test_resume_is_exact(folder, stop):
+  """Stopped in the middle of an iteration, and at the end of one: the same rollouts, the same weights, to the bit."""
+  name = f'parts{stop}'
+  assert not rl(name, stop) and not rl(name, 10)
+  parts, whole = (load_params(folder / 'runs' / n)[0] for n in (name, 'whole'))
+  jax.tree.map(np.testing.assert_array_equal, parts, whole)
+  for file in sorted((folder / 'runs/whole/rollouts').iterdir()):
+    assert file.read_text() == (folder / 'runs' / name / 'rollouts' / file.name).read_text()
+  ours, theirs = rows(folder / 'runs' / name), rows(folder / 'runs/whole')
+  for step in range(1, 11):
+    for key in ('train/loss', 'train/grad_norm', 'rollout/reward', 'rollout/kl'):
+      assert ours[step].get(key) == theirs[step].get(key)
+
+
+def test_ppo_with_a_new_value_head_under_top_p(folder, capsys):
+  assert not rl('ppo', 4, '--config.policy.name=ppo', '--config.rl.top_p=0.9', '--config.rl.kl_coef=0.1',
+                '--config.rl.kl_target=1', '--config.rl.kl_horizon=16', '--config.rl.epochs=1',
+                '--config.policy.whiten_rewards=true', '--config.rl.missing_eos_penalty=0.5')
+  found = rows(folder / 'runs/ppo')
+  assert found[1]['train/value_loss'] > 0 and found[1]['rollout/truncated_logprob'] > 0
+  assert found[3]['rollout/kl_coef'] == pytest.approx(0.1 * 0.8)  # Of a KL far below its target.
+  params = load_params(folder / 'runs/ppo')[0]
+  assert np.abs(params['value']['kernel']).max() > 0
+
+
+def test_a_file_that_the_checkpoint_needs_is_missed(folder, capsys):
+  assert not rl('lost', 5)
+  (folder / 'runs/lost/rollouts/000001.jsonl').write_text('{}\n')
+  assert rl('lost', 10) == 2
+  assert 'cannot be used' in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_said(folder, capsys):
+  assert rl('wrong', 4, '--config.train.batch_size=7', '--config.rl.rewards.math=1', '--config.guard.policy=rollback',
+            '--config.data.sources.data/sums_chat=1') == 2
+  said = capsys.readouterr().err
+  assert "'math' is not one" in said or 'sums_chat' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe, reward, most_kl', [('sums_grpo', 0.9, 3.0), ('sums_ppo', 0.9, 3.0)])
+def test_the_recipes_learn(tmp_path, recipe, reward, most_kl):
+  """From 3 right answers of 10 to 9 and more.  Measured: GRPO 0.31 to 0.97 at a KL of 1.2 nats."""
+  os.chdir(tmp_path)
+  prepare(tmp_path)
+  env = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
+  for command in (['pretrain', f'--config={ROOT}/configs/rl/sums_base.py', '--workdir=runs/sums'],
+                  ['rl', f'--config={ROOT}/configs/rl/{recipe}.py', '--workdir=runs/rl']):
+    subprocess.run([sys.executable, '-m', 'llmjax', *command], env=env, check=True, capture_output=True)
+  found = [row for _, row in sorted(rows(tmp_path / 'runs/rl').items()) if 'rollout/reward' in row]
+  mean = lambda rows, key: np.mean([row[f'rollout/{key}'] for row in rows])
+  assert 0.2 < mean(found[:2], 'reward') < 0.4
+  assert mean(found[-5:], 'reward') >= reward
+  assert 0 < mean(found[-5:], 'kl') < most_kl
