@@ -8,7 +8,7 @@ def get_config():
   c.data = dict(sources={'data/sums_prompts': 1.0}, seq_len=16)
   c.train = dict(init_from='runs/sums', steps=120, batch_size=256, log_every=10, eval_every=60,
                  compute_dtype='float32')
-  c.optimizer = dict(lr=5e-4, schedule='constant', weight_decay=0.0)
+  c.optimizer = dict(lr=1e-3, schedule='linear', weight_decay=0.0)
   c.rl = dict(prompts=32, group=8, max_new_tokens=4, rewards={'maths': 1.0})
   c.policy = dict(name='grpo')
   c.evaluate = dict(limit=100)
