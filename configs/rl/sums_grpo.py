@@ -10,6 +10,6 @@ def get_config():
                  compute_dtype='float32')
   c.optimizer = dict(lr=1e-3, schedule='linear', weight_decay=0.0)
   c.rl = dict(prompts=32, group=8, max_new_tokens=4, rewards={'maths': 1.0})
-  c.policy = dict(name='grpo')
+  c.policy = dict(name='grpo', kl_coef=0.04)
   c.evaluate = dict(limit=100)
   return c

@@ -408,6 +408,9 @@ class RlCommandSpec(FromRunSpec):
              f'{self.data.seq_len}; write data.seq_len={2 * rl.max_new_tokens}')
     if not rl.reference and policy.kl_coef:
       yield 'rl.reference=False leaves nothing to measure the KL from; write policy.kl_coef=0, or rl.reference=True'
+    if self.adapter.kind and policy.advantages == 'gae':
+      yield (f'adapter.kind={self.adapter.kind} leaves no value head to train for policy.advantages=gae; write '
+             'policy.name=grpo, or train all weights')
     if self.guard.policy == 'rollback':
       yield ('guard.policy=rollback would leave out rollouts that are not made yet; write guard.policy=skip or '
              'guard.policy=abort')

@@ -16,10 +16,10 @@ from llmjax.checkpoint.checkpoints import load_params
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ['--config.model.num_layers=1', '--config.model.d_model=16', '--config.model.num_heads=2',
-        '--config.model.mlp_dim=32']
+        '--config.model.mlp_dim=32', '--config.mesh.data=8']
 SMALL = ['--config.rl.prompts=4', '--config.rl.group=4', '--config.rl.epochs=2', '--config.train.batch_size=8',
          '--config.train.log_every=1', '--config.train.eval_every=0', '--config.evaluate.limit=4',
-         '--config.logs.writers=', '--config.mesh.fsdp=2', '--config.mesh.tensor=2']
+         '--config.optimizer.schedule=constant', '--config.logs.writers=', '--config.mesh.fsdp=2', '--config.mesh.tensor=2']
 
 
 def call(*argv):
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
   os.chdir(folder)
   prepare(folder)
   assert not call('pretrain', f'--config={ROOT}/configs/rl/sums_base.py', '--workdir=runs/sums', *TINY,
-                  '--config.train.steps=2', '--config.train.batch_size=16', '--config.optimizer.warmup_steps=0',
+                  '--config.train.steps=60', '--config.train.batch_size=64', '--config.optimizer.lr=0.01',
                   '--config.logs.writers=')
   assert not rl('whole', 10)
   yield folder
@@ -75,6 +75,8 @@ def test_an_iteration_begins_on_policy_and_is_kept(folder):
     assert abs(found[step]['train/ratio'] - 1) < 1e-5
     assert found[step]['rollout/logprob_gap'] < 1e-5
   assert found[1]['rollout/kl'] == pytest.approx(0, abs=1e-4) and 'rollout/reward' not in found[2]
+  assert all(found[step]['rollout/reward'] > 0 for step in (1, 5, 9))  # Else there would be nothing to learn.
+  assert sum(found[step]['train/grad_norm'] > 0 for step in found) >= 8
   assert found[10]['eval/validation/reward'] >= 0
   files = sorted((run / 'rollouts').iterdir())
   assert [f.name for f in files] == ['000000.jsonl', '000001.jsonl', '000002.jsonl']
@@ -111,6 +113,13 @@ def test_ppo_with_a_new_value_head_under_top_p(folder, capsys):
   assert np.abs(params['value']['kernel']).max() > 0
 
 
+def test_adapters_learn_and_their_base_answers_as_before(folder):
+  assert not rl('lora', 5, '--config.adapter.kind=lora', '--config.adapter.rank=2', '--config.optimizer.lr=0.01')
+  found = rows(folder / 'runs/lora')
+  assert found[1]['rollout/kl'] == pytest.approx(0, abs=1e-4) and abs(found[5]['rollout/kl']) > 1e-3
+  assert max(found[s]['rollout/logprob_gap'] for s in (1, 5)) < 1e-5
+
+
 def test_a_file_that_the_checkpoint_needs_is_missed(folder, capsys):
   assert not rl('lost', 5)
   (folder / 'runs/lost/rollouts/000001.jsonl').write_text('{}\n')
@@ -120,9 +129,12 @@ def test_a_file_that_the_checkpoint_needs_is_missed(folder, capsys):
 
 def test_what_does_not_fit_is_said(folder, capsys):
   assert rl('wrong', 4, '--config.train.batch_size=7', '--config.rl.rewards.math=1', '--config.guard.policy=rollback',
+            '--config.rl.max_new_tokens=16', '--config.policy.kl_coef=0.1', '--config.rl.reference=false',
             '--config.data.sources.data/sums_chat=1') == 2
   said = capsys.readouterr().err
-  assert "'math' is not one" in said or 'sums_chat' in said
+  for part in ("'math' is not one", 'write train.batch_size=8', 'guard.policy=skip', 'data.seq_len=32',
+               'nothing to measure the KL from', 'sums_chat'):
+    assert part in said
 
 
 @pytest.mark.slow
