@@ -2,9 +2,9 @@
 
     python experiments/rl/make_sums.py data/sums
     llmjax prepare --config=configs/data/chat.py --config.path=data/sums/chat.jsonl --config.output=data/sums_chat \
-      --config.template=plain --config.tokenizer.vocab_size=320 --config.validation_fraction=0 --config.test_fraction=0
+      --config.template=plain --config.tokenizer.vocab_size=300 --config.validation_fraction=0 --config.test_fraction=0
     llmjax prepare --config=configs/data/chat.py --config.path=data/sums/prompts.jsonl --config.records=prompts \
-      --config.validation_fraction=0.2 \
+      --config.validation_fraction=0.2 --config.test_fraction=0 \
       --config.output=data/sums_prompts --config.template=plain --config.tokenizer.path=data/sums_chat/tokenizer.model
     llmjax pretrain --config=configs/rl/sums_base.py --workdir=runs/sums
 """
