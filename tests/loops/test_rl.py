@@ -19,7 +19,8 @@ TINY = ['--config.model.num_layers=1', '--config.model.d_model=16', '--config.mo
         '--config.model.mlp_dim=32', '--config.mesh.data=8']
 SMALL = ['--config.rl.prompts=4', '--config.rl.group=4', '--config.rl.epochs=2', '--config.train.batch_size=8',
          '--config.train.log_every=1', '--config.train.eval_every=0', '--config.evaluate.limit=4',
-         '--config.optimizer.schedule=constant', '--config.logs.writers=', '--config.mesh.fsdp=2', '--config.mesh.tensor=2']
+         '--config.optimizer.schedule=constant', '--config.logs.writers=', '--config.mesh.fsdp=2',
+         '--config.mesh.tensor=2']
 
 
 def call(*argv):
@@ -118,6 +119,20 @@ def test_adapters_learn_and_their_base_answers_as_before(folder):
   found = rows(folder / 'runs/lora')
   assert found[1]['rollout/kl'] == pytest.approx(0, abs=1e-4) and abs(found[5]['rollout/kl']) > 1e-3
   assert max(found[s]['rollout/logprob_gap'] for s in (1, 5)) < 1e-5
+
+
+def test_dynamic_sampling_draws_other_prompts(folder):
+  assert not rl('dynamic', 2, '--config.rl.rounds=3', '--config.rl.epochs=1', '--config.policy.name=dapo',
+                '--config.rl.overlong_tokens=2', '--config.rl.mask_truncated=true')
+  found = rows(folder / 'runs/dynamic')[1]
+  header, *records = map(json.loads, (folder / 'runs/dynamic/rollouts/000000.jsonl').read_text().splitlines())
+  groups = [records[i:i + 4] for i in range(0, 16, 4)]
+  mixed = sum(len({r['raw'] for r in group}) > 1 for group in groups)
+  assert 0 < found['rollout/equal_groups'] < 1 and header['cursor'] == found['rollout/rounds']
+  # Equal groups come last, and only where the rounds did not bring enough others.
+  assert mixed == 4 or found['rollout/rounds'] == 3
+  assert [len({r['raw'] for r in group}) > 1 for group in groups] == [True] * mixed + [False] * (4 - mixed)
+  assert all(r['trained'] == r['ended'] for r in records)
 
 
 def test_a_file_that_the_checkpoint_needs_is_missed(folder, capsys):
