@@ -52,6 +52,9 @@ def fill(folder):
       'data/old/manifest.json': '{"format": 0}',
       'data/cut/manifest.json': '{"format": 1, "tok', 'data/less/manifest.json': '{"format": 1}',
       'data/other/manifest.json': json.dumps({**MANIFEST, 'tokenizer': {'sha256': 'y', 'vocab_size': 512}}),
+      'data/prompts/manifest.json': json.dumps({**MANIFEST, 'records': 'prompts'}),
+      'run/config.json': json.dumps({'model': {'num_layers': 2, 'd_model': 64, 'num_heads': 4, 'mlp_dim': 128},
+                                     'data': {'seq_len': 64}}),
       'data/empty/x': '', 'hub/config.json': '{}', 'hub/pytorch_model.bin': 'x'}.items():
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

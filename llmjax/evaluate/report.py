@@ -13,7 +13,7 @@ import statistics
 
 from llmjax import config as configs
 from llmjax import secrets
-from llmjax.evaluate import metrics, page
+from llmjax.evaluate import metrics, page, rollouts
 from llmjax.model import counts
 from llmjax.model.spec import ModelSpec
 
@@ -132,8 +132,8 @@ def render(run):
   """Returns the page as text."""
   charts = {}
   sections = [_header(run), _warnings(run), _headline(run), _curves(run, charts), _time(run),
-              _energy(run), _events(run), _samples(run), _evaluation(run), _data(run), _profile(run), _settings(run),
-              _command(run), _missing(run)]
+              _energy(run), _events(run), _samples(run), _rollouts(run), _evaluation(run), _data(run), _profile(run),
+              _settings(run), _command(run), _missing(run)]
   return page.render_page(f'{_name(run)} · llmjax', '\n'.join(filter(None, sections)), charts)
 
 
@@ -338,6 +338,11 @@ def _curves(run, charts):
   add('bits', 'Held-out bits per byte', [
       _series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/bits_per_byte'))
       for i, name in enumerate(names[:4])] + rules)
+  add('reward', 'Reward of sampled answers, and of the likeliest ones', _trend('sampled', 2, *run.curve(
+      'rollout/reward')) + [_series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/reward'))
+                            for i, name in enumerate(names[:4])])
+  add('kl', 'KL from the reference, nats an answer', _trend('sampled', 3, *run.curve('rollout/kl')), zero=True)
+  add('answer_tokens', 'Tokens of an answer', _trend('sampled', 4, *run.curve('rollout/tokens')), zero=True)
   add('speed', 'Tokens a second',
       _trend('as logged', 2, *run.curve('train/tokens_per_second')), zero=True)
   add('lr', 'Learning rate', [_series('learning rate', 'line', 3, *run.curve('train/lr'))],
@@ -490,6 +495,11 @@ def _samples(run):
   note = ('' if len(steps) == len(by_step) else
           f'<p class="soft small note">{len(steps)} of the {len(by_step)} steps with samples.</p>')
   return _section('Samples', f'<div class="card">{"".join(parts)}</div>{note}')
+
+
+def _rollouts(run):
+  shown = rollouts.render(rollouts.read(run.folder))
+  return _section('Rollouts', shown) if shown else ''
 
 
 def _clipped(text):

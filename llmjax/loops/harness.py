@@ -270,7 +270,7 @@ class Loop:
     self.heart.beat(step, 'sample')
     with self.ledger.charge('rollout'):
       begin = time.perf_counter()
-      metrics = self.job.batches.refill(self.state.params)
+      metrics = self.job.batches.refill(self._parameters())
     # They belong to the step that learns from them: a run that goes on from this one makes them again.
     self.writers.write(step + 1, {f'rollout/{name}': value for name, value in metrics.items()})
     self.progress.rollout(step + 1, metrics, time.perf_counter() - begin)

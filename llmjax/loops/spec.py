@@ -161,6 +161,8 @@ class PretrainSpec:
   logs: LogsSpec = group(LogsSpec)
   cost: CostSpec = group(CostSpec)
 
+  measures = ('loss', 'perplexity', 'bits_per_byte')  # What an evaluation finds of which less is better.
+
   def problems(self):
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
@@ -183,12 +185,11 @@ class PretrainSpec:
     if traced and traced[0] > self.train.steps:
       yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
     best = self.checkpoint.best_metric
-    metrics = [f'eval/{split}/{name}' for split in self.evaluations()
-               for name in ('loss', 'perplexity', 'bits_per_byte')]
+    metrics = [f'eval/{split}/{name}' for split in self.evaluations() for name in self.measures]
     if best and best not in metrics:
       yield f'checkpoint.best_metric={best!r} is not measured; this run has {", ".join(metrics) or "no evaluation"}'
     if self.train.patience:
-      names = [f'eval/{name}/loss' for name in self.evaluations()]
+      names = [f'eval/{name}/{self.measures[0]}' for name in self.evaluations()] if self.measures else []
       if not self.train.eval_every:
         yield 'train.patience needs evaluations on the way; set train.eval_every, to 100 for example'
       if self.train.stop_metric.rpartition('/')[0] not in [name.rpartition('/')[0] for name in names]:
@@ -387,6 +388,8 @@ class PromptData(DataSpec):
 class RlCommandSpec(FromRunSpec):
   """The config of `llmjax rl`: fine-tuning's, on prompts."""
 
+  measures = ()
+
   data: PromptData = group(PromptData)
   rl: RlSpec = group(RlSpec)
   policy: PolicySpec = group(PolicySpec)
@@ -406,6 +409,9 @@ class RlCommandSpec(FromRunSpec):
              f'{self.data.seq_len}; write data.seq_len={2 * rl.max_new_tokens}')
     if not rl.reference and policy.kl_coef:
       yield 'rl.reference=False leaves nothing to measure the KL from; write policy.kl_coef=0, or rl.reference=True'
+    if self.adapter.kind and policy.advantages == 'gae':
+      yield (f'adapter.kind={self.adapter.kind} leaves no value head to train for policy.advantages=gae; write '
+             'policy.name=grpo, or train all weights')
     if self.guard.policy == 'rollback':
       yield ('guard.policy=rollback would leave out rollouts that are not made yet; write guard.policy=skip or '
              'guard.policy=abort')

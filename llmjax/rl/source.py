@@ -116,21 +116,23 @@ class RolloutSource:
     generator = Generator(spec.model, params, jnp.dtype(spec.train.compute_dtype), self.mesh,
                           vocab_size=self.tokenizer.vocab_size)
     key = jax.random.fold_in(jax.random.key(spec.train.seed), number)
-    kept, spare, rounds, seen = [], [], 0, 0
+    kept, spare, rounds, rewards = [], [], 0, []
     while len(kept) < rl.prompts and rounds < rl.rounds:
       prompts = next(self.prompts)
       ids = [np.asarray(p['ids'], np.int32) for p in prompts]
       answers, logprobs = rollout.sample(generator, ids, rl.group, rl, jax.random.fold_in(key, rounds),
                                          self.stop_ids)
-      rounds, seen = rounds + 1, seen + len(prompts)
       judged = self._judge(prompts, answers)
+      rounds, rewards = rounds + 1, rewards + judged[1]
       for i in range(len(prompts)):
         rows = slice(i * rl.group, (i + 1) * rl.group)
         group = (ids[i], answers[rows], logprobs[rows], *(part[rows] for part in judged))
         # What the answers themselves are worth decides, not how long they are.
         same = rl.group > 1 and np.ptp([row['raw'] for row in judged[0][rows]]) == 0
         (spare if same and rl.rounds > 1 else kept).append(group)
-    self._rounds, self._same = rounds, len(spare) / seen
+    # The rewards of those that are kept would be no fair sample.
+    self._drawn = {'reward': float(np.mean(rewards)), 'rounds': rounds,
+                   'equal_groups': len(spare) * rl.group / len(rewards)}
     return (kept + spare)[:rl.prompts]
 
   def _judge(self, prompts, answers):
@@ -168,7 +170,7 @@ class RolloutSource:
     if rl.kl_coef:
       metrics['kl_coef'] = coefficient
     if rl.rounds > 1:
-      metrics |= {'rounds': self._rounds, 'equal_groups': self._same}
+      metrics |= {'kept_reward': metrics['reward'], **self._drawn}
     if rl.mask_truncated:
       batch['loss_mask'] = mask * np.array([[r['ended']] for r in records], np.float32)
     for i, (record, prompt, answer) in enumerate(zip(records, prompts, answers, strict=True)):

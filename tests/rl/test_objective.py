@@ -1,0 +1,206 @@
+"""Objectives of a model: log-probabilities on meshes, and losses that see neither padding nor accumulation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmjax.generate.decode import Generator
+from llmjax.model import decoder
+from llmjax.model.spec import ModelSpec
+from llmjax.parallel.mesh import make_mesh, place_batch
+from llmjax.parallel.sharding import tree_shardings
+from llmjax.parallel.spec import MeshSpec
+from llmjax.rl import objective, rollout
+from llmjax.rl.spec import NAMED, PolicySpec, PreferenceSpec, RlSpec
+from llmjax.train.objectives import Forward
+from llmjax.train.spec import TrainSpec
+from llmjax.train.state import TrainState
+from llmjax.train.step import make_train_step
+
+SPEC = ModelSpec(num_layers=2, d_model=16, num_heads=2, mlp_dim=32, vocab_size=32, value_head=True, tie_embeddings=True)
+TRAIN = TrainSpec(compute_dtype='float32')
+WORDS, LENGTH = 29, 16
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Parameters that are no longer those of a start: values and probabilities differ from token to token."""
+  tree = decoder.init_params(SPEC, jax.random.key(0))
+  noise = iter(jax.random.split(jax.random.key(1), 100))
+  return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(noise), p.shape), tree)
+
+
+def draw_rows(count=8, seed=0, length=LENGTH):
+  draw = np.random.default_rng(seed)
+  prompts = [draw.integers(1, WORDS, draw.integers(1, 6)) for _ in range(count)]
+  answers = [draw.integers(1, WORDS, draw.integers(1, 9)) for _ in range(count)]
+  return prompts, answers, rollout.make_rows(prompts, answers, length)
+
+
+def policy_batch(params, seed=0):
+  _, _, batch = draw_rows(seed=seed)
+  draw = np.random.default_rng(seed + 1)
+  mask = batch['loss_mask']
+  for name in ('old_logprobs', 'ref_logprobs', 'advantages', 'returns', 'old_values'):
+    batch[name] = (draw.normal(size=mask.shape) * mask).astype(np.float32)
+  batch['old_logprobs'] -= 3.0 * mask
+  return batch
+
+
+def test_rows_are_prompts_and_answers():
+  prompts, answers, batch = draw_rows()
+  for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    np.testing.assert_array_equal(batch['targets'][i][batch['loss_mask'][i] > 0], answer)
+    size = len(prompt) + len(answer) - 1
+    np.testing.assert_array_equal(batch['tokens'][i, :size], [*prompt, *answer][:-1])
+    assert (batch['segment_ids'][i, :size] == 1).all() and not batch['segment_ids'][i, size:].any()
+  values = [np.arange(1, len(a) + 1) for a in answers]
+  spread = rollout.spread(values, prompts, LENGTH)
+  np.testing.assert_array_equal(spread[batch['loss_mask'] > 0], np.concatenate(values))
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.7])
+def test_sampler_and_trainer_agree(params, temperature):
+  """Prompts of all lengths side by side, padded on the left there and on the right here."""
+  prompts = draw_rows()[0]
+  rl = RlSpec(group=2, max_new_tokens=8, temperature=temperature)
+  generator = Generator(SPEC, params, vocab_size=WORDS)
+  answers, logprobs = rollout.sample(generator, prompts, 2, rl, jax.random.key(3), stop_ids=(2, 3, 4, 5))
+  repeated = [p for p in prompts for _ in range(2)]
+  batch = rollout.make_rows(repeated, answers, LENGTH)
+  assert len({len(a) for a in answers}) > 2 and max(a.max() for a in answers) < WORDS
+  mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
+  scorer = rollout.Scorer(SPEC, TRAIN, mesh, None, rows=8, temperature=temperature, vocab_size=WORDS)
+  found = scorer(params, batch, True)
+  sampled = rollout.spread(logprobs, repeated, LENGTH)
+  assert rollout.disagreement(sampled, found['logprobs'], batch['loss_mask']) < 1e-5
+  assert rollout.disagreement(sampled, found['logprobs'] + 0.01, batch['loss_mask']) > 1e-3
+  assert found['values'].std() > 0
+
+
+def test_what_top_p_takes_away_is_seen(params):
+  prompts = draw_rows()[0]
+  rl = RlSpec(group=1, max_new_tokens=8, top_p=0.5)
+  answers, logprobs = rollout.sample(Generator(SPEC, params, vocab_size=WORDS), prompts, 1, rl, jax.random.key(3), ())
+  mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
+  scorer = rollout.Scorer(SPEC, TRAIN, mesh, None, rows=8, vocab_size=WORDS)
+  batch = rollout.make_rows(prompts, answers, LENGTH)
+  gaps = (rollout.spread(logprobs, prompts, LENGTH) - scorer(params, batch)['logprobs'])[batch['loss_mask'] > 0]
+  assert (gaps > -1e-5).all() and (gaps < -np.log(0.5) + 1e-5).all() and gaps.mean() > 0.1
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
+@pytest.mark.parametrize('sizes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 2, 'context': 2, 'tensor': 2}])
+def test_meshes(params, sizes):
+  """Loss, gradient, and the log-probabilities of a scorer, as on one device."""
+  batch = policy_batch(params)
+  spec = PolicySpec(**NAMED['grpo'], kl_coef=0.1, entropy_coef=0.01)
+
+  def make(mesh):
+    loss_fn = objective.make_policy_loss(spec, SPEC, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS, temperature=0.8)
+    scorer = rollout.Scorer(SPEC, TRAIN, mesh, None, rows=8, vocab_size=WORDS)
+    own = jax.device_put(params, tree_shardings(mesh, decoder.param_names(SPEC)))
+    with jax.set_mesh(mesh):
+      found = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(own, place_batch(mesh, batch), None)
+    return jax.device_get((found, scorer(own, batch, True)))
+
+  expected = make(make_mesh(MeshSpec(data=1), jax.devices()[:1]))
+  found = make(make_mesh(MeshSpec(**{'data': 1, **sizes}), jax.devices()))
+  mask = batch['segment_ids'] != 0
+  expected[1].update({k: v * mask for k, v in expected[1].items()})
+  found[1].update({k: v * mask for k, v in found[1].items()})
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
+
+
+def pair_batch(count=4):
+  draw = np.random.default_rng(5)
+  prompts = [draw.integers(1, WORDS, 3) for _ in range(count) for _ in range(2)]
+  answers = [draw.integers(1, WORDS, draw.integers(1, 9)) for _ in range(2 * count)]
+  batch = rollout.make_rows(prompts, answers, LENGTH)
+  batch['ref_logprobs'] = draw.normal(-20, 1, 2 * count).astype(np.float32)
+  return batch
+
+
+def wider(batch, left, right, rows=0):
+  """Returns the batch with tokens of padding on both sides of its rows, and rows of padding."""
+  def pad(name, a):
+    widths = [(0, rows)] + ([(left, right)] if a.ndim > 1 else [])
+    return np.pad(a, widths, constant_values=7 if name in ('tokens', 'targets') else 0)
+  return {name: pad(name, a) for name, a in batch.items()}
+
+
+LOSSES = {
+    'pairs': lambda: objective.make_pair_loss(
+        PreferenceSpec(sft_weight=0.1, length_weight=0.5), SPEC, TRAIN, 'cpu', vocab_size=WORDS),
+    'reward': lambda: objective.make_reward_loss(SPEC, TRAIN, 'cpu', centring=0.01),
+    'ppo': lambda: objective.make_policy_loss(
+        PolicySpec(**NAMED['ppo'], entropy_coef=0.01), SPEC, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
+    'grpo': lambda: objective.make_policy_loss(
+        PolicySpec(**NAMED['grpo'], kl_coef=0.1), SPEC, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
+}
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_padding_and_accumulation(params, name):
+  loss_fn, pairs = LOSSES[name](), name in ('pairs', 'reward')
+  batch = pair_batch() if pairs else policy_batch(params)
+  if name == 'reward':
+    del batch['ref_logprobs']
+
+  def step(batch, accumulation=1):
+    tx = optax.sgd(1.0)
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
+                       key=jax.random.key_data(jax.random.key(0)))
+    run = make_train_step(loss_fn, tx, lambda step: 1.0, accumulation, together=2 if pairs else 1)
+    return jax.jit(run)(state, batch)
+
+  state, metrics = step(batch)
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, params)
+  assert max(jax.tree.leaves(moved)) > 1e-3
+  if name in ('reward', 'ppo', 'grpo'):
+    assert moved['value']['kernel'] > 1e-4
+  for other in (step(batch, 4), step(wider(batch, 0, 8)), step(wider(batch, 5, 3, rows=2))):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), other[0].params, state.params)
+    for key in metrics:
+      np.testing.assert_allclose(other[1][key], metrics[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+def test_a_reward_model_reads_the_last_token(params):
+  """Of a pair's row the last target, too; and the same number as for the whole answer at once."""
+  prompts, answers, batch = draw_rows()
+  forward = Forward(SPEC, TRAIN, 'cpu')
+  whole = jax.tree.map(jnp.asarray, objective.with_last_target({k: jnp.asarray(v) for k, v in batch.items()}))
+  scores = objective.end_scores(params, forward(params, whole, None)[0], whole)
+  mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
+  rows = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
+  for size, length in ((8, 14), (3, 31)):  # The batch and the padding change nothing.
+    scorer = rollout.EndScorer(SPEC, TRAIN, mesh, None, rows=size, length=length)
+    np.testing.assert_allclose(scorer(params, rows), scores, rtol=1e-5, atol=1e-5)
+  other = scorer(params, [np.append(r[:-1], (r[-1] + 1) % WORDS) for r in rows])
+  assert np.abs(other - scores).min() > 1e-4
+
+
+def test_dpo_of_a_fresh_reference_is_log_2(params):
+  batch = pair_batch()
+  spec = PreferenceSpec()
+  sums = objective.make_sequence_logprobs(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS)
+  batch['ref_logprobs'] = jax.jit(sums)(params, batch)
+  loss_fn = objective.make_pair_loss(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS)
+  loss, (weight, aux) = jax.jit(loss_fn)(params, batch, None)
+  np.testing.assert_allclose(loss / weight, np.log(2), rtol=1e-6)
+  assert weight == 4 and aux['margin'] == 0
+
+
+def test_the_first_step_of_an_iteration_is_on_policy(params):
+  """What the scorer says is what the loss sees: no ratio but 1, nothing clipped."""
+  batch = policy_batch(params)
+  mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
+  scorer = rollout.Scorer(SPEC, TRAIN, mesh, None, rows=4, vocab_size=WORDS, temperature=0.9)
+  batch['old_logprobs'] = scorer(params, batch)['logprobs']
+  spec = PolicySpec(clip_low=1e-4)
+  loss_fn = objective.make_policy_loss(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS, temperature=0.9)
+  _, (weight, aux) = jax.jit(loss_fn)(params, batch, None)
+  assert aux['clip_fraction'] == 0
+  np.testing.assert_allclose(aux['ratio'] / weight, 1.0, rtol=1e-5)
