@@ -1,6 +1,7 @@
 """Training speed and memory of llmjax on this machine's CPU, beside PyTorch with transformers.
 
   python tools/bench_train.py --steps=8 --peer-python=PATH/bin/python --output=bench.json
+  python tools/bench_train.py --steps=8 --adapters=lora,dora,lora+nf4     # beside the full step, in turns with it
 
 One full optimizer step of a 58 M parameter Llama (8 layers, d_model 512, 8 heads of 64, SwiGLU 1408, vocabulary
 32000, untied) on 8 rows of 512 tokens in float32: forward, backward, clipping by global norm, AdamW. Every contestant
@@ -72,15 +73,21 @@ def build_llmjax(args):
 def build_step(args):
   """Returns step() -> loss: the project's own train step, as `llmjax pretrain` runs it."""
   import jax
+  import optax
 
+  from llmjax.adapt.lora import adapter_names, init_adapter
+  from llmjax.adapt.quantize import quantize_tree
+  from llmjax.adapt.spec import AdapterSpec
+  from llmjax.model import decoder
   from llmjax.model.spec import ModelSpec
   from llmjax.parallel.host import keep_freed_memory, share_arena
   from llmjax.parallel.mesh import make_mesh, place_batch
+  from llmjax.parallel.sharding import tree_shardings
   from llmjax.parallel.spec import MeshSpec
   from llmjax.train import objectives
   from llmjax.train.optimizers import make_optimizer
   from llmjax.train.spec import OptimizerSpec, TrainSpec
-  from llmjax.train.state import init_state
+  from llmjax.train.state import Trained, init_state
   from llmjax.train.step import make_train_step
   model = ModelSpec(**SPEC)
   train = TrainSpec(batch_size=args.batch, accumulation=args.accumulation, remat=args.remat,
@@ -95,8 +102,20 @@ def build_step(args):
   batch = make_batch(tokens[:, :-1], tokens[:, 1:])
   with jax.set_mesh(mesh):
     batch = place_batch(mesh, batch)
-    state, shardings = init_state(model, tx, 0, 'float32', mesh)
     loss_fn = objectives.next_token(model, train, mesh.devices.flat[0].platform)
+    trained = frozen = None
+    if args.adapter:
+      kind, _, quantized = args.adapter.partition('+')
+      adapter = AdapterSpec(kind=kind, rank=args.rank, dropout=args.dropout, quantize=quantized)
+      base = init_state(model, optax.identity(), 0, 'float32', mesh)[0].params
+      base = quantize_tree(base, quantized, decoder.param_names(model), lambda n: tree_shardings(mesh, n)
+                           ) if quantized else base
+      trained = Trained(lambda key, base: {'bench': init_adapter(adapter, base, key)},
+                        {'bench': adapter_names(adapter, decoder.param_names(model))}, (base,))
+      loss_fn, frozen = objectives.with_adapters(loss_fn, {'bench': adapter}), {'base': base}
+      del base
+    state, shardings = init_state(model, tx, 0, 'float32', mesh, trained=trained, frozen=frozen)
+    del trained, frozen
     train_step = jax.jit(make_train_step(loss_fn, tx, schedule, train.accumulation), donate_argnums=0,
                          out_shardings=(shardings, None)).lower(state, batch).compile()
   del shardings
@@ -211,6 +230,10 @@ def compare(args):
     for remat in args.remat.split(','):
       contestants.append(Contestant(f'llmjax, remat {remat}', sys.executable, 'llmjax', args, remat=remat,
                                     accumulation=args.accumulation))
+    for adapter in filter(None, args.adapters.split(',')):
+      contestants.append(Contestant(f'llmjax, {adapter}', sys.executable, 'llmjax', args, adapter=adapter,
+                                    remat=args.remat.split(',')[0], accumulation=args.accumulation, rank=args.rank,
+                                    dropout=args.dropout))
     if args.peer_python:
       contestants.append(Contestant('transformers', args.peer_python, 'transformers', args))
     for _ in range(args.steps):
@@ -229,13 +252,16 @@ def compare(args):
 
 def table(report):
   """The report as text."""
-  peak = report['matmul_gflops']
+  peak, full = report['matmul_gflops'], report['results'][0]
+  full = full['user'] + full['system']
   lines = [f'{report["batch"]} x {report["length"]} tokens, {report["step_flops"] / 1e12:.3f} TFLOP a step, '
            f'{report["cores"]} cores, best 2048^3 product {peak:.0f} GFLOP/s',
-           f'{"":24}{"median s":>9}{"tokens/s":>10}{"of peak":>9}{"user s":>8}{"sys s":>7}{"peak GB":>9}{"start s":>9}']
+           f'{"":24}{"median s":>9}{"tokens/s":>10}{"of peak":>9}{"user s":>8}{"sys s":>7}{"peak GB":>9}{"start s":>9}'
+           f'{"CPU s":>8}{"of first":>9}']
   for r in report['results']:
     lines.append(f'{r["name"]:24}{r["seconds"]:9.2f}{r["tokens_per_second"]:10.0f}{r["peak_fraction"]:9.1%}'
-                 f'{r["user"]:8.1f}{r["system"]:7.2f}{r["peak_gb"]:9.2f}{r["start_seconds"]:9.1f}')
+                 f'{r["user"]:8.1f}{r["system"]:7.2f}{r["peak_gb"]:9.2f}{r["start_seconds"]:9.1f}'
+                 f'{r["user"] + r["system"]:8.1f}{(r["user"] + r["system"]) / full:9.2f}')
   return '\n'.join(lines)
 
 
@@ -246,6 +272,10 @@ def main():
   parser.add_argument('--length', type=int, default=512)
   parser.add_argument('--accumulation', type=int, default=4, help='microbatches of our step')
   parser.add_argument('--remat', default='none', help='variants of our step, e.g. none,full')
+  parser.add_argument('--adapters', default='', help='adapters on a frozen base besides, e.g. lora,dora,lora+nf4')
+  parser.add_argument('--rank', type=int, default=16, help='of the adapters')
+  parser.add_argument('--dropout', type=float, default=0.0, help='of the adapters')
+  parser.add_argument('--adapter', default='', help=argparse.SUPPRESS)
   parser.add_argument('--peer-python', help='interpreter with torch and transformers; left out: no peer')
   parser.add_argument('--peer-attention', default='sdpa', choices=['sdpa', 'eager'])
   parser.add_argument('--output', help='JSON file to write')
