@@ -109,6 +109,18 @@ COMMANDS = {
     'checkpoint seal': Command(
         'vouch for checkpoints of a version that did not seal them', 'llmjax.loops.checkpoint',
         'llmjax.checkpoint.spec:SealOptions', None, 'llmjax checkpoint seal 400 --workdir=runs/quickstart'),
+    'adapter show': Command(
+        "an adapter's settings, its base and its arrays", 'llmjax.loops.adapter',
+        'llmjax.adapt.spec:AdapterShowOptions', None, 'llmjax adapter show --workdir=runs/lora'),
+    'adapter merge': Command(
+        'put an adapter into its base: a run with plain weights', 'llmjax.loops.adapter',
+        'llmjax.adapt.spec:AdapterMergeOptions', None, 'llmjax adapter merge --workdir=runs/lora --output=runs/merged'),
+    'adapter export': Command(
+        'write an adapter as peft keeps it', 'llmjax.loops.adapter', 'llmjax.adapt.spec:AdapterExportOptions', None,
+        'llmjax adapter export --workdir=runs/lora --output=adapter'),
+    'adapter import': Command(
+        "read peft's adapter for a run", 'llmjax.loops.adapter', 'llmjax.adapt.spec:AdapterImportOptions', None,
+        'llmjax adapter import --peft=adapter --init-from=runs/quickstart --workdir=runs/imported'),
     'chaos': Command(
         'prove on this machine that a run survives: kill it again and again, compare every bit',
         'llmjax.loops.chaos', 'llmjax.loops.spec:ChaosOptions', 'llmjax.loops.spec:PretrainSpec',

@@ -42,3 +42,57 @@ class AdapterSpec:
       yield f'name={self.name!r} must be of letters, digits, _, - and .'
     if self.quantize and not self.kind:
       yield f'quantize={self.quantize} is of a frozen base; set adapter.kind, to lora for example'
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterShowOptions:
+  """Flags of `llmjax adapter show`."""
+
+  workdir: str = setting('', "the folder of a run with adapter.kind")
+  step: int = setting(0, 'checkpoint; 0: the newest', minimum=0)
+
+  def problems(self):
+    yield from missing(self, 'workdir', "the folder of a run with adapter.kind, such as --workdir=runs/lora")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterMergeOptions(AdapterShowOptions):
+  """Flags of `llmjax adapter merge`."""
+
+  output: str = setting('', "a new run's folder for the merged weights")
+
+  def problems(self):
+    yield from super().problems()
+    yield from missing(self, 'output', "a new folder, such as --output=runs/merged")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterExportOptions(AdapterShowOptions):
+  """Flags of `llmjax adapter export`."""
+
+  output: str = setting('', 'a new folder for adapter_config.json and adapter_model.safetensors')
+  base_name: str = setting('', "base_model_name_or_path to write there; empty: the run's train.init_from")
+
+  def problems(self):
+    yield from super().problems()
+    yield from missing(self, 'output', "a new folder, such as --output=adapter")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterImportOptions:
+  """Flags of `llmjax adapter import`."""
+
+  peft: str = setting('', 'the folder that peft has written')
+  init_from: str = setting('', "the run that it is for, or one of its checkpoints")
+  workdir: str = setting('', "a new run's folder for the adapter")
+
+  def problems(self):
+    yield from missing(self, 'peft', "the folder that peft has written")
+    yield from missing(self, 'init_from', "the run that the adapter is for, such as --init-from=runs/quickstart")
+    yield from missing(self, 'workdir', "a new folder, such as --workdir=runs/imported")
+
+
+def missing(options, name, words):
+  """Yields the line for a flag that was not given."""
+  if not getattr(options, name):
+    yield f'{name} is missing: give {words}'

@@ -433,16 +433,14 @@ def is_adapter(checkpoint):
   return bool(read_json(checkpoint, 'spec').get('adapter', {}).get('kind'))
 
 
-def load_adapters(checkpoint, abstract):
-  """Returns (base, {name: adapter}, {name: AdapterSpec}) of an adapter checkpoint.
+def load_adapters(checkpoint, abstract, with_base=True):
+  """Returns (base or None, {name: adapter}, {name: AdapterSpec}) of an adapter checkpoint.
 
   abstract: the base's parameters, as ShapeDtypeStructs with shardings.  The base is quantised where it was.
   Adapters are made on the first device.
   """
   settings = read_json(checkpoint, 'spec')
   spec = config.build(AdapterSpec, settings['adapter'])
-  folder = bases.find_base(read_json(checkpoint, 'stream')['base'], settings['train'].get('init_from', ''))
-  require_good(folder)
   single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = jax.eval_shape(
       lambda b: {spec.name: lora.init_adapter(spec, b, jax.random.key(0), settings['train']['param_dtype'])}, abstract)
@@ -450,6 +448,10 @@ def load_adapters(checkpoint, abstract):
       lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=single), shapes))
   if len(jax.tree.leaves(abstract)[0].sharding.device_set) > 1:
     adapters = jax.device_get(adapters)  # To lie wherever the base does.
+  if not with_base:
+    return None, adapters, {spec.name: spec}
+  folder = bases.find_base(read_json(checkpoint, 'stream')['base'], settings['train'].get('init_from', ''))
+  require_good(folder)
   base = restore_params(folder, abstract)
   return (quantize_tree(base, spec.quantize) if spec.quantize else base), adapters, {spec.name: spec}
 
