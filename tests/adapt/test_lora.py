@@ -95,7 +95,9 @@ def test_products_equal_peft(kind, oracle):
   assert sum(near) == 1
 
 
-@pytest.mark.parametrize(('kind', 'model'), [('lora', 'dense'), ('dora', 'dense'), ('rslora', 'moe'), ('dora', 'moe')])
+@pytest.mark.parametrize(('kind', 'model'), [
+    pytest.param('lora', 'dense', marks=pytest.mark.slow), pytest.param('dora', 'dense', marks=pytest.mark.slow),
+    pytest.param('rslora', 'moe', marks=pytest.mark.slow), ('dora', 'moe')])
 def test_merged_equals_unmerged_equals_numpy(kind, model):
   spec, base = AdapterSpec(kind=kind, rank=3, alpha=6.0, targets=ALL), base_of(model)
   adapters = {'one': moved(spec, base)}
@@ -128,6 +130,7 @@ def test_switched_off_is_the_base_to_the_bit():
   np.testing.assert_array_equal(run(lora.combine(base, fresh, {'one': plain})), run(base))
 
 
+@pytest.mark.slow
 def test_several_adapters_add_up_by_their_weights():
   base, a, b = base_of('dense'), AdapterSpec(kind='lora', rank=2), AdapterSpec(
       kind='rslora', rank=3, targets=('*/query', '*/gate'))
@@ -151,7 +154,8 @@ def test_several_adapters_add_up_by_their_weights():
 
 
 @pytest.mark.parametrize(('kind', 'model', 'remat'), [
-    ('lora', 'dense', 'none'), ('dora', 'dense', 'minimal'), ('rslora', 'moe', 'full')])
+    ('lora', 'dense', 'none'), pytest.param('dora', 'dense', 'minimal', marks=pytest.mark.slow),
+    pytest.param('rslora', 'moe', 'full', marks=pytest.mark.slow)])
 def test_gradients_equal_those_through_the_merged_weights(kind, model, remat):
   spec, base = AdapterSpec(kind=kind, rank=3, targets=ALL), base_of(model)
   adapters, batch = {'one': moved(spec, base)}, batch_of()
@@ -197,7 +201,9 @@ def train(spec, steps=3, accumulation=1, key=1, batch=None, lr=1e-2):
   return before, jax.device_get(state), losses
 
 
-@pytest.mark.parametrize(('kind', 'quantize'), [('lora', ''), ('dora', 'nf4'), ('lora', 'int8')])
+@pytest.mark.parametrize(('kind', 'quantize'), [
+    ('lora', ''), pytest.param('dora', 'nf4', marks=pytest.mark.slow),
+    pytest.param('lora', 'int8', marks=pytest.mark.slow)])
 def test_training_leaves_the_base_to_the_bit_and_keeps_no_state_for_it(kind, quantize):
   before, after, losses = train(AdapterSpec(kind=kind, rank=2, quantize=quantize), steps=20)
   assert losses[-1] < losses[0] - 0.2
@@ -210,6 +216,7 @@ def test_training_leaves_the_base_to_the_bit_and_keeps_no_state_for_it(kind, qua
   assert size(after.opt_state) < 0.5 * size(base_of('dense'))
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_and_dropout_follows_the_step():
   spec = AdapterSpec(kind='lora', rank=2)
   batch = batch_of()
@@ -222,6 +229,7 @@ def test_accumulation_changes_nothing_and_dropout_follows_the_step():
   assert a[0] == c[0]  # b is zero in the first step: nothing that is dropped counts.
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_layer_and_weight_and_keeps_the_mean():
   spec, base = AdapterSpec(kind='lora', rank=2, dropout=0.25), base_of('dense')
   combined = lora.combine(base, {'one': moved(spec, base)}, {'one': spec}, key=jax.random.key(0))
@@ -274,6 +282,7 @@ def test_patterns():
       lora.combine(base_of(kind), {'a': moved(spec, base_of(kind))}, {'a': spec}, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_generation_takes_adapters_as_they_are():
   from llmjax.generate.decode import Generator
   model, base, spec = MODELS['dense'], base_of('dense'), AdapterSpec(kind='lora', rank=3, quantize='nf4')

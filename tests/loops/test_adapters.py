@@ -1,0 +1,162 @@
+"""Adapters in the training loop, in checkpoints, and in the format of peft."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from llmjax import main
+from llmjax.adapt.spec import AdapterSpec
+from llmjax.checkpoint import seal
+from llmjax.checkpoint.checkpoints import load_params
+from llmjax.config import ConfigError, build
+from llmjax.interop import peft, safetensors
+from llmjax.loops import harness
+from llmjax.loops.ledger import Ledger
+from llmjax.loops.spec import EvaluateSpec, LogsSpec, PretrainSpec
+from llmjax.model.spec import ModelSpec
+from llmjax.parallel.mesh import make_mesh
+from llmjax.train import objectives
+from llmjax.train.spec import OptimizerSpec, TrainSpec
+
+MODEL = ModelSpec(num_layers=2, d_model=16, num_heads=2, mlp_dim=24, vocab_size=32, tie_embeddings=True)
+ADAPTER = AdapterSpec(kind='dora', rank=2, quantize='nf4')
+
+
+class Batches:
+  """Batches that follow from their number."""
+
+  fingerprint = 'of no text'
+  state = 0
+
+  def __next__(self):
+    self.state += 1
+    tokens = np.random.default_rng(self.state).integers(0, 32, (4, 9)).astype(np.int32)
+    ones = np.ones((4, 8), np.int32)
+    return {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'segment_ids': ones,
+            'positions': ones * np.arange(8, dtype=np.int32), 'loss_mask': ones.astype(np.float32)}
+
+  def restore(self, state):
+    self.state = state
+
+  def close(self):
+    pass
+
+
+def train(workdir, steps, adapter=None, source=''):
+  spec = PretrainSpec(
+      model=MODEL, train=TrainSpec(steps=steps, batch_size=4, checkpoint_every=2, compute_dtype='float32',
+                                   init_from=str(source)),
+      optimizer=OptimizerSpec(lr=0.01, schedule='constant'), logs=LogsSpec(writers=()), evaluate=EvaluateSpec(),
+      adapter=adapter or AdapterSpec())
+  seen = []
+  evaluate = lambda params: seen.append(jax.tree.structure(params)) or {'loss': 1.0}
+  mesh = make_mesh(spec.mesh, jax.devices()[:1])
+  harness.claim_workdir(workdir, spec)
+  job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), ledger=Ledger(workdir), sample=None,
+                    loss_fn=objectives.next_token(MODEL, spec.train, 'cpu'), evaluators={'validation': evaluate})
+  with jax.set_mesh(mesh):
+    return harness.train(job, workdir)
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+  """A base of 2 steps, and an adapter on it of 4."""
+  folder = tmp_path_factory.mktemp('runs')
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(harness.chips, 'peak_flops', lambda device: None)
+    assert train(folder / 'base', 2) == 0
+    assert train(folder / 'lora', 4, ADAPTER, folder / 'base') == 0
+    yield folder
+
+
+def call(capsys, *argv):
+  with pytest.raises(SystemExit) as e:
+    main.main(list(map(str, argv)))
+  out, err = capsys.readouterr()
+  assert 'Traceback' not in err
+  return e.value.code, out, err
+
+
+def test_a_run_goes_on_to_the_bit_and_only_on_its_base(runs, tmp_path, capsys):
+  shutil.copytree(runs / 'lora', tmp_path / 'lora')
+  shutil.rmtree(tmp_path / 'lora/checkpoints/4')
+  assert train(tmp_path / 'lora', 4, ADAPTER, runs / 'base') == 0
+  capsys.readouterr()
+  status, out, _ = call(capsys, 'checkpoint', 'diff', '4', '4', f'--workdir={runs}/lora', f'--other={tmp_path}/lora')
+  assert status == 0 and 'are equal to the bit' in out
+  size = lambda run, step: seal.read_seal(run / f'checkpoints/{step}').size
+  assert 'embed' not in str(list(seal.read_seal(runs / 'lora/checkpoints/4').files))
+  assert size(runs / 'lora', 4) > 0
+  # Another base in the same place, and then none.
+  shutil.rmtree(tmp_path / 'lora/checkpoints/4')
+  kept = runs / 'kept'
+  (runs / 'base').rename(kept)
+  try:
+    with pytest.raises(ConfigError, match='base of this adapter, .*base/checkpoints/2, is gone; put it back'):
+      train(tmp_path / 'lora', 4, ADAPTER, runs / 'base')
+    assert train(tmp_path / 'lora', 2, ADAPTER, kept) == 0  # Nothing to do.
+    assert train(runs / 'base', 4) == 0
+    shutil.rmtree(runs / 'base/checkpoints/2')
+    (runs / 'base/checkpoints/4').rename(runs / 'base/checkpoints/2')
+    with pytest.raises(ConfigError, match='is not'):
+      train(tmp_path / 'lora', 4, ADAPTER, runs / 'base')
+  finally:
+    shutil.rmtree(runs / 'base', ignore_errors=True)
+    kept.rename(runs / 'base')
+
+
+def test_merge_export_import_show(runs, tmp_path, capsys):
+  whole, _, _, _ = load_params(runs / 'lora')
+  assert call(capsys, 'adapter', 'merge', f'--workdir={runs}/lora', f'--output={tmp_path}/merged')[0] == 0
+  merged, _, settings, step = load_params(tmp_path / 'merged')
+  assert step == 4 and 'adapter' not in settings
+  jax.tree.map(np.testing.assert_array_equal, merged, whole)
+  base, _, _, _ = load_params(runs / 'base')
+  np.testing.assert_array_equal(merged['embed']['table'], base['embed']['table'])
+  assert np.any(merged['blocks']['mlp']['up'] != base['blocks']['mlp']['up'])
+  assert call(capsys, 'adapter', 'export', f'--workdir={runs}/lora', f'--output={tmp_path}/peft')[0] == 0
+  found = json.loads((tmp_path / 'peft/adapter_config.json').read_text())
+  assert (found['r'], found['lora_alpha'], found['use_dora']) == (2, 32, True)
+  arrays = safetensors.read(tmp_path / 'peft/adapter_model.safetensors')
+  assert arrays['base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight'].shape == (2, 16)
+  assert arrays['base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector'].shape == (24,)
+  assert len(arrays) == 2 * 7 * 3
+  flags = f'--peft={tmp_path}/peft', f'--init-from={runs}/base', f'--workdir={tmp_path}/imported'
+  assert call(capsys, 'adapter', 'import', *flags)[0] == 0
+  status, out, _ = call(capsys, 'adapter', 'show', f'--workdir={tmp_path}/imported')
+  assert status == 0 and 'dora, rank 2, alpha 32' in out and 'blocks/attention/out/a' in out
+  again, spec = peft.load(tmp_path / 'peft', base)
+  peft.export(tmp_path / 'again', again, spec)
+  same = safetensors.read(tmp_path / 'again/adapter_model.safetensors')
+  assert same.keys() == arrays.keys() and all(np.array_equal(same[k], arrays[k]) for k in arrays)
+  status, _, err = call(capsys, 'adapter', 'import', *flags)
+  assert status == 2 and 'is there already' in err
+  assert call(capsys, 'adapter', 'merge', f'--workdir={runs}/base', f'--output={tmp_path}/x')[0] == 2
+
+
+def test_files_that_are_not_peft_s_are_refused(tmp_path):
+  shapes = {'head': {'kernel': np.zeros((4, 6))}}
+  (tmp_path / 'adapter_config.json').write_text(json.dumps({'peft_type': 'IA3', 'r': 2, 'lora_alpha': 2}))
+  with pytest.raises(ConfigError, match="peft_type='IA3' has no counterpart"):
+    peft.load(tmp_path, shapes)
+  (tmp_path / 'adapter_config.json').write_text(json.dumps({'r': 2, 'lora_alpha': 2}))
+  safetensors.write(tmp_path / 'adapter_model.safetensors', {
+      'base_model.model.lm_head.lora_A.weight': np.zeros((2, 5), np.float32), 'what': np.zeros(3, np.float32)})
+  with pytest.raises(ConfigError) as e:
+    peft.load(tmp_path, shapes)
+  assert len(e.value.problems) == 2 and 'such as what [3]' in str(e.value)
+  data = (tmp_path / 'adapter_model.safetensors').read_bytes()
+  (tmp_path / 'adapter_model.safetensors').write_bytes(data[:-4])
+  with pytest.raises(ConfigError, match='does not fit into it'):
+    peft.load(tmp_path, shapes)
+
+
+def test_what_cannot_be_is_said_at_once():
+  with pytest.raises(ConfigError) as e:
+    build(PretrainSpec, {'adapter': {'kind': 'lora'}, 'pipeline': {'schedule': '1f1b'}})
+  assert 'which run is the adapter for?' in str(e.value) and 'write pipeline.schedule=gpipe' in str(e.value)
+  with pytest.raises(ConfigError, match='set adapter.kind, to lora for example'):
+    build(PretrainSpec, {'adapter': {'quantize': 'nf4'}})
