@@ -36,8 +36,8 @@ def run_tests():
   for what, names in TESTS.items():
     with tempfile.TemporaryDirectory() as folder:
       file = pathlib.Path(folder) / 'tests.xml'
-      subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', '', '-o', 'junit_family=xunit1', f'--junitxml={file}', *names], cwd=ROOT,
-                     check=False)
+      subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', '', '-o', 'junit_family=xunit1',
+                      f'--junitxml={file}', *names], cwd=ROOT, check=False)
       cases = list(xml.etree.ElementTree.parse(file).iter('testcase'))
     failed = [c.get('name') for c in cases if c.find('failure') is not None or c.find('error') is not None]
     inputs = 0

@@ -103,9 +103,11 @@ def test_principles_are_drawn_by_the_place_alone():
 
 
 @pytest.mark.parametrize('text, problem', [
-    ('principles = [', 'is not TOML'), ('x = 1', r'has no \[\[principles\]\]'), ('[[principles]]\nname = 3', 'must be texts'),
+    ('principles = [', 'is not TOML'), ('x = 1', r'has no \[\[principles\]\]'),
+    ('[[principles]]\nname = 3', 'must be texts'),
     ('[[principles]]\nname = "a"\nprefers = "b"', 'has prefers; known are name, critique'),
-    ('[[principles]]\nprefer = "b"', 'has no name'), ('[[principles]]\nname = "a"', 'no principle has critique and revise'),
+    ('[[principles]]\nprefer = "b"', 'has no name'),
+    ('[[principles]]\nname = "a"', 'no principle has critique and revise'),
     ('[[principles]]\nname = "a"\n[[principles]]\nname = "a"', 'two principles are called a')])
 def test_wrong_principles(tmp_path, text, problem):
   (tmp_path / 'p.toml').write_text(text)
