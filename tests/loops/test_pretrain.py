@@ -65,13 +65,13 @@ SAME_STEP = """
 import sys
 import jax
 from llmjax import main
-from llmjax.loops import harness, mesh, pretrain
+from llmjax.loops import harness, mesh, start
 
 lowered = harness.lower_step
 def compare(step, state, batch):
   text = lowered(step, state, batch).as_text()
   spec, _ = main.parse(main.COMMANDS['pretrain'], sys.argv[2:])
-  spec = pretrain.resolve(spec)
+  spec = start.resolve(spec)
   planned = lowered(*mesh.abstract_pretraining(spec, harness.jax.sharding.get_mesh())).as_text()
   print('the same step' if planned == text else 'another step', len(text))
   sys.exit(0)

@@ -133,6 +133,10 @@ def test_what_is_too_large_gets_changes_that_fit(capsys, monkeypatch):
     (['--topology=h100:8', '--config.train.batch_size=64'], 'only closed forms are available: add --fast'),
     (['--topology=v5p:4x4x4', '--config.train.platform=gpu'], 'only closed forms are available'),
     (['--topology=v5p:4x4x4', '--slices=2', '--config.mesh.dcn_fsdp=4'], 'write --slices=4'),
+    (['--topology=v5p:3x4x4'], 'known are 2x2x1, 2x2x2'),
+    (['--topology=v5e:2x4', '--config.mesh.fsdp=3'], 'which has 8 devices; the nearest that do: --config.mesh.'),
+    (['--topology=v5p:4x4x4', '--config.mesh.fsdp=1', '--config.mesh.context=16', '--config.data.seq_len=48'],
+     'write data.seq_len=32 or 64'),
     ([], 'topology=NAME is missing')])
 def test_mistakes_get_a_line(capsys, monkeypatch, arguments, words):
   status, _, err = call(capsys, monkeypatch, LLAMA[0], *arguments)
