@@ -125,7 +125,7 @@ def test_other_losses_go_the_same_way(folder, loss, better):
 def test_a_reward_model_finds_the_better_answer_also_where_labels_are_wrong(folder, data, accuracy):
   workdir = f'runs/reward_{data}'
   assert train('reward', 'words_reward', workdir, '--config.train.steps=200',
-               f'--config.data.sources=data/{data}_pairs:1', '--config.evaluate.splits=') == 0
+               f'--config.data.sources=data/{data}_pairs', '--config.evaluate.splits=') == 0
   assert run('reward', f'--config={workdir}/config.json', f'--workdir={workdir}', '--config.train.steps=201',
              '--config.evaluate.splits=validation') == 0
   found = json.loads((folder / workdir / 'reward.json').read_text())['validation']
