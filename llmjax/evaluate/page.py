@@ -256,7 +256,7 @@ function hover(plot, event) {
   const step = main.x[nearest(main.x, v.X.back(px))];
   let marks = `<line x1=${v.X(step)} x2=${v.X(step)} y1=${v.T} y2=${v.H - v.B} ` +
     `stroke=var(--soft) opacity=.5 />`;
-  let text = `<b>step ${step.toLocaleString('en')}</b>`;
+  let text = `<b>${esc(v.chart.xname || 'step')} ${step.toLocaleString('en')}</b>`;
   for (const s of v.chart.series) {
     const i = s.kind === 'rule' ? 0 : nearest(s.x, step), value = s.y[i];
     // Evaluations are rare: the nearest one is named with its own step.
@@ -342,8 +342,9 @@ def render_page(title, body, charts):
 def line_chart(name, chart):
   """Returns the HTML of a chart that the script draws from `charts[name]`.
 
-  chart: title, height in pixels, ylog and xlog (start on a logarithmic axis), and series of {label,
-  kind, color, x, y}; kind is line, faint, dots or rule (a level across the chart), y may hold null.
+  chart: title, height in pixels, ylog and xlog (start on a logarithmic axis), xname (what x is, steps if it is not
+  said), and series of {label, kind, color, x, y}; kind is line, faint, dots or rule (a level across the chart), y may
+  hold null.
   """
   keys = ''.join(
       f'<span class="key"><s class="{s["kind"]}" style="background:var(--c{s["color"]});'

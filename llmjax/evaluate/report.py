@@ -49,6 +49,7 @@ class Run:
   profile: dict
   events: list
   missing: list  # Of (file, what it would have shown or what is wrong with it).
+  margins: dict = dataclasses.field(default_factory=dict)  # Of held-out pairs, by split.
   _curves: dict = dataclasses.field(default_factory=dict)
 
   def get(self, group, name):
@@ -117,7 +118,7 @@ def read_run(workdir):
             read('samples.jsonl', metrics.read_lines, []), read('evaluation.json', parse, {}),
             read('time.jsonl', _last_seconds, {}), read('energy.json', parse, {}), read('environment.json', parse, {}),
             read('data.json', parse, {}), read('profile/top_operations.json', parse, {}),
-            read('events.jsonl', metrics.read_lines, []), missing)
+            read('events.jsonl', metrics.read_lines, []), missing, read('reward.json', parse, {}))
   run.rows = [row for row in run.rows if isinstance(row.get('step'), int)]
   return run
 
@@ -132,7 +133,8 @@ def render(run):
   """Returns the page as text."""
   charts = {}
   sections = [_header(run), _warnings(run), _headline(run), _curves(run, charts), _time(run),
-              _energy(run), _events(run), _samples(run), _rollouts(run), _evaluation(run), _data(run), _profile(run),
+              _energy(run), _events(run), _samples(run), _rollouts(run), _margins(run, charts), _evaluation(run),
+              _data(run), _profile(run),
               _settings(run), _command(run), _missing(run)]
   return page.render_page(f'{_name(run)} · llmjax', '\n'.join(filter(None, sections)), charts)
 
@@ -231,10 +233,19 @@ def _warnings(run):
   return ''.join(f'<p class="warn">{_e(line)}</p>' for line in lines)
 
 
+# What a run that is not about likelihood is measured by: metric, title, how it is written.
+HEADLINES = (('reward', 'Reward of held-out answers', '{:.3f}'),
+             ('accuracy', 'Held-out pairs whose better answer scores higher', '{:.1%}'))
+
+
 def _headline(run):
   split, values = _held_out(run)
   own = _number(values, 'bits_per_byte')
-  if own is None:
+  other = next(((form.format(value), title, name) for key, title, form in HEADLINES for name in run.eval_names()
+                for _, value in [run.last(f'eval/{name}/{key}')] if value is not None), None)
+  if other:
+    card = (f'<div class="card alone"><h3>{other[1]}</h3><div class="big">{other[0]}<i>{_e(other[2])}</i></div></div>')
+  elif own is None:
     card = ('<div class="card alone"><h3>Held-out bits per byte</h3><p class="soft">Not measured '
             'yet: <code>llmjax evaluate</code> does, beside gzip and xz.</p></div>')
   else:
@@ -288,7 +299,7 @@ def _tiles(run):
   yield 'Wall time', duration(seconds or None), 'all of it, start to end' if seconds else ''
   step, loss = run.last('train/loss')
   yield ('Training loss', '–' if loss is None else f'{loss:.3f}',
-         '' if step is None else f'nats a token, step {step:,}')
+         '' if step is None else f'step {step:,}')
 
 
 def _layers_note(run):
@@ -327,7 +338,8 @@ def _curves(run, charts):
 
   steps, losses = run.curve('train/loss')
   names = run.eval_names()
-  add('loss', 'Loss, nats a token', _trend('as logged', 0, steps, losses) + [
+  measured = any(run.curve(f'eval/{name}/{key}')[0] for key, *_ in HEADLINES for name in names)
+  add('loss', 'Loss' if measured else 'Loss, nats a token', _trend('as logged', 0, steps, losses) + [
       _series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/loss'))
       for i, name in enumerate(names[:6])],
       height=340, switches=['ylog', 'xlog'],
@@ -343,6 +355,14 @@ def _curves(run, charts):
                             for i, name in enumerate(names[:4])])
   add('kl', 'KL from the reference, nats an answer', _trend('sampled', 3, *run.curve('rollout/kl')), zero=True)
   add('answer_tokens', 'Tokens of an answer', _trend('sampled', 4, *run.curve('rollout/tokens')), zero=True)
+  pairs = [(name, 1 + i) for i, name in enumerate(names[:4]) if run.curve(f'eval/{name}/accuracy')[0]]
+  if pairs:
+    add('accuracy', 'Pairs whose better answer scores higher', _trend('batches', 0, *run.curve('train/accuracy')) + [
+        _series(name, 'dots', color, *run.curve(f'eval/{name}/accuracy')) for name, color in pairs])
+    add('margin', 'Margin between the two answers', _trend('batches', 0, *run.curve('train/margin')) + [
+        _series(name, 'dots', color, *run.curve(f'eval/{name}/margin')) for name, color in pairs])
+    add('chosen', 'Log-probability of whole answers, nats', _trend('better', 2, *run.curve(
+        'train/chosen_logprob')) + _trend('worse', 3, *run.curve('train/rejected_logprob')))
   add('speed', 'Tokens a second',
       _trend('as logged', 2, *run.curve('train/tokens_per_second')), zero=True)
   add('lr', 'Learning rate', [_series('learning rate', 'line', 3, *run.curve('train/lr'))],
@@ -495,6 +515,29 @@ def _samples(run):
   note = ('' if len(steps) == len(by_step) else
           f'<p class="soft small note">{len(steps)} of the {len(by_step)} steps with samples.</p>')
   return _section('Samples', f'<div class="card">{"".join(parts)}</div>{note}')
+
+
+def _margins(run, charts):
+  """Returns the plots of a reward model's held-out pairs: how sure it is and how right, and by how much."""
+  parts = []
+  for split, found in run.margins.items():
+    try:
+      points, bars = found['calibration'], found['histogram']
+      said, right = ([float(p[key]) for p in points] for key in ('said', 'right'))
+      middles = [(a + b) / 2 for a, b in zip(bars['edges'], bars['edges'][1:], strict=False)]
+      counts = [float(n) for n in bars['counts']]
+      title = (f'{split}: right as often as it says? {float(found["error"]):.1%} off on average over '
+               f'{int(found["pairs"]):,} pairs')
+    except (KeyError, TypeError, ValueError):
+      continue
+    charts[f'calibration_{split}'] = {
+        'title': title, 'height': 220, 'xname': 'says',
+        'series': [_series('right', 'dots', 1, said, right), _series('if it were', 'faint', 0, [0.5, 1.0], [0.5, 1.0])]}
+    charts[f'margins_{split}'] = {
+        'title': f'{split}: pairs by the margin of their scores', 'height': 220, 'xname': 'margin', 'zero': True,
+        'series': [_series('pairs', 'line', 2, middles, counts)]}
+    parts += [page.line_chart(name, charts[name]) for name in (f'calibration_{split}', f'margins_{split}')]
+  return _section('Scores of held-out pairs', f'<div class="grid">{"".join(parts)}</div>') if parts else ''
 
 
 def _rollouts(run):

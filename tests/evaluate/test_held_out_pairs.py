@@ -1,0 +1,45 @@
+"""Held-out pairs: sums over batches, and what a reward model's plots show."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.evaluate import pairs
+
+
+def test_means_do_not_depend_on_how_pairs_lie_in_batches():
+  margins = np.random.default_rng(0).normal(size=12).astype(np.float32)
+
+  def step(params, batch):
+    weight = jnp.sum(batch['real'])
+    return jnp.sum(batch['real'] * batch['x'] ** 2), (weight, {'accuracy': jnp.sum(batch['real'] * (batch['x'] > 0))})
+
+  def batches(size):
+    for start in range(0, 12, size):
+      part = margins[start:start + size]
+      yield {'x': np.pad(part, (0, size - len(part)), constant_values=9),
+             'real': np.pad(np.ones(len(part)), (0, size - len(part)))}
+
+  found = pairs.evaluate(step, None, batches(12))
+  assert found == {'loss': pytest.approx(float(np.mean(margins ** 2)), rel=1e-6), 'pairs': 12,
+                   'accuracy': pytest.approx(float(np.mean(margins > 0)))}
+  for size in (1, 5):
+    assert pairs.evaluate(step, None, batches(size)) == pytest.approx(found, rel=1e-6)
+
+
+def test_calibration_is_zero_off_for_a_model_that_is_as_often_right_as_it_says():
+  rng = np.random.default_rng(0)
+  truth = rng.normal(scale=2, size=40_000)
+  right = rng.random(len(truth)) < 1 / (1 + np.exp(-np.abs(truth)))
+  margins = np.where(right, np.abs(truth), -np.abs(truth))
+  honest, sure = pairs.describe_margins(margins), pairs.describe_margins(5 * margins)
+  assert honest['error'] < 0.01 < 0.1 < sure['error']
+  assert honest['accuracy'] == sure['accuracy'] == round(float(right.mean()), 6)
+  assert sum(p['pairs'] for p in honest['calibration']) == sum(honest['histogram']['counts']) == len(truth)
+  assert [p['said'] for p in honest['calibration']] == sorted(p['said'] for p in honest['calibration'])
+
+
+def test_no_pairs_and_one_pair():
+  assert pairs.describe_margins([])['pairs'] == 0
+  one = pairs.describe_margins([-2.0])
+  assert one['accuracy'] == 0.0 and one['calibration'] == [{'said': pytest.approx(0.880797), 'right': 0.0, 'pairs': 1}]
