@@ -88,7 +88,7 @@ def test_an_iteration_begins_on_policy_and_is_kept(folder):
   assert 'iteration 2' in (run / 'report.html').read_text()
 
 
-@pytest.mark.parametrize('stop', [5, 8])
+@pytest.mark.parametrize('stop', [5, pytest.param(8, marks=pytest.mark.slow)])
 def test_resume_is_exact(folder, stop):
   """Stopped in the middle of an iteration, and at the end of one: the same rollouts, the same weights, to the bit."""
   name = f'parts{stop}'
@@ -103,6 +103,7 @@ def test_resume_is_exact(folder, stop):
       assert ours[step].get(key) == theirs[step].get(key)
 
 
+@pytest.mark.slow
 def test_ppo_with_a_new_value_head_under_top_p(folder, capsys):
   assert not rl('ppo', 4, '--config.policy.name=ppo', '--config.rl.top_p=0.9', '--config.rl.kl_coef=0.1',
                 '--config.rl.kl_target=1', '--config.rl.kl_horizon=16', '--config.rl.epochs=1',
@@ -114,6 +115,7 @@ def test_ppo_with_a_new_value_head_under_top_p(folder, capsys):
   assert np.abs(params['value']['kernel']).max() > 0
 
 
+@pytest.mark.slow
 def test_adapters_learn_and_their_base_answers_as_before(folder):
   assert not rl('lora', 5, '--config.adapter.kind=lora', '--config.adapter.rank=2', '--config.optimizer.lr=0.01')
   found = rows(folder / 'runs/lora')
@@ -121,6 +123,7 @@ def test_adapters_learn_and_their_base_answers_as_before(folder):
   assert max(found[s]['rollout/logprob_gap'] for s in (1, 5)) < 1e-5
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_draws_other_prompts(folder):
   assert not rl('dynamic', 2, '--config.rl.rounds=3', '--config.rl.epochs=1', '--config.policy.name=dapo',
                 '--config.rl.overlong_tokens=2', '--config.rl.mask_truncated=true')

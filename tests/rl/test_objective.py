@@ -92,7 +92,8 @@ def test_what_top_p_takes_away_is_seen(params):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
-@pytest.mark.parametrize('sizes', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 2, 'context': 2, 'tensor': 2}])
+@pytest.mark.parametrize('sizes', [pytest.param({'data': 2, 'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
+                                   {'data': 2, 'context': 2, 'tensor': 2}])
 def test_meshes(params, sizes):
   """Loss, gradient, and the log-probabilities of a scorer, as on one device."""
   batch = policy_batch(params)
@@ -142,7 +143,8 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('name', [
+    'pairs', 'grpo', *(pytest.param(n, marks=pytest.mark.slow) for n in ('reward', 'ppo'))])
 def test_padding_and_accumulation(params, name):
   loss_fn, pairs = LOSSES[name](), name in ('pairs', 'reward')
   batch = pair_batch() if pairs else policy_batch(params)
