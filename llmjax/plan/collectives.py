@@ -285,11 +285,12 @@ def largest_replicated(compiled, minimum_bytes=0):
   compiled: of `jax.jit(...).lower(...).compile()` on more than one device.  Arrays that the program drops
   are not there, and on one device nothing is a copy, so the list is empty.
   """
-  # A kept argument has its sharding, a dropped one None.
-  inputs = zip(jax.tree_util.tree_flatten_with_path(compiled.args_info)[0],
-               jax.tree.leaves(compiled.input_shardings, is_leaf=lambda s: s is None), strict=True)
-  outputs = zip(jax.tree_util.tree_flatten_with_path(compiled.out_info)[0],
-                jax.tree.leaves(compiled.output_shardings, is_leaf=lambda s: s is None), strict=True)
+  # A kept argument has its sharding, a dropped one None; what was None from the start is None in both.
+  absent = {'is_leaf': lambda s: s is None}
+  inputs = zip(jax.tree_util.tree_flatten_with_path(compiled.args_info, **absent)[0],
+               jax.tree.leaves(compiled.input_shardings, **absent), strict=True)
+  outputs = zip(jax.tree_util.tree_flatten_with_path(compiled.out_info, **absent)[0],
+                jax.tree.leaves(compiled.output_shardings, **absent), strict=True)
   found = []
   for where, arrays in (('input', inputs), ('output', outputs)):
     for (path, array), sharding in arrays:
