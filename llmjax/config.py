@@ -62,8 +62,13 @@ def _recipes(folder):
 def load_recipe(path: str) -> dict[str, Any]:
   """Returns a recipe as nested dicts: `get_config()` of a Python file, or a JSON object.
 
-  Raises ConfigError when the file is missing, fails, or holds something else.
+  `FILE.py:NAME` lays over it the fields of the file's `VARIANTS[NAME]`, nested dicts as well.
+  Raises ConfigError when the file or the variant is missing, fails, or holds something else.
   """
+  variant = ''
+  if not os.path.exists(path) and '.py:' in path:
+    path, _, variant = path.partition('.py:')
+    path += '.py'
   file = pathlib.Path(path)
   if path and os.path.isdir(path):
     within = sorted(p for p in file.glob('*') if p.suffix in ('.py', '.json'))
@@ -85,9 +90,10 @@ def load_recipe(path: str) -> dict[str, Any]:
                        "as a run's config.json"])
   try:
     if file.suffix == '.json':
-      recipe = json.loads(file.read_bytes())
+      recipe, variants = json.loads(file.read_bytes()), {}
     else:
-      recipe = runpy.run_path(str(file))['get_config']()
+      made = runpy.run_path(str(file))
+      recipe, variants = made['get_config'](), made.get('VARIANTS', {})
   except KeyError as e:
     raise ConfigError([f'--config={path}: the file must define get_config()']
                       if e.args == ('get_config',) else [f'--config={path}: KeyError: {e}']) from e
@@ -100,7 +106,18 @@ def load_recipe(path: str) -> dict[str, Any]:
   if not isinstance(recipe, dict):
     what = 'it must hold a JSON object' if file.suffix == '.json' else 'get_config() must return a ConfigDict'
     raise ConfigError([f'--config={path}: {what}, not {type(recipe).__name__}'])
-  return recipe
+  variants = variants if isinstance(variants, collections.abc.Mapping) else {}
+  if variant and variant not in variants:
+    known = f'known: {", ".join(variants)}' if variants else 'it has none'
+    raise ConfigError([f'--config={path}:{shown(variant, quote=False)}: there is no such variant; {known}'])
+  return _overlay(recipe, variants[variant]) if variant else recipe
+
+
+def _overlay(below, above):
+  """Returns nested mappings with the fields of the upper one in place of the lower one's."""
+  if not isinstance(above, collections.abc.Mapping) or not isinstance(below, collections.abc.Mapping):
+    return above
+  return {**below, **{key: _overlay(below.get(key), value) for key, value in above.items()}}
 
 
 def build(spec_class, recipe, overrides=()):
@@ -229,6 +246,8 @@ def _build(spec_class, values, prefix, problems, root):
     if dataclasses.is_dataclass(field.type):
       if dataclasses.is_dataclass(value):
         value = {}
+      if isinstance(value, collections.abc.Mapping) and name in base:
+        value = {**base[name], **value}
       if not isinstance(value, collections.abc.Mapping):
         problems.append(f'{prefix}{name} is a group of fields, not {shown(value)}')
         continue

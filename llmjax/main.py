@@ -44,6 +44,32 @@ COMMANDS = {
         'train a language model from scratch, or go on with a run', 'llmjax.loops.pretrain',
         'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:PretrainSpec',
         'llmjax pretrain --config=configs/pretrain/quickstart.py --workdir=runs/quickstart'),
+    'finetune': Command(
+        "go on with a run's model on conversations, or on other text", 'llmjax.loops.finetune',
+        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:FinetuneSpec',
+        'llmjax finetune --config=configs/finetune/chat.py --workdir=runs/chat'),
+    'reward': Command(
+        "let a run's model learn to score answers, from pairs of a better and a worse one", 'llmjax.loops.reward',
+        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:RewardSpec',
+        'llmjax reward --config=configs/reward/pairs.py --workdir=runs/reward'),
+    'rl': Command(
+        "let a run's model learn from what its own answers are worth", 'llmjax.loops.rl',
+        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:RlCommandSpec',
+        'llmjax rl --config=configs/rl/sums_grpo.py --workdir=runs/rl'),
+    'preview': Command(
+        'rows of a recipe as text, with what is trained told apart', 'llmjax.loops.preview',
+        'llmjax.loops.spec:PreviewOptions', 'llmjax.loops.spec:PreviewSpec',
+        'llmjax preview --config=configs/finetune/chat.py --rows=3'),
+    'feedback revise': Command(
+        'a model criticises and rewrites its answers by written principles', 'llmjax.loops.feedback',
+        'llmjax.rl.feedback:ReviseOptions', None,
+        'llmjax feedback revise --workdir=runs/chat --principles=configs/feedback/principles.toml '
+        '--prompts=prompts.jsonl --output=data/revised.jsonl'),
+    'feedback prefer': Command(
+        'a model says which of two answers follows the principles better', 'llmjax.loops.feedback',
+        'llmjax.rl.feedback:PreferOptions', None,
+        'llmjax feedback prefer --workdir=runs/critic --policy=runs/chat --principles=configs/feedback/principles.toml '
+        '--prompts=prompts.jsonl --output=data/preferences.jsonl'),
     'evaluate': Command(
         'held-out perplexity and bits per byte of a run, beside gzip and xz',
         'llmjax.loops.evaluate', 'llmjax.loops.spec:EvaluateOptions', None,
@@ -268,8 +294,11 @@ def _parse_launch(command, arguments):
   if not launched or launched[0] not in COMMANDS or COMMANDS[launched[0]].launches:
     known = [c for c in COMMANDS if not COMMANDS[c].launches and ' ' not in c]
     near = difflib.get_close_matches(launched[0], known, n=1) if launched else []
-    problems.append('the command to start stands after `--`' + (
-        f', and {launched[0]!r} is none; did you mean {near[0]}?' if near else f'; for example {command.example}'))
+    if launched and launched[0] in [name.split()[0] for name, c in COMMANDS.items() if c.launches]:
+      problems.append(f'what stands after `--` cannot be {launched[0]!r} again; for example {command.example}')
+    else:
+      problems.append('the command to start stands after `--`' + (
+          f', and {launched[0]!r} is none; did you mean {near[0]}?' if near else f'; for example {command.example}'))
   _raise(problems)
   return launched, options
 

@@ -95,6 +95,21 @@ def test_recipe_files(tmp_path):
     config.load_recipe(str(tmp_path / 'recipee.py'))
 
 
+def test_variants_of_a_recipe(tmp_path):
+  file = tmp_path / 'recipe.py'
+  file.write_text("VARIANTS = {'wide': dict(model=dict(d_model=64), mesh=dict(fsdp=2))}\n"
+                  "def get_config():\n  return {'model': {'d_model': 32, 'num_layers': 2}}\n")
+  assert config.load_recipe(str(file)) == {'model': {'d_model': 32, 'num_layers': 2}}
+  assert config.load_recipe(f'{file}:wide') == {'model': {'d_model': 64, 'num_layers': 2}, 'mesh': {'fsdp': 2}}
+  with pytest.raises(config.ConfigError, match='recipe.py:wid: there is no such variant; known: wide'):
+    config.load_recipe(f'{file}:wid')
+  file.write_text('def get_config():\n  return {}\n')
+  with pytest.raises(config.ConfigError, match='it has none'):
+    config.load_recipe(f'{file}:wide')
+  with pytest.raises(config.ConfigError, match='did you mean .*recipe.py'):
+    config.load_recipe(f'{tmp_path}/recip.py:wide')
+
+
 @pytest.mark.parametrize(('text', 'value'), [
     ('data/a', {'data/a': 1.0}), ("{'data/a': 0.7, 'data/b': 0.3}", {'data/a': 0.7, 'data/b': 0.3}),
     ("{'data/a: 1}", "{'data/a: 1}"), ('', {})])

@@ -74,7 +74,7 @@ def build_step(args):
   import jax
 
   from llmjax.model.spec import ModelSpec
-  from llmjax.parallel.host import keep_freed_memory
+  from llmjax.parallel.host import keep_freed_memory, share_arena
   from llmjax.parallel.mesh import make_mesh, place_batch
   from llmjax.parallel.spec import MeshSpec
   from llmjax.train import objectives
@@ -87,6 +87,7 @@ def build_step(args):
                     compute_dtype='float32')
   optimizer = OptimizerSpec(lr=LR, b1=B1, b2=B2, epsilon=EPSILON, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM,
                             schedule='constant')
+  share_arena()
   keep_freed_memory()
   mesh = make_mesh(MeshSpec())
   tx, schedule = make_optimizer(optimizer, train.steps)

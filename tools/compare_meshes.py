@@ -29,7 +29,7 @@ import numpy as np
 import test_meshes
 
 from llmjax.config import to_dict
-from llmjax.loops.mesh import abstract_batch, compile_step, local_bytes
+from llmjax.loops.mesh import abstract_pretraining, compile_step, local_bytes
 from llmjax.loops.spec import LayoutSpec
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
@@ -38,8 +38,6 @@ from llmjax.parallel.pipeline import bubble
 from llmjax.parallel.spec import MeshSpec, PipelineSpec
 from llmjax.plan.collectives import find_collectives, summarize
 from llmjax.plan.flops import count_products
-from llmjax.train.optimizers import make_optimizer
-from llmjax.train.state import abstract_state
 
 PROGRAM = {
     'dense': ModelSpec(num_layers=8, d_model=256, num_heads=8, mlp_dim=704, vocab_size=4096),
@@ -72,9 +70,8 @@ def program(model, sizes, pipe):
   spec = dataclasses.replace(
       spec, train=dataclasses.replace(spec.train, batch_size=ROWS, compute_dtype='float32'),
       data=dataclasses.replace(spec.data, seq_len=LENGTH))
-  tx, schedule = make_optimizer(spec.optimizer, 100)
-  state = abstract_state(spec.model, tx, 'float32', mesh, mesh_spec.zero)
-  compiled = compile_step(spec, mesh, tx, schedule, state, abstract_batch(spec, mesh))
+  _, state, _ = abstract_pretraining(spec, mesh)
+  compiled = compile_step(spec, mesh)
   text = compiled.as_text()
   return {'flops': count_products(text) * mesh.size,
           'state_bytes': sum(local_bytes(leaf) for leaf in jax.tree.leaves(state)),

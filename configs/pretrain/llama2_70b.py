@@ -1,13 +1,23 @@
-"""Llama 2 70B; 64 v5p chips or more."""
+"""Llama 2 70B, 2 rows on each of 64 v5p chips; `:v6e` for 256 of those, `:pipeline` and `:tensor` for other meshes.
+
+Weights are gathered in two steps, over 4 and over the other chips: over a whole torus libtpu would sum instead.
+"""
 
 from ml_collections import config_dict
+
+VARIANTS = {
+    'pipeline': dict(mesh=dict(data=1, fsdp=-1, stage=4, zero=0), train=dict(remat='full'),
+                     pipeline=dict(schedule='interleaved', rounds=4, microbatches=8)),
+    'tensor': dict(mesh=dict(data=1, fsdp=-1, tensor=4, zero=0)),
+    'v6e': dict(train=dict(batch_size=512, remat='full')),
+}
 
 
 def get_config():
   c = config_dict.ConfigDict()
   c.model = dict(preset='llama2_70b')
   c.data = dict(sources={'data/corpus': 1.0}, seq_len=4096)
-  c.mesh = dict(data=1, fsdp=-1)
-  c.train = dict(steps=500000, batch_size=1024, remat='full', log_every=10, eval_every=1000, checkpoint_every=1000)
+  c.mesh = dict(data=4, fsdp=-1, zero=3)
+  c.train = dict(steps=500000, batch_size=128, remat='mlp', log_every=10, eval_every=1000, checkpoint_every=1000)
   c.optimizer = dict(lr=1.5e-4, warmup_steps=2000, schedule='cosine', final_lr_fraction=0.1)
   return c

@@ -1,6 +1,8 @@
-"""Llama 3 405B; 512 v5p chips or more."""
+"""Llama 3 405B, 512 v5p chips; `:pod` for the 6144 of a whole pod, a number with a factor of three."""
 
 from ml_collections import config_dict
+
+VARIANTS = {'pod': dict(mesh=dict(data=24), train=dict(batch_size=1536))}
 
 
 def get_config():
@@ -8,6 +10,6 @@ def get_config():
   c.model = dict(preset='llama3_405b')
   c.data = dict(sources={'data/corpus': 1.0}, seq_len=8192)
   c.mesh = dict(data=1, fsdp=-1, tensor=4)
-  c.train = dict(steps=1000000, batch_size=2048, remat='full', log_every=10, eval_every=1000, checkpoint_every=1000)
+  c.train = dict(steps=1000000, batch_size=512, remat='full', log_every=10, eval_every=1000, checkpoint_every=1000)
   c.optimizer = dict(lr=8e-5, warmup_steps=2000, schedule='cosine', final_lr_fraction=0.1)
   return c

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -28,7 +29,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llmjax import config
-from llmjax.checkpoint import seal, weights
+from llmjax.adapt import lora
+from llmjax.adapt.quantize import quantize_tree
+from llmjax.adapt.spec import AdapterSpec
+from llmjax.checkpoint import bases, seal, weights
+from llmjax.checkpoint.arrays import read_json
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model import decoder
@@ -37,6 +42,7 @@ from llmjax.train.state import TrainState
 
 # Seconds that the first process waits for the seals of the others before it removes older checkpoints.
 SEAL_SECONDS = 60.0
+READ_PARTS = 10  # A restore has at most this share of its arrays in flight, or the largest of them.
 
 
 class SaveError(Exception):
@@ -126,9 +132,12 @@ class Checkpoints:
     """Returns (state, stream) as saved.  abstract: the TrainState of shapes, dtypes and shardings."""
     self._join()
     rest = {'step': abstract.step, 'opt_state': abstract.opt_state, 'key': abstract.key}
-    items = self._orbax.restore(self.folder / str(step), args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract.params),
-        optimizer=ocp.args.StandardRestore(rest), stream=ocp.args.JsonRestore()))
+    handlers = ocp.CompositeCheckpointHandler(
+        params=_make_reader(abstract.params), optimizer=_make_reader(rest), stream=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(handlers) as orbax:
+      items = orbax.restore(self.folder / str(step), args=ocp.args.Composite(
+          params=ocp.args.StandardRestore(abstract.params),
+          optimizer=ocp.args.StandardRestore(rest), stream=ocp.args.JsonRestore()))
     return TrainState(params=items.params, **items.optimizer), items.stream
 
   def wait(self):
@@ -398,7 +407,8 @@ def load_params(workdir, step=0, shardings=None):
   """Returns (params, ModelSpec, config, step) of a run.
 
   step: 0 for the newest checkpoint.  shardings: function of the ModelSpec that returns the tree of
-  shardings to load into; None loads onto the first device.
+  shardings to load into; None loads onto the first device.  Adapters are merged into their base; ConfigError
+  when that is not the one that they were trained on.
   """
   settings = read_config(workdir)
   step = find_step(workdir, step)
@@ -411,7 +421,37 @@ def load_params(workdir, step=0, shardings=None):
   else:
     tree = shardings(model)
   abstract = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, tree)
-  return restore_params(checkpoints_folder(workdir) / str(step), abstract), model, settings, step
+  checkpoint = checkpoints_folder(workdir) / str(step)
+  if not is_adapter(checkpoint):
+    return restore_params(checkpoint, abstract), model, settings, step
+  base, adapters, specs = load_adapters(checkpoint, abstract)
+  return jax.jit(lambda b, a: lora.merge(b, a, specs), out_shardings=tree)(base, adapters), model, settings, step
+
+
+def is_adapter(checkpoint):
+  """Returns whether a checkpoint holds adapters alone, without their base."""
+  return bool(read_json(checkpoint, 'spec').get('adapter', {}).get('kind'))
+
+
+def load_adapters(checkpoint, abstract):
+  """Returns (base, {name: adapter}, {name: AdapterSpec}) of an adapter checkpoint.
+
+  abstract: the base's parameters, as ShapeDtypeStructs with shardings.  The base is quantised where it was.
+  Adapters are made on the first device.
+  """
+  settings = read_json(checkpoint, 'spec')
+  spec = config.build(AdapterSpec, settings['adapter'])
+  folder = bases.find_base(read_json(checkpoint, 'stream')['base'], settings['train'].get('init_from', ''))
+  require_good(folder)
+  single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = jax.eval_shape(
+      lambda b: {spec.name: lora.init_adapter(spec, b, jax.random.key(0), settings['train']['param_dtype'])}, abstract)
+  adapters = restore_params(checkpoint, jax.tree.map(
+      lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=single), shapes))
+  if len(jax.tree.leaves(abstract)[0].sharding.device_set) > 1:
+    adapters = jax.device_get(adapters)  # To lie wherever the base does.
+  base = restore_params(folder, abstract)
+  return (quantize_tree(base, spec.quantize) if spec.quantize else base), adapters, {spec.name: spec}
 
 
 def restore_params(checkpoint, abstract):
@@ -419,5 +459,17 @@ def restore_params(checkpoint, abstract):
   if refused := weights.refusal(checkpoint):
     raise ConfigError([refused])
   path = pathlib.Path(checkpoint).absolute() if '://' not in str(checkpoint) else checkpoint
-  with ocp.StandardCheckpointer() as checkpointer:
-    return checkpointer.restore(epath.Path(path) / 'params', abstract)
+  with ocp.Checkpointer(_make_reader(abstract)) as orbax:
+    return orbax.restore(epath.Path(path) / 'params', args=ocp.args.StandardRestore(abstract))
+
+
+def _make_reader(abstract):
+  """Returns Orbax's handler that reads this tree: a tenth of it at a time, so that the host never holds it twice.
+
+  abstract: ShapeDtypeStructs with shardings.
+  """
+  here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.addressable_devices)
+             for x in jax.tree.leaves(abstract))
+  # What was written by one device is read in one piece, and may have been float32.
+  largest = max((math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in jax.tree.leaves(abstract)), default=0)
+  return ocp.StandardCheckpointHandler(restore_concurrent_gb=(max(here / READ_PARTS, largest) + 1) / 1e9)

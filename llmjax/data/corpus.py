@@ -10,22 +10,18 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
-import platform
 import shutil
 
 import numpy as np
 
-import llmjax
 from llmjax import secrets
 from llmjax.config import ConfigError, to_dict
-from llmjax.data import prepared, python_docs, splits, text_files, token_store
+from llmjax.data import conversations, prepared, python_docs, splits, text_files, tokens
 from llmjax.data.spec import PrepareSpec
-from llmjax.text import tokenizer as tokenizers
 
 # With fewer files (or records) than this, held-out text is drawn from parts of files.
 _FEW_FILES = 20
@@ -56,8 +52,8 @@ def prepare(spec: PrepareSpec, *, force=False, progress=lambda *args: None):
     except ConfigError:
       shutil.rmtree(unfinished)  # There is nothing to go on from.
       raise
-    tokenizer = _make_tokenizer(spec, unfinished, progress)
-    manifest = _write_tokens(spec, unfinished, tokenizer, found, request, progress)
+    tokenizer = tokens.make_tokenizer(spec, unfinished, progress)
+    manifest = tokens.write_tokens(spec, unfinished, tokenizer, found, request, progress)
     _write_json(prepared.manifest_path(unfinished), manifest)
     for name in ('request.json', 'documents.json', 'refused.jsonl', 'lock'):
       (unfinished / name).unlink(missing_ok=True)
@@ -81,6 +77,8 @@ def _request(spec):
     request['files_sha256'] = digest.hexdigest()
   elif spec.source == 'python_docs':
     request['python'] = python_docs.version()
+  if os.path.isfile(spec.template):
+    request['template_sha256'] = prepared.file_sha256(spec.template)
   if spec.tokenizer.path:
     request['tokenizer_sha256'] = prepared.file_sha256(spec.tokenizer.path)
   return request
@@ -180,9 +178,11 @@ class _Scan:
 
 def _read(spec, found=None):
   """Yields the Documents and the Rejected of the source that the spec names."""
+  is_text = spec.records == 'text'
   limits = text_files.Limits(
-      tuple(spec.suffixes), spec.text_key or 'text', spec.document_bytes, spec.max_record_bytes,
-      spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links)
+      tuple(spec.suffixes) if is_text else conversations.SUFFIXES, spec.text_key or 'text', spec.document_bytes,
+      spec.max_record_bytes, spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links,
+      None if is_text else conversations.normaliser(spec.records))
   if spec.source == 'python_docs':
     yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
   elif spec.source == 'text_dir':
@@ -233,7 +233,7 @@ def _write_documents(spec, folder, progress):
     scan.units = [_unit(digest) for digest in scan.digests]
   counts['document_bytes'] = spec.document_bytes
   codes = _assign(spec, scan)
-  (folder / 'refused.jsonl').write_text(_json_lines(scan.rejected), encoding='utf-8')
+  (folder / 'refused.jsonl').write_text(tokens.json_lines(scan.rejected), encoding='utf-8')
   wanted = [name for name, code in splits.CODES.items() if np.any(codes == code)]
   total = int(sum(np.sum(codes == splits.CODES[name]) for name in wanted))
   written = itertools.count(1)
@@ -254,7 +254,7 @@ def _write_documents(spec, folder, progress):
   builders.write_documents(prepared.documents_path(folder), kind,
                            {name: functools.partial(select, name) for name in wanted})
   lost = [r for r in scan.rejected if not r.kept]
-  reasons = collections.Counter(_kind_of(r.reason) for r in lost)
+  reasons = collections.Counter(tokens.kind_of(r.reason) for r in lost)
   counts |= {
       'splits': wanted,
       'duplicates': {'repeated': int(np.sum(codes == splits.DUPLICATE)),
@@ -286,23 +286,12 @@ def _assign(spec, scan):
   return codes
 
 
-def _json_lines(rejected):
-  """Returns a JSON object a line for each Rejected, without the fields that say nothing."""
-  entries = ({k: v for k, v in dataclasses.asdict(item).items() if v is not None and v is not False}
-             for item in rejected)
-  return ''.join(json.dumps(secrets.hide_within(entry)) + '\n' for entry in entries)
-
-
-def _kind_of(reason):
-  """Returns a reason without its particulars, to count by."""
-  return reason.split(' (')[0].split(':')[0]
-
-
 def _nothing_found(spec, scan):
   """Returns the message for an empty corpus: what was looked for, where, and what was there."""
   if spec.source != 'text_dir':
     return f'{spec.name or spec.source}: there is no text in it'
-  looked = (f'no text found in {spec.path}: looked for {", ".join(spec.suffixes)} (also in .gz, '
+  suffixes = spec.suffixes if spec.records == 'text' else conversations.SUFFIXES
+  looked = (f'no {spec.records} found in {spec.path}: looked for {", ".join(suffixes)} (also in .gz, '
             f'.zst, .bz2, .xz, .tar, .zip)')
   if scan.rejected:
     reasons = collections.Counter(r.reason for r in scan.rejected).most_common(3)
@@ -312,113 +301,3 @@ def _nothing_found(spec, scan):
     return (f'{looked}; there are only other files: {scan.found.describe_ignored()}; add their '
             "suffixes to --config.suffixes if they are text")
   return f'{looked}; there are no files at all'
-
-
-# Tokenizer and tokens
-
-
-def _make_tokenizer(spec, folder, progress):
-  """Returns the tokenizer, copied or trained on a sample of the train split."""
-  path = prepared.tokenizer_path(folder)
-  if not path.is_file():
-    if spec.tokenizer.path:
-      model = pathlib.Path(spec.tokenizer.path).read_bytes()
-    else:
-      progress('tokenizer', 0, None)
-      lines = sample_lines(folder, spec.tokenizer.sample_lines, spec.tokenizer.seed)
-      try:
-        model = tokenizers.train_tokenizer(
-            lines, vocab_size=spec.tokenizer.vocab_size, model_type=spec.tokenizer.model_type,
-            num_threads=spec.tokenizer.num_threads)
-      except ValueError as e:
-        raise ConfigError([str(e)]) from e
-    partial = path.with_name(path.name + '.partial')
-    partial.write_bytes(model)
-    os.replace(partial, path)
-  tokenizer = tokenizers.Tokenizer(path)
-  try:
-    _ = tokenizer.vocab_size
-  except ValueError as e:
-    path.unlink()
-    raise ConfigError([str(e)]) from e
-  return tokenizer
-
-
-def sample_lines(folder, count, seed) -> list[str]:
-  """Returns about `count` lines of the train split, the same ones each time, blank ones left out.
-
-  Documents are visited in a random order until eight times as many lines were seen; so a large
-  corpus is not read whole, and a small one gives lines of every document.
-  """
-  from llmjax.data import builders
-
-  documents = builders.open_documents(prepared.documents_path(folder), 'train')
-  rng, lines = np.random.default_rng(seed), []
-  for number in rng.permutation(len(documents)).tolist():
-    text = documents[number]['text'].decode()
-    lines += [part for line in text.split('\n') if line.strip() for part in _short(line)]
-    if len(lines) >= 8 * count:
-      break
-  if len(lines) > count:
-    lines = [lines[i] for i in np.sort(rng.choice(len(lines), count, replace=False)).tolist()]
-  return lines
-
-
-def _short(line, size=512):
-  """Yields a line in parts of at most `size` characters, cut before a space where there is one.
-
-  Training time goes with characters: paragraphs must not make a sample of lines a hundred times
-  larger than code does.
-  """
-  start = 0
-  while len(line) - start > size:
-    space = line.rfind(' ', start + 1, start + size + 1)
-    end = space if space > start else start + size
-    yield line[start:end]
-    start = end
-  yield line[start:]
-
-
-def _write_tokens(spec, folder, tokenizer, found, request, progress):
-  """Encodes every split; returns the manifest."""
-  from llmjax.data import builders
-
-  shutil.rmtree(folder / 'tokens', ignore_errors=True)
-  splits_found, refused = {}, []
-  for split in found['splits']:
-    documents = builders.open_documents(prepared.documents_path(folder), split)
-    records, size = hashlib.sha256(), 0
-    with token_store.TokenStoreWriter(
-        prepared.tokens_path(folder, split), vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id) as store:
-      for number, item in enumerate(builders.iterate(documents)):
-        reason = store.add(tokenizer.encode(item['text'].decode()))
-        if reason:
-          refused.append(text_files.Rejected(item['id'].decode(), reason, bytes=len(item['text'])))
-        else:
-          size += len(item['text'])
-        for field in (item['id'], item['text']):
-          records.update(len(field).to_bytes(8, 'big') + field)
-        progress(f'tokens of {split}', number + 1, len(documents))
-    splits_found[split] = {
-        'documents': store.meta['documents'], 'bytes': size, 'tokens': store.meta['tokens'],
-        'records_sha256': records.hexdigest(), 'tokens_sha256': store.meta['tokens_sha256']}
-  before = (folder / 'refused.jsonl').read_text(encoding='utf-8')
-  prepared.quarantine_path(folder).write_text(before + _json_lines(refused), encoding='utf-8')
-  if refused:
-    found['quarantine']['records'] += len(refused)
-    found['quarantine']['reasons']['token id outside the vocabulary'] = len(refused)
-  packages = ('numpy', 'sentencepiece', 'tensorflow-datasets', 'array_record')
-  return {
-      'format': prepared.FORMAT,
-      'name': secrets.hide(pathlib.Path(spec.folder).name),
-      'source': spec.source,
-      'request': request,
-      'splits': splits_found,
-      'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size,
-                    'asked_vocab_size': 0 if spec.tokenizer.path else spec.tokenizer.vocab_size,
-                    'bos_id': tokenizer.bos_id, 'eos_id': tokenizer.eos_id,
-                    'pad_id': tokenizer.pad_id},
-      **{k: v for k, v in found.items() if k != 'splits'},
-      'versions': {'llmjax': llmjax.__version__, 'python': platform.python_version(),
-                   **{p: importlib.metadata.version(p) for p in packages}}}

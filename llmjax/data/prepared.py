@@ -3,7 +3,7 @@
     <folder>/manifest.json          counts, hashes, versions; the last file: where it is, all is
     <folder>/documents/             the text, a TFDS dataset of ArrayRecord files
     <folder>/tokenizer.model        SentencePiece
-    <folder>/tokens/<split>/        tokens.bin and offsets.npy, see token_store
+    <folder>/tokens/<split>/        tokens.bin and offsets.npy, and weights.bin of conversations; see token_store
     <folder>/quarantine.jsonl       every record that was left out, with its place and the reason
 """
 
@@ -69,11 +69,19 @@ def _is_whole(manifest):
                manifest['duplicates']['train_copies_of_held_out'],
                *manifest['ignored_files'].values()]
     texts = [tokenizer['sha256'], *(split['tokens_sha256'] for split in manifest['splits'].values())]
+    counts += [split.get('trained', 0) for split in manifest['splits'].values()]
+    texts.append(kind(manifest))
     return (all(type(n) is int and n >= 0 for n in counts) and all(isinstance(t, str) for t in texts)
             and isinstance(manifest['request'], dict) and set(manifest['splits']) <= set(SPLITS)
-            and isinstance(tokenizer.get('asked_vocab_size', 0), int))
+            and isinstance(tokenizer.get('asked_vocab_size', 0), int)
+            and isinstance(manifest.get('template'), (dict, type(None))))
   except (KeyError, TypeError, AttributeError):
     return False
+
+
+def kind(manifest) -> str:
+  """Returns what a folder's records are: text, chat, pairs or prompts (see `conversations`)."""
+  return manifest.get('records', 'text')
 
 
 def near_folders(folder):

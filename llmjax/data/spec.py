@@ -9,6 +9,9 @@ from llmjax.config import group, setting
 from llmjax.data import prepared
 
 SOURCES = ('python_docs', 'text_dir', 'tfds')
+RECORDS = ('text', 'chat', 'pairs', 'prompts')
+TEMPLATES = ('llmjax', 'chatml', 'qwen', 'llama3', 'gemma', 'plain')
+PACKINGS = ('concat', 'best_fit', 'pad')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +27,12 @@ class TokenizerSpec:
   num_threads: int = setting(2, 'threads for training; a unigram model depends on their number',
                              minimum=1, maximum=64)
   seed: int = setting(0, 'draws the sample', minimum=0)
+  special: tuple[str, ...] = setting((), "control symbols besides llmjax's own, such as <|im_start|>,<|im_end|> for a "
+                                     "later template=chatml; a template's own come by themselves")
 
   def problems(self):
+    if self.path and self.special:
+      yield 'special is for a tokenizer that is trained; leave it out beside path'
     if self.path and not os.path.isfile(self.path):
       yield f'path={self.path}: there is no such file; name a tokenizer.model of a prepared folder'
 
@@ -34,11 +41,15 @@ class TokenizerSpec:
 class DataSpec:
   """The `data` group: which prepared folders are mixed, and how documents become rows."""
 
+  kinds = ('text', 'chat')  # What the sources may hold.
+
   sources: dict[str, float] = setting(
       {'data/python_docs': 1.0}, 'prepared folders and the share of rows each one gives')
   seq_len: int = setting(512, 'targets in a row', minimum=2)
-  packing: str = setting('concat', 'concat: rows are filled from consecutive documents; pad: one '
-                         'document a row', choices=('concat', 'pad'))
+  packing: str = setting('concat', 'concat: rows are filled from consecutive documents, which may go on in the next '
+                         'row; best_fit: whole documents, as many as fit; pad: one document a row', choices=PACKINGS)
+  long: str = setting('error', 'a conversation longer than seq_len is an error, is cut at its end (truncate), or left '
+                      'out (drop); text goes on in another row', choices=('error', 'truncate', 'drop'))
   workers: int = setting(0, 'processes that build batches; 0: the training process itself, which '
                          'suffices for token stores', minimum=0, maximum=256)
   tokenizer: str = setting('', "a tokenizer.model; '': the sources' own")
@@ -46,7 +57,7 @@ class DataSpec:
   def problems(self):
     if not self.sources:
       yield 'sources is empty; name a prepared folder: --config.data.sources.data/python_docs=1'
-    hashes = {}
+    hashes, kinds = {}, {}
     for folder, weight in self.sources.items():
       if not 0 < weight < float('inf'):
         yield f'sources[{folder}]={weight:g}: a weight must be above 0; leave the folder out'
@@ -55,13 +66,24 @@ class DataSpec:
       except ValueError as e:
         yield f'sources: {e if prepared.is_prepared(folder) else _how_to_prepare(folder)}'
         continue
-      hashes[folder] = manifest['tokenizer']['sha256']
+      hashes[folder], kinds[folder] = manifest['tokenizer']['sha256'], prepared.kind(manifest)
+    if wrong := [folder for folder, kind in kinds.items() if kind not in self.kinds]:
+      yield (f'sources: {", ".join(wrong)} holds {kinds[wrong[0]]}, and this command reads {" or ".join(self.kinds)}; '
+             f'prepare it with --config.records={self.kinds[-1]}')
+    chats = [folder for folder, kind in kinds.items() if kind == 'chat']
+    if chats and self.packing == 'concat':
+      yield (f'packing=concat would cut the conversations of {", ".join(chats)} at the ends of rows; write '
+             'packing=best_fit')
     if len(set(hashes.values())) > 1:
       first = next(iter(hashes))
       others = [folder for folder in hashes if hashes[folder] != hashes[first]]
       yield (f'sources: {", ".join(others)} and {first} have different tokenizers; prepare the '
              'one again with --force '
              f'--config.tokenizer.path={prepared.tokenizer_path(first)}')
+    templates = {folder: prepared.read_manifest(folder).get('template') for folder in chats}
+    if others := [folder for folder in chats if templates[folder] != templates[chats[0]]]:
+      yield (f'sources: {", ".join(others)} and {chats[0]} have different chat templates; prepare the one again with '
+             '--force --config.template=NAME')
     if self.tokenizer:
       if not os.path.isfile(self.tokenizer):
         yield f'tokenizer={self.tokenizer}: there is no such file; leave it empty'
@@ -99,6 +121,10 @@ class PrepareSpec:
   suffixes: tuple[str, ...] = setting(
       ('.txt', '.text', '.md', '.markdown', '.rst', '.jsonl', '.ndjson', '.parquet'),
       'text_dir: files to read, also inside .gz, .zst, .bz2, .xz, .tar and .zip')
+  records: str = setting('text', 'what a record is. text: text; chat: a conversation; pairs: a prompt with a chosen '
+                         'and a rejected answer; prompts: a prompt and the right answer', choices=RECORDS)
+  template: str = setting('llmjax', f'chat template of conversations: {", ".join(TEMPLATES[:-1])}; plain: the prompt '
+                          'and its completion, nothing else; or a file: Jinja, or a tokenizer_config.json')
   output: str = setting('', "the prepared folder; '': data/<name of the source>")
   validation_fraction: float = setting(0.05, 'share of bytes held out for evaluation while '
                                        'training', minimum=0.0, maximum=0.5)
@@ -143,6 +169,12 @@ class PrepareSpec:
     if self.validation_fraction + self.test_fraction > 0.5:
       yield ('validation_fraction and test_fraction leave less than half of the text to train on; '
              'write smaller ones, such as 0.05')
+    if self.records != 'text' and self.source == 'python_docs':
+      yield f'records={self.records} is for records of yours: add --config.source=text_dir --config.path=FILE_OR_DIR'
+    if self.template not in TEMPLATES and not os.path.isfile(self.template):
+      near = difflib.get_close_matches(self.template, TEMPLATES, n=1)
+      hint = f'did you mean {near[0]}?' if near else f'write one of {", ".join(TEMPLATES)}'
+      yield f'template={self.template}: there is no such template or file; {hint}'
     for suffix in self.suffixes:
       if not suffix.startswith('.'):
         yield f'suffixes: {suffix!r} must start with a dot; write {"." + suffix!r}'

@@ -16,7 +16,9 @@ import numpy as np
 
 from llmjax.config import ConfigError
 from llmjax.data import packing, prepared, token_store
+from llmjax.data.conversations import PAIR_NUMBERS
 from llmjax.data.spec import DataSpec
+from llmjax.text.chat import ChatFormat, template_of
 from llmjax.text.tokenizer import Tokenizer
 
 
@@ -48,8 +50,10 @@ def fingerprint(spec: DataSpec, split: str = 'train') -> str:
   """
   digest = hashlib.sha256(f'{spec.seq_len} {spec.packing}\n'.encode())
   for folder in sorted(spec.sources):
-    tokens = prepared.read_manifest(folder)['splits'].get(split, {}).get('tokens_sha256', '')
-    digest.update(f'{spec.sources[folder]!r} {tokens}\n'.encode())
+    found = prepared.read_manifest(folder)['splits'].get(split, {})
+    digest.update(f'{spec.sources[folder]!r} {found.get("tokens_sha256", "")}\n'.encode())
+    if 'weights_sha256' in found:
+      digest.update(f'{spec.long} {found["weights_sha256"]} {found.get("notes_sha256", "")}\n'.encode())
   return digest.hexdigest()
 
 
@@ -63,30 +67,72 @@ def read_documents(folder, split):
 class _Mixture:
   """The rows of one or more sources under one numbering.  Pickles as paths, for workers."""
 
-  def __init__(self, spec: DataSpec, split: str):
+  def __init__(self, spec: DataSpec, split: str, rows_class=None):
+    rows_class = rows_class or packing.PACKINGS[spec.packing]
     # By name, so that the order of writing in a config does not matter.
     self.folders = sorted(spec.sources)
     self.weights = [spec.sources[f] for f in self.folders]
-    self.seq_len = spec.seq_len
-    self.rows = [packing.PACKINGS[spec.packing](_open_store(f, split), spec.seq_len)
-                 for f in self.folders]
+    self.seq_len, self.each = spec.seq_len, rows_class.each
+    self.rows = [rows_class(_open_store(f, split), spec.seq_len, spec.long) for f in self.folders]
     self.ends = list(itertools.accumulate(len(rows) for rows in self.rows))
+    self.columns = {}
+    for name in sorted({name for rows in self.rows for name in rows.numbers}):
+      parts = [rows.numbers.get(name, np.full(len(rows), PAIR_NUMBERS[name][2], np.float32)) for rows in self.rows]
+      self.attach(name, np.repeat(np.concatenate(parts)[:, None], self.each, 1))
 
   def __len__(self):
     return self.ends[-1]
 
   def batch(self, numbers, size=None) -> dict[str, np.ndarray]:
-    """Returns rows [size, T] with these numbers; rows of padding fill up to `size`."""
-    out = packing.new_batch(size or len(numbers), self.seq_len)
-    packing.pad_rows(out, len(numbers))
+    """Returns rows [size, T] with these numbers, twice as many of pairs; rows of padding fill up to `size`."""
+    out = packing.new_batch((size or len(numbers)) * self.each, self.seq_len)
+    packing.pad_rows(out, len(numbers) * self.each)
     if len(self.rows) == 1:
       self.rows[0].fill(out, range(len(numbers)), numbers)
-      return out
-    sources = np.searchsorted(self.ends, numbers, 'right')
-    for place, (source, number) in enumerate(zip(sources.tolist(), numbers, strict=True)):
-      start = self.ends[source - 1] if source else 0
-      self.rows[source].fill(out, [place], [number - start])
+    else:
+      sources = np.searchsorted(self.ends, numbers, 'right')
+      for place, (source, number) in enumerate(zip(sources.tolist(), numbers, strict=True)):
+        start = self.ends[source - 1] if source else 0
+        self.rows[source].fill(out, [place], [number - start])
+    for name, table in self.columns.items():
+      out[name] = np.zeros(len(out['tokens']), np.float32)
+      out[name][:len(numbers) * self.each] = table[np.asarray(numbers, int)].reshape(-1)
     return out
+
+  def attach(self, name, table):
+    """Lets every batch have a field `name`, float32 [size].  table: [len(self), rows of a number]."""
+    if np.shape(table) != (len(self), self.each):
+      raise ValueError(f'{name} must have the shape {(len(self), self.each)}, not {np.shape(table)}')
+    self.columns[name] = np.asarray(table, np.float32)
+
+
+def rows_of(spec: DataSpec, split: str):
+  """Returns the rows (see `packing`) of a spec with one source; each `.each` of them are one sample."""
+  kind = prepared.kind(prepared.read_manifest(next(iter(spec.sources))))
+  return _Mixture(spec, split, packing.PairRows if kind == 'pairs' else None).rows[0]
+
+
+def chat_format(spec: DataSpec):
+  """Returns the ChatFormat that the sources' conversations were made with; None where all are text."""
+  for folder in spec.sources:
+    manifest = prepared.read_manifest(folder)
+    if prepared.kind(manifest) != 'text':
+      return ChatFormat(template_of(manifest['template']), load_tokenizer(spec))
+  return None
+
+
+class _Prompts(_Mixture):
+  """The same of prompts, which are no rows: a batch is a list of {'ids': int32 [n], 'answer': text}."""
+
+  def __init__(self, spec, split):
+    super().__init__(spec, split, packing.PromptRows)
+
+  def batch(self, numbers, size=None):
+    found = []
+    for number in numbers:
+      source = int(np.searchsorted(self.ends, number, 'right'))
+      found.append(self.rows[source].prompt(int(number) - (self.ends[source - 1] if source else 0)))
+    return found
 
 
 def _open_store(folder, split):
@@ -141,9 +187,8 @@ def _order(mixture, seed):
 class BatchStream:
   """An endless iterator of this process's batches: dicts of [rows of its blocks, T] arrays."""
 
-  def __init__(self, spec, batch_size, seed, split, blocks, block_count):
+  def __init__(self, spec, mixture, batch_size, seed, split, blocks, block_count):
     rows = _local_rows(batch_size, blocks, block_count, 'train.batch_size')
-    mixture = _Mixture(spec, split)
     self.rows_per_epoch = len(mixture)
     self.workers = spec.workers
     self.fingerprint = fingerprint(spec, split)
@@ -172,20 +217,26 @@ class BatchStream:
     self._drawn += 1
     return batch
 
+  def attach(self, name: str, table: np.ndarray):
+    """Lets every batch have a field `name`, float32 [rows].  table: for each sample and each of its rows."""
+    self.close()
+    self._batches.mixture.attach(name, table)
+
   def describe(self, number: int) -> list[dict]:
     """Returns all rows of batch `number` (from 0) of the whole job, each one {source, row, tokens}.
 
     row: its number among the source's rows.  tokens: a list of int arrays, one for each of its documents.
     """
     mixture, order = self._batches.mixture, self._batches.order
+    each = mixture.each
     start = number * self._batches.batch_size
     numbers = [int(order[start + i]) for i in range(self._batches.batch_size)]
     batch, rows = mixture.batch(numbers), []
     for i, n in enumerate(numbers):
       source = int(np.searchsorted(mixture.ends, n, 'right'))
-      segments = batch['segment_ids'][i]
+      tokens = [ids for row in range(i * each, (i + 1) * each) for ids, _ in documents_of(batch, row)]
       rows.append({'source': str(mixture.folders[source]), 'row': n - (mixture.ends[source - 1] if source else 0),
-                   'tokens': [batch['tokens'][i][segments == s] for s in range(1, int(segments.max()) + 1)]})
+                   'tokens': tokens})
     return rows
 
   def _open(self):
@@ -213,6 +264,16 @@ class BatchStream:
     self.close()
 
 
+def documents_of(batch, row):
+  """Returns [(ids, weights)] of the documents in a row: their inputs and the last target, each id's weight as one."""
+  found, segments = [], batch['segment_ids'][row]
+  for segment in range(1, int(segments.max()) + 1):
+    place = np.flatnonzero(segments == segment)
+    found.append((np.append(batch['tokens'][row][place], batch['targets'][row][place[-1]]),
+                  np.append(np.float32(0), batch['loss_mask'][row][place])))
+  return found
+
+
 def _mark_flags_parsed():
   """Grain's workers read absl's global flags, which a program without absl.app never parsed."""
   from absl import flags
@@ -230,7 +291,56 @@ def open_stream(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'tra
   batch_size and seed alone.  Raises ConfigError when block_count does not divide batch_size, or a split
   is empty.
   """
-  return BatchStream(spec, batch_size, seed, split, blocks, block_count)
+  return BatchStream(spec, _Mixture(spec, split), batch_size, seed, split, blocks, block_count)
+
+
+def open_pairs(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'train',
+               blocks=(0,), block_count: int = 1) -> BatchStream:
+  """Returns the stream of batches of pairs: `batch_size` pairs are 2 * batch_size rows with the usual fields.
+
+  Rows 2 i and 2 i + 1 are the chosen and the rejected answer to one prompt, which starts both; loss_mask marks the
+  answer.  So each of the equal blocks of a mesh holds whole pairs, and `make_train_step(..., together=2)` keeps them
+  in one microbatch.  Arguments as for `open_stream`, sources prepared with records=pairs; `data.packing` does
+  not matter.  A pair with an answer that is longer than a row goes as `data.long` says, as a whole.
+  """
+  _require_kind(spec, 'pairs')
+  return BatchStream(spec, _Mixture(spec, split, packing.PairRows), batch_size, seed, split, blocks, block_count)
+
+
+def open_prompts(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'train',
+                 blocks=(0,), block_count: int = 1) -> BatchStream:
+  """Returns the stream of batches of prompts: lists of {'ids': int32 [n], 'answer': text}, in the order of the job.
+
+  Each of `ids` ends where the assistant is to speak.  Arguments as for `open_stream`, sources prepared with
+  records=prompts; prompts of more than seq_len tokens go as `data.long` says, and truncate keeps their end.
+  """
+  _require_kind(spec, 'prompts')
+  return BatchStream(spec, _Prompts(spec, split), batch_size, seed, split, blocks, block_count)
+
+
+def eval_pairs(spec: DataSpec, split: str, batch_size: int, limit: int | None = None, *,
+               blocks=(0,), block_count: int = 1, columns=None):
+  """Yields batches with every pair of a split exactly once, rows as of `open_pairs`; else as `eval_batches`.
+
+  columns: {name: float32 [pairs, 2]}, fields that batches are to have as well.
+  """
+  _require_kind(spec, 'pairs')
+  mixture = _Mixture(spec, split, packing.PairRows)
+  for name, table in (columns or {}).items():
+    mixture.attach(name, table)
+  yield from _in_order(mixture, batch_size, limit, blocks, block_count)
+
+
+def count_pairs(spec: DataSpec, split: str) -> int:
+  """Returns how many pairs of a split are used."""
+  return len(_Mixture(spec, split, packing.PairRows))
+
+
+def _require_kind(spec, kind):
+  for folder in spec.sources:
+    found = prepared.kind(prepared.read_manifest(folder))
+    if found != kind:
+      raise ConfigError([f'data.sources: {folder} holds {found}, not {kind}; prepare it with --config.records={kind}'])
 
 
 def eval_batches(spec: DataSpec, split: str, batch_size: int, limit: int | None = None, *,
@@ -241,8 +351,11 @@ def eval_batches(spec: DataSpec, split: str, batch_size: int, limit: int | None 
   at most this many batches.  Documents lie in an order drawn by hash, so the first batches are a
   fair sample.  Every process yields the same number of batches.
   """
+  yield from _in_order(_Mixture(spec, split), batch_size, limit, blocks, block_count)
+
+
+def _in_order(mixture, batch_size, limit, blocks, block_count):
   rows = _local_rows(batch_size, blocks, block_count, 'evaluate.batch_size')
-  mixture = _Mixture(spec, split)
   count = -(-len(mixture) // batch_size)
   for batch in range(count if limit is None else min(limit, count)):
     numbers = [batch * batch_size + row for row in rows]

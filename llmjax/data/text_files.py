@@ -1,4 +1,4 @@
-"""Documents from files: plain text, Markdown, JSONL, Parquet, compressed and in tar and zip archives.
+"""Documents from files: plain text, Markdown, JSON, JSONL, Parquet, compressed and in tar and zip archives.
 
 Reading never stops at a bad record: it yields a `Rejected` that says where and why, and goes on.
 Memory stays bounded by the longest record that is allowed.  Archives are read as streams and nothing is
@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 
 COMPRESSIONS = ('.gz', '.zst', '.bz2', '.xz')
 RECORD_SUFFIXES = ('.jsonl', '.ndjson')
@@ -65,7 +66,9 @@ class Rejected:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """suffixes: of files to read.  document_bytes: where plain text is cut.  text_key: the field.
+  """suffixes: of files to read.  document_bytes: where plain text is cut.  text_key: the field of records.
+
+  take: makes a record's text of the whole record, in place of text_key; it raises ValueError with a reason.
 
   max_unpacked_bytes, max_unpacked_ratio: of what one file unpacks to, on all levels together, and how many
   times its size that is.  follow_links: read what links of the file system lead to outside the folder.
@@ -78,6 +81,7 @@ class Limits:
   max_unpacked_bytes: int = 1 << 38
   max_unpacked_ratio: int = 200
   follow_links: bool = False
+  take: Callable[[dict], str] | None = None
 
 
 class Found:
@@ -213,6 +217,8 @@ def _read_file(raw, name, limits, found, budget, depth=0):
         yield from _read_parquet(file, name, limits, budget)
     elif kind in RECORD_SUFFIXES:
       yield from _read_jsonl(counted, name, limits)
+    elif kind == '.json' and limits.take:
+      yield from _read_json(counted, name, limits)
     else:
       yield from _read_text(counted, name, limits)
   except Exception as e:
@@ -515,12 +521,43 @@ def _read_jsonl(stream, name, limits):
     except (ValueError, RecursionError) as e:
       yield Rejected(name, f'not JSON: {_one_line(e)}', offset, number, len(line))
       continue
-    if not isinstance(record, dict) or limits.text_key not in record:
-      fields = _field_names(record) if isinstance(record, dict) else 'no object'
-      yield Rejected(name, f'no field {limits.text_key!r} (found: {fields})', offset, number,
-                     len(line))
-      continue
-    yield check_text(record[limits.text_key], f'{name}#{number}', name, limits, offset, number)
+    found = check_record(record, f'{name}#{number}', name, limits, offset, number)
+    yield dataclasses.replace(found, bytes=len(line)) if isinstance(found, Rejected) else found
+
+
+def _read_json(stream, name, limits):
+  """Yields the records of a JSON array; what comes after a mistake in it is lost."""
+  data = b''.join(iter(lambda: stream.read(_BLOCK), b''))
+  if bad := _bad_text(data):
+    yield Rejected(name, *bad)
+    return
+  text = data.decode().removeprefix('\ufeff')
+  decoder, at, line, counted = json.JSONDecoder(), _skip_space(text, 0), 1, 0
+  if text[at:at + 1] != '[':
+    yield Rejected(name, 'not a JSON array of records (JSON lines are to be named .jsonl)', 0, 1)
+    return
+  while (at := _skip_space(text, at + 1)) < len(text) and text[at] != ']':
+    line, counted = line + text.count('\n', counted, at), at
+    try:
+      record, at = decoder.raw_decode(text, at)
+    except (ValueError, RecursionError) as e:
+      yield Rejected(name, f'not JSON, the rest is lost: {_one_line(e)}', None, line)
+      return
+    yield check_record(record, f'{name}#{line}', name, limits, None, line)
+    at = _skip_space(text, at)
+    if text[at:at + 1] not in (',', ']'):
+      yield Rejected(name, 'not JSON, the rest is lost: no comma after a record', None, line)
+      return
+    if text[at] == ']':
+      return
+  if at >= len(text):
+    yield Rejected(name, 'not JSON: the array does not end', None, line)
+
+
+def _skip_space(text, at):
+  while at < len(text) and text[at] in ' \t\r\n':
+    at += 1
+  return at
 
 
 def _field_names(names):
@@ -533,13 +570,13 @@ def _read_parquet(raw, name, limits, budget):
   except ImportError as e:
     raise OSError('.parquet needs the package pyarrow: pip install pyarrow') from e
   table = pyarrow.parquet.ParquetFile(raw)
-  if limits.text_key not in table.schema_arrow.names:
+  if not limits.take and limits.text_key not in table.schema_arrow.names:
     yield Rejected(name, f'no field {limits.text_key!r} '
                    f'(found: {_field_names(table.schema_arrow.names)})')
     return
   row = 0
-  for batch in table.iter_batches(batch_size=256, columns=[limits.text_key]):
-    for value in batch.column(0):
+  for batch in table.iter_batches(batch_size=256, columns=None if limits.take else [limits.text_key]):
+    for value in batch.to_struct_array() if limits.take else batch.column(0):
       row += 1
       try:
         text = value.as_py()
@@ -547,8 +584,22 @@ def _read_parquet(raw, name, limits, budget):
         yield Rejected(name, f'invalid UTF-8 ({_one_line(e)})', None, row)
         continue
       # A dictionary and run lengths make many long texts of few bytes.
-      budget.spend(len(text) if isinstance(text, (str, bytes)) else 1)
-      yield check_text(text, f'{name}#{row}', name, limits, None, row)
+      budget.spend(len(text) if isinstance(text, (str, bytes)) else len(repr(text)))
+      check = check_record if limits.take else check_text
+      yield check(text, f'{name}#{row}', name, limits, None, row)
+
+
+def check_record(record, name, file, limits, offset=None, line=None):
+  """Returns the Document of a record, a dict as JSON has it, or the Rejected that says what is wrong with it."""
+  if limits.take:
+    try:
+      return check_text(limits.take(record), name, file, limits, offset, line)
+    except ValueError as e:
+      return Rejected(file, _one_line(e), offset, line)
+  if not isinstance(record, dict) or limits.text_key not in record:
+    fields = _field_names(record) if isinstance(record, dict) else 'no object'
+    return Rejected(file, f'no field {limits.text_key!r} (found: {fields})', offset, line)
+  return check_text(record[limits.text_key], name, file, limits, offset, line)
 
 
 def check_text(text, name, file, limits, offset=None, line=None):

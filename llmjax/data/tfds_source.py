@@ -6,7 +6,7 @@ import difflib
 import logging
 
 from llmjax.config import ConfigError
-from llmjax.data.text_files import Limits, Rejected, check_text
+from llmjax.data.text_files import Limits, Rejected, check_record, check_text
 
 _SPLITS = {'train': '', 'validation': 'validation', 'valid': 'validation', 'dev': 'validation',
            'test': 'test'}
@@ -19,7 +19,7 @@ def read_tfds(name, text_key, limits: Limits):
   train.  Raises ConfigError, one line each: unknown name, no network, no text field.
   """
   builder = _find(name)
-  key = _text_field(name, builder.info.features, text_key)
+  key = None if limits.take else _text_field(name, builder.info.features, text_key)
   try:
     with _few_retries():
       builder.download_and_prepare(file_format='array_record')
@@ -37,7 +37,8 @@ def read_tfds(name, text_key, limits: Limits):
   for split, target in own.items():
     for number, record in enumerate(builders.iterate(builder.as_data_source(split=split))):
       place = f'{name}/{split}'
-      item = check_text(record[key], f'{place}#{number}', place, limits, None, number + 1)
+      item = (check_record(record, f'{place}#{number}', place, limits, None, number + 1) if limits.take else
+              check_text(record[key], f'{place}#{number}', place, limits, None, number + 1))
       if isinstance(item, Rejected):
         yield item
       else:

@@ -2,6 +2,10 @@
 
 tokens.bin: uint16 (vocabulary up to 65,536) or uint32, every document as BOS, tokens, EOS.
 offsets.npy: int64 [documents + 1], where each document starts; the last one is the total.
+weights.bin: float32, one for each id: its weight in the loss as a target.  Only stores of conversations have it;
+their documents are as the chat template makes them.
+notes.jsonl: one JSON value for each document; stores of prompts have it, for the right answers, and
+those of pairs, for what a pair says of itself.
 """
 
 import functools
@@ -14,9 +18,12 @@ import numpy as np
 
 
 class TokenStoreWriter:
-  """Writes a store; use it in a `with` block.  A store without meta.json was not finished."""
+  """Writes a store; use it in a `with` block.  A store without meta.json was not finished.
 
-  def __init__(self, folder, *, vocab_size, bos_id, eos_id):
+  weighted: documents come with the weight of every id (`add_weighted`), else as text (`add`).
+  """
+
+  def __init__(self, folder, *, vocab_size, bos_id, eos_id, weighted=False):
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
     (self.folder / 'meta.json').unlink(missing_ok=True)
@@ -26,6 +33,9 @@ class TokenStoreWriter:
     self._file = open(self.folder / 'tokens.bin', 'wb')
     self._hash = hashlib.sha256()
     self._lengths = []
+    (self.folder / 'weights.bin').unlink(missing_ok=True)
+    self._weights = open(self.folder / 'weights.bin', 'wb') if weighted else None
+    self._weights_hash, self._trained, self._notes = hashlib.sha256(), 0, []
 
   def add(self, ids) -> str | None:
     """Appends a document's ids (int [n], BOS and EOS not among them).
@@ -33,24 +43,47 @@ class TokenStoreWriter:
     Returns None, or why the document was refused: an id outside the vocabulary, or no ids.
     """
     ids = np.asarray(ids)
+    refused = self._refusal(ids)
+    if not refused:
+      self._write(self._bos + ids.astype(self.dtype).tobytes() + self._eos)
+    return refused
+
+  def add_weighted(self, ids, weights, note=None) -> str | None:
+    """Appends a document's ids (int [n], whatever begins and ends it among them) and weights (float [n]).
+
+    note: a JSON value to keep with it.
+    """
+    ids, data = np.asarray(ids), np.asarray(weights, '<f4')
+    refused = self._refusal(ids)
+    if not refused:
+      self._write(ids.astype(self.dtype).tobytes())
+      self._weights.write(data.tobytes())
+      self._weights_hash.update(data.tobytes())
+      self._trained += int(np.count_nonzero(data[1:]))
+      self._notes += [] if note is None else [json.dumps(note) + '\n']
+    return refused
+
+  def _refusal(self, ids):
     if not ids.size:
       return 'no tokens'
     if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
       bad = int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())
       return f'token id {bad} outside the vocabulary of {self.vocab_size}'
-    data = self._bos + ids.astype(self.dtype).tobytes() + self._eos
+    return None
+
+  def _write(self, data):
     self._file.write(data)
     self._hash.update(data)
-    self._lengths.append(ids.size + 2)
-    return None
+    self._lengths.append(len(data) // self.dtype.itemsize)
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, error, trace):
-    self._file.flush()
-    os.fsync(self._file.fileno())
-    self._file.close()
+    for file in filter(None, (self._file, self._weights)):
+      file.flush()
+      os.fsync(file.fileno())
+      file.close()
     if kind is not None:
       return
     offsets = np.zeros(len(self._lengths) + 1, np.int64)
@@ -58,6 +91,12 @@ class TokenStoreWriter:
     np.save(self.folder / 'offsets.npy', offsets)
     meta = {'dtype': self.dtype.str, 'documents': len(self._lengths), 'tokens': int(offsets[-1]),
             'tokens_sha256': self._hash.hexdigest()}
+    if self._weights:
+      meta |= {'weights_sha256': self._weights_hash.hexdigest(), 'trained': self._trained}
+    if self._notes:
+      notes = ''.join(self._notes).encode()
+      (self.folder / 'notes.jsonl').write_bytes(notes)
+      meta['notes_sha256'] = hashlib.sha256(notes).hexdigest()
     (self.folder / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
     self.meta = meta
 
@@ -91,8 +130,31 @@ class TokenStore:
   @functools.cached_property
   def tokens(self) -> np.ndarray:
     """uint16 or uint32 [num_tokens], mapped."""
-    path = pathlib.Path(self.folder) / 'tokens.bin'
-    dtype = np.dtype(self.meta['dtype'])
+    return self._map('tokens.bin', np.dtype(self.meta['dtype']))
+
+  @functools.cached_property
+  def weights(self) -> np.ndarray | None:
+    """float32 [num_tokens], mapped: the weight of each id as a target.  None: all weigh 1."""
+    return self._map('weights.bin', np.dtype('<f4')) if self.is_weighted else None
+
+  @functools.cached_property
+  def notes(self) -> list:
+    """The notes of the documents, in order."""
+    path = pathlib.Path(self.folder) / 'notes.jsonl'
+    try:
+      found = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+    except (OSError, ValueError, RecursionError) as e:
+      raise ValueError(f'{path} cannot be read; prepare the folder again with --force') from e
+    if len(found) != len(self):
+      raise ValueError(f'{path} does not fit meta.json beside it; prepare the folder again with --force')
+    return found
+
+  @property
+  def is_weighted(self) -> bool:
+    return 'weights_sha256' in self.meta
+
+  def _map(self, name, dtype):
+    path = pathlib.Path(self.folder) / name
     try:
       size = path.stat().st_size
     except OSError as e:

@@ -28,7 +28,8 @@ FILES = {
     'config.json': 'the resolved config', 'metrics.jsonl': 'the curves',
     'samples.jsonl': 'samples drawn while training; sample.prompts asks for them',
     'evaluation.json': 'the evaluation beside gzip and xz; `llmjax evaluate` writes it',
-    'time.jsonl': 'where the time went', 'environment.json': 'versions and devices',
+    'time.jsonl': 'where the time went', 'energy.json': 'energy, carbon and money',
+    'environment.json': 'versions and devices',
     'data.json': 'what the data holds'}
 
 
@@ -42,6 +43,7 @@ class Run:
   samples: list
   evaluation: dict
   time: dict
+  energy: dict
   environment: dict
   data: dict
   profile: dict
@@ -113,7 +115,7 @@ def read_run(workdir):
   run = Run(folder, read('config.json', parse, {}),
             read('metrics.jsonl', metrics.read_metrics, []),
             read('samples.jsonl', metrics.read_lines, []), read('evaluation.json', parse, {}),
-            read('time.jsonl', _last_seconds, {}), read('environment.json', parse, {}),
+            read('time.jsonl', _last_seconds, {}), read('energy.json', parse, {}), read('environment.json', parse, {}),
             read('data.json', parse, {}), read('profile/top_operations.json', parse, {}),
             read('events.jsonl', metrics.read_lines, []), missing)
   run.rows = [row for row in run.rows if isinstance(row.get('step'), int)]
@@ -130,7 +132,7 @@ def render(run):
   """Returns the page as text."""
   charts = {}
   sections = [_header(run), _warnings(run), _headline(run), _curves(run, charts), _time(run),
-              _events(run), _samples(run), _evaluation(run), _data(run), _profile(run), _settings(run),
+              _energy(run), _events(run), _samples(run), _evaluation(run), _data(run), _profile(run), _settings(run),
               _command(run), _missing(run)]
   return page.render_page(f'{_name(run)} · llmjax', '\n'.join(filter(None, sections)), charts)
 
@@ -372,7 +374,7 @@ def _time(run):
     return ''
   # The steps are what a run is for: they come first and in the first colour.
   spent.sort(key=lambda kv: (kv[0] != 'step', kv[0] in ('other', 'lost', 'restart'), -kv[1]))
-  names = {'init': 'start', 'compile': 'compilation', 'data_wait': 'waiting for data',
+  names = {'init': 'start', 'compile': 'compilation', 'data_wait': 'waiting for data', 'rollout': 'rollouts',
            'step': 'training steps', 'eval': 'evaluation', 'sample': 'sampling',
            'checkpoint': 'checkpoints', 'lost': 'steps done again', 'restart': 'between sittings',
            'other': 'other'}
@@ -387,6 +389,35 @@ def _time(run):
           'steps that counted, of the wall time from the first start on.</p>')
   return _section('Where the time went', f'<div class="card"><div class="stack">{bar}</div>'
                   f'<div class="legend">{legend}</div>{note}</div>')
+
+
+def _energy(run):
+  """Returns the ledger of energy, carbon and money, with what each was computed from or the field it lacks."""
+  total, sittings = run.energy.get('total'), run.energy.get('sittings')
+  if not isinstance(total, dict) or not isinstance(sittings, list) or not sittings:
+    return ''
+  last = sittings[-1] if isinstance(sittings[-1], dict) else {}
+  unknown = total.get('unknown') if isinstance(total.get('unknown'), dict) else {}
+  chips, kind = _number(last, 'chips'), last.get('kind')
+  watts, pue = _number(last, 'watts_per_chip'), _number(last, 'pue')
+  grams, price = _number(last, 'grid_grams_per_kwh'), _number(last, 'price_per_chip_hour')
+  rows = []
+  for name, label, unit, basis in (
+      ('chip_hours', 'Held', 'chip-hours', f'{chips or 0:g} × {kind}, for all of the wall time'),
+      ('kwh', 'Energy', 'kWh', f'{watts or 0:g} W a chip ({last.get("watts_source")}), PUE {pue or 0:g} (cost.pue)'),
+      ('kg_co2', 'Carbon', 'kg CO2e', f'{grams or 0:g} g/kWh (cost.grid_grams_per_kwh), location-based'),
+      ('money', 'Money', str(last.get('currency')), f'{price or 0:g} a chip-hour (cost.price_per_chip_hour)')):
+    value, lacks = _number(total, name), unknown.get(name)
+    if isinstance(lacks, dict):
+      field = f'set {lacks.get("field")}'
+      basis = field if value is None else f'{basis}; not known for {duration(_number(lacks, "seconds"))} of it: {field}'
+    amount = 'not known' if value is None else f'{value:,.4g} {unit}'
+    rows.append(f'<tr><td class="left">{label}</td><td>{_e(amount)}</td><td class="left soft">{_e(basis)}</td></tr>')
+  sat = f'{len(sittings)} sittings, {duration(_number(total, "seconds"))} in all. ' if len(sittings) > 1 else ''
+  return _section('Energy and cost', (
+      '<div class="card"><div class="scroll"><table><tr><th class="left">ledger</th><th>so far</th>'
+      f'<th class="left">from</th></tr>{"".join(rows)}</table></div></div><p class="soft small note">{_e(sat)}'
+      'Chips count as at work for as long as a sitting holds them. Making them is not in it.</p>'))
 
 
 def _events(run):

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmjax.generate.spec import SamplingSpec
 from llmjax.model import decoder
 from llmjax.ops import sampling as sampling_ops
+from llmjax.ops.products import is_weight
 from llmjax.parallel.mesh import batch_shards
 from llmjax.parallel.sharding import constrain, mesh_spec
 
@@ -137,11 +138,15 @@ class _State(NamedTuple):
 
 
 class _Choice(NamedTuple):
-  """How tokens are chosen, all traced: sampling parameters, stop ids, number of real tokens."""
+  """How tokens are chosen, all traced: sampling parameters, stop ids, number of real tokens.
+
+  drawn: whether log-probabilities are those of the distribution drawn from: see `ops.sampling.sample`.
+  """
 
   sampling: dict
   stop_ids: jax.Array
   vocab_size: jax.Array
+  drawn: jax.Array
 
 
 def _choose(choice, logits, seen, keys, positions):
@@ -149,7 +154,7 @@ def _choose(choice, logits, seen, keys, positions):
   ids = jnp.arange(logits.shape[-1])
   logits = jnp.where(ids < choice.vocab_size, logits, sampling_ops.REMOVED)
   keys = jax.vmap(jax.random.fold_in)(keys, positions)
-  token, logprob = sampling_ops.sample(keys, logits, seen=seen, **choice.sampling)
+  token, logprob = sampling_ops.sample(keys, logits, seen=seen, drawn=choice.drawn, **choice.sampling)
   return token, logprob, jnp.any(token[:, None] == choice.stop_ids, axis=-1)
 
 
@@ -227,20 +232,22 @@ class Generator:
     self.compute_dtype = jnp.dtype(compute_dtype)
     self.bos_id, self.context_length = bos_id, context_length
     self.vocab_size = vocab_size or model_spec.vocab_size
-    with self._mesh():
+    with self.on_mesh():
       self.params = _prepare(params, compute_dtype=self.compute_dtype)
 
-  def generate(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=()):
+  def generate(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=(), drawn_logprobs=False):
     """Returns a Generation: (tokens [B, max_new_tokens], logprobs, lengths).
 
     prompts: token ids, one int array for each row, of any lengths; each row gets what it would get
     alone.  sampling: a SamplingSpec; None is greedy.  key: a PRNG key, or one for each row [B].
+    drawn_logprobs: give the log-probabilities of the distribution that was drawn from, with its
+    temperature and what top-p and the like leave, instead of the model's own.
     """
     tokens = np.zeros((len(prompts), max_new_tokens), np.int32)
     logprobs = np.zeros((len(prompts), max_new_tokens), np.float32)
     lengths, at = np.zeros(len(prompts), np.int32), 0
     for new, new_logprobs, counts in self.stream(prompts, max_new_tokens, sampling, key, stop_ids,
-                                                 chunk=CHUNK):
+                                                 CHUNK, drawn_logprobs):
       tokens[:, at:at + new.shape[1]] = new
       logprobs[:, at:at + new.shape[1]] = new_logprobs
       lengths += counts
@@ -255,7 +262,7 @@ class Generator:
     return None
 
   def stream(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=(),
-             chunk=STREAM_CHUNK):
+             chunk=STREAM_CHUNK, drawn_logprobs=False):
     """Yields (tokens int32 [B, n], logprobs float32 [B, n], counts int32 [B]) as they are made.
 
     counts: how many of the n belong to each row; a row that has ended has 0.  The first yield is
@@ -280,13 +287,13 @@ class Generator:
     # A row's key depends on its place only, so rows added or left out change nothing.
     keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(rows))
     keys = keys[np.minimum(np.arange(len(prompts)), rows - 1)]
-    choice = self._choice(sampling, stop_ids)
+    choice = self._choice(sampling, stop_ids, drawn_logprobs)
     done = np.zeros(rows, bool)
 
     def cut(tokens, logprobs):
       """Drops added rows, and counts each row's tokens up to its stop token."""
       nonlocal done
-      tokens, logprobs = self._fetch(tokens)[:rows], self._fetch(logprobs)[:rows]
+      tokens, logprobs = self.fetch(tokens)[:rows], self.fetch(logprobs)[:rows]
       stops = np.isin(tokens, stop_ids) & ~done[:, None]
       first = np.where(stops.any(1), stops.argmax(1) + 1, tokens.shape[1])
       counts = np.where(done, 0, first).astype(np.int32)
@@ -294,9 +301,9 @@ class Generator:
       return tokens, logprobs, counts
 
     run = {'compute_dtype': self.compute_dtype}
-    with self._mesh():
-      state, token, logprob = _start(self.spec, self.params, self._rows(padded),
-                                     self._rows(lengths), self._rows(keys), choice, **run)
+    with self.on_mesh():
+      state, token, logprob = _start(self.spec, self.params, self.place_rows(padded),
+                                     self.place_rows(lengths), self.place_rows(keys), choice, **run)
     yield cut(token[:, None], logprob[:, None])
     made, slots = 1, padded.shape[1]
     while made < max_new_tokens and not done.all():
@@ -304,13 +311,13 @@ class Generator:
       used, total = padded.shape[1] + made - 1, padded.shape[1] + max_new_tokens - 1
       if used == slots:
         slots = bucket(max(min(total, 2 * used), MIN_CACHE))
-        with self._mesh():
+        with self.on_mesh():
           state = state._replace(cache=_grow(state.cache, slots))
       steps = min(chunk, CHUNK, max_new_tokens - made, slots - used)
-      with self._mesh():
+      with self.on_mesh():
         state, tokens, logprobs, count = _decode_chunk(
             self.spec, self.params, state, choice, np.int32(steps), **run)
-      count = int(self._fetch(count))
+      count = int(self.fetch(count))
       yield cut(tokens[:, :count], logprobs[:, :count])
       made += count
 
@@ -325,18 +332,20 @@ class Generator:
                        f'0 to {self.spec.vocab_size - 1}')
     return prompt
 
-  def _choice(self, sampling, stop_ids):
+  def _choice(self, sampling, stop_ids, drawn=False):
     sampling = sampling or SamplingSpec(temperature=0.0)
     names = ('temperature', 'top_p', 'min_p', 'repetition_penalty')
     values = {name: np.float32(getattr(sampling, name)) for name in names}
     ids = np.full(max(1, -(-len(stop_ids) // STOP_IDS)) * STOP_IDS, -1, np.int32)
     ids[:len(stop_ids)] = stop_ids
-    return _Choice({**values, 'top_k': np.int32(sampling.top_k)}, ids, np.int32(self.vocab_size))
+    return _Choice({**values, 'top_k': np.int32(sampling.top_k)}, ids, np.int32(self.vocab_size), np.bool_(drawn))
 
-  def _mesh(self):
+  def on_mesh(self):
+    """Returns the context in which its programs run."""
     return jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext()
 
-  def _rows(self, x):
+  def place_rows(self, x):
+    """Returns a host array [B, ...] on the devices, rows over the mesh."""
     if not self.mesh:
       return x
     sharding = NamedSharding(self.mesh, mesh_spec(('batch',)))
@@ -344,7 +353,7 @@ class Generator:
       return jax.device_put(x, sharding)
     return jax.jit(lambda x: x, out_shardings=sharding)(x)  # Every process has the same x.
 
-  def _fetch(self, x):
+  def fetch(self, x):
     """Returns a host array; on a mesh over several processes every one of them gets all rows."""
     if self.mesh and not x.is_fully_addressable:
       x = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(x)
@@ -355,4 +364,4 @@ class Generator:
 def _prepare(params, *, compute_dtype):
   """Returns unstacked parameters, matrices in compute_dtype; norms stay as they are."""
   params = decoder.unstack(params)
-  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 1 else p, params)
+  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 1 else p, params, is_leaf=is_weight)

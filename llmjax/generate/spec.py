@@ -1,9 +1,12 @@
 """What `llmjax generate` can be asked for.  No JAX here."""
 
 import dataclasses
+import os
 
 from llmjax.checkpoint import weights
 from llmjax.config import setting
+
+CHAT_TEMPLATE = 'chat_template.json'  # In the folder of a run that was trained on conversations.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,9 @@ class GenerateOptions(SamplingSpec):
   stop: tuple[str, ...] = setting(
       (), r"""texts that end the answer and are not printed: --stop='END,\n\n' or, where a text """
       r"""has a comma, --stop='["a, b", "\n\n"]'""")
+  chat: bool = setting(False, "ask as in the run's conversations: the prompt is what the user says, and each line "
+                       'typed goes on with the conversation')
+  system: str = setting('', 'with --chat: the message that stands before all others')
   num_samples: int = setting(1, 'answers to each prompt', minimum=1)
   seed: int = setting(0, 'same seed, same answer', minimum=0)
   stream: bool = setting(True, 'print while it is made; --nostream prints it when done')
@@ -58,6 +64,12 @@ class GenerateOptions(SamplingSpec):
     yield from weights.no_run(self.workdir)
     if self.prompt and self.prompt_file:
       yield 'prompt and prompt_file are both set; write one of them'
+    if self.system and not self.chat:
+      yield 'system needs --chat; add it, or leave --system out'
+    if self.chat and self.workdir and os.path.isdir(self.workdir) and not os.path.isfile(
+        os.path.join(self.workdir, CHAT_TEMPLATE)):
+      yield (f'chat: {self.workdir} was not trained on conversations (no {CHAT_TEMPLATE}); leave --chat out, or '
+             'fine-tune it: llmjax finetune')
     if '' in self.stop:
       yield 'stop holds an empty text, which would end every answer at once; leave it out'
 

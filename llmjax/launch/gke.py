@@ -4,14 +4,19 @@ TPU hosts find one another through what GKE sets; GPU nodes get their places fro
 """
 
 import dataclasses
+import difflib
 import json
 import math
+import re
 
 from llmjax.config import setting
 from llmjax.launch.submit import run_tool, shell_line
 from llmjax.loops.supervise import REFUSED
 
 PORT = 8476
+NAME = re.compile(r'[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?')  # A label of RFC 1123, with room for what JobSet adds.
+# Dimensions of a slice's topology by the node pool's label: https://cloud.google.com/kubernetes-engine/docs/concepts/tpus
+DIMENSIONS = {'tpu-v4-podslice': 3, 'tpu-v5-lite-podslice': 2, 'tpu-v5p-slice': 3, 'tpu-v6e-slice': 2, 'tpu7x': 3}
 INSTALL = 'https://kubernetes.io/docs/tasks/tools'
 
 
@@ -38,9 +43,18 @@ class GkeOptions:
       yield 'image is missing; name a container image that has llmjax installed'
     if not self.accelerator:
       yield 'accelerator is missing; `kubectl get nodes -L cloud.google.com/gke-tpu-accelerator` shows the labels'
+    if not NAME.fullmatch(self.name):
+      yield (f'name={self.name!r} must be at most 40 lower-case letters, digits and dashes, '
+             'with none of the dashes at an end')
+    near = difflib.get_close_matches(self.accelerator, DIMENSIONS, n=1)
+    if self.is_tpu and self.accelerator not in DIMENSIONS and near:
+      yield f'accelerator={self.accelerator} is no label of GKE; did you mean {near[0]}?'
     sizes = self.topology.split('x')
     if self.is_tpu and not all(s.isdigit() and int(s) for s in sizes):
       yield f"topology={self.topology!r} must be a slice's chips, such as 4x4"
+    elif self.is_tpu and len(sizes) != DIMENSIONS.get(self.accelerator, len(sizes)):
+      like = 'x'.join(['4'] * DIMENSIONS[self.accelerator])
+      yield f'topology={self.topology} must have {DIMENSIONS[self.accelerator]} sizes for {self.accelerator}: {like}'
     elif self.is_tpu and math.prod(map(int, sizes)) > self.chips and math.prod(map(int, sizes)) % self.chips:
       yield f'topology={self.topology} is not divisible by chips_per_node={self.chips}'
     if self.is_tpu and self.nodes:

@@ -8,7 +8,7 @@ import jax
 
 from llmjax import config
 from llmjax.checkpoint.checkpoints import load_params, read_config
-from llmjax.data import stream
+from llmjax.data import prepared, stream
 from llmjax.evaluate.compressors import compressor_bits_per_byte
 from llmjax.evaluate.report import write_report
 from llmjax.loops import harness
@@ -45,8 +45,9 @@ def _evaluate(options):
     params, _, _, step = load_params(
         workdir, options.step,
         shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
-    results = {split: {**evaluate(params), **_baselines(spec.data, split), 'step': step}
-               for split, evaluate in make_evaluators(spec, mesh).items()}
+    evaluations = spec.evaluations()
+    results = {name: {**evaluate(params), **_baselines(*evaluations[name]), 'step': step}
+               for name, evaluate in make_evaluators(spec, mesh).items()}
   if not distributed.is_first():
     return 0
   file = workdir / 'evaluation.json'
@@ -57,9 +58,14 @@ def _evaluate(options):
   return 0
 
 
-def _baselines(data, split):
-  """Returns the compressors' bits per byte over all sources' text of the split, documents joined."""
-  text = '\n'.join(text for folder in data.sources
+def _baselines(split, sources):
+  """Returns the compressors' bits per byte over all sources' text of the split, documents joined.
+
+  Of conversations only what the assistant says is judged, which no compressor can be asked for: they have none.
+  """
+  if any(prepared.kind(prepared.read_manifest(folder)) != 'text' for folder in sources):
+    return {}
+  text = '\n'.join(text for folder in sources
                    for _, text in stream.read_documents(folder, split))
   return compressor_bits_per_byte(text.encode())
 
@@ -70,7 +76,7 @@ def _table(results):
   for split, r in results.items():
     rows.append((split, str(r['step']), f'{r["tokens"]:,}', f'{r["bytes"]:,}',
                  f'{r["perplexity"]:.2f}', f'{r["bits_per_byte"]:.3f}',
-                 f'{r["gzip_bits_per_byte"]:.3f}', f'{r["xz_bits_per_byte"]:.3f}'))
+                 *(f'{r[k]:.3f}' if k in r else '-' for k in ('gzip_bits_per_byte', 'xz_bits_per_byte'))))
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
                    for row in rows)

@@ -18,6 +18,7 @@ from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
+from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.generate.stops import TextStream
 from llmjax.loops import harness
 from llmjax.loops.spec import LayoutSpec, PretrainSpec
@@ -26,6 +27,8 @@ from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import DistributedSpec
+from llmjax.text.chat import ChatFormat
+from llmjax.text.templates import TemplateError
 from llmjax.text.tokenizer import Tokenizer
 
 DIM, PLAIN = '\x1b[2m', '\x1b[0m'
@@ -53,12 +56,62 @@ def _generate(options):
   if hasattr(sys.stdout, 'reconfigure'):
     sys.stdout.reconfigure(errors='replace')  # A terminal that cannot show a character shows '?'.
   key = jax.random.key(options.seed)
-  if prompt is not None:
-    answer(generator, tokenizer, prompt, options, key)
-    return 0
-  for count, typed in enumerate(_typed_prompts()):
-    answer(generator, tokenizer, typed, options, jax.random.fold_in(key, count))
+  with _conversation(options, tokenizer) as ask:
+    if prompt is not None:
+      answer(generator, tokenizer, prompt, options, key, ask=ask)
+      return 0
+    for count, typed in enumerate(_typed_prompts()):
+      rows, texts = answer(generator, tokenizer, typed, options, jax.random.fold_in(key, count), ask=ask)
+      ask.went_on(typed, texts[0])
   return 0
+
+
+class Continuation:
+  """How a model that goes on with texts is asked.  stop_ids: tokens that end its answer."""
+
+  def __init__(self, tokenizer):
+    self.tokenizer, self.stop_ids = tokenizer, (tokenizer.eos_id,)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *unused):
+    pass
+
+  def encode(self, prompt):
+    """Returns the ids that stand before the answer."""
+    return np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(prompt)])
+
+  def went_on(self, prompt, answer):
+    """Notes what was said."""
+
+
+class Conversation(Continuation):
+  """The same of a model that answers messages: every prompt comes after what was said before."""
+
+  def __init__(self, chat, system=''):
+    self.chat, self.stop_ids = chat, chat.stop_ids
+    self.messages = [{'role': 'system', 'content': system}] if system else []
+
+  def __exit__(self, *unused):
+    self.chat.close()
+
+  def encode(self, prompt):
+    return self.chat.prompt([*self.messages, {'role': 'user', 'content': prompt}])
+
+  def went_on(self, prompt, answer):
+    self.messages += [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]
+
+
+def _conversation(options, tokenizer):
+  """Returns how to ask the run's model: as the options say, with the template that the run keeps."""
+  if not options.chat:
+    return Continuation(tokenizer)
+  file = pathlib.Path(options.workdir) / CHAT_TEMPLATE
+  try:
+    return Conversation(ChatFormat.load(file, tokenizer), options.system)
+  except (OSError, ValueError, KeyError, TypeError) as e:
+    raise ConfigError([f'--chat: {file} cannot be used: {config.one_line(e)}']) from e
 
 
 def load_generator(options, run_spec):
@@ -77,26 +130,31 @@ def load_generator(options, run_spec):
   return generator, tokenizer, step
 
 
-def answer(generator, tokenizer, prompt, options, key, output=None):
-  """Writes options.num_samples answers to one prompt; returns their TextStreams."""
-  output = output or sys.stdout
+def answer(generator, tokenizer, prompt, options, key, output=None, ask=None):
+  """Writes options.num_samples answers to one prompt; returns (their TextStreams, their texts).
+
+  ask: a Continuation or Conversation; None goes on with the prompt.
+  """
+  output, ask = output or sys.stdout, ask or Continuation(tokenizer)
   try:
-    ids = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)])
+    ids = ask.encode(prompt)
   except UnicodeEncodeError as e:
     raise ConfigError([f'the prompt is not valid UTF-8: {e}']) from e
+  except TemplateError as e:
+    raise ConfigError([f'the prompt cannot be asked: {e}']) from e
   if message := generator.past_training(len(ids), options.max_new_tokens):
     print(f'llmjax generate: {message}', file=sys.stderr)
     warnings.filterwarnings('ignore', re.escape(message))
   live = options.stream and options.num_samples == 1 and not options.json
-  show = _Display(output, prompt)
-  rows = [TextStream(tokenizer, options.stop_texts, (tokenizer.eos_id,))
+  show = _Display(output, prompt + '\n' * isinstance(ask, Conversation))
+  rows = [TextStream(tokenizer, options.stop_texts, ask.stop_ids)
           for _ in range(options.num_samples)]
   texts = ['' for _ in rows]
   if live:
     show.prompt()
   started = time.monotonic()
   for tokens, logprobs, counts in generator.stream(
-      [ids] * len(rows), options.max_new_tokens, options, key, (tokenizer.eos_id,),
+      [ids] * len(rows), options.max_new_tokens, options, key, ask.stop_ids,
       chunk=STREAM_CHUNK if live or options.stop else CHUNK):
     for i, row in enumerate(rows):
       piece = row.add(tokens[i, :counts[i]], logprobs[i, :counts[i]])
@@ -125,7 +183,7 @@ def answer(generator, tokenizer, prompt, options, key, output=None):
   reasons = ', '.join(dict.fromkeys(REASONS[row.stopped].format(row.stop_text) for row in rows))
   print(f'{made} tokens, {made / max(seconds, 1e-9):.1f} tokens/s, stopped by: {reasons}',
         file=sys.stderr)
-  return rows
+  return rows, texts
 
 
 def _record(prompt, text, row):
@@ -175,7 +233,8 @@ def _given_prompt(options):
       raise ConfigError([f'--prompt_file={options.prompt_file} is not UTF-8 (byte {e.start}); save '
                          'it as UTF-8']) from e
   if sys.stdin is None or not sys.stdin.isatty():
-    return sys.stdin.read() if sys.stdin else ''
+    # `echo` ends what it says with a newline that nobody means.
+    return sys.stdin.read().removesuffix('\n') if sys.stdin else ''
   return None
 
 

@@ -18,10 +18,12 @@ from typing import Any
 
 import jax
 
-from llmjax.checkpoint.checkpoints import Checkpoints, find_step, require_good, restore_params
+from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
 from llmjax.loops import doctor
+from llmjax.loops.adapters import Adapting, initial_checkpoint, restore_initial
+from llmjax.loops.energy import EnergyLog
 from llmjax.loops.ledger import Ledger
 from llmjax.loops.patience import Patience
 from llmjax.loops.profiling import Profiler
@@ -30,9 +32,10 @@ from llmjax.loops.stragglers import Stragglers
 from llmjax.loops.writers import open_writers
 from llmjax.model import counts
 from llmjax.parallel import chips, distributed
+from llmjax.parallel.host import keep_freed_memory
 from llmjax.parallel.mesh import place_batch
 from llmjax.train.guard import explain, watched
-from llmjax.train.optimizers import make_optimizer
+from llmjax.train.optimizers import make_optimizer, stop_frozen
 from llmjax.train.replicas import Replicas
 from llmjax.train.state import abstract_state, init_state
 from llmjax.train.step import lower_step, make_train_step
@@ -48,10 +51,13 @@ class Job:
 
   spec: the command's spec, whose groups `model, train, optimizer, guard, checkpoint, profile, logs` the
   harness reads.  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data),
-  `restore(state)` and `close()`.
+  `restore(state)` and `close()`.  One that is made with the model has `is_due`, whether its next batch needs the
+  parameters, and `refill(params)`, which is called then and returns metrics.
   loss_fn: see train/step.py.  evaluators: name -> function of the parameters that returns metrics.
   sample: function of the parameters that returns [(prompt, continuation)], or None.  describe: function of
   a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
+  together: rows in order that belong together.  sees_frozen: the loss takes the state's frozen trees as well,
+  `loss_fn(params, batch, key, frozen)`: the base of adapters, and what `load_frozen` returns, {name: parameters}.
   """
 
   spec: Any
@@ -60,8 +66,11 @@ class Job:
   loss_fn: Callable
   evaluators: dict[str, Callable]
   sample: Callable | None
-  ledger: Ledger
   describe: Callable | None = None
+  together: int = 1
+  sees_frozen: bool = False
+  load_frozen: Callable | None = None
+  ledger: Ledger | None = None  # `start.run` supplies it.
 
 
 def enable_compilation_cache(setting):
@@ -119,9 +128,10 @@ def claim_workdir(workdir, spec):
   if file.exists() and any((workdir / 'checkpoints').glob('[0-9]*')):
     before = json.loads(file.read_text())
     fixed = [('model', k) for k in resolved['model']] + [
-        ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('optimizer', 'name'),
-        ('optimizer', 'moment_dtype'), ('guard', 'window'), ('train', 'batch_size'), ('train', 'seed'),
-        ('train', 'param_dtype')]
+        ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
+        ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'),
+        ('train', 'seed'), ('train', 'param_dtype')] + [
+            (group, k) for group in ('adapter', 'rl', 'policy') for k in resolved.get(group, ())]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
@@ -187,10 +197,13 @@ class Loop:
     self.metrics, self.metrics_step = {}, None  # Of the latest evaluation.
     self.bad_in_row = self.rollbacks = self.dumps = 0
     self.finished, self.sums, self.slow = False, [], {}
+    self.energy = EnergyLog(workdir, self.spec.cost, list(job.mesh.devices.flat), jax.process_count())
     rule, self.schedule = make_optimizer(self.spec.optimizer, self.total, self.spec.train.seed)
     self.tx = watched(rule, self.spec.guard.window)
     with self.ledger.charge('init'):
       self.state, _ = self._load_state(first)
+      if job.mesh.devices.flat[0].platform == 'cpu':
+        keep_freed_memory()
       self._open_logs(first or None)
     lost = self.ledger.go_back(first)
     self.progress = Progress(self.total, first, enabled=distributed.is_first())
@@ -212,22 +225,39 @@ class Loop:
     The stream goes to where it was at that step.
     """
     spec, mesh = self.spec, self.job.mesh
+    self.adapting = Adapting(spec, mesh) if spec.adapter.kind else None
     if step:
+      trained = self.adapting and self.adapting.trained()
       state, stream = self.checkpoints.restore(
-          step, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero))
+          step, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero, trained))
       if stream['fingerprint'] != self.job.batches.fingerprint:
         raise ConfigError([f'the data is not what steps 1 to {step} read: a folder of data.sources was '
                            'prepared again, with other text or another tokenizer. Put it back, or start a new '
                            f'run from these weights: --workdir=NEW --config.train.init_from={self.workdir}'])
       self.job.batches.restore(stream['batches'])
-      return state, stream['batches']
+      if self.adapting:
+        self.adapting.base = stream['base']
+      return state.replace(frozen=self._load_frozen()), stream['batches']
+    frozen = self._load_frozen()
+    trained = self.adapting and self.adapting.trained(frozen)
     state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh,
-                                  spec.mesh.zero)
-    if spec.train.init_from:
-      params = _load_initial(spec.train.init_from, state.params, shardings.params)
-      state = state.replace(params=params)
+                                  spec.mesh.zero, trained, frozen)
+    if spec.train.init_from and not self.adapting:
+      source = spec.train.init_from
+      abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), state.params,
+                              shardings.params)
+      state = state.replace(params={**state.params, **restore_initial(source, initial_checkpoint(source), abstract)})
     self.job.batches.restore(0)
     return state, 0
+
+  def _load_frozen(self):
+    """Returns the trees that the loss sees and that do not change, by name, or None."""
+    parts = [load() for load in (self.adapting and self.adapting.load_frozen, self.job.load_frozen) if load]
+    return {name: tree for part in parts for name, tree in part.items()} or None
+
+  def _parameters(self):
+    """Returns the parameters as the model takes them."""
+    return self.adapting.parameters(self.state) if self.adapting else self.state.params
 
   def _open_logs(self, step):
     """Opens the writers with nothing after a step (None: nothing at all), and what reads their past."""
@@ -235,19 +265,35 @@ class Loop:
     train = self.spec.train
     self.patience = Patience(train.patience, train.stop_metric, self.workdir, step or 0)
 
+  def _refill(self, step):
+    """Lets a stream that is made with the model sample what comes after this step."""
+    self.heart.beat(step, 'sample')
+    with self.ledger.charge('rollout'):
+      begin = time.perf_counter()
+      metrics = self.job.batches.refill(self.state.params)
+    # They belong to the step that learns from them: a run that goes on from this one makes them again.
+    self.writers.write(step + 1, {f'rollout/{name}': value for name, value in metrics.items()})
+    self.progress.rollout(step + 1, metrics, time.perf_counter() - begin)
+
   def _next_batch(self):
     """Returns a batch on the devices, and the stream's state once it is used up."""
     return place_batch(self.job.mesh, next(self.job.batches)), self.job.batches.state
 
   def _compile(self, batch):
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
-    step = make_train_step(self.job.loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
-                           self.spec.guard)
+    loss_fn = self.job.loss_fn
+    if self.adapting:
+      loss_fn = self.adapting.loss_fn(loss_fn, self.job.sees_frozen)
+    loss_fn = stop_frozen(loss_fn, self.spec.optimizer.freeze)
+    step = make_train_step(loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
+                           self.spec.guard, self.job.together)
     return lower_step(step, self.state, batch).compile()
 
   def run(self, stop=lambda turn: False):
     """Trains to the last step, until the run is lost, or until stop(turn) says so; returns the exit status."""
     train, guard, ledger, progress = self.spec.train, self.spec.guard, self.ledger, self.progress
+    if getattr(self.job.batches, 'is_due', False):
+      self._refill(self.first)
     with ledger.charge('data_wait'):
       batch, position = self._next_batch()
     with ledger.charge('compile'):
@@ -257,7 +303,8 @@ class Loop:
       speed = _Speed(self.spec, self.job.mesh)
       self.stragglers = Stragglers(guard.straggler_deviations)
     self.account()
-    progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile']))
+    what = self.adapting.describe(self.state) if self.adapting else ''
+    progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile'], what))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
     window, step, turn = _Window(), self.first, self.first
     if stop(self.first):
@@ -273,6 +320,10 @@ class Loop:
         if self.replicas and (self._due(guard.checksum_every, step) or self._due(train.checkpoint_every, step)):
           self.sums.append((step, self.replicas.sums(self.state.params)))
         if step < self.total:
+          if getattr(self.job.batches, 'is_due', False):
+            jax.block_until_ready(metrics)
+            with window.paused():
+              self._refill(step)
           begin = time.perf_counter()
           batch, position = self._next_batch()  # While the devices work.
           spent = time.perf_counter() - begin
@@ -342,9 +393,10 @@ class Loop:
     return step == self.total or (every > 0 and step % every == 0)
 
   def account(self):
-    """Writes where the time went so far."""
+    """Writes where the time went so far, and what it cost."""
     if distributed.is_first():
       self.ledger.write(self.done, self.finished)
+      self.energy.write(self.ledger.sitting_seconds)
 
   def _log(self, step, values, speed):
     """Writes the window's metrics and who was slow."""
@@ -475,7 +527,7 @@ class Loop:
     for name, evaluator in self.job.evaluators.items():
       begin = time.perf_counter()
       with self.ledger.charge('eval'):
-        values = evaluator(self.state.params)
+        values = evaluator(self._parameters(), *[self.state.frozen] * self.job.sees_frozen)
       metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
       self.metrics, self.metrics_step = {**self.metrics, **metrics}, step
       self.writers.write(step, metrics)
@@ -487,13 +539,15 @@ class Loop:
     self.heart.beat(step, 'sample')
     if self.job.sample is not None:
       with self.ledger.charge('sample'):
-        for prompt, text in self.job.sample(self.state.params):
+        for prompt, text in self.job.sample(self._parameters()):
           self.writers.write_sample(step, prompt, text)
 
   def _save(self):
     self.heart.beat(self.done, 'save')
     with self.ledger.charge('checkpoint'):
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
+      if self.adapting:
+        stream['base'] = self.adapting.base
       self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec), self.metrics, self.metrics_step)
     self.rollbacks = 0
     self.account()
@@ -538,7 +592,7 @@ class _Speed:
 
   def __init__(self, spec, mesh):
     peak = chips.peak_flops(mesh.devices.flat[0])
-    self._flops = counts.train_flops_per_token(spec.model, spec.data.seq_len)
+    self._flops = counts.train_flops_per_token(spec.model, spec.data.seq_len, frozen=bool(spec.adapter.kind))
     self._peak = peak and peak * mesh.devices.size
 
   def mfu(self, tokens_per_second):
@@ -579,14 +633,14 @@ class _Window:
     """
     now, rows = time.perf_counter(), self._rows
     seconds, count = now - self._begin, len(rows)
-    tokens = sum(float(row['target_tokens']) for row in rows)
+    tokens = sum(float(row.get('tokens', row['target_tokens'])) for row in rows)
     counted = [row for row in rows if not row['bad']] or rows
     weight = sum(float(row['target_tokens']) for row in counted)
-    hidden = ('step', 'position', 'target_tokens', *VERDICT)
+    hidden = ('step', 'position', 'target_tokens', 'tokens', *VERDICT)
     values = {
         **{f'train/{k}': float(v) for k, v in counted[-1].items() if k not in hidden},
         'train/loss': sum(float(r['loss']) * float(r['target_tokens']) for r in counted) / max(weight, 1),
-        'train/target_tokens': tokens,
+        'train/target_tokens': sum(float(row['target_tokens']) for row in rows),
         'train/step_seconds': seconds / count,
         'train/data_wait_seconds': self.data_wait / count,
         'train/tokens_per_second': tokens / seconds,
@@ -596,27 +650,11 @@ class _Window:
     return values
 
 
-def _load_initial(source, params, shardings):
-  """Returns the parameters of another run or checkpoint, laid out as this run's are."""
-  folder = pathlib.Path(source)
-  if (folder / 'checkpoints').exists():
-    folder = folder / 'checkpoints' / str(find_step(folder))
-  if not (folder / 'params').exists():
-    raise ConfigError([f"train.init_from={source} is neither a run's folder nor one of its "
-                       'checkpoints'])
-  require_good(folder)
-  abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params,
-                          shardings)
-  try:
-    return restore_params(folder, abstract)
-  except ValueError as e:
-    raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
-
-
-def _headline(spec, mesh, compile_seconds):
-  """Returns the line that says what is being trained, on what."""
+def _headline(spec, mesh, compile_seconds, trained=''):
+  """Returns the line that says what is being trained, on what.  trained: which part of it."""
   total = counts.count_params(spec.model)['total']
   axes = ' x '.join(f'{a} {n}' for a, n in mesh.shape.items() if n > 1) or 'one device'
   rows = spec.train.batch_size * spec.data.seq_len
-  return (f'{total / 1e6:.2f} M parameters, {rows} tokens a step, {mesh.devices.size} x '
+  trained = f', {trained}' if trained else ''
+  return (f'{total / 1e6:.2f} M parameters{trained}, {rows} tokens a step, {mesh.devices.size} x '
           f'{mesh.devices.flat[0].device_kind} ({axes}), compiled in {compile_seconds:.1f}s')

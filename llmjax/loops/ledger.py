@@ -14,8 +14,9 @@ import time
 from llmjax.evaluate.metrics import read_lines
 from llmjax.loops.writers import open_lines
 
-BUCKETS = ('init', 'compile', 'data_wait', 'step', 'eval', 'sample', 'checkpoint', 'lost', 'restart', 'other')
-OF_STEPS = ('step', 'data_wait')  # What is lost with a step that must be done again.
+BUCKETS = ('init', 'compile', 'data_wait', 'rollout', 'step', 'eval', 'sample', 'checkpoint', 'lost', 'restart',
+           'other')
+OF_STEPS = ('step', 'data_wait', 'rollout')  # What is lost with a step that must be done again.
 
 
 class Ledger:
@@ -57,10 +58,15 @@ class Ledger:
     self._before['lost'] += total
     return total
 
+  @property
+  def sitting_seconds(self):
+    """Seconds since this process began."""
+    return self._clock() - self._start
+
   def totals(self):
     """Returns seconds by bucket over all sittings."""
     now = dict(self.seconds)
-    now['other'] = max(self._clock() - self._start - sum(self.seconds.values()), 0.0)
+    now['other'] = max(self.sitting_seconds - sum(self.seconds.values()), 0.0)
     return {b: round(self._before[b] + now[b], 3) for b in BUCKETS}
 
   def write(self, step, done=False):

@@ -24,6 +24,7 @@ from llmjax.parallel.spec import AXES
 from llmjax.plan.collectives import find_collectives, largest_replicated, summarize
 from llmjax.plan.words import WIDTH, table
 from llmjax.train import objectives
+from llmjax.train.guard import watched
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.state import abstract_state
 from llmjax.train.step import lower_step, make_train_step
@@ -36,25 +37,23 @@ def run(spec, options):
   """Prints the mesh, the layout of state and batch, and the step's collectives; returns the exit status."""
   count = options.devices or spec.mesh.size(*AXES)
   if not spec.model.vocab_size:
-    from llmjax.loops import pretrain  # Slow to import, and needed only to look into the data.
-    spec = pretrain.resolve(spec)
+    from llmjax.loops import start  # Slow to import, and needed only to look into the data.
+    spec = start.resolve(spec)
   spec = dataclasses.replace(spec, mesh=fill(spec.mesh, count))
   if problems := list(find_problems(spec)):
     raise ConfigError(problems)
   mesh = make_mesh(spec.mesh, emulate_devices(count))
   print(draw(mesh))
-  tx, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
-  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero)
+  _, state, batch = abstract_pretraining(spec, mesh)
   print()
   print(describe_state(state, mesh))
-  batch = abstract_batch(spec, mesh)
   print()
   print(describe_batch(batch, mesh, spec.train.accumulation))
   if options.no_compile:
     return 0
   print(flush=True)
   with warnings_of_xla() as warned:
-    compiled = compile_step(spec, mesh, tx, schedule, state, batch)
+    compiled = compile_step(spec, mesh)
   print(describe_collectives(find_collectives(compiled.as_text(), mesh)))
   if mesh.size > 1:
     for r in largest_replicated(compiled, LARGE):
@@ -101,12 +100,21 @@ def emulate_devices(count):
   return devices[:count]
 
 
-def compile_step(spec, mesh, tx, schedule, state, batch):
-  """Returns pretraining's step, compiled for the mesh."""
+def abstract_pretraining(spec, mesh):
+  """Returns (step, state, batch): the very step that `pretrain` compiles, guard included, and shapes with shardings."""
+  rule, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
+  tx = watched(rule, spec.guard.window)
+  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero)
+  loss_fn = objectives.next_token(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
+  step = make_train_step(loss_fn, tx, schedule, spec.train.accumulation, spec.guard)
+  return step, state, abstract_batch(spec, mesh)
+
+
+def compile_step(spec, mesh):
+  """Returns pretraining's step, compiled for a mesh of CPUs whose shardings and collectives alone matter."""
   # One layer a turn, as on an accelerator: the program stays small however deep the model is.
   train = dataclasses.replace(spec.train, scan_unroll=spec.train.scan_unroll or 1)
-  loss_fn = objectives.next_token(spec.model, train, mesh.devices.flat[0].platform, spec.pipeline)
-  step = make_train_step(loss_fn, tx, schedule, train.accumulation)
+  step, state, batch = abstract_pretraining(dataclasses.replace(spec, train=train), mesh)
   with jax.set_mesh(mesh):
     # Machine code that is never run need not be fast; partitioning comes before it.
     return lower_step(step, state, batch).compile(

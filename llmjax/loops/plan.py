@@ -16,7 +16,7 @@ import pathlib
 import sys
 import time
 
-from llmjax.config import ConfigError, find_problems
+from llmjax.config import ConfigError, find_problems, to_dict
 from llmjax.parallel.spec import AXES
 from llmjax.plan import closed, page
 from llmjax.plan.closed import causal_part, outline, rate
@@ -59,7 +59,7 @@ def run(spec, options):
       plan = too_large(spec, topology, e.found)
   if not plan['fits']:
     plan.setdefault('changes', closed.changes_that_fit(spec, topology))
-  plan['cost'] = cost_of(plan, spec, topology)
+  plan.update(cost=cost_of(plan, spec, topology), config=to_dict(spec))
   print(describe(plan))
   if options.output:
     write(plan, options.output)
@@ -69,8 +69,8 @@ def run(spec, options):
 def settle(spec, topology):
   """Returns the spec with the mesh that fills the chips; raises ConfigError with meshes that do."""
   if not spec.model.vocab_size:
-    from llmjax.loops import pretrain
-    spec = pretrain.resolve(spec)
+    from llmjax.loops import start
+    spec = start.resolve(spec)
   mesh = spec.mesh
   if topology.slices > 1 and mesh.slices == 1:
     mesh = dataclasses.replace(mesh, dcn_data=topology.slices)
@@ -163,24 +163,18 @@ def lower(spec, topology):
   devices = get_devices(topology)
   import jax
 
-  from llmjax.loops.mesh import abstract_batch
+  from llmjax.loops.mesh import abstract_pretraining
   from llmjax.parallel.mesh import make_mesh
-  from llmjax.train import objectives
-  from llmjax.train.optimizers import make_optimizer
-  from llmjax.train.state import abstract_state
-  from llmjax.train.step import lower_step, make_train_step
+  from llmjax.train.step import lower_step
   try:
     mesh = make_mesh(spec.mesh, devices)
   except NotImplementedError as e:
     sizes = {axis: getattr(spec.mesh, axis) for axis in AXES}
     raise ConfigError([f'the mesh {mesh_text(sizes)} cannot be laid on {topology.name}; give axes sizes that are '
                        f'products of {", ".join(map(str, topology.shape))}']) from e
-  tx, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
-  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero)
-  loss_fn = objectives.next_token(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
-  step = make_train_step(loss_fn, tx, schedule, spec.train.accumulation)
+  step, state, batch = abstract_pretraining(spec, mesh)
   with jax.set_mesh(mesh):
-    return lower_step(step, state, abstract_batch(spec, mesh)), mesh, state
+    return lower_step(step, state, batch), mesh, state
 
 
 def compile_text(lowered):
@@ -277,14 +271,14 @@ def read_program(spec, topology, mesh, text, memory, compile_seconds, state):
                 'bytes': local_bytes(leaf), 'count': 1} for name, leaf in stored],
       kept=arrays(kept), arrays=arrays(largest(program.module)))
   plan['fits'] = plan['hbm_bytes']['total'] <= topology.device_hbm
-  totals, clock, peak = program.totals, topology.chip.clock, topology.device_peak
+  totals, clock = program.totals, topology.chip.clock
   plan['cycles'] = {'total': sum(totals.cycles.values()), **totals.cycles}
   plan['clock_hz'] = clock
   plan['parts'] = {'matmul': totals.cycles['matmul'] / clock, 'other': totals.cycles['other'] / clock,
-                   'kernel': totals.kernel_flops / peak, 'exposed': totals.waiting}
+                   'kernel': totals.kernel, 'exposed': totals.waiting}
   plan['network_seconds'] = totals.network
   plan['step_seconds'] = totals.seconds
-  plan['kernels'] = [{**dataclasses.asdict(k), 'seconds': (k.flops or 0) * k.runs / peak} for k in program.kernels]
+  plan['kernels'] = [dataclasses.asdict(k) for k in program.kernels]
   plan['collectives'] = summarize(program.transfers)
   plan['top'] = [dict(zip(('seconds', 'category', 'name', 'runs', 'op_name'), row, strict=True))
                  for row in program.top[:12]]

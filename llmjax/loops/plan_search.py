@@ -7,17 +7,15 @@ own, and ranked by the time that their programs take.
 import dataclasses
 import itertools
 import json
-import os
+import math
 import pathlib
-import subprocess
-import sys
 import tempfile
-import time
 
 from llmjax.config import ConfigError, find_problems, to_dict
+from llmjax.loops import plan_jobs
 from llmjax.parallel.spec import AXES
 from llmjax.plan import closed
-from llmjax.plan.words import duration, gib, table
+from llmjax.plan.words import gib, table
 
 ROOM = 1.1  # Closed forms may be so much too high; what they find larger than this is not compiled.
 REMATS = ('none', 'dots', 'minimal', 'out', 'mlp', 'full')
@@ -35,7 +33,17 @@ class Candidate:
 
   @property
   def mesh(self):
-    return ' '.join(f'{a}={getattr(self.spec.mesh, a)}' for a in AXES if getattr(self.spec.mesh, a) > 1) or 'one'
+    sizes = self.sizes + [('zero', self.spec.mesh.zero)] * (self.spec.mesh.zero > 0)
+    return ' '.join(f'{axis}={n}' for axis, n in sizes) or 'one'
+
+  @property
+  def sizes(self):
+    return [(axis, getattr(self.spec.mesh, axis)) for axis in AXES if getattr(self.spec.mesh, axis) > 1]
+
+  @property
+  def name(self):
+    train = self.spec.train
+    return f'{self.mesh}, remat {train.remat}, accumulation {train.accumulation}, batch {train.batch_size}'
 
   @property
   def speed(self):
@@ -73,38 +81,38 @@ def run(spec, topology, options):
     return 130 if interrupted else 1
   file = pathlib.Path(options.output or '.') / 'best.json'
   file.parent.mkdir(parents=True, exist_ok=True)
-  best = to_dict(done[0].spec)
-  best.pop('cost')  # Of `plan` alone; `pretrain` takes the rest.
-  file.write_text(json.dumps(best, indent=2) + '\n')
+  file.write_text(json.dumps(to_dict(done[0].spec), indent=2) + '\n')
   print(f'the best is {done[0].mesh}, remat {done[0].spec.train.remat}, accumulation '
         f'{done[0].spec.train.accumulation}: --config={file}')
   return 130 if interrupted else 0
 
 
 def candidates(spec, topology, rows_per_chip=()):
-  """Returns the Candidates that may fit, the fastest by closed forms first.
+  """Returns the Candidates that may fit, the fastest by closed forms first; of nearly equal ones the simplest mesh.
 
-  rows_per_chip: global batches to try, in rows for each chip; empty keeps the spec's.  Axes are searched that can
-  help: stage and context only where the spec already uses them, expert only with experts.
+  rows_per_chip: global batches to try, in rows for each chip; empty keeps the spec's.  Every axis of the mesh is
+  searched, expert only with experts; where `data` is in use with its parameters shared (zero 3) and not.
   """
   devices = topology.devices // topology.slices
-  axes = ['data', 'fsdp', 'tensor'] + ['expert'] * bool(spec.model.num_experts)
-  axes += [a for a in ('stage', 'context') if spec.mesh.size(a) > 1]
+  axes = [axis for axis in AXES if axis != 'expert' or spec.model.num_experts]
   batches = [rows * topology.chips for rows in rows_per_chip] or [spec.train.batch_size]
   found = []
   for sizes in closed.mesh_shapes(devices, tuple(axes)):
-    mesh = dataclasses.replace(spec.mesh, **{**dict.fromkeys(AXES, 1), **sizes})
-    for remat, accumulation, batch in itertools.product(REMATS, ACCUMULATIONS, batches):
-      if batch % accumulation:
-        continue
-      other = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
-          spec.train, remat=remat, accumulation=accumulation, batch_size=batch))
-      if list(find_problems(other)):
-        continue
-      fast = closed.plan(other, topology)
-      if fast['hbm_bytes']['total'] <= ROOM * topology.device_hbm:
-        found.append(Candidate(other, fast))
-  return sorted(found, key=lambda c: -c.speed)
+    for zero in (0, 3) if sizes['data'] > 1 else (0,):
+      mesh = dataclasses.replace(spec.mesh, **{**dict.fromkeys(AXES, 1), **sizes}, zero=zero)
+      fits_mesh = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
+          spec.train, accumulation=1, batch_size=math.lcm(devices, *batches)))
+      if any(True for _ in fits_mesh.mesh_problems(mesh)):
+        continue  # The model's sizes do not divide, whatever the batch.
+      for remat, accumulation, batch in itertools.product(REMATS, ACCUMULATIONS, batches):
+        other = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
+            spec.train, remat=remat, accumulation=accumulation, batch_size=batch))
+        if batch % accumulation or any(True for _ in find_problems(other)):
+          continue
+        if closed.estimate_memory(other, topology)['total'] <= ROOM * topology.device_hbm:
+          found.append(Candidate(other, closed.plan(other, topology)))
+  # Closed forms cannot tell a percent apart.
+  return sorted(found, key=lambda c: (-round(math.log(c.speed) * 100), len(c.sizes), -c.speed))
 
 
 def choose(found, most):
@@ -122,47 +130,16 @@ def choose(found, most):
 
 def compile_all(chosen, options):
   """Compiles all, `options.jobs` at a time, saying how long it still takes; ends its processes on Ctrl-C."""
-  waiting, running, done, start = list(chosen), [], 0, time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
+    jobs = {}
+    for number, candidate in enumerate(chosen):
+      config = pathlib.Path(folder) / f'{number}.json'
+      config.write_text(json.dumps(to_dict(candidate.spec)))
+      job = plan_jobs.Job(candidate.name, [f'--config={config}', f'--topology={options.topology}',
+                                           f'--slices={options.slices}'])
+      jobs[number] = job
     try:
-      while waiting or running:
-        while waiting and len(running) < options.jobs:
-          running.append((waiting[0], *_start(waiting.pop(0), options, pathlib.Path(folder) / str(len(waiting)))))
-        for job in [j for j in running if j[1].poll() is not None]:
-          running.remove(job)
-          candidate, process, output = job
-          if (output / 'plan.json').exists():
-            candidate.plan = json.loads((output / 'plan.json').read_text())
-          done += 1
-          left = (time.perf_counter() - start) / done * (len(waiting) + len(running))
-          _say(candidate, done, len(chosen), left, output)
-        time.sleep(0.2)
+      plan_jobs.run_jobs(list(jobs.values()), options.jobs, lambda line: print(line, flush=True))
     finally:
-      for _, process, _ in running:
-        process.terminate()
-      for _, process, _ in running:
-        process.wait()
-
-
-def _start(candidate, options, output):
-  """Returns (process, its output folder) of one plan."""
-  output.mkdir()
-  (output / 'config.json').write_text(json.dumps(to_dict(candidate.spec)))
-  process = subprocess.Popen(
-      [sys.executable, '-m', 'llmjax', 'plan', f'--config={output / "config.json"}', f'--topology={options.topology}',
-       f'--slices={options.slices}', f'--output={output}'], env=os.environ,
-      stdout=subprocess.DEVNULL, stderr=(output / 'errors').open('w'), start_new_session=True)
-  return process, output
-
-
-def _say(candidate, done, total, left, output):
-  train = candidate.spec.train
-  what = f'{candidate.mesh}, remat {train.remat}, accumulation {train.accumulation}, batch {train.batch_size}'
-  if candidate.plan is None:
-    lines = (output / 'errors').read_text().strip().splitlines()
-    result = f'failed: {lines[-1][:160] if lines else "no message"}'
-  elif candidate.plan['fits']:
-    result = f'{candidate.speed:,.0f} tokens/s/chip'
-  else:
-    result = f'does not fit ({gib(candidate.plan["hbm_bytes"]["total"])} GiB)'
-  print(f'[{done}/{total}] {what}: {result}' + (f'; about {duration(left)} left' if done < total else ''), flush=True)
+      for number, job in jobs.items():
+        chosen[number].plan = job.plan

@@ -10,6 +10,7 @@ import time
 
 from llmjax import config
 from llmjax.data import corpus, prepared
+from llmjax.loops.progress import Stages
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -20,7 +21,7 @@ def run(spec, options):
     spec = dataclasses.replace(spec, source='text_dir', path=options.text_dir, name='')
     if problems := list(config.find_problems(spec)):
       raise config.ConfigError(problems)
-  show = Progress()
+  show = Stages()
   start = time.monotonic()
   try:
     manifest, was_finished = corpus.prepare(spec, force=options.force, progress=show)
@@ -42,12 +43,15 @@ def run(spec, options):
 
 def describe(manifest, folder) -> str:
   """Returns the table of a prepared folder, what was left out, and the next command."""
-  lines = [f'{"split":<11}{"documents":>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}']
+  kind = prepared.kind(manifest)
+  lines = [f'{"split":<11}{"documents":>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}'
+           + f'{"trained":>13}' * (kind in ('chat', 'pairs'))]
   for split in prepared.SPLITS:
     if split in manifest['splits']:
       row = manifest['splits'][split]
       lines.append(f'{split:<11}{row["documents"]:>11,}{row["bytes"]:>15,}{row["tokens"]:>14,}'
-                   f'{row["bytes"] / max(row["tokens"], 1):>13.2f}')
+                   f'{row["bytes"] / max(row["tokens"], 1):>13.2f}'
+                   + f'{row.get("trained", 0):>13,}' * (kind in ('chat', 'pairs')))
   found, asked = manifest['tokenizer']['vocab_size'], manifest['tokenizer'].get('asked_vocab_size', 0)
   lines.append(f'tokenizer: {found:,} ids' + (
       f', not {asked:,}: the text supports no more' if found < asked else ''))
@@ -65,52 +69,12 @@ def describe(manifest, folder) -> str:
     ignored = ', '.join(f'{count} {suffix or "without suffix"}'
                         for suffix, count in manifest['ignored_files'].items())
     lines.append(f'files not read: {ignored}')
-  name = pathlib.Path(folder)
+  name, source = pathlib.Path(folder), shlex.quote(str(folder))
   command = 'llmjax pretrain --config=configs/pretrain/quickstart.py'
   if name != pathlib.Path('data/python_docs'):
-    command += f' --workdir=runs/{name.name} --config.data.sources={shlex.quote(str(folder))}'
+    command += f' --workdir=runs/{name.name} --config.data.sources={source}'
   else:
     command += ' --workdir=runs/quickstart'
+  if kind != 'text':
+    command = f'llmjax preview --config=configs/finetune/chat.py --config.data.sources={source}'
   return '\n'.join([*lines, f'folder: {folder}', f'next: {command}'])
-
-
-class Progress:
-  """Prints the steps: one line each, rewritten in a terminal, at most every 10 s elsewhere."""
-
-  def __init__(self, stream=None):
-    self._stream = stream or sys.stderr
-    self._terminal = self._stream.isatty()
-    self._step, self._start, self._shown = None, 0.0, 0.0
-    self._line = self._summary = ''  # While a step runs, and when it is over.
-
-  def __call__(self, step, done, total):
-    now = time.monotonic()
-    if step != self._step:
-      self.finish()
-      self._step, self._start, self._shown = step, now, now
-    seconds = now - self._start
-    rate = done / seconds if seconds > 0.1 else 0.0
-    self._summary = f'{step}: {done:,} documents' if done else step
-    if not done:
-      self._line = f'{step} ...'
-    elif total is None:
-      self._line = f'{step}: {done:,} documents, {rate:,.0f}/s'
-    else:
-      left = f', {(total - done) / rate:,.0f} s left' if rate and done < total else ''
-      self._line = f'{step}: {done:,} of {total:,} documents, {rate:,.0f}/s{left}'
-    if now - self._shown >= (0.2 if self._terminal else 10.0) or not done:
-      self._shown = now
-      self._write(self._line, final=False)
-
-  def finish(self):
-    """Ends the line of the step with how long it took."""
-    if self._step is not None:
-      self._write(f'{self._summary}, {time.monotonic() - self._start:.1f} s', final=True)
-      self._step = None
-
-  def _write(self, line, final):
-    if self._terminal:
-      self._stream.write(f'\r\x1b[K{line}' + ('\n' if final else ''))
-    else:
-      self._stream.write(line + '\n')
-    self._stream.flush()

@@ -109,14 +109,22 @@ class Progress:
     self._live_length = len(text)
 
   def evaluated(self, step, name, metrics, seconds=None):
-    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`."""
+    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`, `accuracy`, ..."""
     parts = [self._head('eval', step), name]
     for key, form in (('loss', 'loss {:.3f}'), ('perplexity', 'ppl {:.4g}'),
-                      ('bits_per_byte', '{:.3f} bits/byte')):
+                      ('bits_per_byte', '{:.3f} bits/byte'), ('accuracy', 'accuracy {:.1%}'),
+                      ('margin', 'margin {:.3f}'), ('chosen_logprob', 'log p(chosen) {:.1f}'),
+                      ('reward', 'reward {:.3f}')):
       value = metrics.get(key, metrics.get(f'eval/{name}/{key}'))
       if value is not None:
         parts.append(form.format(value))
     self._print('  '.join(parts + ([format_duration(seconds)] if seconds is not None else [])))
+
+  def rollout(self, step, metrics, seconds):
+    """Prints the line of a rollout.  metrics: `reward`, `tokens`, `ended` and perhaps `kl` (nats an answer)."""
+    parts = [self._head('roll', step)] + [f'{key} {metrics[key]:.4g}' for key in ('reward', 'tokens', 'ended', 'kl')
+                                          if key in metrics]
+    self._print('  '.join([*parts, format_duration(seconds)]))
 
   def saved(self, step, path, seconds=None, size=None):
     """Prints a checkpoint's line.  seconds: what the loop waited.  size: bytes."""
@@ -174,3 +182,48 @@ def _percentage(fraction):
   """0.41 -> '41%', 0.013 -> '1.3%': a small MFU is still told apart from none."""
   percent = 100 * fraction
   return f'{percent:.0f}%' if percent >= 9.95 or percent == 0 else f'{percent:.1f}%'
+
+
+class Stages:
+  """Prints the stages of a job: one line each, rewritten in a terminal, at most every 10 s elsewhere.
+
+  unit: what is counted.  Call it with the stage, how much is done, and of how much (None: unknown).
+  """
+
+  def __init__(self, stream=None, unit='documents'):
+    self._stream, self._unit = stream or sys.stderr, unit
+    self._terminal = self._stream.isatty()
+    self._step, self._start, self._shown = None, 0.0, 0.0
+    self._line = self._summary = ''  # While a step runs, and when it is over.
+
+  def __call__(self, step, done, total):
+    now = time.monotonic()
+    if step != self._step:
+      self.finish()
+      self._step, self._start, self._shown = step, now, now
+    seconds = now - self._start
+    rate = done / seconds if seconds > 0.1 else 0.0
+    self._summary = f'{step}: {done:,} {self._unit}' if done else step
+    if not done:
+      self._line = f'{step} ...'
+    elif total is None:
+      self._line = f'{step}: {done:,} {self._unit}, {rate:,.0f}/s'
+    else:
+      left = f', {(total - done) / rate:,.0f} s left' if rate and done < total else ''
+      self._line = f'{step}: {done:,} of {total:,} {self._unit}, {rate:,.0f}/s{left}'
+    if now - self._shown >= (0.2 if self._terminal else 10.0) or not done:
+      self._shown = now
+      self._write(self._line, final=False)
+
+  def finish(self):
+    """Ends the line of the step with how long it took."""
+    if self._step is not None:
+      self._write(f'{self._summary}, {time.monotonic() - self._start:.1f} s', final=True)
+      self._step = None
+
+  def _write(self, line, final):
+    if self._terminal:
+      self._stream.write(f'\r\x1b[K{line}' + ('\n' if final else ''))
+    else:
+      self._stream.write(line + '\n')
+    self._stream.flush()

@@ -1,24 +1,28 @@
 """What each command's `--config` and flags may say.  No JAX here: `--help` must be quick."""
 
 import dataclasses
+import json
 import os
+import pathlib
 
+from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import weights
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import group, setting
 from llmjax.data import prepared
-from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec
+from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec, parse_steps
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
+from llmjax.rl.spec import BATCH_LOSSES, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
-__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'GenerateOptions', 'LayoutSpec',
-           'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions',
-           'PretrainSpec', 'ReportOptions']
+__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'FinetuneSpec', 'GenerateOptions',
+           'LayoutSpec', 'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions',
+           'PretrainSpec', 'PreviewOptions', 'PreviewSpec', 'ReportOptions', 'RlCommandSpec']
 
 WRITERS = ('tensorboard', 'wandb', 'mlflow')
 
@@ -41,6 +45,9 @@ class EvaluateSpec:
   splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation')
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
   limit: int = setting(0, 'rows of a split to use, the same ones each time; 0: all of them', minimum=0)
+  by_source: bool = setting(False, 'evaluate each source of the data by itself as well')
+  also: tuple[str, ...] = setting((), 'prepared folders besides those trained on to evaluate on, such as the corpus '
+                                  'that a fine-tuned model must not forget')
 
   def problems(self):
     for split in self.splits:
@@ -144,17 +151,20 @@ class PretrainSpec:
   pipeline: PipelineSpec = group(PipelineSpec)
   train: TrainSpec = group(TrainSpec)
   optimizer: OptimizerSpec = group(OptimizerSpec)
+  adapter: AdapterSpec = group(AdapterSpec)
   guard: GuardSpec = group(GuardSpec)
   checkpoint: CheckpointSpec = group(CheckpointSpec)
   evaluate: EvaluateSpec = group(EvaluateSpec)
   sample: SampleSpec = group(SampleSpec)
   profile: ProfileSpec = group(ProfileSpec)
   logs: LogsSpec = group(LogsSpec)
+  cost: CostSpec = group(CostSpec)
 
   def problems(self):
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
-             f'train.steps={self.train.steps}; write {max(self.train.steps // 10, 1)} for a tenth')
+             f'train.steps={self.train.steps}; write optimizer.warmup_steps={max(self.train.steps // 10, 1)} '
+             'for a tenth')
     source = self.train.init_from
     if source and '://' not in source:
       if refused := weights.refusal(source):
@@ -162,22 +172,44 @@ class PretrainSpec:
       elif not os.path.exists(source):
         yield (f"train.init_from={source}: there is no such folder; give a run's folder, or one checkpoint of it "
                'such as runs/quickstart/checkpoints/400')
+    if self.adapter.kind and not source:
+      yield ('train.init_from is missing: which run is the adapter for? For example '
+             '--config.train.init_from=runs/quickstart')
+    if self.adapter.kind and self.pipeline.schedule == '1f1b':
+      yield ('pipeline.schedule=1f1b makes gradients of all weights, and adapters leave theirs frozen; write '
+             'pipeline.schedule=gpipe')
     traced = None if list(self.profile.problems()) else parse_steps(self.profile.steps)
     if traced and traced[0] > self.train.steps:
       yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
     best = self.checkpoint.best_metric
-    metrics = [f'eval/{split}/{name}' for split in self.evaluate.splits
+    metrics = [f'eval/{split}/{name}' for split in self.evaluations()
                for name in ('loss', 'perplexity', 'bits_per_byte')]
     if best and best not in metrics:
       yield f'checkpoint.best_metric={best!r} is not measured; this run has {", ".join(metrics) or "no evaluation"}'
     if self.train.patience:
-      names = [f'eval/{split}/loss' for split in self.evaluate.splits]
+      names = [f'eval/{name}/loss' for name in self.evaluations()]
       if not self.train.eval_every:
         yield 'train.patience needs evaluations on the way; set train.eval_every, to 100 for example'
       if self.train.stop_metric.rpartition('/')[0] not in [name.rpartition('/')[0] for name in names]:
         yield (f'train.stop_metric={self.train.stop_metric} is not measured; write '
                f'{" or ".join(names) or "a split in evaluate.splits"}')
+    if self.train.neftune_alpha and self.pipeline.schedule == '1f1b' and self.mesh.size('stage') > 1:
+      yield 'train.neftune_alpha has no place in pipeline.schedule=1f1b; write pipeline.schedule=gpipe'
+    if self.evaluate.also:  # Read as the sources are.
+      beside = dataclasses.replace(self.data, sources={f: 1.0 for f in (*self.data.sources, *self.evaluate.also)})
+      before = {*self.data.problems()}
+      yield from (f'evaluate.also: {p.removeprefix("sources: ")}' for p in beside.problems() if p not in before)
     yield from self.mesh_problems(self.mesh)
+
+  def evaluations(self):
+    """Returns {name of an evaluation: (split, the sources it is of)}."""
+    found = {}
+    for split in self.evaluate.splits:
+      found[split] = (split, dict(self.data.sources))
+      if self.evaluate.by_source and len(self.data.sources) > 1:
+        found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.data.sources}
+      found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.evaluate.also}
+    return found
 
   def mesh_problems(self, mesh):
     """Yields a line for every size that the mesh does not divide, naming the nearest that it does."""
@@ -218,6 +250,201 @@ class PretrainSpec:
         yield f'{name}={whole} is not divisible by {text}; write {name}={fits}, or change the mesh'
 
 
+def _name(folder):
+  return os.path.basename(os.path.normpath(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class FromRunSpec(PretrainSpec):
+  """The config of what goes on from a run.  What it does not set of the model is that of train.init_from."""
+
+  @classmethod
+  def base(cls, values):
+    """Returns the groups that the run to start from sets: its model, and how long its rows are."""
+    train = values.get('train')
+    source = train.get('init_from') if isinstance(train, dict) else None
+    try:
+      before = json.loads((run_folder(source) / 'config.json').read_text(encoding='utf-8'))
+      found = {name: before[name] for name in ('model', 'data') if isinstance(before[name], dict)}
+    except (TypeError, OSError, ValueError, KeyError, RecursionError):
+      return {}  # `problems` says what is wrong with init_from.
+    model = values.get('model')
+    if isinstance(model, dict) and model.get('preset'):
+      del found['model']
+    if 'data' in found:
+      found['data'] = {k: v for k, v in found['data'].items() if k == 'seq_len'}
+    return found
+
+  def problems(self):
+    yield from super().problems()
+    source = self.train.init_from
+    if not source:
+      yield ('train.init_from is missing: which run is to be fine-tuned? For example '
+             '--config.train.init_from=runs/quickstart')
+      return
+    tokenizer = run_folder(source) / 'tokenizer.model'
+    for folder in self.data.sources if tokenizer.is_file() else ():
+      try:
+        manifest = prepared.read_manifest(folder)
+      except ValueError:
+        continue  # The data group says so.
+      if manifest['tokenizer']['sha256'] != prepared.file_sha256(tokenizer):
+        yield (f'data.sources: {folder} has another tokenizer than {source}; prepare it again with --force '
+               f'--config.tokenizer.path={tokenizer}')
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedData(DataSpec):
+  """The data group of fine-tuning: text and conversations together, or pairs of answers."""
+
+  kinds = ('text', 'pairs', 'chat')
+
+  def problems(self):
+    yield from super().problems()
+    kinds = _kinds(self.sources)
+    if 'pairs' in kinds.values() and len(set(kinds.values())) > 1:
+      pairs = [folder for folder, kind in kinds.items() if kind == 'pairs']
+      yield (f'sources: {", ".join(pairs)} holds pairs and the rest does not; pairs are learnt from by themselves '
+             '(preference.sft_weight keeps the likelihood of the better answers up)')
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSpec(FromRunSpec):
+  """The config of `llmjax finetune`.  Sources that hold pairs are learnt from as the preference group says."""
+
+  data: TunedData = group(TunedData)
+  preference: PreferenceSpec = group(PreferenceSpec)
+
+  @property
+  def prefers(self):
+    """Whether it learns from pairs."""
+    return 'pairs' in _kinds(self.data.sources).values()
+
+  def problems(self):
+    yield from super().problems()
+    if self.prefers:
+      yield from _pair_problems(self)
+      preference = self.preference
+      if preference.reference == 'adapters_off' and not self.adapter.kind:
+        yield ('preference.reference=adapters_off needs adapters, and a base that stays as it is; write '
+               'adapter.kind=lora, or preference.reference=precomputed')
+      if preference.loss == 'kto' and preference.reference == 'precomputed':
+        yield ('preference.loss=kto needs the reference at hand, for answers to other prompts; write '
+               'preference.reference=copy, or adapters_off where adapters are trained')
+      if preference.loss in BATCH_LOSSES and self.train.accumulation > 1:
+        yield (f'preference.loss={preference.loss} looks at all pairs of a batch together, so that it would depend on '
+               'train.accumulation; write train.accumulation=1')
+
+
+@dataclasses.dataclass(frozen=True)
+class PairData(DataSpec):
+  """The data group where sources hold pairs."""
+
+  kinds = ('pairs',)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSpec(FromRunSpec):
+  """The config of `llmjax reward`: fine-tuning's, on pairs."""
+
+  data: PairData = group(PairData)
+  reward: RewardModelSpec = group(RewardModelSpec)
+
+  def problems(self):
+    yield from super().problems()
+    yield from _pair_problems(self)
+    if self.adapter.kind:
+      yield ('adapter.kind has no place here: a reward model trains a head that its base does not have; leave it out, '
+             'or hold parameters still with optimizer.freeze')
+
+
+def _pair_problems(spec):
+  """Yields what is wrong with training on pairs."""
+  if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
+    yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+
+
+def _kinds(sources):
+  """Returns {folder: what it holds} of those that are prepared."""
+  found = {}
+  for folder in sources:
+    try:
+      found[folder] = prepared.kind(prepared.read_manifest(folder))
+    except ValueError:
+      continue  # The data group says so.
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptData(DataSpec):
+  """The data group where sources hold prompts.  A row is a prompt and an answer."""
+
+  kinds = ('prompts',)
+
+
+@dataclasses.dataclass(frozen=True)
+class RlCommandSpec(FromRunSpec):
+  """The config of `llmjax rl`: fine-tuning's, on prompts."""
+
+  data: PromptData = group(PromptData)
+  rl: RlSpec = group(RlSpec)
+  policy: PolicySpec = group(PolicySpec)
+
+  def problems(self):
+    yield from super().problems()
+    rl, policy, rows = self.rl, self.policy, self.train.batch_size
+    if rl.rows % rows:
+      fits = [n for n in range(1, rl.rows + 1) if rl.rows % n == 0]
+      near = min(fits, key=lambda n: abs(n - rows))
+      yield (f'train.batch_size={rows} does not divide the {rl.rows} rows of an iteration, rl.prompts={rl.prompts} x '
+             f'rl.group={rl.group}; write train.batch_size={near}')
+    if policy.advantages != 'gae' and rl.group < 2:
+      yield f'rl.group={rl.group} leaves nothing to compare with; write rl.group=8, or policy.name=ppo'
+    if rl.max_new_tokens >= self.data.seq_len:
+      yield (f'rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in data.seq_len='
+             f'{self.data.seq_len}; write data.seq_len={2 * rl.max_new_tokens}')
+    if not rl.reference and policy.kl_coef:
+      yield 'rl.reference=False leaves nothing to measure the KL from; write policy.kl_coef=0, or rl.reference=True'
+    if self.guard.policy == 'rollback':
+      yield ('guard.policy=rollback would leave out rollouts that are not made yet; write guard.policy=skip or '
+             'guard.policy=abort')
+    if self.pipeline.schedule == '1f1b' and self.mesh.size('stage') > 1:
+      yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+    if rl.reward_model and not (run_folder(rl.reward_model) / 'config.json').is_file():
+      yield f"rl.reward_model={rl.reward_model} is not a run's folder; give the --workdir of a reward model"
+
+
+def run_folder(source):
+  """Returns the folder of the run that a path names: itself, or that of one of its checkpoints."""
+  path = pathlib.Path(source)
+  return path.parent.parent if path.parent.name == 'checkpoints' else path
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewOptions:
+  """Flags of `llmjax preview`."""
+
+  rows: int = setting(3, 'rows to show', minimum=1, maximum=1000)
+  split: str = setting('train', 'split to take them from', choices=prepared.SPLITS)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyData(DataSpec):
+  """The data group where sources may hold anything."""
+
+  kinds = RECORDS
+
+
+@dataclasses.dataclass(frozen=True)
+class PreviewSpec(PretrainSpec):
+  """The config of `llmjax preview`: a recipe for training, of which it looks at the data alone."""
+
+  data: AnyData = group(AnyData)
+
+  def problems(self):
+    return ()
+
+
 @dataclasses.dataclass(frozen=True)
 class ShapesOnlyData(DataSpec):
   """The data group where only shapes matter: its folders need not be there."""
@@ -241,6 +468,4 @@ class LayoutSpec(PretrainSpec):
 
 @dataclasses.dataclass(frozen=True)
 class PlanSpec(LayoutSpec):
-  """The config of `llmjax plan`: pretraining's, and what chips cost."""
-
-  cost: CostSpec = group(CostSpec)
+  """The config of `llmjax plan`: pretraining's."""

@@ -26,6 +26,7 @@ POLL_SECONDS = 0.1
 TAIL_LINES = 25
 # When one process has failed, the others may be about to say why, too; then they are ended.
 GRACE_SECONDS = 3.0
+NOTICE_SECONDS = 0.1  # Processes that end together are noticed in any order within this.
 # A process's own watchdog writes its stacks and leaves; then it is ended from here.
 WATCHDOG_SECONDS = 5.0
 PREEMPTED_SECONDS = 60.0
@@ -151,10 +152,7 @@ class Group:
         continue
       status, left = self.children[rank].returncode, left - 1
       if status:
-        # One whose watchdog ended it takes others with it, and may be noticed a moment after them.
-        hung = [k for k, child in enumerate(self.children) if child.poll() == heartbeat.HUNG]
-        rank, status = (hung[0], heartbeat.HUNG) if hung else (rank, status)
-        return self._finish(self._judge(rank, status), GRACE_SECONDS if status > 0 else 0.0)
+        return self._finish(self._judge(*self._find_first(rank, status)), GRACE_SECONDS if status > 0 else 0.0)
     return self._with_steps(End('done'))
 
   def kill(self):
@@ -165,6 +163,20 @@ class Group:
           os.killpg(child.pid, signal.SIGKILL)
     for child in self.children:
       child.wait()
+
+  def _find_first(self, rank, status):
+    """Returns (number, status) of the process that took the others with it; `rank` was the first to be noticed.
+
+    One that its watchdog ended, or that was killed, may be noticed a moment after those that miss it.
+    SIGABRT is how JAX ends a process that misses another.
+    """
+    time.sleep(NOTICE_SECONDS)
+    ended = {k: child.returncode for k, child in enumerate(self.children) if child.returncode is not None}
+    for cause in (lambda s: s == heartbeat.HUNG, lambda s: s < 0 and s != -signal.SIGABRT):
+      if found := [k for k, s in ended.items() if cause(s)]:
+        rank = rank if rank in found else found[0]
+        return rank, ended[rank]
+    return rank, status
 
   def _judge(self, rank, status):
     """Returns the End for a process that ended badly."""

@@ -1,6 +1,7 @@
 """The decoder: plain functions over one nested dict of parameters.
 
-  {'embed': {'table'}, 'blocks': {... each leaf [layers, ...]}, 'final_norm': {'scale'}, 'head': {'kernel'}}
+  {'embed': {'table'}, 'blocks': {... each leaf [layers, ...]}, 'final_norm': {'scale'}, 'head': {'kernel'},
+   'value': {'kernel'}}, the last one with spec.value_head only
 
 Letters as in layers.py.  `init_params` makes the dict and its logical axis names; `hidden_states` runs
 it; `unembed` makes logits.  A loss takes hidden states and `output_matrix`, so that the logits of a
@@ -12,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llmjax.model.layers import Block, Context, Embed, Head, Norm
+from llmjax.model.layers import Block, Context, Embed, Head, Norm, ValueHead
 from llmjax.ops.norms import rms_norm
-from llmjax.ops.products import project
+from llmjax.ops.products import dense, is_weight, project
 from llmjax.ops.rotary import rotary_angles
 from llmjax.parallel import pipeline
 from llmjax.parallel.sharding import constrain, row_shards
@@ -71,6 +72,8 @@ def _init(spec, key, param_dtype):
       'blocks': init_stack(Block(spec, param_dtype), spec.num_layers, keys[1], x, None, context),
       'final_norm': Norm(spec.norm_epsilon, param_dtype).init(keys[2], x)['params'],
   }
+  if spec.value_head:
+    params['value'] = ValueHead(param_dtype).init(keys[2], x)['params']
   if not spec.tie_embeddings:
     params['head'] = Head(spec, param_dtype).init(keys[2], x)['params']
   return params
@@ -149,15 +152,16 @@ def make_context(spec, positions, segment_ids, *, key=None, implementation='bloc
 
 
 def hidden_states(spec, params, tokens, context, kv_cache=None, *, compute_dtype=jnp.float32,
-                  remat='none', unroll=1, pipe=None):
+                  remat='none', unroll=1, pipe=None, perturb=None):
   """Returns (final normalised hidden states [B, T, D] of compute_dtype, kv_cache, aux).
 
   tokens: int [B, T].  kv_cache: leaves [layers, B, K, S, H] or None.  aux: sums over rows and layers.
   pipe: the PipelineSpec by which rows go through the stages of the mesh; None runs the layers in order
-  on whatever mesh there is.
+  on whatever mesh there is.  perturb: function of the embeddings [B, T, D] to what the blocks get, or None.
   """
   params = cast(params, compute_dtype)
   x = embed(spec, params, tokens, compute_dtype)
+  x = perturb(x) if perturb else x
   stages = pipeline.num_stages()
   if pipe is None or stages == 1 or kv_cache is not None:
     x, kv_cache, aux = apply_stack(Block(spec), params['blocks'], x, kv_cache, context, remat, unroll)
@@ -175,7 +179,7 @@ def cast(params, compute_dtype):
 
   Once, outside the layers: what is gathered over the mesh is then already small.
   """
-  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params)
+  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params, is_leaf=is_weight)
 
 
 def embed(spec, params, tokens, compute_dtype):
@@ -208,8 +212,13 @@ def stage_fn(spec, context, remat, unroll):
 def output_matrix(spec, params):
   """Returns (matrix, vocab_axis): [D, V] and 1, or the tied embedding table [V, D] and 0."""
   if spec.tie_embeddings:
-    return constrain(params['embed']['table'], 'vocab', None), 0
-  return constrain(params['head']['kernel'], None, 'vocab'), 1
+    return constrain(dense(params['embed']['table']), 'vocab', None), 0
+  return constrain(dense(params['head']['kernel']), None, 'vocab'), 1
+
+
+def token_values(params, x):
+  """Returns what the value head says of hidden states [..., D]: float32 [...]."""
+  return ValueHead().apply({'params': params['value']}, x)
 
 
 def unembed(spec, params, x):

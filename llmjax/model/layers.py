@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llmjax.model.spec import ModelSpec
 from llmjax.ops import moe
 from llmjax.ops.norms import rms_norm
-from llmjax.ops.products import project
+from llmjax.ops.products import dense, is_weight, project
 from llmjax.ops.rotary import apply_rope
 from llmjax.parallel.attention import attention, from_zigzag, to_zigzag, zigzag_order
 from llmjax.parallel.experts import dropless
@@ -68,11 +68,18 @@ def dropout(x, rate, key):
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
+def parameter(module, name, init, shape):
+  """Returns a parameter of a module: an array of its shape, or the Weight that was put in its place."""
+  found = module.get_variable('params', name) if module.has_variable('params', name) else None
+  # Flax would compare the shape of a Weight's first array, which need not have the parameter's.
+  return found if is_weight(found) else module.param(name, init, shape, module.param_dtype)
+
+
 def linear(module, name, shape, names, in_dims=1, scale=1.0, at_once=False):
   """Returns the function x -> x W of a weight [*in, *out] that becomes a parameter of the module."""
   init = nn.with_logical_partitioning(scaled_normal(in_dims, scale * module.spec.init_scale), names)
-  w = module.param(name, init, shape, module.param_dtype)
-  return lambda x: project(x, w, in_dims, WeightLayout(names), at_once)
+  w = parameter(module, name, init, shape)
+  return lambda x: project(x, w, in_dims, WeightLayout(names, at_once))
 
 
 def summed(x):
@@ -93,9 +100,9 @@ class Embed(nn.Module):
   @nn.compact
   def __call__(self, tokens, dtype):
     init = nn.initializers.normal(0.02 * self.spec.init_scale)  # arXiv:2005.14165's choice.
-    table = self.param('table', nn.with_logical_partitioning(init, ('vocab', 'table_embed')),
-                       (self.spec.vocab_size, self.spec.d_model), self.param_dtype)
-    return lookup(table.astype(dtype), tokens)
+    table = parameter(self, 'table', nn.with_logical_partitioning(init, ('vocab', 'table_embed')),
+                      (self.spec.vocab_size, self.spec.d_model))
+    return lookup(dense(table.astype(dtype)), tokens)
 
 
 class Norm(nn.Module):
@@ -242,7 +249,7 @@ class MoeMlp(nn.Module):
       init = lambda key, shape, dtype: jax.vmap(lambda key: scaled_normal(1, scale * spec.init_scale)(
           key, shape[1:], dtype))(jax.random.split(key, shape[0]))
       init = scaled_normal(1, spec.init_scale) if in_axis == 0 else init
-      return self.param(name, nn.with_logical_partitioning(init, names), shape, self.param_dtype)
+      return dense(parameter(self, name, nn.with_logical_partitioning(init, names), shape))
 
     router = weight('router', (d, e), (None, 'router'), 0)
     gate = weight('gate', (e, d, f), ('experts', 'expert_embed', 'mlp'), 1)
@@ -326,3 +333,15 @@ class Head(nn.Module):
                         nn.with_logical_partitioning(nn.initializers.zeros, ('table_embed', 'vocab')),
                         (self.spec.d_model, self.spec.vocab_size), self.param_dtype)
     return project(x, kernel)
+
+
+class ValueHead(nn.Module):
+  """One number for each token, [..., D] to float32 [...], in float32.  Zeros: the first value is 0."""
+
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)), (x.shape[-1],),
+                        self.param_dtype)
+    return jnp.einsum('...D,D->...', x.astype(jnp.float32), kernel.astype(jnp.float32))

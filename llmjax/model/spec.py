@@ -40,6 +40,8 @@ class ModelSpec:
   balance_loss: float = setting(0.01, 'weight of the load-balance loss, a mean over layers', minimum=0.0)
   router_z_loss: float = setting(0.001, "weight of the router's log(Z)^2, a mean over layers", minimum=0.0)
   init_scale: float = setting(1.0, 'factor on the initial weights', minimum=0.0)
+  value_head: bool = setting(False, 'a second output, one number for each token: of a reward model, or the critic of '
+                             'PPO')
 
   @classmethod
   def base(cls, values):

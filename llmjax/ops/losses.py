@@ -6,9 +6,13 @@ sum and a weight: they are divided once, after all microbatches and devices.  Th
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from llmjax.ops.products import is_differentiated, values
 
 # Logits of one chunk: 131 MB of float32.  With 512 to 4096 tokens a chunk, all take the same time on x86.
 CHUNK_LOGITS = 1 << 25
@@ -40,18 +44,37 @@ def chunked_cross_entropy(x, w, targets, loss_mask, *, z_loss=0.0, soft_cap=None
   differentiation no gradient is made.
   """
   loss_mask = loss_mask.astype(jnp.float32)
-  options = (_count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), z_loss, soft_cap, vocab_axis)
+  options = _Options(_count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), vocab_axis, soft_cap,
+                     z_loss=z_loss)
   loss, aux = _loss_sum(options, x, w, targets, loss_mask)
   return loss, jnp.sum(loss_mask), jax.lax.stop_gradient(aux)
 
 
-def token_logprobs(x, w, targets, *, soft_cap=None, chunk=None, vocab_axis=1):
-  """Returns log p(targets), float32 [B, T] in nats; arguments as in `chunked_cross_entropy`.
+def token_logprobs(x, w, targets, *, temperature=1.0, entropy=False, soft_cap=None, chunk=None,
+                   chunk_logits=CHUNK_LOGITS, vocab_size=None, vocab_axis=1):
+  """Returns log p(targets), float32 [B, T] in nats; with `entropy` a pair, the second that of p.
+
+  temperature: divides the logits, after soft_cap.  vocab_size: words from here on, which only round the
+  matrix up, have no probability; None: all count.  Other arguments as in `chunked_cross_entropy`.
 
   The backward pass makes each chunk's logits again.
   """
-  options = (_count_chunks(targets.shape, w.shape[vocab_axis], chunk, CHUNK_LOGITS), 0.0, soft_cap, vocab_axis)
-  return _logprobs(options, x, w, targets)
+  options = _Options(_count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), vocab_axis, soft_cap,
+                     temperature=temperature, entropy=entropy, vocab_size=vocab_size)
+  logprobs, entropies = _logprobs(options, x, w, targets)
+  return (logprobs, entropies) if entropy else logprobs
+
+
+class _Options(NamedTuple):
+  """What is the same for every chunk; hashable."""
+
+  chunks: int
+  vocab_axis: int
+  soft_cap: float | None
+  z_loss: float = 0.0
+  temperature: float = 1.0
+  entropy: bool = False
+  vocab_size: int | None = None
 
 
 # Chunks. A scan over them keeps one chunk's logits alive, whatever XLA's scheduler prefers.
@@ -84,11 +107,15 @@ def _join(length, *arrays):
 
 
 def _chunk_logits(options, x, w):
-  """Returns float32 logits [B, C, V]."""
-  _, _, soft_cap, vocab_axis = options
-  logits = jax.lax.dot_general(x, w.astype(x.dtype), (((2,), (1 - vocab_axis,)), ((), ())),
+  """Returns float32 logits [B, C, V], and what their softmax takes of them."""
+  logits = jax.lax.dot_general(x, w.astype(x.dtype), (((2,), (1 - options.vocab_axis,)), ((), ())),
                                preferred_element_type=jnp.float32)
-  return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+  if options.soft_cap is not None:
+    logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
+  warm = logits if options.temperature == 1 else logits / options.temperature
+  if options.vocab_size is not None and options.vocab_size < logits.shape[-1]:
+    warm = jnp.where(jnp.arange(logits.shape[-1]) < options.vocab_size, warm, -jnp.inf)
+  return logits, warm
 
 
 def _statistics(logits, targets):
@@ -98,19 +125,25 @@ def _statistics(logits, targets):
   return log_z, jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], top
 
 
-def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak):
-  """Returns (d x, float32 d w) for d logits = spread * softmax - peak * one_hot(targets).
+def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak, trains):
+  """Returns (d x, float32 d w) for d warm = spread * softmax - peak * one_hot(targets).
 
-  spread, peak: float32 [B, C].
+  logits: the pair that `_chunk_logits` returns.  spread: float32 [B, C], or [B, C, V].  peak: float32 [B, C].
+  trains: False for a frozen w, whose gradient is left out: d w is 0.
   """
-  _, _, soft_cap, vocab_axis = options
+  logits, warm = logits
+  spread = spread if spread.ndim == 3 else spread[..., None]
   hit = targets[..., None] == jnp.arange(logits.shape[-1])
-  d = spread[..., None] * jnp.exp(logits - log_z[..., None]) - jnp.where(hit, peak[..., None], 0)
-  if soft_cap is not None:
-    d = d * (1 - jnp.square(logits / soft_cap))
+  d = spread * jnp.exp(warm - log_z[..., None]) - jnp.where(hit, peak[..., None], 0)
+  if options.temperature != 1:
+    d = d / options.temperature
+  if options.soft_cap is not None:
+    d = d * (1 - jnp.square(logits / options.soft_cap))
   d = d.astype(x.dtype)
-  d_x = jax.lax.dot_general(d, w.astype(x.dtype), (((2,), (vocab_axis,)), ((), ())))
-  pair = (x, d) if vocab_axis == 1 else (d, x)
+  d_x = jax.lax.dot_general(d, w.astype(x.dtype), (((2,), (options.vocab_axis,)), ((), ())))
+  if not trains:
+    return d_x, jnp.zeros(())
+  pair = (x, d) if options.vocab_axis == 1 else (d, x)
   d_w = jax.lax.dot_general(*pair, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
   return d_x, d_w
 
@@ -121,8 +154,8 @@ def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak):
 def _chunk_loss(options, x, w, targets, loss_mask):
   """Returns ((loss sum, aux), losses [B, C], logits, log_z) of one chunk."""
   logits = _chunk_logits(options, x, w)
-  log_z, target, top = _statistics(logits, targets)
-  penalty = options[1] * jnp.square(log_z)
+  log_z, target, top = _statistics(logits[1], targets)
+  penalty = options.z_loss * jnp.square(log_z)
   losses = log_z - target + penalty
   aux = {'z_loss': jnp.sum(loss_mask * penalty), 'correct': jnp.sum(loss_mask * (target >= top))}
   return (jnp.sum(loss_mask * losses), aux), losses, logits, log_z
@@ -137,33 +170,37 @@ def _loss_sum(options, x, w, targets, loss_mask):
   def add_chunk(total, chunk):
     rows, targets, loss_mask = chunk
     return jax.tree.map(jnp.add, total, _chunk_loss(options, rows, w, targets, loss_mask)[0]), None
-  return jax.lax.scan(add_chunk, _zero_loss(), _split(options[0], x, targets, loss_mask))[0]
+  return jax.lax.scan(add_chunk, _zero_loss(), _split(options.chunks, x, targets, loss_mask))[0]
 
 
-def _loss_sum_fwd(options, x, w, targets, loss_mask):
-  chunks, z_loss, _, _ = options
+def _loss_sum_fwd(options, *arguments):
+  trains = is_differentiated(arguments[1])
+  x, w, targets, loss_mask = values(arguments)
 
   def add_chunk(total, chunk):
     rows, targets, loss_mask = chunk
     loss, losses, logits, log_z = _chunk_loss(options, rows, w, targets, loss_mask)
     # d (z_loss * log_z^2) / d logits = 2 z_loss * log_z * softmax.
-    spread = loss_mask * (1 + 2 * z_loss * log_z)
-    d_x, d_w = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, loss_mask)
+    spread = loss_mask * (1 + 2 * options.z_loss * log_z)
+    d_x, d_w = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, loss_mask, trains)
     return jax.tree.map(jnp.add, total, (loss, d_w)), (d_x, losses)
 
-  zeros = _zero_loss(), jnp.zeros(w.shape, jnp.float32)
-  (loss, d_w), parts = jax.lax.scan(add_chunk, zeros, _split(chunks, x, targets, loss_mask))
+  zeros = _zero_loss(), jnp.zeros(w.shape if trains else (), jnp.float32)
+  (loss, d_w), parts = jax.lax.scan(add_chunk, zeros, _split(options.chunks, x, targets, loss_mask))
   d_x, losses = _join(x.shape[1], *parts)
-  return loss, (d_x, d_w.astype(w.dtype), losses)
+  return loss, (d_x, d_w.astype(w.dtype) if trains else None, losses)
 
 
 def _loss_sum_bwd(options, residuals, cotangents):
   d_x, d_w, losses = residuals
   scale, _ = cotangents  # aux has no gradient.
-  return d_x * scale.astype(d_x.dtype), d_w * scale.astype(d_w.dtype), None, losses * scale
+  if isinstance(scale, SymbolicZero):
+    return None, None, None, None
+  d_w = d_w if d_w is None else d_w * scale.astype(d_w.dtype)
+  return d_x * scale.astype(d_x.dtype), d_w, None, losses * scale
 
 
-_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
+_loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 
 
 # Log-probabilities. Their cotangent differs from token to token, so the gradient cannot be made forward.
@@ -171,31 +208,55 @@ _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logprobs(options, x, w, targets):
-  return _logprobs_fwd(options, x, w, targets)[0]
+  return _logprobs_and_normalisers(options, x, w, targets)[:2]
 
 
-def _logprobs_fwd(options, x, w, targets):
+def _logprobs_and_normalisers(options, x, w, targets):
+  """Returns log-probabilities, entropies, and log Z, each float32 [B, T]."""
   def one_chunk(_, chunk):
     rows, targets = chunk
-    log_z, target, _ = _statistics(_chunk_logits(options, rows, w), targets)
-    return None, (target - log_z, log_z)
-  parts = jax.lax.scan(one_chunk, None, _split(options[0], x, targets))[1]
-  logprobs, log_z = _join(x.shape[1], *parts)
-  return logprobs, (x, w, targets, log_z)
+    _, logits = _chunk_logits(options, rows, w)
+    log_z, target, _ = _statistics(logits, targets)
+    return None, (target - log_z, _entropy(logits, log_z) if options.entropy else jnp.zeros_like(log_z), log_z)
+  parts = jax.lax.scan(one_chunk, None, _split(options.chunks, x, targets))[1]
+  return _join(x.shape[1], *parts)
 
 
-def _logprobs_bwd(options, residuals, d_logprobs):
-  x, w, targets, log_z = residuals
+def _logprobs_fwd(options, *arguments):
+  x, w, targets = values(arguments)
+  logprobs, entropies, log_z = _logprobs_and_normalisers(options, x, w, targets)
+  # An entry of the residuals that holds no array: whether w is differentiated.
+  trains = () if is_differentiated(arguments[1]) else None
+  return (logprobs, entropies), (x, w, targets, log_z, entropies, trains)
+
+
+def _entropy(logits, log_z):
+  """Returns -sum p log p, [B, C]; a word without probability adds nothing."""
+  log_p = logits - log_z[..., None]
+  return -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
+
+
+def _logprobs_bwd(options, residuals, cotangents):
+  x, w, targets, log_z, entropies, trains = residuals
+  trains = trains is not None
+  if all(isinstance(d, SymbolicZero) for d in cotangents):
+    return None, None, None
+  cotangents = [jnp.zeros_like(log_z) if isinstance(d, SymbolicZero) else d for d in cotangents]
 
   def add_chunk(d_w, chunk):
-    rows, targets, log_z, d = chunk
+    rows, targets, log_z, entropies, d_logprob, d_entropy = chunk
     logits = _chunk_logits(options, rows, w)
-    d_x, more = _chunk_gradients(options, rows, w, targets, logits, log_z, -d, -d)
+    spread = -d_logprob
+    if options.entropy:
+      # d entropy / d logit = -p (log p + entropy).
+      log_p = jnp.maximum(logits[1] - log_z[..., None], -200.0)  # There p is 0, and -inf times 0 would be no number.
+      spread = spread[..., None] - d_entropy[..., None] * (log_p + entropies[..., None])
+    d_x, more = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, -d_logprob, trains)
     return d_w + more, d_x
 
-  chunks = _split(options[0], x, targets, log_z, d_logprobs)
-  d_w, d_x = jax.lax.scan(add_chunk, jnp.zeros(w.shape, jnp.float32), chunks)
-  return *_join(x.shape[1], d_x), d_w.astype(w.dtype), None
+  chunks = _split(options.chunks, x, targets, log_z, entropies, *cotangents)
+  d_w, d_x = jax.lax.scan(add_chunk, jnp.zeros(w.shape if trains else (), jnp.float32), chunks)
+  return *_join(x.shape[1], d_x), d_w.astype(w.dtype) if trains else None, None
 
 
-_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd)
+_logprobs.defvjp(_logprobs_fwd, _logprobs_bwd, symbolic_zeros=True)

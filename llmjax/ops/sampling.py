@@ -16,12 +16,13 @@ BLOCK = 128  # Tokens to a block of the cumulative distribution: near sqrt(V), w
 
 
 def sample(key, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-           seen=None):
+           seen=None, drawn=False):
   """Returns (token int32 [B], logprob float32 [B]).
 
   The token is drawn from the warped logits; temperature 0 takes the most likely one.  The logprob,
   in nats, is the model's own: of the logits as they came in, whatever the warpers did to the
-  choice. key: one PRNG key, or keys [B]: a row then gets the same token whichever rows are beside
+  choice.  With `drawn`, a bool that may be traced, it is that of the distribution drawn from, 0 at
+  temperature 0.  key: one PRNG key, or keys [B]: a row then gets the same token whichever rows are beside
   it. seen: bool [B, V], the tokens that the repetition penalty is for; None for none.
   """
   batch = logits.shape[0]
@@ -34,12 +35,17 @@ def sample(key, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repet
     # Rows at temperature 0 keep the greedy token; 1 keeps their unused draw finite.
     warped = warp(penalised, temperature=jnp.where(temperature > 0, temperature, 1.0), top_k=top_k,
                   top_p=top_p, min_p=min_p)
-    drawn = jax.vmap(draw)(keys, warped)
-    return jnp.where(temperature > 0, drawn, greedy)
+    token = jnp.where(temperature > 0, jax.vmap(draw)(keys, warped), greedy)
+    return token, jnp.where(temperature > 0, _logprob(warped, token), 0.0)
 
-  token = jax.lax.cond(jnp.any(temperature > 0), draw_rows, lambda: greedy).astype(jnp.int32)
+  certain = lambda: (greedy, jnp.zeros((batch,), jnp.float32))
+  token, logprob = jax.lax.cond(jnp.any(temperature > 0), draw_rows, certain)
+  return token.astype(jnp.int32), jnp.where(drawn, logprob, _logprob(logits, token))
+
+
+def _logprob(logits, token):
   picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-  return token, picked - jax.nn.logsumexp(logits, axis=-1)
+  return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
 def draw(key, logits):

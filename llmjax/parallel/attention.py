@@ -125,7 +125,7 @@ def from_zigzag(a):
 
 def zigzag_batch(batch):
   """Returns a batch whose rows lie in zigzag order; losses, sums over tokens, do not see it."""
-  return {name: constrain(to_zigzag(a), 'batch', 'length') for name, a in batch.items()}
+  return {name: constrain(to_zigzag(a), 'batch', 'length') if a.ndim > 1 else a for name, a in batch.items()}
 
 
 def _ring(q, k, v, ids, *, window=None, soft_cap=None, scale=None):

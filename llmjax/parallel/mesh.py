@@ -22,7 +22,8 @@ def make_mesh(spec, devices=None):
   the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = [getattr(fill(spec, len(devices)), axis) for axis in AXES]
+  filled = fill(spec, len(devices), devices[0].platform)
+  sizes = [getattr(filled, axis) for axis in AXES]
   outer = [getattr(spec, f'dcn_{axis}', 1) for axis in AXES]
   parts = [_arrange(sizes, part) for part in _slices(devices, spec.slices)]
   # [outer..., sizes...] to [outer and size of each axis, side by side].
@@ -32,7 +33,7 @@ def make_mesh(spec, devices=None):
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def fill(spec, devices):
+def fill(spec, devices, platform=''):
   """Returns the MeshSpec with its -1 replaced by what fills a number of devices; errors as `make_mesh`."""
   sizes = {axis: getattr(spec, axis) for axis in AXES}
   inside = devices // spec.slices
@@ -42,8 +43,11 @@ def fill(spec, devices):
   if math.prod(sizes.values()) * spec.slices != devices:
     asked = ' x '.join(f'{axis} {s}' for axis, s in sizes.items() if s != 1) or 'all axes 1'
     slices = f' in each of {spec.slices} slices' if spec.slices > 1 else ''
-    raise ConfigError([f'mesh: {asked}{slices} does not fill {devices} devices; the product must be '
-                       f'{devices}, and -1 lets one axis fill'])
+    hint = '' if platform != 'cpu' or fixed * spec.slices <= devices else (
+        f'. To emulate {fixed * spec.slices} on this machine: llmjax launch local --processes=1 '
+        f'--devices-per-process={fixed * spec.slices} -- ...')
+    raise ConfigError([f'mesh: {asked}{slices} does not fill {devices} device{"s" * (devices != 1)}; the product must '
+                       f'be {devices}, and -1 lets one axis fill{hint}'])
   return dataclasses.replace(spec, **sizes)
 
 
@@ -97,16 +101,19 @@ def batch_blocks(mesh):
 
 
 def place_batch(mesh, batch):
-  """Returns device arrays [B, T].  batch: the whole rows of this process's `batch_blocks`, block after block."""
-  sharding = NamedSharding(mesh, mesh_spec(('batch', 'length')))
+  """Returns device arrays [B, T], and [B] of what a row has one of.
+
+  batch: the whole rows of this process's `batch_blocks`, block after block.
+  """
   blocks, count = batch_blocks(mesh), batch_shards(mesh)
 
   def place(rows):
     size = len(rows) // len(blocks)
+    sharding = NamedSharding(mesh, mesh_spec(('batch', 'length')[:rows.ndim]))
 
     def part(index):
       start = blocks.index((index[0].start or 0) // size) * size
-      return rows[start:start + size, index[1]]
+      return rows[(slice(start, start + size), *index[1:])]
 
     return jax.make_array_from_callback((size * count, *rows.shape[1:]), sharding, part)
 

@@ -29,6 +29,7 @@ TRAIN_RULES = {
     'expert_embed': 'fsdp',
     'expert_rows': ('stage', 'data', 'fsdp'),
     'router': None,
+    'rank': None,
     # Embedding and head belong to no stage: all of them share the matrices.
     'vocab': 'tensor',
     'table_embed': ('fsdp', 'expert', 'stage'),
@@ -136,9 +137,10 @@ def mirrored(state, params):
 
 @dataclasses.dataclass(frozen=True)
 class WeightLayout:
-  """How a weight lies on the mesh that is set: the logical names of its axes."""
+  """How a weight lies on the mesh that is set: the logical names of its axes.  at_once: see `ops.products.project`."""
 
   names: tuple[str, ...]
+  at_once: bool = False
 
   def fetch(self, w):
     """Returns the weight as a product takes it, gathered over `data` first and `fsdp` after.
@@ -153,16 +155,19 @@ class WeightLayout:
     return constrain(gradient, *self.names)
 
 
-def by_rows(fn, *rows):
+def by_rows(fn, *rows, weights=None):
   """Returns fn(*rows), arrays [B, T, ...], where fn works on every token by itself.
 
   Each device works on its own tokens; left to XLA, some functions (top_k) would gather those of all.
+  weights: arrays that every token needs whole, fn's first argument then; None for none.
   """
   axes, layout = row_layout(rows[0].shape)
   row = PartitionSpec(*layout)
+  whole = () if weights is None else (weights,)
   if not axes:
-    return fn(*rows)
-  return jax.shard_map(fn, axis_names=set(axes), check_vma=False, in_specs=row, out_specs=row)(*rows)
+    return fn(*whole, *rows)
+  specs = *(PartitionSpec() for _ in whole), *(row for _ in rows)
+  return jax.shard_map(fn, axis_names=set(axes), check_vma=False, in_specs=specs, out_specs=row)(*whole, *rows)
 
 
 def row_layout(shape=None):

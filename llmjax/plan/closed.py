@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 
-from llmjax.config import find_problems, to_dict
+from llmjax.config import find_problems
 from llmjax.model import counts
 from llmjax.parallel.spec import AXES
 
@@ -51,7 +51,7 @@ def outline(spec, topology):
           'links': topology.links(), 'peak_flops': topology.chip.peak_flops, 'mesh': sizes,
           'model': spec.model.preset or 'custom', 'parameters': counts.count_params(spec.model)['total'],
           'batch_size': spec.train.batch_size, 'seq_len': spec.data.seq_len, 'remat': spec.train.remat,
-          'accumulation': spec.train.accumulation, 'config': to_dict(spec)}
+          'accumulation': spec.train.accumulation}
 
 
 def rate(plan, spec, topology):

@@ -1,11 +1,12 @@
 """What chips cost while they work: energy, carbon, money.  No JAX here.
 
-A plan meters predicted seconds; a run may meter measured ones.
+A plan meters predicted seconds, a run measured ones (loops/energy.py).
 """
 
 import dataclasses
 
 from llmjax.config import setting
+from llmjax.parallel.chips import GPUS, TPUS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +15,8 @@ class CostSpec:
 
   price_per_chip_hour: float = setting(0.0, 'of one chip, in `currency`; 0: not stated', minimum=0.0)
   currency: str = setting('USD', 'of the price')
-  chip_watts: float = setting(0.0, "of one chip at work, its share of the host included if you know it; 0: the chip "
-                              "table's, where its power is published", minimum=0.0)
+  chip_watts: float = setting(0.0, 'of one chip at work, its share of the host included if you know it (on CPUs: of '
+                              "one host); 0: the chip table's, where its power is published", minimum=0.0)
   pue: float = setting(1.09, "of the data center: its whole energy over the machines'; 1.09 is the mean of Google's "
                        'in 2024 (Google Environmental Report 2025)', minimum=1.0)
   grid_grams_per_kwh: float = setting(0.0, 'CO2 equivalent of the electricity, for example from '
@@ -24,7 +25,7 @@ class CostSpec:
 
 @dataclasses.dataclass
 class Meter:
-  """Adds up what `chips` chips use.  watts: of one chip, None where not known.
+  """Adds up what `chips` chips use.  watts: of one chip, None where not known.  source: of the watts.
 
   kwh: at the data center's meter.  kg_co2: CO2 equivalent of that electricity (location-based; making the chips is
   not in it).  money: in spec.currency.  Each is None where a number it needs is not known.
@@ -33,6 +34,7 @@ class Meter:
   spec: CostSpec
   chips: int
   watts: float | None
+  source: str = ''
   seconds: float = 0.0
 
   def charge(self, seconds):
@@ -60,10 +62,19 @@ class Meter:
   def report(self):
     """Returns all of it as a dict, with what it was computed from."""
     return {'chips': self.chips, 'seconds': self.seconds, 'chip_hours': self.chip_hours, 'kwh': self.kwh,
-            'kg_co2': self.kg_co2, 'money': self.money, 'watts_per_chip': self.watts,
+            'kg_co2': self.kg_co2, 'money': self.money, 'watts_per_chip': self.watts, 'watts_source': self.source,
             **dataclasses.asdict(self.spec)}
 
 
 def make_meter(spec, chip, chips):
-  """Returns the Meter of so many chips of one kind; `spec.chip_watts` goes before the table's."""
-  return Meter(spec, chips, spec.chip_watts or chip.watts)
+  """Returns the Meter of so many chips of one kind, None for one of no table; `spec.chip_watts` goes before theirs."""
+  if spec.chip_watts:
+    return Meter(spec, chips, spec.chip_watts, 'cost.chip_watts')
+  if chip is not None and chip.watts:
+    return Meter(spec, chips, chip.watts, chip.sources)
+  return Meter(spec, chips, None)
+
+
+def find_chip(device_kind):
+  """Returns the Chip of a JAX `device_kind`, or None where no table has it."""
+  return next((chip for chip in (*TPUS, *GPUS) if device_kind.startswith(chip.kinds)), None)

@@ -43,27 +43,29 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A Pallas call.  flops: of one run, None where its shapes do not tell."""
+  """A Pallas call.  flops: of one run, None where its shapes do not tell.  seconds: that one run takes at least."""
 
   name: str
   flops: float | None
+  seconds: float
   runs: int
   recomputed: bool
 
 
 @dataclasses.dataclass
 class Totals:
-  """Of one computation, with everything it runs: cycles by category, kernels' FLOPs, seconds of waiting."""
+  """Of one computation, with everything it runs: cycles by category, kernels' FLOPs and seconds, seconds of waiting."""
 
   seconds: float = 0.0
   cycles: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(('matmul', 'other'), 0))
   kernel_flops: float = 0.0
+  kernel: float = 0.0
   waiting: float = 0.0
   network: float = 0.0
 
   def add(self, other, times):
     self.cycles = {k: self.cycles[k] + times * other.cycles[k] for k in self.cycles}
-    for name in ('kernel_flops', 'waiting', 'network'):
+    for name in ('kernel_flops', 'kernel', 'waiting', 'network'):
       setattr(self, name, getattr(self, name) + times * getattr(other, name))
 
 
@@ -180,12 +182,13 @@ class Program:
         self._compute(frame, instruction, totals, spend, runs, path)
       elif op == 'custom-call' and '"tpu_custom_call"' in instruction.attributes:
         flops = kernel_flops(frame, instruction, self.causal_part)
-        self.kernels.append(Kernel(instruction.name, flops, runs, 'rematted' in instruction.op_name))
+        if flops is None:
+          seconds = estimated_cycles(instruction) / self.clock
+        else:
+          seconds = flops / self.peak * array_overhead(frame, instruction, self.topology.array, self.causal_part)
+        self.kernels.append(Kernel(instruction.name, flops, seconds, runs, 'rematted' in instruction.op_name))
         totals.kernel_flops += flops or 0
-        seconds = (flops or 0) / self.peak
-        cycles = estimated_cycles(instruction)
-        if flops is None and cycles:
-          seconds = cycles / self.clock
+        totals.kernel += seconds
         self.top.append((seconds * runs, 'kernel', instruction.name, runs, instruction.op_name))
         spend(instruction, 'kernel', seconds)
       else:
@@ -294,9 +297,43 @@ def kernel_flops(frame, instruction, causal_part=0.5):
   keys, weights with values); backward 5 in one kernel, or 4 and 3 in two that each compute the weights again
   (arXiv:2205.14135, algorithms 1 and 4).
   """
-  stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
-  if stated and int(stated[1]):
-    return float(stated[1])
+  if stated := _stated_flops(instruction):
+    return stated
+  found = _attention(frame, instruction)
+  if found is None:
+    return None
+  products, count, length, keys, head_dim = found
+  return 2.0 * products * count * length * keys * head_dim * causal_part
+
+
+def _stated_flops(instruction):
+  match = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
+  return float(match[1]) if match else 0.0
+
+
+def array_overhead(frame, instruction, array, causal_part=0.5):
+  """Returns how many times longer than its FLOPs at the peak a kernel keeps the matrix unit at work, at least.
+
+  array: rows and columns of the unit.  Every product of attention has head_dim as its inner or its last dimension,
+  so that heads narrower than the unit leave the rest of it idle (How to Scale Your Model, part 2).  Blocks that a
+  causal mask cuts are computed whole; their sizes are in the kernel's metadata.
+  """
+  found = _attention(frame, instruction)
+  if found is None:
+    return 1.0
+  _, _, length, keys, head_dim = found
+  fill = min(head_dim / array, 1.0)
+  backward = '_dkv' if 'dkv' in instruction.name else '_dq' if 'dq' in instruction.name else ''
+  sizes = [re.search(rf'\bblock_{of}{backward}\W+(\d+)', instruction.attributes) for of in ('q', 'kv')]
+  if _stated_flops(instruction) or causal_part != 0.5 or length != keys or None in sizes:
+    return 1 / fill
+  rows, columns = (min(int(size[1]), length) for size in sizes)
+  computed = sum(min(-(-(first + rows) // columns) * columns, keys) * rows for first in range(0, length, rows))
+  return computed / (causal_part * length * keys) / fill
+
+
+def _attention(frame, instruction):
+  """Returns (products, rows and heads, queries, keys, head_dim) of an attention kernel, or None where it is none."""
   products = next((n for part, n in (('fwd', 2), ('dkv', 4), ('dq', 3)) if part in instruction.name), None)
   if products is None or not re.search('splash|flash', instruction.name + instruction.op_name):
     return None
@@ -312,4 +349,4 @@ def kernel_flops(frame, instruction, causal_part=0.5):
   count = 1
   for n in rows:
     count *= n
-  return 2.0 * products * count * length * keys * head_dim * causal_part
+  return products, count, length, keys, head_dim

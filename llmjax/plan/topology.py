@@ -44,6 +44,11 @@ class Topology:
     return self.chip.hbm // self.chip.devices
 
   @property
+  def array(self):
+    """Rows and columns of its matrix units (docs.cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
+    return 256 if self.chip.name in ('v6e', 'tpu7x') else 128
+
+  @property
   def device_peak(self):
     return self.chip.peak_flops / self.chip.devices
 

@@ -3,7 +3,7 @@
 import math
 
 WIDTH = 100  # Characters of a line, at most.
-PARTS = {'matmul': 'matrix products', 'other': 'other instructions', 'kernel': 'Pallas kernels, at peak',
+PARTS = {'matmul': 'matrix products', 'other': 'other instructions', 'kernel': 'Pallas kernels, at their best',
          'bubble': 'pipeline bubble', 'exposed': 'waiting for collectives'}
 MEMORY = {'parameters': 'parameters', 'optimizer': 'optimizer', 'batch': 'batch', 'gradients': 'gradients',
           'activations': 'activations kept', 'temporaries': 'temporaries', 'code': 'program'}

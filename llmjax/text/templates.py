@@ -169,15 +169,20 @@ class Rendered:
 
     Raises TemplateError when the tokenizer lacks one of the special tokens.
     """
-    special, ids, mask = tokenizer.special_ids, [], []
+    parts = self.tokens(tokenizer)
+    ids = [np.zeros(0, np.int32), *(part for _, part in parts)]
+    mask = [np.zeros(0, bool), *(np.full(len(part), piece.generated) for piece, part in parts)]
+    return np.concatenate(ids), np.concatenate(mask)
+
+  def tokens(self, tokenizer):
+    """Returns [(Piece, its ids int32 [n])], in order; errors as `encode`."""
+    special = tokenizer.special_ids
     if missing := sorted({p.text for p in self.pieces if p.control} - set(special)):
       raise TemplateError(f'the tokenizer has no special token {", ".join(missing)}; it has '
-                          f'{", ".join(special)}: use the template llmjax, or the tokenizer of that model')
-    for piece in self.pieces:
-      part = [special[piece.text]] if piece.control else tokenizer.encode(piece.text)
-      ids.append(np.asarray(part, np.int32))
-      mask.append(np.full(len(part), piece.generated))
-    return (np.concatenate(ids), np.concatenate(mask)) if ids else (np.zeros(0, np.int32), np.zeros(0, bool))
+                          f'{", ".join(special)}: use the template llmjax, or a tokenizer that was '
+                          f'trained with --config.tokenizer.special={",".join(missing)}')
+    return [(piece, np.asarray([special[piece.text]] if piece.control else tokenizer.encode(piece.text), np.int32))
+            for piece in self.pieces]
 
 
 class Renderer:

@@ -21,11 +21,11 @@ SPACE_MARK = '\u2581'
 _MAX_LINE_BYTES = 4096
 
 
-def train_tokenizer(lines, *, vocab_size, model_type='unigram', num_threads=2) -> bytes:
+def train_tokenizer(lines, *, vocab_size, model_type='unigram', num_threads=2, special=()) -> bytes:
   """Returns a SentencePiece model file trained on an iterable of str.
 
-  A unigram model depends on num_threads: keep it and record it.  Raises ValueError with one line
-  when the lines do not support the vocabulary.
+  special: control symbols besides CHAT_MARKERS.  A unigram model depends on num_threads: keep it and record
+  it.  Raises ValueError with one line when the lines do not support the vocabulary.
   """
   import sentencepiece
 
@@ -38,7 +38,7 @@ def train_tokenizer(lines, *, vocab_size, model_type='unigram', num_threads=2) -
         model_type=model_type, num_threads=num_threads, max_sentence_length=4 * _MAX_LINE_BYTES,
         byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False,
         add_dummy_prefix=False, allow_whitespace_only_pieces=True, split_digits=True,
-        user_defined_symbols=['\n'], control_symbols=list(CHAT_MARKERS), pad_id=PAD_ID,
+        user_defined_symbols=['\n'], control_symbols=list(dict.fromkeys((*CHAT_MARKERS, *special))), pad_id=PAD_ID,
         eos_id=EOS_ID, unk_id=UNK_ID, bos_id=BOS_ID, hard_vocab_limit=False, minloglevel=2)
   except (RuntimeError, OSError) as e:
     reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llmjax.adapt.lora import combine
 from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.ops.losses import CHUNK_LOGITS, chunked_cross_entropy
 from llmjax.parallel import pipeline
-from llmjax.parallel.attention import zigzag_batch
+from llmjax.parallel.attention import from_zigzag, zigzag_batch
 from llmjax.parallel.sharding import mesh_size, row_shards, sum_over_rows
 
 # Each platform's kernel.
@@ -58,54 +59,115 @@ def require_remat(name, device):
 def likelihood(model, train, platform, pipe=None):
   """Returns the loss_fn of evaluation: the targets' negative log-likelihood and nothing else."""
   return next_token(dataclasses.replace(model, balance_loss=0.0, router_z_loss=0.0),
-                    dataclasses.replace(train, z_loss=0.0), platform, pipe)
+                    dataclasses.replace(train, z_loss=0.0, neftune_alpha=0.0), platform, pipe)
+
+
+def embedding_noise(key, x, segment_ids, alpha):
+  """Returns NEFTune's noise for embeddings x [B, T, D]: U(-1, 1) * alpha / sqrt(L * D) (arXiv:2310.05914, alg. 1).
+
+  L is the real length of the sample.  In a packed row each document is one (segment_ids: int [B, T]), so packing
+  changes nothing, nor does padding; padding itself gets what its own number of places gives, and is never seen.
+  """
+  count = lambda row: jnp.bincount(row, length=row.shape[0] + 1)[row]
+  lengths = jax.vmap(count)(segment_ids)
+  scale = alpha * jax.lax.rsqrt(lengths.astype(jnp.float32) * x.shape[-1])
+  return (jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0) * scale[..., None]).astype(x.dtype)
+
+
+def with_adapters(loss_fn, specs, sees_frozen=False):
+  """Returns the loss_fn(params, batch, key, frozen) of adapters {name: adapter} on frozen['base'].
+
+  loss_fn: of the model's parameters.  specs: {name: AdapterSpec}.  sees_frozen: loss_fn takes the frozen trees as
+  well.  Dropout's key is folded from the step's.
+  """
+  def adapted(params, batch, key, frozen):
+    dropout_key = None if key is None else jax.random.fold_in(key, 1)
+    return loss_fn(combine(frozen['base'], params, specs, key=dropout_key), batch, key, *[frozen] * sees_frozen)
+
+  return adapted
+
+
+class Forward:
+  """What every objective does first: a batch through the model, as far as the final hidden states."""
+
+  def __init__(self, model, train, platform, pipe=None):
+    """pipe: see `decoder.hidden_states`."""
+    self.model, self.train, self.pipe = model, train, pipe
+    self.dtype = jnp.dtype(train.compute_dtype)
+    self.implementation = resolve_attention(train.attention, platform)
+    self.unroll = resolve_unroll(train, model.num_layers, platform)
+    # How logits are cut: see `ops.losses`.
+    self.chunking = {'soft_cap': model.logits_soft_cap or None,
+                     'chunk_logits': CHUNK_LOGITS if platform == 'cpu' else ACCELERATOR_CHUNK_LOGITS}
+
+  def use_ring(self):
+    return self.train.context_attention == 'ring' and mesh_size('context') > 1
+
+  def order(self, batch):
+    """Returns the batch in the order of tokens that the model wants on the mesh that is set."""
+    return zigzag_batch(batch) if self.use_ring() else batch
+
+  def restore(self, a):
+    """Returns an array [B, T, ...] of an ordered batch in the order of the row."""
+    return from_zigzag(a) if self.use_ring() else a
+
+  def context(self, rows, key):
+    return decoder.make_context(self.model, rows['positions'], rows['segment_ids'],
+                                implementation=self.implementation, key=key if self.model.dropout else None,
+                                zigzag=self.use_ring())
+
+  def __call__(self, params, batch, key):
+    """Returns (final normalised hidden states [B, T, D], aux) of an ordered batch.  key: None for no dropout."""
+    x, _, aux = decoder.hidden_states(
+        self.model, params, batch['tokens'], self.context(batch, key), compute_dtype=self.dtype,
+        remat=self.train.remat, unroll=self.unroll, pipe=self.pipe, perturb=self._perturb(batch, key))
+    return x, aux
+
+  def matrix(self, params):
+    """Returns (output matrix in the dtype of products, vocab_axis)."""
+    matrix, vocab_axis = decoder.output_matrix(self.model, params)
+    return matrix.astype(self.dtype), vocab_axis
+
+  def _perturb(self, batch, key):
+    if not self.train.neftune_alpha or key is None:
+      return None
+    # Another key than the layers', which are split from the same one.
+    noise_key = jax.random.fold_in(key, 0x4EF7)
+    return lambda x: x + embedding_noise(noise_key, x, batch['segment_ids'], self.train.neftune_alpha)
 
 
 def next_token(model, train, platform, pipe=None):
   """Returns the loss_fn of language modelling; its sum is in nats.  pipe: see `decoder.hidden_states`."""
-  dtype = jnp.dtype(train.compute_dtype)
-  implementation = resolve_attention(train.attention, platform)
-  unroll = resolve_unroll(train, model.num_layers, platform)
-
-  def use_ring():
-    return train.context_attention == 'ring' and mesh_size('context') > 1
-
-  def make_context(rows, key):
-    return decoder.make_context(model, rows['positions'], rows['segment_ids'],
-                                implementation=implementation, key=key if model.dropout else None,
-                                zigzag=use_ring())
+  forward = Forward(model, train, platform, pipe)
 
   def score(params, x, rows):
     """Returns (sum of losses, (weight, aux)) of final hidden states x [B, T, D]."""
-    matrix, vocab_axis = decoder.output_matrix(model, params)
+    matrix, vocab_axis = forward.matrix(params)
 
     def sums(matrix, x, targets, loss_mask):
       loss, weight, aux = chunked_cross_entropy(
-          x, matrix, targets, loss_mask, z_loss=train.z_loss, soft_cap=model.logits_soft_cap or None,
-          chunk_logits=CHUNK_LOGITS if platform == 'cpu' else ACCELERATOR_CHUNK_LOGITS, vocab_axis=vocab_axis)
+          x, matrix, targets, loss_mask, z_loss=train.z_loss, vocab_axis=vocab_axis, **forward.chunking)
       return loss, (weight, aux)
 
-    return sum_over_rows(sums, matrix.astype(dtype), x, rows['targets'], rows['loss_mask'])
+    return sum_over_rows(sums, matrix, x, rows['targets'], rows['loss_mask'])
 
   def loss_fn(params, batch, key):
-    x, _, aux = decoder.hidden_states(
-        model, params, batch['tokens'], make_context(batch, key), compute_dtype=dtype,
-        remat=train.remat, unroll=unroll, pipe=pipe)
+    x, aux = forward(params, batch, key)
     loss, (weight, names) = score(params, x, batch)
     return loss + aux.get('penalty', 0.0), (weight, {**names, **aux})
 
   def reorder(loss_fn):
-    return lambda params, batch, key: loss_fn(params, zigzag_batch(batch) if use_ring() else batch, key)
+    return lambda params, batch, key: loss_fn(params, forward.order(batch), key)
 
   if pipe is None or pipe.schedule != '1f1b':
     return reorder(loss_fn)
 
   def totals_and_gradients(params, batch, key):
     ends = {name: tree for name, tree in params.items() if name != 'blocks'}
-    layers = decoder.stage_fn(model, make_context(batch, key), train.remat, unroll)
-    first = lambda ends, rows: decoder.embed(model, ends, rows['tokens'], dtype)
+    layers = decoder.stage_fn(model, forward.context(batch, key), train.remat, forward.unroll)
+    first = lambda ends, rows: decoder.embed(model, ends, rows['tokens'], forward.dtype)
     last = lambda ends, x, rows: score(ends, decoder.final_norm(model, ends, x), rows)
-    blocks = decoder.cast(params['blocks'], dtype)
+    blocks = decoder.cast(params['blocks'], forward.dtype)
     stages = pipeline.num_stages()
     totals, (d_ends, d_blocks) = pipeline.forward_backward(
         first, layers, last, (ends, blocks), batch,

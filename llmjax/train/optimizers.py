@@ -12,8 +12,8 @@ from llmjax.train.rounding import keep_moments
 
 # Whether weight decay applies, by the last part of a parameter's path; the first pattern that matches.
 DECAY = (
-    (r'(^|/)scale$', False),
-    (r'(^|/)(table|kernel|query|key|value|out|gate|up|down|router)$', True),
+    (r'(^|/)(scale|magnitude)$', False),
+    (r'(^|/)(table|kernel|query|key|value|out|gate|up|down|router|a|b)$', True),
 )
 
 # The axes of a matrix inside a block that its input runs over, and its output's: what Muon makes
@@ -60,7 +60,7 @@ def _by_name(rows, params, missing):
   """Returns what the first row (pattern, value) that matches says of every parameter, else missing(name)."""
 
   def find(path, _):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    name = _name(path)
     for pattern, value in rows:
       if re.search(pattern, name):
         return value
@@ -104,8 +104,77 @@ OPTIMIZERS = {
 }
 
 
+def find_frozen(patterns, params):
+  """Returns True for every parameter whose path one of the patterns matches.
+
+  Raises ConfigError for a pattern that matches none, or when nothing is left to train.
+  """
+  names = _paths(params)
+  for pattern in patterns:
+    if not any(re.search(pattern, name) for name in names):
+      raise ConfigError([f'optimizer.freeze: no parameter matches {pattern!r}; there are {", ".join(names)}'])
+  frozen = _by_name([(pattern, True) for pattern in patterns], params, lambda name: False)
+  if all(jax.tree.leaves(frozen)):
+    raise ConfigError([f'optimizer.freeze={",".join(patterns)} leaves nothing to train; there are {", ".join(names)}'])
+  return frozen
+
+
+def stop_frozen(loss_fn, patterns):
+  """Returns the loss_fn with no gradient for frozen parameters, whose products are then not computed at all."""
+  if not patterns:
+    return loss_fn
+
+  def stopped(params, *arguments):
+    stop = lambda p, frozen: jax.lax.stop_gradient(p) if frozen else p
+    return loss_fn(jax.tree.map(stop, params, find_frozen(patterns, params)), *arguments)
+
+  return stopped
+
+
+def scale_rates(rates, layer_decay):
+  """Returns a transformation of finished updates: a factor for each parameter and, in the blocks, each layer.
+
+  rates: {pattern of a path: factor}.  layer_decay d: with layers 1 to L, layer l gets d^(L - l), the embedding
+  table d^L, what comes after the layers 1 (discriminative rates: arXiv:1801.06146, section 3.2, d = 1 / 2.6).
+  Raises ConfigError for a pattern that matches no parameter.
+  """
+  rows = list(rates.items())
+
+  def update(updates, params):
+    del params
+    names = _paths(updates)
+    for pattern in rates:
+      if not any(re.search(pattern, name) for name in names):
+        raise ConfigError([f'optimizer.rates: no trained parameter matches {pattern!r}; there are {", ".join(names)}'])
+    factors = _by_name(rows, updates, lambda name: 1.0)
+    layers = max([u.shape[0] for name, u in zip(names, jax.tree.leaves(updates), strict=True)
+                  if name.startswith('blocks/')], default=0)
+
+    def scale(path, u, factor):
+      name = _name(path)
+      if name.startswith('blocks/'):
+        depth = jnp.arange(layers - 1, -1, -1, dtype=u.dtype).reshape(-1, *[1] * (u.ndim - 1))
+      else:
+        depth = layers if name.startswith('embed/') else 0
+      return u * (factor * layer_decay ** depth)
+
+    return jax.tree_util.tree_map_with_path(scale, updates, factors)
+
+  return optax.stateless(update)
+
+
+def _name(path):
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _paths(params):
+  return [_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+
 def make_optimizer(spec, steps, seed=0):
-  """Returns (tx, schedule): clip by global norm, then the named rule with its schedule.
+  """Returns (tx, schedule): clip by global norm, the named rule with its schedule, factors by layer and path.
+
+  Frozen parameters are none of its business: no state, no share in the norm, an update of 0.
 
   seed: of the rounding of moments that are kept in bfloat16.
   """
@@ -114,5 +183,9 @@ def make_optimizer(spec, steps, seed=0):
                        f'{", ".join(OPTIMIZERS)}'])
   schedule = make_schedule(spec, steps)
   clip = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
-  tx = optax.chain(*clip, OPTIMIZERS[spec.name](spec, schedule))
-  return keep_moments(tx, spec.moment_dtype, seed), schedule
+  rates = [scale_rates(spec.rates, spec.layer_decay)] if spec.rates or spec.layer_decay != 1 else []
+  tx = keep_moments(optax.chain(*clip, OPTIMIZERS[spec.name](spec, schedule), *rates), spec.moment_dtype, seed)
+  if spec.freeze:
+    labels = lambda params: jax.tree.map(lambda f: 'frozen' if f else 'trained', find_frozen(spec.freeze, params))
+    tx = optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
+  return tx, schedule

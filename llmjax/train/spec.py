@@ -1,6 +1,7 @@
 """The train and optimizer groups of a config.  No JAX here."""
 
 import dataclasses
+import re
 
 from llmjax.config import setting
 
@@ -31,6 +32,9 @@ class TrainSpec:
   scan_unroll: int = setting(0, 'layers unrolled in each turn of the scan; 0: on CPU without remat all, '
                              'else 1', minimum=0)
   z_loss: float = setting(0.0, 'weight of log(Z)^2 in the loss', minimum=0.0)
+  neftune_alpha: float = setting(0.0, 'uniform noise on the embeddings while training, of this size over the root of '
+                                 "the document's length times d_model (arXiv:2310.05914); 5 is usual, 0: none",
+                                 minimum=0.0)
   log_every: int = setting(10, 'steps between lines in metrics.jsonl', minimum=1)
   eval_every: int = setting(0, 'steps between evaluations; 0: only at the end', minimum=0)
   checkpoint_every: int = setting(0, 'steps between checkpoints; 0: only at the end', minimum=0)
@@ -100,3 +104,20 @@ class OptimizerSpec:
   moment_dtype: str = setting('float32', 'of the moments between steps; bfloat16 halves their memory and is '
                               'rounded stochastically', choices=DTYPES)
   clip_norm: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', minimum=0.0)
+  freeze: tuple[str, ...] = setting((), 'parameters whose path matches one of these patterns stay as they are and have '
+                                    'no optimizer state, such as embed or blocks/.*/(query|key)')
+  rates: dict[str, float] = setting({}, "factors on the learning rate by a pattern of the parameter's path, such as "
+                                    "{'embed': 0.1}; the first that matches counts")
+  layer_decay: float = setting(1.0, 'factor on the learning rate from each layer to the one below, the embeddings '
+                               'lowest (arXiv:2003.10555, table 6)', minimum=0.0, maximum=1.0)
+
+  def problems(self):
+    for name, patterns in (('freeze', self.freeze), ('rates', self.rates)):
+      for pattern in patterns:
+        try:
+          re.compile(pattern)
+        except re.error as e:
+          yield f'{name}: {pattern!r} is not a regular expression ({e}); write a part of a path, such as embed'
+    for pattern, factor in self.rates.items():
+      if factor < 0:
+        yield f'rates[{pattern}]={factor:g}: a factor must be at least 0; to keep parameters as they are, use freeze'

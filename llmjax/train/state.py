@@ -1,5 +1,9 @@
 """TrainState, made sharded."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -13,48 +17,76 @@ from llmjax.parallel import sharding
 class TrainState:
   """All that a step reads and writes.
 
-  step: int32, optimizer steps done.  key: PRNG key that every step's randomness is folded from.
+  step: int32, optimizer steps done.  key: PRNG key that every step's randomness is folded from.  frozen: a
+  tree of arrays that the loss sees and the step passes on as they are, such as the base of adapters or a
+  reference model; None for none.  They have no gradient and no optimizer state.
   """
 
   step: jax.Array
   params: dict
   opt_state: tuple
   key: jax.Array
+  frozen: Any = None
 
 
-def init_state(model, tx, seed, param_dtype, mesh, zero=0):
-  """Returns (state, shardings); made sharded, so that no device ever holds the whole model.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What a run trains where that is not the model's own parameters.
 
-  zero: 1 shares the optimizer's state over `data` as well, 3 the parameters too.
+  init: function of a key, and of the inputs, that returns them.  names: the tree of their logical axis
+  names.  inputs: trees of arrays, or of ShapeDtypeStructs where only shapes are asked for.
   """
 
-  def init():
+  init: Callable
+  names: Any
+  inputs: tuple = ()
+
+
+def init_state(model, tx, seed, param_dtype, mesh, zero=0, trained=None, frozen=None):
+  """Returns (state, shardings); made sharded, so that no device ever holds the whole model.
+
+  zero: 1 shares the optimizer's state over `data` as well, 3 the parameters too.  trained: Trained; None:
+  the model's parameters.  frozen: a tree of arrays that lie as they are to lie.
+  """
+  trained = trained or _whole(model, param_dtype)
+
+  def init(*inputs):
     key, params_key = jax.random.split(jax.random.key(seed))
-    params = decoder.init_params(model, params_key, jnp.dtype(param_dtype))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
-                      key=jax.random.key_data(key))
+    return _make(trained.init(params_key, *inputs), tx, jax.random.key_data(key))
 
-  shardings = state_shardings(jax.eval_shape(init), decoder.param_names(model), mesh, zero)
-  return jax.jit(init, out_shardings=shardings)(), shardings
+  shardings = state_shardings(jax.eval_shape(init, *trained.inputs), trained.names, mesh, zero)
+  state = jax.jit(init, out_shardings=shardings)(*trained.inputs)
+  layout = jax.tree.map(lambda x: x.sharding, frozen)
+  return state.replace(frozen=frozen), shardings.replace(frozen=layout)
 
 
-def abstract_state(model, tx, param_dtype, mesh, zero=0):
-  """Returns the TrainState of ShapeDtypeStructs with their shardings: what a checkpoint restores into."""
+def abstract_state(model, tx, param_dtype, mesh, zero=0, trained=None):
+  """Returns the TrainState of ShapeDtypeStructs with their shardings: what a checkpoint restores into.
 
-  def init():
-    params = decoder.init_params(model, jax.random.key(0), jnp.dtype(param_dtype))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
-                      key=jax.random.key_data(jax.random.key(0)))
+  Its `frozen` is None: checkpoints leave out what does not change.
+  """
+  trained = trained or _whole(model, param_dtype)
 
-  shapes = jax.eval_shape(init)
-  shardings = state_shardings(shapes, decoder.param_names(model), mesh, zero)
+  def init(*inputs):
+    return _make(trained.init(jax.random.key(0), *inputs), tx, jax.random.key_data(jax.random.key(0)))
+
+  shapes = jax.eval_shape(init, *trained.inputs)
+  shardings = state_shardings(shapes, trained.names, mesh, zero)
   return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes,
                       shardings)
 
 
+def _whole(model, param_dtype):
+  return Trained(lambda key: decoder.init_params(model, key, jnp.dtype(param_dtype)), decoder.param_names(model))
+
+
+def _make(params, tx, key):
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
+
+
 def state_shardings(state, names, mesh, zero=0):
   """Returns the sharding of every leaf; optimizer moments follow their parameter."""
-  rules = [sharding.ZERO_RULES if zero >= stage else sharding.TRAIN_RULES for stage in (1, 3)]
+  rules = [zero_rules(zero, stage) for stage in (1, 3)]
   replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
   return TrainState(
       step=replicated,
@@ -62,3 +94,8 @@ def state_shardings(state, names, mesh, zero=0):
       opt_state=sharding.tree_shardings(
           mesh, sharding.state_names(state.opt_state, state.params, names), rules[0]),
       key=replicated)
+
+
+def zero_rules(zero, stage):
+  """Returns the sharding rules of what ZeRO's `stage` shares over `data`; zero: the stage that is asked for."""
+  return sharding.ZERO_RULES if zero >= stage else sharding.TRAIN_RULES

@@ -7,29 +7,36 @@ import optax
 from llmjax.train.guard import judge
 
 
-def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None):
+def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=1):
   """Returns step(state, batch) -> (state, metrics), pure; the caller jits it and donates the state.
 
-  loss_fn(params, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.
+  loss_fn(params, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.  A
+  state with frozen arrays gives it those too: loss_fn(params, batch, key, frozen).
   batch: leaves [B, ...].  Sums, weights and gradients are added over `accumulation` microbatches and
   divided once, so the result does not depend on how many there are (means of means would).
   metrics: float32 scalars `loss` (nats a target), `grad_norm` (before clipping), `lr`,
-  `target_tokens`, and the sums in aux divided by the weight.
+  `target_tokens` (the weight), `tokens` (all that are no padding), and the sums in aux divided by the weight.
+  together: so many rows in order, such as a pair's two, stay in one microbatch.
   guard: GuardSpec; tx is then `guard.watched`.  A bad step counts, but parameters and optimizer state stay
   as they are, to the bit; its metrics have the verdict (see `guard.judge`) as well.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-  def add_microbatches(params, batch, key):
+  def add_microbatches(state, batch, key):
+    params, frozen = state.params, () if state.frozen is None else (state.frozen,)
+
     def one(rows, index):
-      (loss, (weight, aux)), grads = grad_fn(params, rows, jax.random.fold_in(key, index))
+      (loss, (weight, aux)), grads = grad_fn(params, rows, jax.random.fold_in(key, index), *frozen)
       return loss, weight, aux, grads
 
     if accumulation == 1:
       return one(batch, 0)
     # Microbatch a takes rows a, a + A, ...: each device then finds its part of every microbatch in the
     # rows that it already holds.
-    split = lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
+    def split(x):
+      parts = x.reshape(-1, accumulation, together, *x.shape[1:]).swapaxes(0, 1)
+      return parts.reshape(accumulation, -1, *x.shape[1:])
+
     microbatches = jax.tree.map(split, batch)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], microbatches), 0)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -42,11 +49,12 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None):
 
   def train_step(state, batch):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    loss, weight, aux, grads = add_microbatches(state.params, batch, key)
-    weight = jnp.maximum(weight, 1.0)  # A batch of padding alone must not divide 0 by 0.
+    loss, weight, aux, grads = add_microbatches(state, batch, key)
+    weight = jnp.where(weight > 0, weight, 1.0)  # A batch of padding alone must not divide 0 by 0.
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    tokens = {'tokens': jnp.sum(batch['segment_ids'] != 0)} if 'segment_ids' in batch else {}
     loss, norm, updates_done, verdict = loss / weight, optax.tree.norm(grads), state.step, {}
     if guard is not None:
       before = state.opt_state
@@ -56,7 +64,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None):
                                   (params, opt_state.rule), (state.params, before.rule))
       opt_state = before._replace(rule=rule, watch=watch)
     metrics = {'loss': loss, 'grad_norm': norm, 'lr': jnp.asarray(schedule(updates_done), jnp.float32),
-               'target_tokens': weight, **{name: total / weight for name, total in aux.items()}, **verdict}
+               'target_tokens': weight, **tokens, **{name: total / weight for name, total in aux.items()}, **verdict}
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step

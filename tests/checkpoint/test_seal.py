@@ -83,7 +83,7 @@ def damages(data, rng):
     yield f'has {len(data) + 1} bytes instead of', data + b'\0'
 
 
-def test_every_damage_to_every_file_is_named(workdir):
+def test_every_damage_to_every_file_is_named(workdir, record_property):
   checkpoint, rng, count = workdir / 'checkpoints/6', np.random.default_rng(0), 0
   files = sorted(p for p in checkpoint.rglob('*') if p.is_file())
   names = {str(f.relative_to(checkpoint)) for f in files}
@@ -109,6 +109,7 @@ def test_every_damage_to_every_file_is_named(workdir):
       file.write_bytes(data)
   assert seal.find_damage(checkpoint) == []
   assert count >= 200
+  record_property('inputs', count)
 
 
 def test_a_damaged_checkpoint_is_passed_over(workdir):

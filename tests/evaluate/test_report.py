@@ -75,6 +75,12 @@ def run_folder(tmp_path):
       'bytes': 1091234, 'gzip_bits_per_byte': 2.291, 'xz_bits_per_byte': 1.972, 'step': 40}})
   _write(folder, 'time.jsonl', [{'time': 1e9, 'step': s, 'seconds': {
       'init': 3.0, 'compile': 7.0, 'step': 2.0 * s, 'other': 10.0, 'eval': 0.0}} for s in (20, 40)])
+  row = {'kind': 'TPU v5p', 'chips': 64, 'seconds': 7200.0, 'chip_hours': 128.0, 'kwh': 52.5, 'kg_co2': None,
+         'money': 537.6, 'watts_per_chip': 376.0, 'watts_source': 'cost.chip_watts', 'pue': 1.09, 'currency': 'USD',
+         'grid_grams_per_kwh': 0.0, 'price_per_chip_hour': 4.2}
+  _write(folder, 'energy.json', {'sittings': [row, row], 'total': {
+      'seconds': 14400.0, 'chip_hours': 256.0, 'kwh': 105.0, 'kg_co2': None, 'money': 1075.2,
+      'unknown': {'kg_co2': {'seconds': 14400.0, 'field': 'cost.grid_grams_per_kwh'}}}})
   _write(folder, 'environment.json', {
       'device_kind': 'cpu', 'device_count': 1, 'git': 'abc1234',
       'command': 'llmjax pretrain --workdir=small', 'versions': {'jax': '0.12.0'}})
@@ -95,7 +101,9 @@ def test_the_page_shows_the_numbers_of_the_files(run_folder):
       '1,020', '25 %', '1 min 40 s', '3.000',  # Median speed; MFU; sum of time.jsonl's last line; last loss.
       '80.0 %', 'Goodput 80.0 %', '19.910', '2.9912', '412,331', '1,834', '15 (12 empty, 3 invalid utf8)', '2.63',
       'dot.7', '62.5 %', 'jit(step)/dot_general', 'abc1234', '0.12.0', 'optimizer', '0.003',
-      'llmjax pretrain --workdir=small', '1 × cpu'):
+      'llmjax pretrain --workdir=small', '1 × cpu',
+      '256 chip-hours', '105 kWh 376 W a chip (cost.chip_watts), PUE 1.09', '1,075 USD', '2 sittings, 4 h 0 min in all',
+      'Carbon not known set cost.grid_grams_per_kwh'):
     assert shown in page.text, shown
   assert 'Not in this folder' not in page.text
 

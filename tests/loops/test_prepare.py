@@ -9,7 +9,7 @@ import pytest
 from llmjax import config
 from llmjax.data import corpus, prepared, stream, token_store
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec, TokenizerSpec
-from llmjax.loops import prepare
+from llmjax.loops import prepare, progress
 
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / 'shared' / 'data'
 LINES = [f'The {word} of number {i} is written here, in one line of text.' for i in range(300)
@@ -225,7 +225,7 @@ def test_the_same_tokenizer_for_another_corpus(texts, tmp_path):
 
 def test_progress_lines(monkeypatch):
   output = io.StringIO()
-  show = prepare.Progress(output)
+  show = progress.Stages(output)
   for i in range(1, 2001):
     show('tokens of train', i, 2000)
   show('tokenizer', 0, None)

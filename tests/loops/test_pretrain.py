@@ -61,6 +61,36 @@ def folder(tmp_path_factory):
   return folder
 
 
+SAME_STEP = """
+import sys
+import jax
+from llmjax import main
+from llmjax.loops import harness, mesh, pretrain
+
+lowered = harness.lower_step
+def compare(step, state, batch):
+  text = lowered(step, state, batch).as_text()
+  spec, _ = main.parse(main.COMMANDS['pretrain'], sys.argv[2:])
+  spec = pretrain.resolve(spec)
+  planned = lowered(*mesh.abstract_pretraining(spec, harness.jax.sharding.get_mesh())).as_text()
+  print('the same step' if planned == text else 'another step', len(text))
+  sys.exit(0)
+
+harness.lower_step = compare
+main.main(sys.argv[1:])
+"""
+
+
+def test_what_is_planned_is_the_very_step_that_is_trained(folder):
+  """The StableHLO of `llmjax plan` and `llmjax mesh` is that of the run, guard and all, to the letter."""
+  done = subprocess.run(
+      [sys.executable, '-c', SAME_STEP, 'pretrain', '--config=recipe.py', '--workdir=same', *TINY,
+       '--config.guard.spike_threshold=10', '--config.train.steps=6'],
+      cwd=folder, env={**os.environ, 'PYTHONPATH': str(ROOT)}, text=True, capture_output=True, check=False)
+  assert 'the same step' in done.stdout, done.stdout + done.stderr
+  assert int(done.stdout.split()[-1]) > 10_000
+
+
 def test_the_run_folder(folder):
   run = folder / 'whole'
   losses = rows(run, 'train/loss')
@@ -73,7 +103,14 @@ def test_the_run_folder(folder):
     assert set(rows(run, f'eval/validation/{key}')) == {6}
   assert sorted(p.name for p in (run / 'checkpoints').iterdir()) == ['3', '6']
   assert json.loads((run / 'samples.jsonl').read_text().splitlines()[0])['prompt'] == 'the cat'
-  assert '<html' in (run / 'report.html').read_text()
+  page = (run / 'report.html').read_text()
+  assert '<html' in page
+  assert 'Energy and cost' in page
+  assert 'set cost.chip_watts' in page  # No table has the power of this CPU.
+  energy = json.loads((run / 'energy.json').read_text())
+  spent = json.loads((run / 'time.jsonl').read_text().splitlines()[-1])['seconds']
+  assert energy['total']['seconds'] == pytest.approx(sum(spent.values()), abs=0.1)
+  assert energy['total']['chip_hours'] == pytest.approx(energy['total']['seconds'] / 3600)
   assert any((run / 'tensorboard').iterdir())
   assert json.loads((run / 'config.json').read_text())['model']['vocab_size'] % 128 == 0
   assert 'is done: step 6 of 6' in pretrain(folder, 'whole', 6)

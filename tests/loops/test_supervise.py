@@ -74,6 +74,20 @@ if attempt == 0:
   assert all(child.poll() is not None for group in made.groups for child in group.children)
 
 
+def test_the_one_that_was_killed_is_named_and_not_the_one_that_missed_it(runs):
+  """Processes that end together may be noticed in another order than they ended."""
+  made = runs("""
+if rank == 1:
+  while not os.path.exists('left'):
+    time.sleep(0.001)
+  os.kill(os.getpid(), signal.SIGKILL)
+open('left', 'w').close()
+os._exit(1)
+""", hang=60.0)
+  assert made.run(2) == 128 + signal.SIGKILL
+  assert made.said[0].startswith('process 1 of 2 ended with signal SIGKILL')
+
+
 def test_a_hang_is_seen_and_says_who_is_late(runs, tmp_path):
   made = runs('''
 heart.beat(1, waited=True)

@@ -60,25 +60,44 @@ def test_chunked_loss_and_gradients(vocab_axis, chunk, soft_cap, z_loss):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize('vocab_axis, chunk, soft_cap', [(1, None, None), (0, 4, 2.0)])
-def test_token_logprobs_and_gradients(vocab_axis, chunk, soft_cap):
+@pytest.mark.parametrize('vocab_axis, chunk, soft_cap, temperature, words, entropy', [
+    (1, None, None, 1.0, None, False), (0, 4, 2.0, 0.7, 11, True), (1, 3, None, 1.5, None, True)])
+def test_token_logprobs_and_gradients(vocab_axis, chunk, soft_cap, temperature, words, entropy):
   x, w, targets, weights = draw(vocab_axis)
+  targets = jnp.minimum(targets, (words or WORDS) - 1)
 
   def ours(x, w):
-    logprobs = losses.token_logprobs(x, w, targets, soft_cap=soft_cap, chunk=chunk,
-                                     vocab_axis=vocab_axis)
-    return jnp.sum(weights * jnp.exp(logprobs)), logprobs
+    found = losses.token_logprobs(
+        x, w, targets, soft_cap=soft_cap, chunk=chunk, vocab_axis=vocab_axis, temperature=temperature,
+        vocab_size=words, entropy=entropy)
+    logprobs, entropies = found if entropy else (found, jnp.zeros(targets.shape))
+    return jnp.sum(weights * (jnp.exp(logprobs) + 3 * jnp.square(entropies))), (logprobs, entropies)
 
   def plain(x, w):
-    logprobs = jax.nn.log_softmax(make_logits(x, w, soft_cap, vocab_axis))
-    return jnp.sum(weights * jnp.exp(jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0]))
+    logits = make_logits(x, w, soft_cap, vocab_axis)[..., :words] / temperature
+    logprobs = jax.nn.log_softmax(logits)
+    entropies = -jnp.sum(jnp.exp(logprobs) * logprobs, -1) * entropy
+    return jnp.sum(weights * (jnp.exp(jnp.take_along_axis(logprobs, targets[..., None], -1)[..., 0])
+                              + 3 * jnp.square(entropies)))
 
-  grads, logprobs = jax.jit(jax.grad(ours, argnums=(0, 1), has_aux=True))(x, w)
-  expected = numpy_logprobs(make_logits(x, w, soft_cap, vocab_axis), targets)[0]
+  grads, (logprobs, entropies) = jax.jit(jax.grad(ours, argnums=(0, 1), has_aux=True))(x, w)
+  logits = make_logits(x, w, soft_cap, vocab_axis)[..., :words] / temperature
+  expected, _ = numpy_logprobs(logits, targets)
   assert logprobs.dtype == jnp.float32
   np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+  if entropy:
+    p = np.asarray(jax.nn.softmax(logits), np.float64)
+    np.testing.assert_allclose(entropies, -(p * np.log(p)).sum(-1), atol=1e-5)
   for got, want in zip(grads, jax.grad(plain, argnums=(0, 1))(x, w), strict=True):
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_logprobs_never_hold_the_logits_of_the_batch():
+  shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (
+      ((4, 1024, 32), jnp.float32), ((32, 4096), jnp.float32), ((4, 1024), jnp.int32))]
+  total = lambda *a: sum(map(jnp.sum, losses.token_logprobs(*a, chunk=64, entropy=True)))
+  compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 24 * 2**20  # All of them are 64 MiB.
 
 
 def test_masked_targets_change_nothing():

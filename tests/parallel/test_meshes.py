@@ -172,7 +172,7 @@ def test_accumulation_inside_a_pipeline():
 @pytest.mark.slow
 @pytest.mark.parametrize('source', [
     'data2 fsdp2 tensor2', pytest.param('stage2 fsdp2 tensor2', marks=pytest.mark.slow)])
-def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp_path):
+def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp_path, record_property):
   tx = optax.adamw(1e-3)
 
   def sizes(name):
@@ -195,6 +195,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp
       assert jax.tree.all(jax.tree.map(lambda f, a: f.sharding == a.sharding, found, abstract)), name
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)
   checkpoints.close()
+  record_property('inputs', len(MESHES))
 
 
 @pytest.mark.slow

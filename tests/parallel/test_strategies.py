@@ -6,14 +6,12 @@ import math
 import jax
 import pytest
 
-from llmjax.loops.mesh import abstract_batch, compile_step
+from llmjax.loops.mesh import compile_step
 from llmjax.loops.spec import LayoutSpec
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.spec import MeshSpec, PipelineSpec
 from llmjax.plan.collectives import find_collectives, largest_replicated
-from llmjax.train.optimizers import make_optimizer
-from llmjax.train.state import abstract_state
 
 L, B, T, D, N, F, V = 2, 16, 128, 64, 8, 192, 512
 DENSE = ModelSpec(num_layers=L, d_model=D, num_heads=N, mlp_dim=F, vocab_size=V)
@@ -30,9 +28,7 @@ def collectives(model, pipe=None, **sizes):
       train=dataclasses.replace(spec.train, batch_size=B, compute_dtype='float32'),
       data=dataclasses.replace(spec.data, seq_len=T))
   mesh = make_mesh(spec.mesh)
-  tx, schedule = make_optimizer(spec.optimizer, 10)
-  state = abstract_state(model, tx, 'float32', mesh, spec.mesh.zero)
-  compiled = compile_step(spec, mesh, tx, schedule, state, abstract_batch(spec, mesh))
+  compiled = compile_step(spec, mesh)
   found = {}
   for c in find_collectives(compiled.as_text(), mesh):
     if c.bytes > TINY:

@@ -72,10 +72,12 @@ class Mesh:
     self.shape, self.size = {'data': 1, 'fsdp': 4}, 4
 
 
-def play(gathered):
-  topology = parse_topology('v5p:4x4x4')
-  text = TEXT.replace('GATHERED', str(gathered)).replace('GATHER', str(gathered // 4))
-  return topology, Program(text, Mesh(), topology, [Place(0, (i, 0, 0), 0) for i in range(4)])
+def play(gathered, name='v5p:4x4x4', blocks=''):
+  topology = parse_topology(name)
+  text = TEXT.replace('\\"block_q\\": 512', blocks or '\\"block_q\\": 512')
+  text = text.replace('GATHERED', str(gathered)).replace('GATHER', str(gathered // 4))
+  places = [Place(0, (i, 0, 0)[:len(topology.shape)], 0) for i in range(4)]
+  return topology, Program(text, Mesh(), topology, places)
 
 
 @pytest.mark.parametrize('gathered', [4 << 20, 400 << 20])
@@ -100,6 +102,22 @@ def test_time_is_cycles_kernels_and_what_is_not_hidden(gathered):
   assert end == pytest.approx(body.totals.seconds)
   assert sorted((t.collective.kind, t.asynchronous, t.runs, t.collective.axes) for t in program.transfers) == [
       ('all-gather', True, 8, ('fsdp',)), ('all-reduce', False, 8, ('fsdp',))]
+
+
+@pytest.mark.parametrize(('name', 'blocks', 'overhead'), [
+    ('v5p:4x4x4', '', 1),  # Heads of 128 fill a unit of 128 x 128.
+    ('v6e:4x4', '', 2),  # One of 256 x 256 to a half.
+    # Four rows of blocks of 128 x 256 compute 1, 1, 2, 2 of 2 columns: 6 of 8, where the mask needs a half.
+    ('v5p:4x4x4', r'\"block_q\": 128, \"block_kv\": 256, \"block_kv_compute\": 64', 1.5),
+    ('v6e:4x4', r'\"block_q\": 128, \"block_kv\": 256', 3),
+    ('v5p:4x4x4', r'\"block_q_dkv\": 128, \"block_kv_dkv\": 256', 1)])  # Of another kernel.
+def test_kernels_take_as_long_as_the_matrix_unit_needs(name, blocks, overhead):
+  topology, program = play(4 << 20, name, blocks)
+  flops = 2 * 2 * 2 * 4 * 512 * 512 * 128 / 2
+  (kernel,) = program.kernels
+  assert kernel.flops == flops
+  assert kernel.seconds == pytest.approx(overhead * flops / topology.device_peak)
+  assert program.totals.kernel == pytest.approx(8 * kernel.seconds)
 
 
 def test_what_a_loop_keeps_has_the_name_of_its_maker():

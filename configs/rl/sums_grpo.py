@@ -1,0 +1,15 @@
+"""GRPO on sums of two digits: from 3 right answers of 10 to more than 9.  Needs configs/rl/sums_base.py's run."""
+
+from ml_collections import config_dict
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.data = dict(sources={'data/sums_prompts': 1.0}, seq_len=16)
+  c.train = dict(init_from='runs/sums', steps=60, batch_size=256, log_every=5, eval_every=30,
+                 compute_dtype='float32')
+  c.optimizer = dict(lr=1e-3, schedule='constant', weight_decay=0.0)
+  c.rl = dict(prompts=32, group=8, max_new_tokens=4, rewards={'maths': 1.0})
+  c.policy = dict(name='grpo')
+  c.evaluate = dict(limit=100)
+  return c

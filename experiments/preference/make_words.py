@@ -1,0 +1,61 @@
+"""Writes a planted preference: chat.jsonl of random words, and pairs of answers of which one has more of some words.
+
+  python experiments/preference/make_words.py data/words [--flipped=0.2]
+
+A base model that is trained on chat.jsonl says each of 16 words equally often.  The better answer of a pair is the one
+with more of the 4 preferred words; `--flipped` exchanges so many of the training pairs.  pairs_test.jsonl is clean.
+"""
+
+import argparse
+import json
+import pathlib
+import random
+
+WORDS = ('ant bee cat dog elk fox gnu hen ibis jay koi lynx mole newt owl pig').split()
+PREFERRED = frozenset(WORDS[::4])
+LENGTH = 12  # Words of an answer.
+
+
+def draw(rng):
+  return ' '.join(rng.choices(WORDS, k=LENGTH))
+
+
+def count(answer):
+  """Returns how many of the words are preferred ones."""
+  return sum(word in PREFERRED for word in answer.split())
+
+
+def make_pair(rng):
+  while True:
+    answers = sorted((draw(rng), draw(rng)), key=count)
+    if count(answers[0]) < count(answers[1]):
+      return answers[1], answers[0]
+
+
+def write(path, rows):
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('output', type=pathlib.Path)
+  parser.add_argument('--pairs', type=int, default=4000)
+  parser.add_argument('--flipped', type=float, default=0.0)
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args()
+  rng = random.Random(args.seed)
+  args.output.mkdir(parents=True, exist_ok=True)
+  write(args.output / 'chat.jsonl', [{'prompt': f'list {i}:', 'completion': ' ' + draw(rng)} for i in range(6000)])
+
+  def pairs(count, flipped):
+    for i in range(count):
+      pair = make_pair(rng)
+      chosen, rejected = pair[::-1] if rng.random() < flipped else pair
+      yield {'prompt': f'list {i}:', 'chosen': ' ' + chosen, 'rejected': ' ' + rejected}
+
+  write(args.output / 'pairs.jsonl', pairs(args.pairs, args.flipped))
+  write(args.output / 'pairs_test.jsonl', pairs(400, 0.0))
+
+
+if __name__ == '__main__':
+  main()

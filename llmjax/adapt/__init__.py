@@ -1,0 +1,1 @@
+"""Parameters to parameters: adapters (LoRA, rsLoRA, DoRA) and quantised frozen weights."""

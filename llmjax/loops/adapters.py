@@ -1,0 +1,106 @@
+"""What a training loop does for adapters: their frozen base, and what trains beside it."""
+
+import contextlib
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.adapt.lora import adapter_names, combine, count, init_adapter
+from llmjax.adapt.quantize import quantize_tree
+from llmjax.checkpoint import bases
+from llmjax.checkpoint.checkpoints import find_step, is_adapter, require_good, restore_params
+from llmjax.config import ConfigError
+from llmjax.model import decoder
+from llmjax.parallel.sharding import tree_shardings
+from llmjax.train.objectives import with_adapters
+from llmjax.train.state import Trained, zero_rules
+
+
+def initial_checkpoint(source):
+  """Returns the folder of the checkpoint that train.init_from names, a run's newest good one or itself.
+
+  Raises ConfigError when it is neither, is damaged, or holds adapters alone.
+  """
+  folder = pathlib.Path(source)
+  if (folder / 'checkpoints').exists():
+    folder = folder / 'checkpoints' / str(find_step(folder))
+  if not (folder / 'params').exists():
+    raise ConfigError([f"train.init_from={source} is neither a run's folder nor one of its "
+                       'checkpoints'])
+  require_good(folder)
+  if is_adapter(folder):
+    raise ConfigError([f'train.init_from={source} holds an adapter alone; put it into its base first: '
+                       f'llmjax adapter merge --workdir={source} --output=FOLDER'])
+  return folder
+
+
+def restore_initial(source, folder, abstract):
+  """Returns the parameters of a checkpoint, laid out as abstract is; ConfigError when they are another model's.
+
+  A value head that it does not have is left out.
+  """
+  try:
+    return restore_params(folder, abstract)
+  except ValueError as e:
+    if 'value' in abstract:
+      with contextlib.suppress(ValueError):
+        return restore_params(folder, {name: tree for name, tree in abstract.items() if name != 'value'})
+    raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
+
+
+class Adapting:
+  """The adapters that a run trains, by its spec; `base` says which frozen base they are for, once it is loaded."""
+
+  def __init__(self, spec, mesh, base=None):
+    """spec: a command's, with `adapter.kind` set.  base: as a checkpoint has recorded it, or None."""
+    self.spec, self.mesh, self.base = spec, mesh, base
+    self.specs = {spec.adapter.name: spec.adapter}
+
+  def load_frozen(self):
+    """Returns {'base': parameters}, sharded, and quantised if the spec says so."""
+    train = self.spec.train
+    folder = bases.find_base(self.base, train.init_from) if self.base else initial_checkpoint(train.init_from)
+    require_good(folder)
+    base = restore_initial(train.init_from, folder, self._abstract_base())
+    self.base = self.base or bases.identify(folder)
+    return {'base': self._quantize(base)}
+
+  def abstract_frozen(self):
+    """Returns the ShapeDtypeStructs, with shardings, of `load_frozen`."""
+    return {'base': self._quantize(self._abstract_base())}
+
+  def trained(self, frozen=None):
+    """Returns the Trained of fresh adapters on frozen parameters, or of their shapes."""
+    frozen = frozen or self.abstract_frozen()
+    dtype, adapter = jnp.dtype(self.spec.train.param_dtype), self.spec.adapter
+    init = lambda key, base: {adapter.name: init_adapter(adapter, base, key, dtype)}
+    names = {adapter.name: adapter_names(adapter, decoder.param_names(self.spec.model))}
+    return Trained(init, names, (frozen['base'],))
+
+  def loss_fn(self, loss_fn, sees_frozen=False):
+    """Returns the loss of adapters and frozen arrays for a loss of the model's parameters."""
+    return with_adapters(loss_fn, self.specs, sees_frozen)
+
+  def parameters(self, state):
+    """Returns a state's parameters as the model takes them."""
+    return combine(state.frozen['base'], state.params, self.specs)
+
+  def describe(self, state):
+    """Returns in words what trains."""
+    return f'{self.spec.adapter.kind} {count(state.params)[1] / 1e6:.2f} M of them trained'
+
+  def _abstract_base(self):
+    spec = self.spec
+    shapes = jax.eval_shape(functools.partial(decoder.init_params, spec.model,
+                                              param_dtype=jnp.dtype(spec.train.param_dtype)), jax.random.key(0))
+    return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes,
+                        self._place(decoder.param_names(spec.model)))
+
+  def _quantize(self, base):
+    kind = self.spec.adapter.quantize
+    return quantize_tree(base, kind, decoder.param_names(self.spec.model), self._place) if kind else base
+
+  def _place(self, names):
+    return tree_shardings(self.mesh, names, zero_rules(self.spec.mesh.zero, 3))

@@ -1,0 +1,34 @@
+"""`llmjax finetune`: a run's model goes on with conversations, with pairs of answers, or with other text."""
+
+import dataclasses
+
+from llmjax.config import ConfigError
+from llmjax.data import stream
+from llmjax.generate.spec import CHAT_TEMPLATE
+from llmjax.loops import pairs, pretrain, start
+from llmjax.parallel import distributed
+from llmjax.text.templates import TemplateError
+
+
+def run(spec, options):
+  """Trains what the spec says in options.workdir; returns the exit status."""
+  if spec.prefers:
+    return start.run(spec, options, pairs.preference_job, pairs.open_batches)
+  return start.run(spec, options, make_job)
+
+
+def make_job(spec, mesh, batches, workdir):
+  """Returns pretraining's job, its samples asked as the chat template asks."""
+  job = pretrain.make_job(spec, mesh, batches, workdir)
+  chat = stream.chat_format(spec.data)
+  if chat is None:
+    return job  # Text alone: a model moves to another domain.
+  try:
+    with chat:
+      if distributed.is_first():
+        chat.save(workdir / CHAT_TEMPLATE)
+      ask = lambda text: chat.prompt([{'role': 'user', 'content': text}])
+      sample = pretrain.make_sampler(spec, mesh, ask, chat.stop_ids)
+  except TemplateError as e:
+    raise ConfigError([f'sample.prompts: {e}']) from e
+  return dataclasses.replace(job, sample=sample)

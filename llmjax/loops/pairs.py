@@ -1,0 +1,147 @@
+"""What training on pairs of answers shares: batches of pairs, held-out pairs, the reference's log-probabilities.
+
+Rows 2 i and 2 i + 1 of a batch are the better and the worse answer to one prompt; train.batch_size counts pairs.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.checkpoint.checkpoints import restore_params
+from llmjax.data import stream
+from llmjax.evaluate import pairs
+from llmjax.generate.spec import CHAT_TEMPLATE
+from llmjax.loops import harness
+from llmjax.loops.adapters import initial_checkpoint
+from llmjax.model import decoder
+from llmjax.parallel import distributed
+from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
+from llmjax.parallel.sharding import tree_shardings
+from llmjax.rl import objective
+from llmjax.rl.spec import FREE_LOSSES, UNPAIRED_LOSSES
+
+REFERENCE = 'ref_logprobs'
+
+
+def open_batches(spec, mesh):
+  """Returns the stream of the run's batches of pairs."""
+  return stream.open_pairs(spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
+                           blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
+
+
+def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
+  """Returns the harness.Job of a loss_fn on pairs.
+
+  columns: {split: {field: float32 [pairs, 2]}} for the splits that are evaluated.  options: of the Job.
+  """
+  eval_step = jax.jit(lambda params, batch, *frozen: loss_fn(params, batch, None, *frozen))
+
+  def evaluator(split):
+    def evaluate(params, *frozen):
+      found = read_split(spec, mesh, split, (columns or {}).get(split), spec.evaluate.limit)
+      return pairs.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params, found)
+
+    return evaluate
+
+  return harness.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, together=2,
+                     evaluators={split: evaluator(split) for split in spec.evaluate.splits},
+                     describe=make_describer(spec, batches), **{'sample': None, **options})
+
+
+def read_split(spec, mesh, split, columns=None, limit=0):
+  """Yields the batches, on the devices, with every pair of a split once; at most `limit` pairs where it is not 0."""
+  shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)
+  size = -(-(spec.evaluate.batch_size or spec.train.batch_size) // shards) * shards
+  for batch in stream.eval_pairs(spec.data, split, size, -(-limit // size) or None, blocks=batch_blocks(mesh),
+                                 block_count=batch_shards(mesh), columns=columns):
+    yield place_batch(mesh, batch)
+
+
+def make_describer(spec, batches):
+  """Returns a function of a batch's number to its pairs as text."""
+
+  def describe(number):
+    tokenizer = stream.load_tokenizer(spec.data)
+    return [{'source': row['source'], 'pair': row['row'],
+             'text': dict(zip(('chosen', 'rejected'), map(tokenizer.decode, row['tokens']), strict=True))}
+            for row in batches.describe(number)]
+
+  return describe
+
+
+def keep_template(spec, workdir):
+  """Writes the chat template of the pairs into the run's folder; returns its ChatFormat."""
+  chat = stream.chat_format(spec.data)
+  if distributed.is_first():
+    chat.save(workdir / CHAT_TEMPLATE)
+  return chat
+
+
+# The reference: the model that training begins with.
+
+
+def load_initial(spec, mesh):
+  """Returns the parameters of train.init_from, laid out as those that are trained, less a value head."""
+  model = dataclasses.replace(spec.model, value_head=False)
+  dtype = jnp.dtype(spec.train.param_dtype)
+  shapes = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0), dtype))
+  layout = tree_shardings(mesh, decoder.param_names(model))
+  abstract = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, layout)
+  return restore_params(initial_checkpoint(spec.train.init_from), abstract)
+
+
+def preference_job(spec, mesh, batches, workdir):
+  """Returns the harness.Job of the spec's preference loss, and its reference as the spec wants it."""
+  with keep_template(spec, workdir):
+    pass
+  platform, vocab_size = mesh.devices.flat[0].platform, stream.vocab_size(spec.data)
+  arguments = (spec.preference, spec.model, spec.train, platform, spec.pipeline, vocab_size)
+  unpaired = spec.preference.loss in UNPAIRED_LOSSES
+  loss_fn = (objective.make_unpaired_loss if unpaired else objective.make_pair_loss)(*arguments)
+  if spec.preference.loss in FREE_LOSSES:
+    return make_job(spec, mesh, batches, loss_fn)
+  score = objective.make_sequence_logprobs(*arguments)
+  if spec.preference.reference == 'precomputed':
+    tables = score_reference(spec, mesh, score, workdir)
+    batches.attach(REFERENCE, tables['train'])
+    return make_job(spec, mesh, batches, loss_fn, {split: {REFERENCE: t} for split, t in tables.items()})
+  name = 'base' if spec.preference.reference == 'adapters_off' else 'reference'
+
+  def with_reference(params, batch, key, frozen):
+    found = {REFERENCE: score(frozen[name], batch)}
+    if spec.preference.loss == 'kto':
+      found[objective.MISMATCHED] = score(frozen[name], objective.mismatch(batch))
+    return loss_fn(params, {**batch, **jax.lax.stop_gradient(found)}, key)
+
+  load = None if name == 'base' else lambda: {name: load_initial(spec, mesh)}
+  return make_job(spec, mesh, batches, with_reference, sees_frozen=True, load_frozen=load)
+
+
+def score_reference(spec, mesh, score, workdir):
+  """Returns {split: float32 [pairs, 2]}: the sums of the reference's log-probabilities over all answers, in nats.
+
+  They are made once and kept in the run's folder, with the fingerprint of the data that they are of.
+  """
+  folder, tables, params = pathlib.Path(workdir) / 'reference', {}, None
+  for split in dict.fromkeys(('train', *spec.evaluate.splits)):
+    file = folder / f'{split}-{stream.fingerprint(spec.data, split)[:16]}-{spec.preference.length_weight:g}.npy'
+    if not file.exists():
+      if params is None:
+        params = load_initial(spec, mesh)
+      with jax.set_mesh(mesh):
+        step = jax.jit(score, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        parts = [step(params, batch) for batch in read_split(spec, mesh, split)]
+      table = np.concatenate([np.asarray(p) for p in parts]).reshape(-1, 2)
+      table = table[:stream.count_pairs(spec.data, split)]  # What is behind is padding.
+      if distributed.is_first():
+        folder.mkdir(exist_ok=True)
+        np.save(file.with_suffix('.partial.npy'), table)
+        file.with_suffix('.partial.npy').replace(file)
+      tables[split] = table
+    else:
+      tables[split] = np.load(file, allow_pickle=False)
+    distributed.wait_for_all(f'the reference of {split}')
+  return tables

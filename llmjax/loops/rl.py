@@ -1,0 +1,93 @@
+"""`llmjax rl`: a run's model learns from what its own answers are worth."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.checkpoint.checkpoints import load_params
+from llmjax.config import ConfigError
+from llmjax.data import prepared, stream
+from llmjax.generate.decode import Generator
+from llmjax.generate.spec import CHAT_TEMPLATE
+from llmjax.loops import harness, start
+from llmjax.loops.pairs import load_initial
+from llmjax.loops.spec import run_folder
+from llmjax.model import decoder
+from llmjax.parallel import distributed
+from llmjax.parallel.sharding import tree_shardings
+from llmjax.rl import objective, rollout
+from llmjax.rl.source import RolloutSource
+
+
+def run(spec, options):
+  """Trains what the spec says in options.workdir; returns the exit status."""
+  # Dropout and noise would make the policy that is trained another one than the policy that answered.
+  model = dataclasses.replace(spec.model, dropout=0.0, value_head=spec.policy.advantages == 'gae')
+  train = dataclasses.replace(spec.train, neftune_alpha=0.0)
+  return start.run(dataclasses.replace(spec, model=model, train=train), options, make_job, open_prompts)
+
+
+def open_prompts(spec, mesh, split='train', count=None):
+  """Returns the stream of the prompts of iterations, the same on every process; none leaves too little room."""
+  data = dataclasses.replace(spec.data, seq_len=spec.data.seq_len + 1 - spec.rl.max_new_tokens)
+  return stream.open_prompts(data, batch_size=count or spec.rl.prompts, seed=spec.train.seed, split=split)
+
+
+def make_job(spec, mesh, prompts, workdir):
+  """Returns the harness.Job of the spec's policy loss on rollouts."""
+  tokenizer = stream.load_tokenizer(spec.data)
+  with stream.chat_format(spec.data) as chat:
+    stop_ids = chat.stop_ids
+    if distributed.is_first():
+      chat.save(workdir / CHAT_TEMPLATE)
+  scorer = rollout.Scorer(spec.model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
+                          temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size)
+  score = reward_model(spec, mesh) if 'model' in spec.rl.rewards else None
+  reference = None
+  if spec.rl.reference:
+    reference = load_initial(spec, mesh)
+  source = RolloutSource(spec, mesh, prompts, tokenizer, workdir, stop_ids=stop_ids, scorer=scorer,
+                         reference=reference, score=score)
+  loss_fn = objective.make_policy_loss(
+      spec.policy, spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline,
+      temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size, max_length=spec.rl.max_new_tokens,
+      value_coef=spec.policy.value_coef if spec.model.value_head else 0.0, value_clip=spec.policy.value_clip)
+  return harness.Job(
+      spec=spec, mesh=mesh, batches=source, loss_fn=loss_fn, describe=source.describe, sample=None,
+      evaluators={split: functools.partial(evaluate, spec, mesh, tokenizer, stop_ids, score, split)
+                  for split in spec.evaluate.splits})
+
+
+def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params):
+  """Returns the mean reward of the likeliest answers to a split's prompts, evaluate.limit of them."""
+  count = open_prompts(spec, mesh, split, 1).rows_per_epoch
+  prompts = next(open_prompts(spec, mesh, split, min(spec.evaluate.limit or count, count)))
+  generator = Generator(spec.model, params, jnp.dtype(spec.train.compute_dtype), mesh,
+                        vocab_size=tokenizer.vocab_size)
+  made = generator.generate([np.asarray(p['ids'], np.int32) for p in prompts], spec.rl.max_new_tokens,
+                            stop_ids=stop_ids)
+  answers = [rollout.answer_of(tokenizer, p, tokens[:n], stop_ids)
+             for p, tokens, n in zip(prompts, made.tokens, made.lengths, strict=True)]
+  parts, raw, _ = rollout.judge(spec.rl, answers, score)
+  return {'reward': float(raw.mean()), **{f'reward/{name}': float(np.mean(v)) for name, v in parts.items()},
+          'ended': float(np.mean([a.ended for a in answers])), 'tokens': float(made.lengths.mean())}
+
+
+def reward_model(spec, mesh):
+  """Returns the function of Answers to the scores of the reward model in spec.rl.reward_model."""
+  folder = spec.rl.reward_model
+  params, model, _, _ = load_params(
+      folder, shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
+  if not model.value_head:
+    raise ConfigError([f'rl.reward_model={folder} is no reward model: it was trained without model.value_head'])
+  ours, theirs = (run_folder(f) / 'tokenizer.model' for f in (spec.train.init_from, folder))
+  if prepared.file_sha256(ours) != prepared.file_sha256(theirs):
+    raise ConfigError([f'rl.reward_model={folder} has another tokenizer than train.init_from={spec.train.init_from}; '
+                       'train it on data prepared with that one'])
+  scorer = rollout.EndScorer(model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
+                             length=spec.data.seq_len + 1)
+  return lambda answers: scorer(params, [a.ids for a in answers])
+
+

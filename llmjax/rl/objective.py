@@ -1,0 +1,246 @@
+"""From a model and a batch to token log-probabilities and values, and the loss_fn of each kind of training.
+
+Letters: B rows, T tokens, D width.  Each loss_fn(params, batch, key) -> (sum, (weight, aux)) is for the one train
+step; batches are dicts of [B, T] arrays, and [B] where a row has one of something.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.model import decoder
+from llmjax.ops.losses import token_logprobs
+from llmjax.parallel.sharding import by_rows
+from llmjax.rl import policy, preference, reward
+from llmjax.train.objectives import Forward
+
+
+class TokenScores(NamedTuple):
+  """logprobs, entropies: float32 [B, T], nats; entropies None where not asked for.  hidden: [B, T, D]."""
+
+  logprobs: jax.Array
+  entropies: jax.Array | None
+  hidden: jax.Array
+  aux: dict
+
+
+def score_tokens(forward, params, batch, key=None, *, temperature=1.0, entropy=False, vocab_size=None):
+  """Returns the TokenScores of an ordered batch: what the model says of batch['targets'].
+
+  forward: a train.objectives.Forward.  temperature: divides the logits before the softmax, as in the sampler that
+  drew the targets.  vocab_size: the tokenizer's, where the model's is rounded up.  No device holds the logits of all.
+  """
+  x, aux = forward(params, batch, key)
+  matrix, vocab_axis = forward.matrix(params)
+
+  def score(matrix, x, targets):
+    return token_logprobs(x, matrix, targets, temperature=temperature, entropy=entropy, vocab_size=vocab_size,
+                          vocab_axis=vocab_axis, **forward.chunking)
+
+  found = by_rows(score, x, batch['targets'], weights=matrix)
+  return TokenScores(*(found if entropy else (found, None)), x, aux)
+
+
+def _with_penalty(loss, weight, aux, batch):
+  """Returns the loss with the penalty of a router, which is a sum over tokens: as large a part of it as elsewhere."""
+  if 'penalty' not in aux:
+    return loss
+  tokens = jnp.maximum(jnp.sum(batch['segment_ids'] != 0), 1)
+  return loss + aux['penalty'] * weight / tokens
+
+
+def make_pair_loss(spec, model, train, platform, pipe=None, vocab_size=None):
+  """Returns the loss_fn of a PreferenceSpec's pairs.
+
+  batch: rows 2 i and 2 i + 1 are the better and the worse answer to one prompt, loss_mask marks the answers, and
+  `ref_logprobs`, float32 [B], has the reference's sums over them (as `sequence_logprobs` makes) unless the loss
+  needs none.  The weight is the number of pairs; a pair without a marked token counts nowhere.
+  """
+  forward = Forward(model, train, platform, pipe)
+
+  def loss_fn(params, batch, key):
+    batch = forward.order(batch)
+    scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
+    sums, lengths = preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch))
+    raw, _ = preference.sum_logprobs(scores.logprobs, batch['loss_mask'])
+    reference = batch.get('ref_logprobs', jnp.zeros_like(sums))
+    halves = lambda a: (a[0::2], a[1::2])
+    pairs = preference.Pairs(*halves(sums), *halves(reference), *halves(lengths))
+    weights = (jnp.minimum(*halves(lengths)) > 0).astype(jnp.float32)
+    loss, weight, aux = preference.pair_loss(spec, pairs, weights, _of_pairs(batch, 'probability'))
+    aux['chosen_logprob'] = jax.lax.stop_gradient(jnp.sum(weights * raw[0::2]))
+    aux['rejected_logprob'] = jax.lax.stop_gradient(jnp.sum(weights * raw[1::2]))
+    return _with_penalty(loss, weight, scores.aux, batch), (weight, {**aux, **scores.aux})
+
+  return loss_fn
+
+
+# The reference's sums over the answers of `mismatch`, a field of KTO's batches.
+MISMATCHED = 'ref_logprobs_mismatched'
+
+
+def make_unpaired_loss(spec, model, train, platform, pipe=None, vocab_size=None):
+  """Returns the loss_fn of a PreferenceSpec that takes single answers; batches as of `make_pair_loss`.
+
+  The better answer of a pair counts as good, the worse one as bad.  For loss kto batches also have `MISMATCHED`, the
+  reference's sums over `mismatch(batch)`.  The weight is the number of answers.
+  """
+  forward = Forward(model, train, platform, pipe)
+
+  def sums(params, batch, key):
+    batch = forward.order(batch)
+    scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
+    return *preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch)), scores.aux
+
+  def loss_fn(params, batch, key):
+    logprobs, lengths, model_aux = sums(params, batch, key)
+    good = jnp.arange(len(logprobs)) % 2 == 0
+    weights, kl = (lengths > 0).astype(jnp.float32), 0.0
+    if spec.loss == 'kto':
+      other, count, _ = sums(jax.lax.stop_gradient(params), mismatch(batch), None)
+      kl = preference.mismatched_kl(other, batch[MISMATCHED], (count > 0).astype(jnp.float32))
+    loss, weight, aux = preference.unpaired_loss(spec, logprobs, batch['ref_logprobs'], good, kl, weights)
+    return _with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})
+
+  return loss_fn
+
+
+def mismatch(batch):
+  """Returns the batch with each row's prompt before the answer of the row two further on: to another prompt.
+
+  What a row cannot hold is cut off.  Source: KTO, arXiv:2402.01306, section 4.1.
+  """
+  length = batch['tokens'].shape[1]
+  place = jnp.arange(length)
+  # A target belongs to the answer from here on; the input before it is the last one of the prompt.
+  first = jnp.argmax(batch['loss_mask'] != 0, axis=1)[:, None]
+  ends = jnp.max(jnp.where(batch['segment_ids'] != 0, place + 1, 0), axis=1)[:, None]
+  other = lambda a: jnp.roll(a, -2, axis=0)
+  source = place - first + other(first)  # Where an answer's place lies in the other row.
+  answers = place >= first
+  inside = (source >= 0) & (source < jnp.minimum(other(ends), length))
+  take = lambda a: jnp.take_along_axis(other(a), jnp.clip(source, 0, length - 1), axis=1)
+  real = jnp.where(answers, inside, True)
+  # The input at `first` is still the prompt's last token.
+  tokens = jnp.where(place > first, take(batch['tokens']), batch['tokens'])
+  return {**batch, 'tokens': jnp.where(real, tokens, 0),
+          'targets': jnp.where(real, jnp.where(answers, take(batch['targets']), batch['targets']), 0),
+          'loss_mask': jnp.where(answers & inside, take(batch['loss_mask']), 0.0),
+          'segment_ids': jnp.where(real, 1, 0).astype(batch['segment_ids'].dtype),
+          'positions': jnp.where(real, place, 0).astype(batch['positions'].dtype)}
+
+
+def _of_pairs(batch, name):
+  """Returns what a batch says of its pairs, float32 [P], or None."""
+  return batch[name][0::2] if name in batch else None
+
+
+def answer_weights(spec, batch):
+  """Returns the weights [B, T] with which a PreferenceSpec adds up the log-probabilities of answers."""
+  mask = (batch['loss_mask'] != 0).astype(jnp.float32)
+  if spec.length_weight == 1.0:
+    return mask
+  # By place in the answer, which its position tells in any order of tokens.
+  first = jnp.min(jnp.where(mask != 0, batch['positions'], jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+  lengths = jnp.sum(mask, axis=1)
+  common = jnp.repeat(jnp.minimum(lengths[0::2], lengths[1::2]), 2)[:, None]
+  return jnp.where(batch['positions'] - first < common, mask, spec.length_weight * mask)
+
+
+def make_sequence_logprobs(spec, model, train, platform, pipe=None, vocab_size=None):
+  """Returns the function (params, batch) -> float32 [B] that makes `ref_logprobs` of a batch, without gradient."""
+  forward = Forward(model, train, platform, pipe)
+
+  def sequence_logprobs(params, batch):
+    batch = forward.order(batch)
+    scores = score_tokens(forward, params, batch, vocab_size=vocab_size)
+    return preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch))[0]
+
+  return sequence_logprobs
+
+
+def make_reward_loss(model, train, platform, pipe=None, *, centring=0.0):
+  """Returns the loss_fn of a reward model (a model with value_head) on pairs of rows, as `make_pair_loss` has them.
+
+  batch['margin'], float32 [B], may say how far a pair's scores are to be apart; its first row's counts.
+  """
+  forward = Forward(model, train, platform, pipe)
+
+  def loss_fn(params, batch, key):
+    batch = forward.order(with_last_target(batch))
+    x, model_aux = forward(params, batch, key)
+    scores = end_scores(params, x, batch)
+    some = (jnp.max(batch['loss_mask'], axis=1) > 0)
+    weights = (some[0::2] & some[1::2]).astype(jnp.float32)
+    loss, weight, aux = reward.bradley_terry(scores[0::2], scores[1::2], _of_pairs(batch, 'margin'), centring, weights,
+                                             _of_pairs(batch, 'probability'))
+    return _with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})
+
+  return loss_fn
+
+
+def with_last_target(batch):
+  """Returns a batch of one document a row whose inputs end with the last target: a reward model reads the end, too.
+
+  A row without room for one more token keeps what it has.
+  """
+  before = lambda a: jnp.pad(a, ((0, 0), (1, 0)))[:, :-1]
+  end = (batch['segment_ids'] == 0) & (before(batch['segment_ids']) != 0)
+  put = lambda name, new: jnp.where(end, new.astype(batch[name].dtype), batch[name])
+  return {**batch, 'tokens': put('tokens', before(batch['targets'])),
+          'segment_ids': put('segment_ids', before(batch['segment_ids'])),
+          'positions': put('positions', before(batch['positions']) + 1)}
+
+
+def make_end_scores(model, train, platform, pipe=None):
+  """Returns the function (params, batch) -> float32 [B] of what a reward model says of rows, their last target too."""
+  forward = Forward(model, train, platform, pipe)
+
+  def scores(params, batch):
+    batch = forward.order(with_last_target(batch))
+    return end_scores(params, forward(params, batch, None)[0], batch)
+
+  return scores
+
+
+def end_scores(params, x, batch):
+  """Returns float32 [B], the value head's number at each row's last token, wherever padding lies.
+
+  The last token is the input of the highest position; it need not be the last of the array.
+  """
+  values = decoder.token_values(params, x)
+  real = batch['segment_ids'] != 0
+  last = jnp.max(jnp.where(real, batch['positions'], -1), axis=1, keepdims=True)
+  return jnp.sum(jnp.where(real & (batch['positions'] == last), values, 0.0), axis=1)
+
+
+def make_policy_loss(spec, model, train, platform, pipe=None, *, temperature=1.0, vocab_size=None, value_coef=0.0,
+                     value_clip=0.2, max_length=None, entropy=False):
+  """Returns the loss_fn of a PolicySpec, and of the value head where value_coef is above 0.
+
+  batch: loss_mask marks the sampled tokens; `old_logprobs` and `advantages`, [B, T], are of the policy that drew
+  them; `ref_logprobs` [B, T] is there when the KL is wanted, `old_values` and `returns` [B, T] for the value head.
+  entropy: report the policy's entropy also where it is no part of the loss.
+  """
+  forward = Forward(model, train, platform, pipe)
+  entropy = entropy or spec.entropy_coef > 0
+
+  def loss_fn(params, batch, key):
+    batch = forward.order(batch)
+    scores = score_tokens(forward, params, batch, key, temperature=temperature, entropy=entropy,
+                          vocab_size=vocab_size)
+    mask = batch['loss_mask']
+    loss, weight, aux = policy.policy_loss(
+        spec, scores.logprobs, batch['old_logprobs'], batch['advantages'], mask,
+        ref_logprobs=batch.get('ref_logprobs'), entropies=scores.entropies, max_length=max_length)
+    if value_coef:
+      values = decoder.token_values(params, scores.hidden)
+      # Weighed as the policy's tokens are, so that both are divided by the same weight.
+      weights, _ = policy.token_weights(spec.average, (mask != 0).astype(jnp.float32), max_length)
+      value, _, value_aux = policy.value_loss(values, batch['old_values'], batch['returns'], weights, value_clip)
+      loss = loss + value_coef * value
+      aux = {**aux, **value_aux, 'value_loss': jax.lax.stop_gradient(value)}
+    return _with_penalty(loss, weight, scores.aux, batch), (weight, {**aux, **scores.aux})
+
+  return loss_fn

@@ -1,0 +1,204 @@
+"""The groups `preference`, `policy` and `rl` of a config.  No JAX here."""
+
+import dataclasses
+import re
+
+from llmjax.config import setting
+
+PAIR_LOSSES = ('sigmoid', 'robust', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'bco_pair', 'sppo_hard', 'aot',
+               'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sigmoid_norm', 'sft', 'cpo', 'simpo', 'orpo')
+UNPAIRED_LOSSES = ('kto', 'apo_zero_unpaired')
+# What sees more than one pair at a time: the loss then depends on which rows a microbatch holds.
+BATCH_LOSSES = ('aot', 'aot_unpaired', 'kto')
+# What needs no reference model.
+FREE_LOSSES = ('sft', 'cpo', 'simpo', 'orpo')
+# What is made of the difference of two scores, and so takes another divergence, or flipped labels.
+DIVERGENCES = ('reverse_kl', 'forward_kl', 'js', 'alpha')
+DIVERGENCE_LOSSES = ('sigmoid', 'robust', 'hinge', 'ipo', 'exo_pair', 'discopop', 'sigmoid_norm')
+SMOOTHED_LOSSES = ('sigmoid', 'robust', 'exo_pair', 'aot', 'aot_unpaired', 'cpo', 'simpo')
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceSpec:
+  """What is learnt from pairs of a better and a worse answer, or from answers that are good or bad."""
+
+  loss: str = setting('sigmoid', 'sigmoid is DPO, with label_smoothing cDPO; kto and apo_zero_unpaired take single '
+                      'answers; orpo, simpo, cpo and sft need no reference', choices=PAIR_LOSSES + UNPAIRED_LOSSES)
+  reference: str = setting('precomputed', 'the model that training begins with: its log-probabilities of all answers '
+                           'beforehand (precomputed), a second model in memory (copy), or the base of the adapters '
+                           'that are trained (adapters_off)', choices=('precomputed', 'copy', 'adapters_off'))
+  beta: float = setting(0.1, 'how much a change of log-probability counts; less moves the model further (ipo: tau; '
+                        'orpo: weight of the odds ratio)', minimum=0.0)
+  label_smoothing: float = setting(0.0, 'part of the labels that are wrong (sigmoid, robust, aot, cpo, simpo), or '
+                                   "exo_pair's epsilon", minimum=0.0, maximum=0.5)
+  divergence: str = setting('reverse_kl', 'from the reference (arXiv:2309.16240)', choices=DIVERGENCES)
+  alpha: float = setting(0.5, 'of the alpha divergence; 1 is reverse_kl', minimum=0.0)
+  length_weight: float = setting(1.0, 'of the tokens by which one answer is longer than the other (LD-DPO, '
+                                 'arXiv:2409.06411); 1: like all others', minimum=0.0, maximum=1.0)
+  margin: float = setting(0.5, 'simpo: gamma, how far apart the answers are to be', minimum=0.0)
+  discopop_tau: float = setting(0.05, 'discopop: temperature of its mixture', minimum=0.0)
+  sft_weight: float = setting(0.0, "of the better answer's negative log-likelihood per token, as an added term "
+                              '(arXiv:2404.19733); orpo has it with weight 1 anyway', minimum=0.0)
+  desirable_weight: float = setting(1.0, 'kto: of good answers', minimum=0.0)
+  undesirable_weight: float = setting(1.0, 'kto: of bad answers', minimum=0.0)
+
+  def problems(self):
+    if not self.beta:
+      yield 'beta=0.0 leaves nothing to learn; write beta=0.1'
+    if self.loss == 'exo_pair' and not self.label_smoothing:
+      yield 'label_smoothing=0.0 makes exo_pair infinite; write label_smoothing=0.001'
+    if self.loss == 'robust' and self.label_smoothing == 0.5:
+      yield 'label_smoothing=0.5 says that labels tell nothing; write less, such as label_smoothing=0.1'
+    if self.label_smoothing and self.loss not in SMOOTHED_LOSSES:
+      yield (f'label_smoothing={self.label_smoothing} has no part in loss={self.loss}; leave it out, or write loss='
+             f'{" or ".join(SMOOTHED_LOSSES)}')
+    if self.divergence != 'reverse_kl' and self.loss not in DIVERGENCE_LOSSES:
+      yield (f'divergence={self.divergence} has no part in loss={self.loss}; leave it out, or write loss='
+             f'{" or ".join(DIVERGENCE_LOSSES)}')
+    if self.loss == 'discopop' and not self.discopop_tau:
+      yield 'discopop_tau=0.0 divides by zero; write discopop_tau=0.05'
+
+
+# What papers call a policy loss; a config's own fields come on top.
+NAMED = {
+    'ppo': {'average': 'token', 'advantages': 'gae'},  # arXiv:1707.06347
+    'grpo': {'average': 'sequence'},  # arXiv:2402.03300, eq. 3
+    'bnpo': {'average': 'token'},  # GRPO over all tokens
+    'dapo': {'average': 'token', 'clip_high': 0.28},  # arXiv:2503.14476
+    'dr_grpo': {'average': 'constant', 'scale': 'none'},  # arXiv:2503.20783
+    'gspo': {'ratio': 'sequence', 'average': 'sequence', 'clip_low': 3e-4,
+             'clip_high': 4e-4},  # arXiv:2507.18071, section 5.1
+    'rloo': {'ratio': 'trajectory', 'average': 'sequence', 'advantages': 'others', 'scale': 'none'},  # arXiv:2402.14740
+    'cispo': {'surrogate': 'cispo', 'average': 'token', 'clip_high': 4.0},  # arXiv:2506.13585
+    'sapo': {'surrogate': 'sapo', 'average': 'sequence'},  # arXiv:2511.20347
+    'vespo': {'surrogate': 'vespo', 'average': 'token'},  # arXiv:2602.10693
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelSpec:
+  """How a reward model learns from pairs."""
+
+  centring: float = setting(0.01, 'weight of (chosen + rejected)^2, which holds the mean score at 0 '
+                            '(arXiv:2312.09244); 0: none', minimum=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySpec:
+  """The policy loss: advantages, which surrogate, of which ratio, averaged how."""
+
+  name: str = setting('grpo', 'start from this loss; other fields change it', choices=tuple(NAMED))
+  advantages: str = setting('mean', "how much better than expected: than the mean of a prompt's answers (GRPO), than "
+                            'the mean of the others (RLOO), or than a value head says (gae, PPO)',
+                            choices=('mean', 'others', 'gae'))
+  scale: str = setting('group', 'advantages are divided by the standard deviation of the rewards of this',
+                       choices=('group', 'batch', 'none'))
+  surrogate: str = setting('clip', 'what a ratio and an advantage give: clip (PPO), cispo, sapo, vespo, or reinforce',
+                           choices=('clip', 'cispo', 'sapo', 'vespo', 'reinforce'))
+  ratio: str = setting('token', "of a token; of the sequence as its tokens' geometric mean (GSPO); of the whole "
+                       'trajectory as their product (RLOO)', choices=('token', 'sequence', 'trajectory'))
+  average: str = setting('token', "of all tokens alike (DAPO); of sequences, each its tokens' mean (GRPO); of "
+                         "sequences, each its tokens' sum over max_new_tokens (constant, Dr. GRPO); of sequences, each "
+                         "its tokens' sum (sum)", choices=('token', 'sequence', 'constant', 'sum'))
+  clip_low: float = setting(0.2, 'how far below 1 a ratio counts', minimum=0.0, maximum=1.0)
+  clip_high: float = setting(0.0, 'how far above 1 a ratio counts; 0: as far as below (DAPO: 0.28; CISPO: the '
+                             'largest ratio less 1)', minimum=0.0)
+  clip_ratio: float = setting(0.0, 'largest ratio also where the advantage is negative (two-sided, '
+                              'arXiv:2505.07291); 0: none', minimum=0.0)
+  kl_coef: float = setting(0.0, 'weight of the KL from the reference in the loss', minimum=0.0)
+  kl_estimator: str = setting('k3', 'of the KL in the loss', choices=('k1', 'k2', 'k3', 'abs'))
+  entropy_coef: float = setting(0.0, "weight of the policy's entropy, which the loss takes away", minimum=0.0)
+  temperatures: tuple[float, ...] = setting((1.0, 1.05), 'sapo: of advantages above 0, and of the others')
+  gammas: tuple[float, ...] = setting((2.0, 3.0, 3.0, 2.0), 'vespo: k and lambda of advantages from 0, and of others')
+  discount: float = setting(1.0, 'gae: what a reward one token later is worth', minimum=0.0, maximum=1.0)
+  decay: float = setting(0.95, 'gae: lambda; 0 trusts the value head, 1 the rewards', minimum=0.0, maximum=1.0)
+  value_coef: float = setting(0.1, 'gae: weight of the value loss', minimum=0.0)
+  value_clip: float = setting(0.2, 'gae: how far a value is believed to move in an iteration; 0: any way', minimum=0.0)
+  whiten_rewards: bool = setting(False, 'gae: bring rewards to variance 1')
+  whiten_advantages: bool = setting(True, 'gae: bring advantages to mean 0 and variance 1')
+
+  @classmethod
+  def base(cls, values):
+    """Returns the fields that the loss named in `values` sets."""
+    name = values.get('name', 'grpo')
+    return NAMED.get(name, {}) if isinstance(name, str) else {}
+
+  @property
+  def high(self):
+    return self.clip_high or self.clip_low
+
+  def problems(self):
+    if len(self.temperatures) != 2 or min(self.temperatures) <= 0:
+      yield f'temperatures={self.temperatures} must be two numbers above 0, such as 1.0,1.05'
+    if len(self.gammas) != 4:
+      yield f'gammas={self.gammas} must be four numbers, such as 2.0,3.0,3.0,2.0'
+
+
+REWARDS = ('maths', 'exact', 'doctest', 'regex', 'format', 'length', 'model')
+
+
+@dataclasses.dataclass(frozen=True)
+class RlSpec:
+  """Rollouts, and what they are worth."""
+
+  prompts: int = setting(16, 'prompts of an iteration', minimum=1)
+  group: int = setting(8, 'answers to each prompt', minimum=1)
+  epochs: int = setting(1, 'times that an iteration trains on its rows, train.batch_size of them a step', minimum=1)
+  max_new_tokens: int = setting(64, 'tokens of an answer, the end included', minimum=1)
+  temperature: float = setting(1.0, 'divides the logits, of the sampler and of the loss alike', minimum=0.01)
+  top_p: float = setting(1.0, 'sample among the most likely tokens that hold this much probability. Below 1 the '
+                         'sampler draws from another distribution than the one that is trained', minimum=0.01,
+                         maximum=1.0)
+  top_k: int = setting(0, 'sample among this many most likely tokens; 0: all. As for top_p', minimum=0)
+  rewards: dict[str, float] = setting(
+      {'maths': 1.0}, f'what an answer is worth, and with what weight: {", ".join(REWARDS)}')
+  pattern: str = setting('', 'regex: what must be found in the answer; {answer} stands for the right one')
+  format: str = setting('', 'format: what the whole answer must match')
+  length: int = setting(0, 'length: tokens of the ideal answer; the reward falls to 0 at none and at twice as many',
+                        minimum=0)
+  reward_model: str = setting('', "model: a reward model's run folder")
+  overlong_tokens: int = setting(0, 'the last tokens before max_new_tokens, over which a reward falls by 1 (DAPO); 0: '
+                                 'none', minimum=0)
+  missing_eos_penalty: float = setting(0.0, 'taken from the reward of an answer without an end', minimum=0.0)
+  mask_truncated: bool = setting(False, 'learn nothing from an answer without an end')
+  kl_coef: float = setting(0.0, 'weight of the KL from the reference in the rewards, token by token (PPO)', minimum=0.0)
+  kl_estimator: str = setting('k1', 'of the KL in the rewards', choices=('k1', 'k2', 'k3', 'abs'))
+  kl_target: float = setting(0.0, 'KL of a sequence, in nats, that kl_coef is adapted to hold; 0: kl_coef is fixed',
+                             minimum=0.0)
+  kl_horizon: int = setting(10_000, 'sequences in which kl_coef adapts', minimum=1)
+  reference: bool = setting(True, 'keep the model that training begins with, to measure the KL from it')
+  rounds: int = setting(1, "times that other prompts are drawn, at most, in place of those whose answers are all "
+                        "worth the same (DAPO's dynamic sampling); 1: none are", minimum=1)
+  tolerance: float = setting(1e-5, "how far the sampler's and the trainer's log-probabilities may differ, relative to "
+                             'those above 1; only with compute_dtype=float32 is a larger difference an error',
+                             minimum=0.0)
+
+  @property
+  def rows(self):
+    """Rows of an iteration."""
+    return self.prompts * self.group
+
+  def problems(self):
+    if not self.rewards:
+      yield f'rewards is empty; write some of {", ".join(REWARDS)}, such as rewards.maths=1'
+    for name in self.rewards:
+      if name not in REWARDS:
+        yield f'rewards: {name!r} is not one; write some of {", ".join(REWARDS)}'
+    for name, field in (('regex', 'pattern'), ('format', 'format'), ('length', 'length'), ('model', 'reward_model')):
+      value = getattr(self, field)
+      if name in self.rewards and not value:
+        yield f'{field} is missing: rewards has {name}'
+      if value and name not in self.rewards:
+        yield f'{field} has no part in these rewards; add rewards.{name}=1, or leave it out'
+    for field in ('pattern', 'format'):
+      try:
+        re.compile(getattr(self, field).replace('{answer}', 'x'))
+      except re.error as e:
+        yield f'{field} is no regular expression: {e}'
+    if self.overlong_tokens > self.max_new_tokens:
+      yield (f'overlong_tokens={self.overlong_tokens} is more than max_new_tokens={self.max_new_tokens}; write '
+             f'{max(self.max_new_tokens // 4, 1)} for a quarter')
+    if self.kl_target and not self.kl_coef:
+      yield f'kl_target={self.kl_target} needs a kl_coef to begin with, such as kl_coef=0.1'
+    if not self.reference and self.kl_coef:
+      yield 'reference=False leaves nothing to measure the KL from; write kl_coef=0, or reference=True'

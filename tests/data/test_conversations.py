@@ -1,0 +1,255 @@
+"""Conversations, pairs and prompts from their records to batches."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from llmjax import config
+from llmjax.config import ConfigError
+from llmjax.data import conversations, corpus, packing, prepared, stream, token_store
+from llmjax.data.spec import DataSpec, PrepareSpec, TokenizerSpec
+
+USER, SAID = {'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}
+SAID2 = {'role': 'assistant', 'content': 'b'}
+
+
+def normal(kind, record):
+  return json.loads(conversations.normaliser(kind)(record))
+
+
+@pytest.mark.parametrize('record', [
+    {'messages': [USER, SAID]}, {'messages': {'role': ['user', 'assistant'], 'content': ['q', 'a']}},
+    {'conversations': [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]},
+    {'prompt': 'q', 'completion': 'a'}, {'prompt': [USER], 'completion': [SAID]}, {'prompt': b'q', 'response': b'a'},
+    {'instruction': 'q', 'input': '', 'output': 'a'}, {'instruction': 'q', 'output': 'a', 'input': None}])
+def test_every_form_of_a_chat(record):
+  assert normal('chat', record) == {'messages': [USER, SAID]}
+
+
+def test_an_instruction_and_its_input_are_one_message():
+  made = normal('chat', {'instruction': 'Sort', 'input': '3 1', 'output': '1 3'})
+  assert made['messages'][0]['content'] == 'Sort\n\n3 1'
+
+
+@pytest.mark.parametrize('record', [
+    {'prompt': 'q', 'chosen': 'a', 'rejected': 'b'}, {'instruction': 'q', 'chosen': 'a', 'rejected': 'b', 'output': 'x'},
+    {'prompt': [USER], 'chosen': [SAID], 'rejected': [SAID2]},
+    {'chosen': [USER, SAID], 'rejected': [USER, SAID2]},
+    {'prompt': [USER], 'chosen': [USER, SAID], 'rejected': [USER, SAID2]}])
+def test_every_form_of_a_pair(record):
+  assert normal('pairs', record) == {'prompt': [USER], 'chosen': [SAID], 'rejected': [SAID2]}
+
+
+@pytest.mark.parametrize('record', [
+    {'prompt': 'q', 'answer': '4'}, {'question': 'q', 'answer': 4}, {'messages': [USER], 'answer': '4'}])
+def test_every_form_of_a_prompt(record):
+  assert normal('prompts', record) == {'prompt': [USER], 'answer': '4'}
+
+
+@pytest.mark.parametrize(('kind', 'record', 'reason'), [
+    ('chat', {'text': 'x'}, 'no messages; conversations; prompt and completion; or instruction, input and output (found'),
+    ('chat', [1], 'the record is no object'),
+    ('chat', {'messages': []}, 'messages must be a list'),
+    ('chat', {'messages': 'x'}, 'messages must be a list'),
+    ('chat', {'messages': [{'role': 'user'}]}, 'a message has no content'),
+    ('chat', {'messages': [{'role': 'user', 'content': 3}]}, 'content holds int, not text'),
+    ('chat', {'messages': [{**USER, 'weight': 1}]}, 'only the assistant is trained'),
+    ('chat', {'messages': [{**SAID, 'weight': -1}]}, 'must be a number from 0 on'),
+    ('chat', {'messages': [{**SAID, 'weight': True}]}, 'must be a number from 0 on'),
+    ('chat', {'prompt': 'a\0', 'completion': 'x'}, 'NUL byte'),
+    ('pairs', {'prompt': 'q', 'chosen': 'a', 'rejected': 'a'}, 'chosen and rejected are the same'),
+    ('pairs', {'chosen': 'a', 'rejected': 'b'}, 'no prompt before'),
+    ('pairs', {'prompt': 'q', 'chosen': [USER], 'rejected': 'b'}, 'holds no message of the assistant'),
+    ('prompts', {'prompt': 'q'}, 'and answer')])
+def test_bad_records_get_a_reason(kind, record, reason):
+  with pytest.raises(ValueError) as e:
+    conversations.normaliser(kind)(record)
+  assert reason in str(e.value)
+
+
+def write_chats(path, count, seed=0):
+  rng = np.random.default_rng(seed)
+  words = 'the model reads a row of tokens and learns what comes next from every document'.split()
+  say = lambda: ' '.join(rng.choice(words, rng.integers(2, 12)))
+  path.write_text(''.join(json.dumps(
+      {'messages': [m for _ in range(rng.integers(1, 3)) for m in (
+          {'role': 'user', 'content': say()}, {'role': 'assistant', 'content': f'{say()} {i}'})]}) + '\n'
+      for i in range(count)))
+  return path
+
+
+@pytest.fixture(scope='module')
+def chats(tmp_path_factory, small_folder):
+  """A prepared folder of 80 conversations with the tokenizer of small_folder; some records are bad."""
+  root, output = tmp_path_factory.mktemp('chats'), tmp_path_factory.mktemp('prepared') / 'out'
+  file = write_chats(root / 'chats.jsonl', 80)
+  with open(file, 'a') as f:
+    f.write('{"messages": 3}\nno JSON\n' + json.dumps({'text': 'x'}) + '\n')
+  (root / 'README.md').write_text('No records here.')
+  spec = PrepareSpec(source='text_dir', path=str(root), records='chat', output=str(output),
+                     tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
+  corpus.prepare(spec)
+  return str(output)
+
+
+def test_a_prepared_folder_of_chats(chats):
+  manifest = prepared.read_manifest(chats)
+  assert prepared.kind(manifest) == 'chat' and manifest['template']['special']
+  assert manifest['quarantine'] == {'byte_order_marks_removed': 0, 'records': 3, 'reasons': {
+      'messages must be a list of objects with role and content': 1, 'no messages; conversations; prompt and completion;'
+      ' or instruction, input and output': 1, 'not JSON': 1}}
+  places = [(r['file'], r['line']) for r in map(json.loads, open(prepared.quarantine_path(chats)))]
+  assert places == [('chats.jsonl', 81), ('chats.jsonl', 82), ('chats.jsonl', 83)]
+  assert sum(s['documents'] for s in manifest['splits'].values()) == 80
+  assert set(manifest['splits']) == set(prepared.SPLITS)
+  tokenizer = stream.load_tokenizer(DataSpec(sources={chats: 1.0}))
+  for split, counts in manifest['splits'].items():
+    store = token_store.TokenStore(prepared.tokens_path(chats, split))
+    chat = stream.chat_format(DataSpec(sources={chats: 1.0}))
+    documents = list(stream.read_documents(chats, split))
+    assert counts['trained'] == int((store.weights > 0).sum())
+    with chat:
+      for number, (_, text) in enumerate(documents):
+        ids, weights = chat.encode(json.loads(text)['messages'])
+        np.testing.assert_array_equal(store[number], ids)
+        np.testing.assert_array_equal(store.weights[store.offsets[number]:store.offsets[number + 1]], weights)
+        said = ''.join(m['content'] for m in json.loads(text)['messages'] if m['role'] == 'assistant')
+        assert tokenizer.decode(ids[weights > 0]) == said
+
+
+def test_splits_do_not_depend_on_order_or_file(chats, tmp_path, small_folder):
+  lines = write_chats(tmp_path / 'all.jsonl', 80).read_text().splitlines()
+  (tmp_path / 'x').mkdir()
+  (tmp_path / 'x' / 'b.json').write_text('[' + ',\n'.join(lines[40:][::-1]) + ']')  # As an array, the other way round.
+  (tmp_path / 'x' / 'a.ndjson').write_text('\n'.join(lines[:40]))
+  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'x'), records='chat', output=str(tmp_path / 'out'),
+                     tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
+  corpus.prepare(spec)
+  for split in prepared.SPLITS:
+    assert ({t for _, t in stream.read_documents(tmp_path / 'out', split)}
+            == {t for _, t in stream.read_documents(chats, split)})
+
+
+@pytest.mark.parametrize(('record', 'template', 'shown'), [
+    ({'messages': [USER]}, 'llmjax', "data.jsonl#30 has no trained token: '<s><|user|>q<|end|>'"),
+    ({'messages': [USER, {**SAID, 'weight': 0}]}, 'llmjax',
+     "data.jsonl#30 has no trained token: '<s><|user|>q<|end|><|assistant|>a<|end|>'"),
+    ({'messages': [USER, SAID]}, 'own.jinja', '{% generation %} and {% endgeneration %}')])
+def test_a_sample_without_a_trained_token_is_an_error(tmp_path, monkeypatch, small_folder, record, template, shown):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'own.jinja').write_text('{% for m in messages %}{{ m.content }}{% endfor %}')
+  write_chats(tmp_path / 'data.jsonl', 29)
+  with open(tmp_path / 'data.jsonl', 'a') as f:
+    f.write(json.dumps(record) + '\n')
+  spec = PrepareSpec(source='text_dir', path='data.jsonl', records='chat', output='out', template=template,
+                     tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
+  with pytest.raises(ConfigError) as e:
+    corpus.prepare(spec)
+  assert shown in '\n'.join(e.value.problems)
+  assert not prepared.is_prepared('out')
+
+
+def test_a_tokenizer_of_its_own_knows_the_template(tmp_path):
+  write_chats(tmp_path / 'data.jsonl', 60)
+  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records='chat', template='chatml',
+                     output=str(tmp_path / 'out'), tokenizer=TokenizerSpec(vocab_size=340, sample_lines=500))
+  corpus.prepare(spec)
+  tokenizer = stream.load_tokenizer(DataSpec(sources={str(tmp_path / 'out'): 1.0}))
+  assert '<|im_end|>' in tokenizer.special_ids
+  assert len(tokenizer.encode('{"messages"')) > 6  # It saw what is said, not the JSON around it.
+
+
+def write_pairs(path, count=40):
+  path.write_text(''.join(json.dumps({'prompt': f'q {i}', 'chosen': f'good {i}', 'rejected': f'bad row {i}'}) + '\n'
+                          for i in range(count)))
+
+
+def prepare_records(tmp_path, small_folder, records):
+  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records=records, output=str(tmp_path / 'out'),
+                     tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
+  corpus.prepare(spec)
+  return str(tmp_path / 'out')
+
+
+def test_pairs_stay_together(tmp_path, small_folder):
+  write_pairs(tmp_path / 'data.jsonl')
+  folder = prepare_records(tmp_path, small_folder, 'pairs')
+  spec = DataSpec(sources={folder: 1.0}, seq_len=32)
+  tokenizer = stream.load_tokenizer(spec)
+  batches = stream.open_pairs(spec, batch_size=4, seed=1)
+  batch = next(batches)
+  assert {name: v.shape for name, v in batch.items()} == dict.fromkeys(packing.FIELDS, (8, 32))
+  for i in range(4):
+    (chosen, w1), = stream.documents_of(batch, 2 * i)
+    (rejected, w2), = stream.documents_of(batch, 2 * i + 1)
+    good, bad = tokenizer.decode(chosen[w1 > 0]), tokenizer.decode(rejected[w2 > 0])
+    assert good.startswith('good ') and bad == good.replace('good', 'bad row')
+    assert tokenizer.decode(chosen[w1 == 0]) == tokenizer.decode(rejected[w2 == 0]) == f'q {good.split()[1]}'
+  # Two processes with two blocks each get whole pairs, and together the same batch.
+  parts = [next(stream.open_pairs(spec, batch_size=4, seed=1, blocks=b, block_count=2)) for b in ((0,), (1,))]
+  for name, value in batch.items():
+    np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), value)
+  held_out = list(stream.eval_pairs(spec, 'validation', 4))
+  assert sum(int((b['loss_mask'].sum(1) > 0).sum()) for b in held_out) == prepared.read_manifest(
+      folder)['splits']['validation']['documents']
+  with pytest.raises(ConfigError, match='holds pairs, and this command reads text or chat'):
+    config.build(DataSpec, {'sources': {folder: 1.0}})
+
+
+def test_prompts_come_with_their_answers(tmp_path, small_folder):
+  (tmp_path / 'data.jsonl').write_text(''.join(
+      json.dumps({'question': f'How much is {i} + 1?', 'answer': str(i + 1)}) + '\n' for i in range(40)))
+  folder = prepare_records(tmp_path, small_folder, 'prompts')
+  spec = DataSpec(sources={folder: 1.0}, seq_len=64)
+  tokenizer = stream.load_tokenizer(spec)
+  with stream.open_prompts(spec, batch_size=6, seed=0) as prompts:
+    first, second = next(prompts), next(prompts)
+    prompts.restore(1)
+    assert [p['answer'] for p in next(prompts)] == [p['answer'] for p in second]
+  assert len({p['answer'] for p in first + second}) == 12
+  for item in first:
+    number = int(item['answer']) - 1
+    assert tokenizer.decode(item['ids']) == f'How much is {number} + 1?'
+    assert item['ids'][-1] == tokenizer.special_ids['<|assistant|>']
+
+
+def test_replay_mixes_rows_of_both_kinds(chats, small_folder):
+  spec = DataSpec(sources={chats: 0.75, small_folder: 0.25}, seq_len=96, packing='best_fit', long='drop')
+  config.build(DataSpec, {'sources': spec.sources, 'seq_len': 96, 'packing': 'best_fit'})
+  with stream.open_stream(spec, batch_size=8, seed=0) as batches:
+    drawn = [next(batches) for _ in range(50)]
+    rows = [place['source'] for b in range(50) for place in batches.describe(b)]
+  assert rows.count(chats) == 300
+  weights = np.concatenate([b['loss_mask'] for b in drawn])
+  for source, mask in zip(rows, weights, strict=True):
+    assert 0 < mask.sum() < 80 if source == chats else mask.sum() > 0
+  with pytest.raises(ConfigError, match='write packing=best_fit'):
+    config.build(DataSpec, {'sources': spec.sources})
+
+
+def write_weighted(folder, lengths, seed=0):
+  rng = np.random.default_rng(seed)
+  with token_store.TokenStoreWriter(folder, vocab_size=500, bos_id=3, eos_id=1, weighted=True) as writer:
+    for n in lengths:
+      assert writer.add_weighted(rng.integers(4, 500, n), rng.choice([0, 0.5, 1], n).astype(np.float32)) is None
+  return token_store.TokenStore(folder)
+
+
+def test_weights_follow_their_targets_in_every_packing(tmp_path):
+  store = write_weighted(tmp_path, [7, 20, 3, 12, 5])
+  for name, rows_class in packing.PACKINGS.items():
+    rows = pickle.loads(pickle.dumps(rows_class(store, 19)))
+    batch = rows.batch(range(len(rows)))
+    found = sorted((int(t), float(w)) for t, w, s in zip(
+        batch['targets'].ravel(), batch['loss_mask'].ravel(), batch['segment_ids'].ravel(), strict=True) if s)
+    first = np.isin(np.arange(store.num_tokens), store.offsets[:-1])
+    assert found == sorted(zip(store.tokens[~first].tolist(), store.weights[~first].tolist(), strict=True)), name
+
+
+def test_damaged_weights_are_refused(tmp_path):
+  write_weighted(tmp_path, [7, 20])
+  (tmp_path / 'weights.bin').write_bytes(b'123')
+  with pytest.raises(ValueError, match='--force'):
+    _ = token_store.TokenStore(tmp_path).weights

@@ -1,0 +1,88 @@
+"""`llmjax feedback` with a real, untrained model: records, resuming, messages."""
+
+import json
+import random
+
+import pytest
+
+from llmjax import main
+from llmjax.data import corpus
+from llmjax.data.spec import PrepareSpec, TokenizerSpec
+from llmjax.generate.spec import CHAT_TEMPLATE
+from llmjax.text.chat import ChatFormat
+from llmjax.text.tokenizer import Tokenizer
+
+
+def run(*arguments):
+  with pytest.raises(SystemExit) as e:
+    main.main(list(arguments))
+  return e.value.code
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder with a run of one step, the template of a chat model beside it, and prompts."""
+  folder = tmp_path_factory.mktemp('feedback')
+  rng = random.Random(0)
+  (folder / 'files').mkdir()
+  for i in range(30):
+    (folder / f'files/{i}.txt').write_text(' '.join(rng.choices('a cat sees the big old house'.split(), k=90)))
+  corpus.prepare(PrepareSpec(source='text_dir', path=str(folder / 'files'), output=str(folder / 'text'),
+                             tokenizer=TokenizerSpec(vocab_size=300, sample_lines=500)))
+  (folder / 'recipe.json').write_text(json.dumps({
+      'model': {'num_layers': 1, 'd_model': 16, 'num_heads': 2, 'mlp_dim': 32},
+      'data': {'sources': {str(folder / 'text'): 1.0}, 'seq_len': 512}, 'evaluate': {'splits': []},
+      'train': {'steps': 1, 'batch_size': 8}, 'logs': {'writers': []}}))
+  assert run('pretrain', f'--config={folder}/recipe.json', f'--workdir={folder}/run') == 0
+  with ChatFormat('llmjax', Tokenizer(folder / 'run/tokenizer.model')) as chat:
+    chat.save(folder / 'run' / CHAT_TEMPLATE)
+  (folder / 'prompts.jsonl').write_text(''.join(
+      json.dumps({'prompt': f'What does cat {i} see?', 'responses': [f'house {i}', 'the big house']}) + '\n'
+      for i in range(5)))
+  (folder / 'rules.toml').write_text(
+      '[[principles]]\nname = "x"\ncritique = "Why?"\nrevise = "Again."\nprefer = "Which?"\n')
+  return folder
+
+
+def feedback(folder, kind, output, *more):
+  return run('feedback', kind, f'--workdir={folder}/run', f'--principles={folder}/rules.toml',
+             f'--prompts={folder}/prompts.jsonl', f'--output={folder}/{output}', '--max_new_tokens=6', *more)
+
+
+@pytest.mark.slow
+def test_records_say_where_they_come_from_and_the_same_command_goes_on(folder, capsys):
+  assert feedback(folder, 'revise', 'whole.jsonl', '--batch_size=5') == 0
+  assert feedback(folder, 'revise', 'parts.jsonl', '--batch_size=2', '--limit=3') == 0
+  assert feedback(folder, 'revise', 'parts.jsonl', '--batch_size=2') == 0
+  assert (folder / 'whole.jsonl').read_text() == (folder / 'parts.jsonl').read_text()
+  rows = [json.loads(line) for line in (folder / 'whole.jsonl').read_text().splitlines()]
+  assert len(rows) == 5 and len({row['messages'][1]['content'] for row in rows}) > 1
+  for number, row in enumerate(rows):
+    assert [m['role'] for m in row['messages']] == ['user', 'assistant']
+    origin = row['provenance']
+    assert origin['record'] == number and origin['model']['step'] == 1 and len(origin['model']['seal_sha256']) == 64
+    assert [step.get('principle') for step in origin['steps']] == [None, 'x']
+  assert feedback(folder, 'revise', 'whole.jsonl', '--seed=1') == 2
+  assert 'made from something else' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_preferences_of_given_and_of_sampled_answers(folder, capsys):
+  assert feedback(folder, 'prefer', 'given.jsonl') == 0
+  assert feedback(folder, 'prefer', 'sampled.jsonl', f'--policy={folder}/run', '--certainty=0.6') == 0
+  assert 'place A' in capsys.readouterr().out
+  given, sampled = ([json.loads(line) for line in (folder / f'{name}.jsonl').read_text().splitlines()]
+                    for name in ('given', 'sampled'))
+  for i, row in enumerate(given):
+    assert {row['chosen'], row['rejected']} == {f'house {i}', 'the big house'} and 0.5 <= row['probability'] < 0.6
+  assert all(row['probability'] <= 0.6 and row['provenance']['policy']['step'] == 1 for row in sampled)
+  assert any(row['chosen'] != row['rejected'] for row in sampled)
+
+
+@pytest.mark.slow
+def test_wrong_prompts(folder, capsys):
+  (folder / 'prompts2.jsonl').write_text('{"prompt": "a"}\n{\n[]\n{"prompt": "b", "responses": ["c"]}\n')
+  assert run('feedback', 'prefer', f'--workdir={folder}/run', f'--principles={folder}/rules.toml',
+             f'--prompts={folder}/prompts2.jsonl', f'--output={folder}/o.jsonl') == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 5 and all(f'prompts2.jsonl:{n}: ' in line for n, line in enumerate(lines[1:], 1))

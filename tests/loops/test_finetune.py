@@ -1,0 +1,138 @@
+"""Fine-tuning from a run: data, rows, replay, resuming to the bit, answers that end, messages."""
+
+import json
+import pathlib
+import random
+import shlex
+
+import numpy as np
+import pytest
+
+from llmjax import main
+from llmjax.checkpoint.checkpoints import load_params
+
+TINY = ('--config.model.num_layers=2 --config.model.d_model=32 --config.model.num_heads=2 --config.model.mlp_dim=64 '
+        '--config.data.seq_len=48 --config.train.batch_size=8 --config.train.log_every=1 --config.sample.prompts= '
+        '--config.train.compute_dtype=float32 --config.train.compilation_cache=none --config.logs.writers=')
+TUNE = ('finetune --config=chat.py --config.data.sources="{\'chat\': 0.75, \'text\': 0.25}" --config.train.init_from=base '
+        '--config.train.log_every=1 --config.train.compute_dtype=float32 --config.train.compilation_cache=none '
+        '--config.optimizer.lr=0.02 --config.train.neftune_alpha=2 --config.optimizer.freeze=final_norm '
+        '--config.sample.prompts=cat --config.sample.max_new_tokens=8 --config.evaluate.by_source=true '
+        '--config.logs.writers= ')
+RECIPE = '''
+def get_config():
+  return {'data': {'packing': 'best_fit'}, 'train': {'batch_size': 8},
+          'optimizer': {'schedule': 'constant', 'weight_decay': 0.0}}
+'''
+ANSWERS = {'cat': 'a small animal', 'river': 'water that moves', 'house': 'a place to be'}
+
+
+def call(line, status=0):
+  """Runs a command here; asserts its exit status."""
+  with pytest.raises(SystemExit) as e:
+    main.main(shlex.split(line))
+  assert (e.value.code or 0) == status
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A folder with a small base run and conversations that name what a word is; commands run in it."""
+  folder, patch = tmp_path_factory.mktemp('finetune'), pytest.MonkeyPatch()
+  patch.chdir(folder)
+  rng = random.Random(0)
+  words = 'the a cat dog sees hears small big house tree river water moves animal place to be that'.split()
+  pathlib.Path('raw').mkdir()
+  for i in range(40):
+    pathlib.Path(f'raw/{i}.txt').write_text('\n'.join(' '.join(rng.choices(words, k=9)) for _ in range(10)))
+  with open('chat.jsonl', 'w') as f:
+    for i in range(240):
+      word = rng.choice(list(ANSWERS))
+      f.write(json.dumps({'messages': [{'role': 'user', 'content': f'{word}' + ' ' * (i % 7)},
+                                       {'role': 'assistant', 'content': ANSWERS[word]}], 'id': i}) + '\n')
+      f.write(json.dumps({'prompt': f'{word} {i}', 'completion': ANSWERS[word]}) + '\n')
+  pathlib.Path('chat.py').write_text(RECIPE)
+  pathlib.Path('base.py').write_text("def get_config():\n  return {'data': {'sources': {'text': 1.0}}}\n")
+  call('prepare --text-dir=raw --config.output=text --config.tokenizer.vocab_size=320')
+  call(f'pretrain --config=base.py --workdir=base --config.train.steps=10 --config.optimizer.lr=0.01 {TINY}')
+  pathlib.Path('data.py').write_text(
+      "def get_config():\n  return {'source': 'text_dir', 'path': 'chat.jsonl', 'records': 'chat',\n"
+      "          'tokenizer': {'path': 'base/tokenizer.model'}}\n")
+  call('prepare --config=data.py --config.output=chat')
+  yield folder
+  patch.undo()
+
+
+@pytest.fixture(scope='module')
+def tuned(folder):
+  call(f'{TUNE} --workdir=tuned --config.train.steps=60 --config.train.checkpoint_every=30')
+  return folder / 'tuned'
+
+
+def rows(workdir, key):
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return {row['step']: row[key] for row in lines if key in row}
+
+
+def test_it_learns_to_answer_and_to_stop(tuned, capsys):
+  losses = rows(tuned, 'train/loss')
+  assert losses[60] < 0.6 * losses[1]
+  names = {k for k in json.loads((tuned / 'metrics.jsonl').read_text().splitlines()[-1]) if k.startswith('eval/')}
+  for name in ('validation', 'validation:chat', 'validation:text'):
+    assert set(rows(tuned, f'eval/{name}/loss')) == {60}, names
+  config = json.loads((tuned / 'config.json').read_text())
+  base = json.loads((tuned.parent / 'base/config.json').read_text())
+  assert config['model'] == base['model'] and config['data']['seq_len'] == 48
+  capsys.readouterr()
+  for word, said in ANSWERS.items():
+    call(f'generate --chat --workdir=tuned --prompt={word} --temperature=0 --max-new-tokens=30 --json')
+    found = json.loads(capsys.readouterr().out)
+    assert (found['text'], found['stopped']) == (said, 'end')
+  sample = json.loads((tuned / 'samples.jsonl').read_text().splitlines()[-1])
+  assert sample['prompt'] == 'cat' and len(sample['text']) > 2
+
+
+def test_what_is_frozen_is_the_base(tuned):
+  base, after = (load_params(str(tuned.parent / name), 0)[0] for name in ('base', 'tuned'))
+  np.testing.assert_array_equal(base['final_norm']['scale'], after['final_norm']['scale'])
+  assert not np.array_equal(base['embed']['table'], after['embed']['table'])
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_to_the_bit(tuned):
+  again = tuned.parent / 'again'
+  call(f'{TUNE} --workdir=again --config.train.steps=30 --config.train.checkpoint_every=30')
+  call(f'{TUNE} --workdir=again --config.train.steps=60 --config.train.checkpoint_every=30')
+  assert {k: v for k, v in rows(again, 'train/loss').items() if k > 30} == {
+      k: v for k, v in rows(tuned, 'train/loss').items() if k > 30}
+
+
+def test_preview_shows_what_is_trained(folder, capsys):
+  call('preview --config=chat.py --rows=2 --config.data.sources="{\'chat\': 0.75, \'text\': 0.25}" '
+       '--config.data.seq_len=48')
+  out = capsys.readouterr().out
+  assert '[[a small animal<|end|>]]' in out or '[[water that moves<|end|>]]' in out or '[[a place' in out
+  table = {line.split()[0]: line.split() for line in out.splitlines()[1:3]}
+  assert table['chat'][1] == 'chat' and float(table['chat'][-1].rstrip('%')) > 97
+  assert 'of 48 places' in out
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ('--config.train.init_from=', 'train.init_from is missing: which run is to be fine-tuned?'),
+    ('--config.train.init_from=nowhere', 'train.init_from=nowhere: there is no such folder'),
+    ('--config.data.packing=concat', 'packing=concat would cut the conversations of chat at the ends of rows; write '),
+    ('--config.data.sources=other', 'other has another tokenizer than base; prepare it again with --force '
+     '--config.tokenizer.path=base/tokenizer.model'),
+    ('--config.evaluate.also=nowhere', 'evaluate.also: nowhere does not exist'),
+    ('--config.model.d_model=64', 'train.init_from=base holds another model')])
+def test_mistakes_get_a_line(folder, capsys, arguments, message):
+  if 'other' in arguments and not (folder / 'other').exists():
+    call('prepare --config=data.py --config.output=other --config.tokenizer.path= --config.tokenizer.vocab_size=300')
+  capsys.readouterr()
+  call(f'{TUNE} --workdir=wrong --config.train.steps=1 {arguments}', status=2)
+  err = capsys.readouterr().err
+  assert message in err and 'Traceback' not in err
+
+
+def test_chat_needs_conversations(folder, capsys):
+  call('generate --chat --workdir=base --prompt=x', status=2)
+  assert 'base was not trained on conversations (no chat_template.json)' in capsys.readouterr().err

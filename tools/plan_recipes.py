@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Compiles the recipes of configs/pretrain for the chips that they are meant for: experiments/tpu_recipes.
+
+  pip install 'jax[tpu]' && python tools/plan_recipes.py [--jobs=2] [--only=llama2_7b] [--small]
+
+Each is one `llmjax plan`, for TPUs that nobody needs to have.  Writes table.json and README.md; a program that was
+compiled before by the same versions comes from the cache, so a second run takes seconds.  Exit status 1 where one
+does not compile or does not fit.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+
+from llmjax.loops.plan_jobs import Job, run_jobs
+from llmjax.plan.words import gib
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A recipe for chips.  shows: which strategy.  changes: on the command line.  small: compiled in every CI run."""
+
+  recipe: str
+  topology: str
+  shows: str
+  slices: int = 1
+  changes: dict = dataclasses.field(default_factory=dict)
+  small: bool = False
+
+  @property
+  def name(self):
+    return f'{self.recipe.replace(".py", "").replace(":", "-")}-{self.topology.replace(":", "-")}' + (
+        f'-x{self.slices}' if self.slices > 1 else '')
+
+  @property
+  def flags(self):
+    changes = [f'--config.{name}={value}' for name, value in self.changes.items()]
+    return [f'--topology={self.topology}', *([f'--slices={self.slices}'] if self.slices > 1 else []), *changes]
+
+
+VOCABULARY = {'model.vocab_size': 32000}  # Their presets have one, these recipes take their corpus's.
+PROGRAMS = (
+    Program('gpt2_124m.py', 'v5e:2x4', 'data', changes=VOCABULARY, small=True),
+    Program('llm_1b.py', 'v5e:2x4', 'FSDP', changes=VOCABULARY, small=True),
+    Program('llm_1b.py:v5p', 'v5p:2x2x1', 'FSDP', changes=VOCABULARY, small=True),
+    Program('llama2_7b.py:v5e', 'v5e:4x4', 'FSDP'),
+    Program('llama2_7b.py:v5e', 'v5e:16x16', 'FSDP over two axes',
+            changes={'mesh.data': 4, 'mesh.zero': 3, 'train.batch_size': 1024}),
+    Program('llama3_8b.py', 'v6e:16x16', 'FSDP over two axes'),
+    Program('llama2_70b.py:v6e', 'v6e:16x16', 'FSDP over two axes'),
+    Program('llama2_7b.py', 'v5p:4x4x4', 'FSDP over two axes'),
+    Program('llama2_70b.py', 'v5p:4x4x4', 'FSDP over two axes'),
+    Program('llama2_70b.py:tensor', 'v5p:4x4x4', 'FSDP and tensor'),
+    Program('llama2_70b.py:pipeline', 'v5p:4x4x4', 'FSDP and pipeline'),
+    Program('mixtral_8x7b.py', 'v5p:4x4x4', 'FSDP over two axes'),
+    Program('mixtral_8x7b.py:expert', 'v5p:4x4x4', 'FSDP and expert'),
+    Program('llama3_8b.py:long', 'v5p:4x4x4', 'FSDP and context'),
+    Program('llama2_7b.py', 'v5p:4x4x4', 'two slices', 2, {'train.batch_size': 512}),
+    Program('llama2_7b.py', 'v5p:4x4x4', 'four slices', 4, {'train.batch_size': 1024}),
+    Program('llama2_70b.py:v6e', 'v6e:16x16', 'two slices', 2, {'train.batch_size': 1024}),
+    Program('llama2_70b.py', 'v5p:4x4x8', 'FSDP over two axes', changes={'train.batch_size': 256}),
+    Program('llama3_70b.py', 'v5p:4x4x8', 'FSDP over two axes'),
+    Program('llama3_70b.py', 'v5p:8x8x8', 'FSDP over two axes', changes={'train.batch_size': 512}),
+    Program('llama3_405b.py', 'v5p:8x8x8', 'FSDP and tensor'),
+    Program('llama3_405b.py:pod', 'v5p:16x16x24', 'data, FSDP and tensor'),
+)
+
+
+def entry_of(program, job):
+  """Returns the entry of one program in table.json."""
+  entry = {'name': program.name, 'recipe': program.recipe, 'topology': program.topology, 'slices': program.slices,
+           'changes': program.changes, 'shows': program.shows}
+  if job.plan is None:
+    return {**entry, 'failed': job.error}
+  keys = ('source', 'chips', 'mesh', 'fits', 'hbm_bytes', 'step_seconds', 'parts', 'tokens_per_second_per_chip', 'mfu',
+          'batch_size', 'seq_len', 'accumulation', 'remat', 'parameters', 'unknown_loops', 'versions',
+          'compile_seconds')
+  return {**entry, **{key: job.plan[key] for key in keys if key in job.plan}}
+
+
+def row(entry):
+  """Returns the cells of one line of the table."""
+  flags = ' '.join(f'{name}={value}' for name, value in entry['changes'].items() if name != 'model.vocab_size')
+  chips = entry['topology'] + (f' x {entry["slices"]}' if entry['slices'] > 1 else '')
+  first = [f'`{entry["recipe"]}`' + (f' {flags}' if flags else ''), chips]
+  if 'failed' in entry:
+    return [*first, '', '', '', f'failed: {entry["failed"]}', *[''] * 5]
+  memory = entry['hbm_bytes']
+  mesh = ' '.join(f'{axis}={n}' for axis, n in entry['mesh'].items()) or 'one'
+  first += [str(entry['chips']), mesh, f'{entry["batch_size"]} x {entry["seq_len"]}'
+            + (f' / {entry["accumulation"]}' if entry['accumulation'] > 1 else ''),
+            f'{gib(memory["total"])} of {gib(memory["limit"])}' + ('' if entry['fits'] else ', DOES NOT FIT')]
+  if entry['source'] != 'compiled':
+    return [*first, *[''] * 5]
+  return [*first, f'{entry["step_seconds"]:.3f}', f'{entry["parts"]["exposed"]:.3f}',
+          f'{entry["tokens_per_second_per_chip"]:,.0f}', f'{entry["mfu"]:.1%}', f'{entry["compile_seconds"]:.0f}']
+
+
+def report(entries):
+  versions = next((e['versions'] for e in entries if 'versions' in e), {})
+  line = lambda cells: '| ' + ' | '.join(cells) + ' |'
+  header = ['recipe', 'chips of a slice', 'in all', 'mesh of a slice times slices', 'rows x tokens / accumulation',
+            'GiB a device', 'step s', 'of it waiting', 'tokens/s/chip', 'MFU', 'compiled in s']
+  table = '\n'.join(map(line, [header, ['---'] * len(header), *map(row, entries)]))
+  return f'''# Recipes, compiled for the chips they are meant for
+
+Written by `python tools/plan_recipes.py`, with {', '.join(f'{k} {v}' for k, v in versions.items())}. Each line is one
+`llmjax plan --config=configs/pretrain/RECIPE --topology=CHIPS [--slices=N]`, with the changes that stand behind the
+recipe. No TPU was used: these are predictions from compiled programs, and `experiments/tpu_calibration` says how good
+such are. `gpt2_124m` and `llm_1b` have a vocabulary of 32,000. The first three are compiled by the tests wherever
+libtpu is there.
+
+{table}
+'''
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--output', type=pathlib.Path, default=ROOT / 'experiments/tpu_recipes')
+  parser.add_argument('--jobs', type=int, default=2, help='programs compiled at once, each about two cores and 4 GB')
+  parser.add_argument('--only', default='', help='beginnings of names, with commas; the others stay as they are')
+  parser.add_argument('--small', action='store_true', help='only those that every CI run compiles')
+  options = parser.parse_args()
+  beginnings = tuple(options.only.split(','))
+  chosen = [p for p in PROGRAMS if p.name.startswith(beginnings) and (p.small or not options.small)]
+  if not chosen:
+    parser.error(f'--only={options.only}: known are {", ".join(p.name for p in PROGRAMS)}')
+  file = options.output / 'table.json'
+  entries = {e['name']: e for e in json.loads(file.read_text())} if file.exists() else {}
+  jobs = [Job(p.name, [f'--config={ROOT}/configs/pretrain/{p.recipe}', *p.flags]) for p in chosen]
+  try:
+    run_jobs(jobs, options.jobs, lambda text: print(text, flush=True))
+  finally:  # After Ctrl-C too, what was compiled is kept.
+    entries.update({p.name: entry_of(p, job) for p, job in zip(chosen, jobs, strict=True) if job.plan or job.error})
+    ordered = [entries[p.name] for p in PROGRAMS if p.name in entries]
+    options.output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(ordered, indent=1) + '\n')
+    (options.output / 'README.md').write_text(report(ordered))
+  print(report(ordered))
+  sys.exit(0 if all(job.plan and job.plan['fits'] for job in jobs) else 1)
+
+
+if __name__ == '__main__':
+  main()
