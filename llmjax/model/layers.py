@@ -79,7 +79,7 @@ def linear(module, name, shape, names, in_dims=1, scale=1.0, at_once=False):
   """Returns the function x -> x W of a weight [*in, *out] that becomes a parameter of the module."""
   init = nn.with_logical_partitioning(scaled_normal(in_dims, scale * module.spec.init_scale), names)
   w = parameter(module, name, init, shape)
-  return lambda x: project(x, w, in_dims, WeightLayout(names), at_once)
+  return lambda x: project(x, w, in_dims, WeightLayout(names, at_once))
 
 
 def summed(x):

@@ -46,25 +46,25 @@ def dense(w):
   return w.dense() if is_weight(w) else w
 
 
-def project(x, w, in_dims=1, layout=None, at_once=False):
+def project(x, w, in_dims=1, layout=None):
   """Returns the product of x's last `in_dims` axes with w's first: [..., *in] x [*in, *out].
 
   w: an array or a Weight.  It is used in x's dtype and the result has it too; sums are at least float32
   inside the product on every platform.  layout: how the weight lies on a mesh, with `names` of its axes and
   methods `fetch(w)` and `give_back(gradient)`; both passes fetch it anew, so that no pass keeps what it
-  fetched.  The gradient of a weight (of x) that is not differentiated is not computed, and what it would
-  need is not kept.  at_once: on a TPU, the backward pass computes both gradients before it uses one.  What they
-  come from is then free; left alone, the compiler puts off the weight's for as long as that hides communication.
-  Raises TypeError when the shapes do not meet.
+  fetched.  Where its `at_once` is true, a TPU's backward pass computes both gradients before it uses one:
+  what they come from is then free; left alone, the compiler puts off the weight's for as long as that
+  hides communication.  The gradient of a weight (of x) that is not differentiated is not computed, and what it would
+  need is not kept.  Raises TypeError when the shapes do not meet.
   """
   if is_weight(w):
     return w.product(x, in_dims, layout)
-  return multiply(x, w.astype(x.dtype), in_dims, layout, at_once)
+  return multiply(x, w.astype(x.dtype), in_dims, layout)
 
 
-def multiply(x, w, in_dims=1, layout=None, at_once=False):
+def multiply(x, w, in_dims=1, layout=None):
   """Returns `project` of a w in x's dtype that needs no more than `fetch`: an array or such a Weight."""
-  return _product(in_dims, layout, at_once, x, w)
+  return _product(in_dims, layout, x, w)
 
 
 def fetch(w, layout):
@@ -92,12 +92,12 @@ def weight_gradient(x, d_out, in_dims, layout=None):
   return d_w if layout is None else layout.give_back(d_w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(in_dims, layout, at_once, x, w):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(in_dims, layout, x, w):
   return contract(x, fetch(w, layout), in_dims)
 
 
-def _product_fwd(in_dims, layout, at_once, x, w):
+def _product_fwd(in_dims, layout, x, w):
   """x, w: trees of values that know whether they are differentiated."""
   needed = [is_differentiated(a) for a in (x, w)]
   x, w = values(x), values(w)
@@ -117,13 +117,13 @@ def values(tree):
   return jax.tree.map(lambda leaf: leaf.value, tree)
 
 
-def _product_bwd(in_dims, layout, at_once, residuals, d_out):
+def _product_bwd(in_dims, layout, residuals, d_out):
   x, w = residuals
   if isinstance(d_out, SymbolicZero):
     return None, None
   d_x = None if w is None else contract_back(d_out, fetch(w, layout), in_dims)
   d_w = None if x is None else weight_gradient(x, d_out, in_dims)
-  if at_once and x is not None and w is not None:
+  if layout is not None and layout.at_once and x is not None and w is not None:
     d_x, d_w = jax.lax.platform_dependent(
         d_x, d_w, tpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *both: both)
   return d_x, d_w if d_w is None or layout is None else layout.give_back(d_w)
