@@ -11,9 +11,9 @@ from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.data import prepared, stream
 from llmjax.evaluate.compressors import compressor_bits_per_byte
 from llmjax.evaluate.report import write_report
-from llmjax.loops import harness
 from llmjax.loops.pretrain import make_evaluators
 from llmjax.loops.spec import PretrainSpec, of_run
+from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model import decoder
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
@@ -39,7 +39,7 @@ def _evaluate(options):
   spec = dataclasses.replace(spec, evaluate=dataclasses.replace(
       spec.evaluate, splits=tuple(options.splits), limit=options.limit,
       batch_size=options.batch_size or spec.evaluate.batch_size))
-  harness.enable_compilation_cache(spec.train.compilation_cache)
+  enable_compilation_cache(spec.train.compilation_cache)
   mesh = fitting_mesh(spec.mesh)
   with jax.set_mesh(mesh):
     params, _, _, step = load_params(

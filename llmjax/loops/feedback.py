@@ -17,10 +17,10 @@ from llmjax.config import ConfigError
 from llmjax.data.conversations import read_answers, read_prompt
 from llmjax.generate.score import score
 from llmjax.generate.spec import CHAT_TEMPLATE
-from llmjax.loops import harness
 from llmjax.loops.generate import load_generator
 from llmjax.loops.progress import Stages
 from llmjax.loops.spec import LayoutSpec, of_run
+from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.rl import feedback
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
@@ -106,7 +106,7 @@ class _Voice:
     step = options.step if workdir == options.workdir else 0
     self._options = dataclasses.replace(options, workdir=workdir, step=step)
     run_spec = of_run(LayoutSpec, read_config(workdir))
-    harness.enable_compilation_cache(run_spec.train.compilation_cache)
+    enable_compilation_cache(run_spec.train.compilation_cache)
     self._generator, self._tokenizer, step = load_generator(self._options, run_spec)
     file = pathlib.Path(workdir) / CHAT_TEMPLATE
     if not file.exists():

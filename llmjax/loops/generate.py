@@ -20,8 +20,8 @@ from llmjax.data import stream
 from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
 from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.generate.stops import TextStream
-from llmjax.loops import harness
 from llmjax.loops.spec import LayoutSpec, PretrainSpec, of_run
+from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model import decoder
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
@@ -50,7 +50,7 @@ def _generate(options):
   kept = (pathlib.Path(options.workdir) / 'tokenizer.model').exists()  # Then the corpus may be elsewhere.
   run_spec = of_run(LayoutSpec if kept else PretrainSpec, read_config(options.workdir))
   prompt = _given_prompt(options)
-  harness.enable_compilation_cache(run_spec.train.compilation_cache)
+  enable_compilation_cache(run_spec.train.compilation_cache)
   generator, tokenizer, step = load_generator(options, run_spec)
   print(f'llmjax generate: step {step} of {options.workdir}', file=sys.stderr)
   if hasattr(sys.stdout, 'reconfigure'):

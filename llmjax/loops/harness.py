@@ -7,11 +7,8 @@ and before it evaluates, samples or saves.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import pathlib
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +18,6 @@ import jax
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
-from llmjax.loops import doctor
 from llmjax.loops.adapters import Adapting, initial_checkpoint, restore_initial
 from llmjax.loops.energy import EnergyLog
 from llmjax.loops.ledger import Ledger
@@ -29,9 +25,10 @@ from llmjax.loops.patience import Patience
 from llmjax.loops.profiling import Profiler
 from llmjax.loops.progress import Progress
 from llmjax.loops.stragglers import Stragglers
+from llmjax.loops.window import Speed, Window
 from llmjax.loops.writers import open_writers
 from llmjax.model import counts
-from llmjax.parallel import chips, distributed
+from llmjax.parallel import distributed
 from llmjax.parallel.host import keep_freed_memory
 from llmjax.parallel.mesh import place_batch
 from llmjax.train.guard import explain, watched
@@ -41,8 +38,6 @@ from llmjax.train.state import abstract_state, init_state
 from llmjax.train.step import lower_step, make_train_step
 
 DUMPS = 20  # Bad batches that a sitting writes down, at most.
-# What the devices say of a step that is not a metric of it.
-VERDICT = ('bad', 'loss_score', 'norm_score')
 
 
 @dataclasses.dataclass
@@ -71,86 +66,6 @@ class Job:
   sees_frozen: bool = False
   load_frozen: Callable | None = None
   ledger: Ledger | None = None  # `start.run` supplies it.
-
-
-def enable_compilation_cache(setting):
-  """Keeps compiled programs between runs, by default in the user's cache directory."""
-  if setting == 'none':
-    return
-  folder = doctor.cache_folder() if setting == 'default' else setting
-  jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
-
-
-@contextlib.contextmanager
-def hold_workdir(workdir):
-  """Makes the run's folder and keeps every other run out of it until the block ends.
-
-  The first process locks `<workdir>/lock`; the system lets go of it when the process ends, however it ends.
-  """
-  if not distributed.is_first():
-    yield
-    return
-  path = pathlib.Path(workdir) / 'lock'
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(path, 'ab+', buffering=0)
-  except OSError as e:
-    raise ConfigError([f'--workdir={workdir} cannot be written: {e.strerror}']) from e
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      lock.seek(0)
-      holder = lock.read().decode(errors='replace') or 'another process'
-      raise ConfigError([f'--workdir={workdir} is in use: {holder} trains there; wait for it, stop it, or '
-                         'give another --workdir']) from e
-    except OSError:
-      pass  # A filesystem without locks.
-    with contextlib.suppress(OSError):  # A full disk is said by what needs the space.
-      lock.truncate(0)
-      lock.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
-    try:
-      yield
-    finally:
-      with contextlib.suppress(OSError):
-        path.unlink()
-
-
-def claim_workdir(workdir, spec):
-  """Makes the run's folder and writes config.json; refuses a folder that holds a different run.
-
-  What defines the weights and the stream must be as it was; lengths and intervals may change.  All
-  processes call it, and the first one writes.
-  """
-  workdir = pathlib.Path(workdir)
-  file, resolved = workdir / 'config.json', to_dict(spec)
-  if file.exists() and any((workdir / 'checkpoints').glob('[0-9]*')):
-    before = json.loads(file.read_text())
-    fixed = [('model', k) for k in resolved['model']] + [
-        ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
-        ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'),
-        ('train', 'seed'), ('train', 'param_dtype')] + [
-            (group, k) for group in ('adapter', 'rl', 'policy') for k in resolved.get(group, ())]
-    changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
-               'give a new --workdir' for g, k in fixed
-               if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
-    if changed:
-      raise ConfigError(changed)
-  saved = [int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*') if p.name.isdecimal()]
-  done = file.exists() and max(saved, default=0) >= spec.train.steps  # What would be written never ran.
-  distributed.wait_for_all('looked at the workdir')
-  try:
-    if distributed.is_first() and not done:
-      workdir.mkdir(parents=True, exist_ok=True)
-      file.write_text(json.dumps(resolved, indent=2) + '\n')
-  except OSError as e:
-    raise ConfigError([f'--workdir={workdir} cannot be written: {e.strerror}']) from e
-  distributed.wait_for_all('made the workdir')
-  if not file.exists():
-    raise ConfigError([f'--workdir={workdir} is not the same folder for process {jax.process_index()} as for '
-                       'process 0; give one that all machines share'])
-  return workdir
 
 
 def train(job, workdir):
@@ -300,13 +215,13 @@ class Loop:
       step_fn = self._compile(batch)
       self.replicas = Replicas(self.state.params, self.job.mesh) if guard.checksum_every else None
     with ledger.charge('init'):
-      speed = _Speed(self.spec, self.job.mesh)
+      speed = Speed(self.spec, self.job.mesh)
       self.stragglers = Stragglers(guard.straggler_deviations)
     self.account()
     what = self.adapting.describe(self.state) if self.adapting else ''
     progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile'], what))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
-    window, step, turn = _Window(), self.first, self.first
+    window, step, turn = Window(), self.first, self.first
     if stop(self.first):
       return self.interrupt()
     while step < self.total:
@@ -344,7 +259,7 @@ class Loop:
       if verdict and verdict.stops:
         return self._give_up(verdict)
       if verdict:
-        step, window = self._roll_back(verdict), _Window()
+        step, window = self._roll_back(verdict), Window()
         with ledger.charge('data_wait'):
           batch, position = self._next_batch()
         continue
@@ -585,69 +500,6 @@ class _Verdict:
   @property
   def stops(self):
     return self.position is None
-
-
-class _Speed:
-  """Turns tokens per second into the part of the devices' peak that the model's own FLOPs use."""
-
-  def __init__(self, spec, mesh):
-    peak = chips.peak_flops(mesh.devices.flat[0])
-    self._flops = counts.train_flops_per_token(spec.model, spec.data.seq_len, frozen=bool(spec.adapter.kind))
-    self._peak = peak and peak * mesh.devices.size
-
-  def mfu(self, tokens_per_second):
-    """Returns the fraction, or None for a device whose peak is unknown."""
-    return self._peak and tokens_per_second * self._flops / self._peak
-
-
-class _Window:
-  """The steps since the last log line: their metrics, and their time."""
-
-  def __init__(self):
-    self.data_wait = self.host = 0.0  # Seconds: of waiting for batches; of making them, waiting or not.
-    self._pending, self._rows = [], []  # On the devices, and read.
-    self._begin = time.perf_counter()
-
-  def add(self, step, position, metrics):
-    """position: the stream's state behind the step's batch."""
-    self._pending.append((step, position, metrics))
-
-  def wait(self):
-    """Returns when the devices have done every step so far, with the metrics of those not returned before."""
-    found = [{'step': step, 'position': position, **metrics}
-             for step, position, metrics in jax.device_get(self._pending)]
-    self._pending, self._rows = [], self._rows + found
-    return found
-
-  @contextlib.contextmanager
-  def paused(self):
-    """Leaves the block's time out of the steps'; the devices must be idle when it begins."""
-    begin = time.perf_counter()
-    yield
-    self._begin += time.perf_counter() - begin
-
-  def read(self):
-    """Returns the window's metrics, after `wait`, and begins the next window.
-
-    The loss is that of the steps that counted, unless none did.
-    """
-    now, rows = time.perf_counter(), self._rows
-    seconds, count = now - self._begin, len(rows)
-    tokens = sum(float(row.get('tokens', row['target_tokens'])) for row in rows)
-    counted = [row for row in rows if not row['bad']] or rows
-    weight = sum(float(row['target_tokens']) for row in counted)
-    hidden = ('step', 'position', 'target_tokens', 'tokens', *VERDICT)
-    values = {
-        **{f'train/{k}': float(v) for k, v in counted[-1].items() if k not in hidden},
-        'train/loss': sum(float(r['loss']) * float(r['target_tokens']) for r in counted) / max(weight, 1),
-        'train/target_tokens': sum(float(row['target_tokens']) for row in rows),
-        'train/step_seconds': seconds / count,
-        'train/data_wait_seconds': self.data_wait / count,
-        'train/tokens_per_second': tokens / seconds,
-        'host_seconds': self.host / count,
-    }
-    self._rows, self.data_wait, self.host, self._begin = [], 0.0, 0.0, now
-    return values
 
 
 def _headline(spec, mesh, compile_seconds, trained=''):

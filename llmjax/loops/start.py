@@ -12,6 +12,7 @@ from llmjax.loops import determinism, doctor, harness
 from llmjax.loops.doctor import require_platform
 from llmjax.loops.environment import describe_data, describe_environment
 from llmjax.loops.ledger import Ledger, process_age
+from llmjax.loops.workdir import claim_workdir, enable_compilation_cache, hold_workdir
 from llmjax.parallel import distributed
 from llmjax.parallel.host import share_arena
 from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh
@@ -29,16 +30,16 @@ def run(spec, options, make_job, open_batches=None):
     determinism.require()
   if not doctor.accelerator_present():
     share_arena()
-  with distributed.together(spec.distributed), harness.hold_workdir(options.workdir):
+  with distributed.together(spec.distributed), hold_workdir(options.workdir):
     return _train(spec, options, ledger, make_job, open_batches or _open_rows)
 
 
 def _train(spec, options, ledger, make_job, open_batches):
   with ledger.charge('init'):
-    harness.enable_compilation_cache(spec.train.compilation_cache)
+    enable_compilation_cache(spec.train.compilation_cache)
     require_platform(spec.train.platform)
     spec = resolve(spec)
-    workdir = harness.claim_workdir(options.workdir, spec)
+    workdir = claim_workdir(options.workdir, spec)
     mesh = make_mesh(spec.mesh)
     check_mesh(spec, mesh)
     objectives.require_remat(spec.train.remat, mesh.devices.flat[0])

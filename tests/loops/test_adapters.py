@@ -13,9 +13,10 @@ from llmjax.checkpoint import seal
 from llmjax.checkpoint.checkpoints import load_params
 from llmjax.config import ConfigError, build
 from llmjax.interop import peft, safetensors
-from llmjax.loops import harness
+from llmjax.loops import harness, window
 from llmjax.loops.ledger import Ledger
 from llmjax.loops.spec import EvaluateSpec, LogsSpec, PretrainSpec
+from llmjax.loops.workdir import claim_workdir
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.train import objectives
@@ -54,7 +55,7 @@ def train(workdir, steps, adapter=None, source=''):
   seen = []
   evaluate = lambda params: seen.append(jax.tree.structure(params)) or {'loss': 1.0}
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
-  harness.claim_workdir(workdir, spec)
+  claim_workdir(workdir, spec)
   job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), ledger=Ledger(workdir), sample=None,
                     loss_fn=objectives.next_token(MODEL, spec.train, 'cpu'), evaluators={'validation': evaluate})
   with jax.set_mesh(mesh):
@@ -66,7 +67,7 @@ def runs(tmp_path_factory):
   """A base of 2 steps, and an adapter on it of 4."""
   folder = tmp_path_factory.mktemp('runs')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(harness.chips, 'peak_flops', lambda device: None)
+    patch.setattr(window.chips, 'peak_flops', lambda device: None)
     assert train(folder / 'base', 2) == 0
     assert train(folder / 'lora', 4, ADAPTER, folder / 'base') == 0
     yield folder

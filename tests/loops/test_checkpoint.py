@@ -13,10 +13,11 @@ from llmjax import main
 from llmjax.checkpoint import seal
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError, build
-from llmjax.loops import harness
+from llmjax.loops import harness, window
 from llmjax.loops.checkpoint import compare
 from llmjax.loops.ledger import Ledger
 from llmjax.loops.spec import EvaluateSpec, LogsSpec, PretrainSpec
+from llmjax.loops.workdir import claim_workdir, hold_workdir
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.train.spec import OptimizerSpec, TrainSpec
@@ -57,7 +58,7 @@ def train(workdir, steps, losses=(), log_every=1, lost_at=0, **checkpoint):
   measured = iter(losses)
   evaluators = {'validation': lambda params: {'loss': next(measured)}} if losses else {}
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
-  harness.claim_workdir(workdir, spec)
+  claim_workdir(workdir, spec)
   job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), ledger=Ledger(workdir), sample=None,
                     loss_fn=functools.partial(loss_fn, lost_at=lost_at),
                     evaluators=evaluators)
@@ -67,13 +68,13 @@ def train(workdir, steps, losses=(), log_every=1, lost_at=0, **checkpoint):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
   folder = tmp_path / 'run'
-  with harness.hold_workdir(folder):
+  with hold_workdir(folder):
     with pytest.raises(ConfigError, match=rf'is in use: process {os.getpid()} on .* trains there'), \
-        harness.hold_workdir(folder):
+        hold_workdir(folder):
       pass
     assert (folder / 'lock').exists()
   assert not (folder / 'lock').exists()
-  with harness.hold_workdir(folder):
+  with hold_workdir(folder):
     pass
 
 
@@ -81,7 +82,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
 def no_measured_peak():
   """The loop measures a CPU's peak for five seconds, which nothing here asks for."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(harness.chips, 'peak_flops', lambda device: None)
+    patch.setattr(window.chips, 'peak_flops', lambda device: None)
     yield
 
 

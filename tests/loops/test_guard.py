@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmjax.checkpoint.spec import CheckpointSpec
-from llmjax.loops import harness
+from llmjax.loops import harness, window
 from llmjax.loops.ledger import BUCKETS, Ledger
 from llmjax.loops.spec import LogsSpec, PretrainSpec
 from llmjax.model.spec import ModelSpec
@@ -212,7 +212,7 @@ def test_a_spike_is_found_and_a_resumed_run_finds_the_same(tmp_path):
 
 
 def test_a_device_that_differs_stops_the_run_before_it_saves(tmp_path, capsys):
-  add = harness._Window.add
+  add = window.Window.add
   with pytest.MonkeyPatch.context() as patch:
     def corrupt(window, step, position, metrics):
       add(window, step, position, metrics)
@@ -229,7 +229,7 @@ def test_a_device_that_differs_stops_the_run_before_it_saves(tmp_path, capsys):
 
     loops, init = [], harness.Loop.__init__
     patch.setattr(harness.Loop, '__init__', lambda loop, *args: (loops.append(loop), init(loop, *args))[1])
-    patch.setattr(harness._Window, 'add', corrupt)
+    patch.setattr(window.Window, 'add', corrupt)
     status, _ = train(tmp_path, *MESHES['eight'], log_every=10, checkpoint_every=4,
                       guard={'checksum_every': 50})
   assert status == 1
