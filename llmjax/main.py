@@ -216,7 +216,7 @@ def _no_command(argv):
   """Returns the line for a command line that begins with no command."""
   first, two = config.shown(argv[0]), ' '.join(argv[:2]).lower()
   if argv[0].startswith('-'):
-    return f'a command comes before {first}, such as llmjax pretrain; known: {", ".join(COMMANDS)}'
+    return f'a command comes before {first}, such as llmjax pretrain; known: {_names()}'
   if group := [c for c in COMMANDS if c.startswith(f'{argv[0].lower()} ')]:
     if near := difflib.get_close_matches(two, group, n=1) if len(argv) > 1 else []:
       return f'there is no command {config.shown(" ".join(argv[:2]))}; did you mean `llmjax {near[0]}`?'
@@ -224,7 +224,7 @@ def _no_command(argv):
   near = (difflib.get_close_matches(two, COMMANDS, n=1) or
           difflib.get_close_matches(argv[0].lower(), COMMANDS, n=1))
   return f'there is no command {first}; ' + (
-      f'did you mean `llmjax {near[0]}`?' if near else f'known: {", ".join(COMMANDS)}')
+      f'did you mean `llmjax {near[0]}`?' if near else f'known: {_names()}')
 
 
 def parse(command, arguments):
@@ -403,6 +403,11 @@ def _flag_problem(arguments, values, error):
     if equals and name.startswith('no') and name[2:] in values:
       return f'--{name} takes no value; write --{name} or --{name[2:]}=false'
   return config.one_line(error)
+
+
+def _names():
+  """Returns the commands as a list to read; those of two words by their first."""
+  return ', '.join(dict.fromkeys(name.split()[0] for name in COMMANDS))
 
 
 def _with_dashes(name):

@@ -96,8 +96,8 @@ def test_products_equal_peft(kind, oracle):
 
 
 @pytest.mark.parametrize(('kind', 'model'), [
-    pytest.param('lora', 'dense', marks=pytest.mark.slow), pytest.param('dora', 'dense', marks=pytest.mark.slow),
-    pytest.param('rslora', 'moe', marks=pytest.mark.slow), ('dora', 'moe')])
+    ('lora', 'dense'), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('dora', 'dense'), ('rslora', 'moe'), ('dora', 'moe')))])
 def test_merged_equals_unmerged_equals_numpy(kind, model):
   spec, base = AdapterSpec(kind=kind, rank=3, alpha=6.0, targets=ALL), base_of(model)
   adapters = {'one': moved(spec, base)}

@@ -69,6 +69,7 @@ def test_zeros_and_odd_axes():
   np.testing.assert_allclose(dense(quantize(jnp.ones((4, 7)), 'int8', 2)), 1.0, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('experts', [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_a_model_in_few_bits(experts):
   """The blocks' matrices are quantised and nothing else; the model of the parts is the model of their values."""

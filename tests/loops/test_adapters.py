@@ -81,6 +81,7 @@ def call(capsys, *argv):
   return e.value.code, out, err
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_bit_and_only_on_its_base(runs, tmp_path, capsys):
   shutil.copytree(runs / 'lora', tmp_path / 'lora')
   shutil.rmtree(tmp_path / 'lora/checkpoints/4')

@@ -74,6 +74,7 @@ def rows(workdir, key):
   return {row['step']: row[key] for row in lines if key in row}
 
 
+@pytest.mark.slow
 def test_it_learns_to_answer_and_to_stop(tuned, capsys):
   losses = rows(tuned, 'train/loss')
   assert losses[100] < 0.6 * losses[1]

@@ -163,6 +163,7 @@ def test_other_data_in_the_same_folder_is_refused(folder):
   assert '--config.train.init_from=changed' in out
 
 
+@pytest.mark.slow
 def test_starting_from_another_run(folder):
   pretrain(folder, 'second', 1, '--config.train.init_from=whole', '--config.model.dropout=0.0',
            '--config.optimizer.warmup_steps=0')
@@ -210,6 +211,7 @@ def test_a_profile_past_the_end_is_refused(folder):
   assert 'profile.steps=10:13 is past the last step, train.steps=5' in out
 
 
+@pytest.mark.slow
 def test_a_lost_loss_stops_the_run(folder):
   out = pretrain(folder, 'lost', 8, '--config.optimizer.lr=1e30', '--config.optimizer.clip_norm=0',
                  status=1)

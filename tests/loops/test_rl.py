@@ -68,6 +68,7 @@ def rows(run):
   return found
 
 
+@pytest.mark.slow
 def test_an_iteration_begins_on_policy_and_is_kept(folder):
   run = folder / 'runs/whole'
   found = rows(run)
@@ -88,6 +89,7 @@ def test_an_iteration_begins_on_policy_and_is_kept(folder):
   assert 'iteration 2' in (run / 'report.html').read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [5, pytest.param(8, marks=pytest.mark.slow)])
 def test_resume_is_exact(folder, stop):
   """Stopped in the middle of an iteration, and at the end of one: the same rollouts, the same weights, to the bit."""
@@ -138,6 +140,7 @@ def test_dynamic_sampling_draws_other_prompts(folder):
   assert all(r['trained'] == r['ended'] for r in records)
 
 
+@pytest.mark.slow
 def test_a_file_that_the_checkpoint_needs_is_missed(folder, capsys):
   assert not rl('lost', 5)
   (folder / 'runs/lost/rollouts/000001.jsonl').write_text('{}\n')
@@ -145,6 +148,7 @@ def test_a_file_that_the_checkpoint_needs_is_missed(folder, capsys):
   assert 'cannot be used' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(folder, capsys):
   assert rl('wrong', 4, '--config.train.batch_size=7', '--config.rl.rewards.math=1', '--config.guard.policy=rollback',
             '--config.rl.max_new_tokens=16', '--config.policy.kl_coef=0.1', '--config.rl.reference=false',

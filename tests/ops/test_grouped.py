@@ -63,6 +63,7 @@ def test_estimates_count_the_tiles_that_are_visited(monkeypatch):
     assert call.params['cost_estimate'].flops == 2 * 135 * 256 * 512 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('first, here', [(0, 4), (2, 2), (1, 2)])
 def test_dropless_through_the_kernels_equals_ragged_dot(monkeypatch, first, here):
   """Values and all gradients, of experts that are all here and of a part of them."""

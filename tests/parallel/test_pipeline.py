@@ -70,6 +70,7 @@ def compiled_step(schedule, microbatches, rows_each=8):
         params, batch).compile()
 
 
+@pytest.mark.slow
 def test_1f1b_keeps_no_more_for_more_microbatches():
   temp = {(s, m): compiled_step(s, m).memory_analysis().temp_size_in_bytes
           for s, m in (('1f1b', 4), ('1f1b', 16), ('gpipe', 4), ('gpipe', 16))}

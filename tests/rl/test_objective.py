@@ -80,6 +80,7 @@ def test_sampler_and_trainer_agree(params, temperature):
   assert found['values'].std() > 0
 
 
+@pytest.mark.slow
 def test_what_top_p_takes_away_is_seen(params):
   prompts = draw_rows()[0]
   rl = RlSpec(group=1, max_new_tokens=8, top_p=0.5)
@@ -91,6 +92,7 @@ def test_what_top_p_takes_away_is_seen(params):
   assert (gaps > -1e-5).all() and (gaps < -np.log(0.5) + 1e-5).all() and gaps.mean() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
 @pytest.mark.parametrize('sizes', [pytest.param({'data': 2, 'fsdp': 2, 'tensor': 2}, marks=pytest.mark.slow),
                                    {'data': 2, 'context': 2, 'tensor': 2}])
@@ -112,7 +114,11 @@ def test_meshes(params, sizes):
   mask = batch['segment_ids'] != 0
   expected[1].update({k: v * mask for k, v in expected[1].items()})
   found[1].update({k: v * mask for k, v in found[1].items()})
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
+
+  def assert_near(a, b):
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(np.abs(b).max(), 1.0))  # Relative to the array's largest.
+
+  jax.tree.map(assert_near, found, expected)
 
 
 def pair_batch(count=4):
@@ -144,7 +150,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize('name', [
-    'pairs', 'grpo', *(pytest.param(n, marks=pytest.mark.slow) for n in ('reward', 'ppo'))])
+    'grpo', *(pytest.param(n, marks=pytest.mark.slow) for n in ('pairs', 'reward', 'ppo'))])
 def test_padding_and_accumulation(params, name):
   loss_fn, pairs = LOSSES[name](), name in ('pairs', 'reward')
   batch = pair_batch() if pairs else policy_batch(params)

@@ -49,6 +49,7 @@ def shifted(batch, by):
   return {k: np.pad(v, ((0, 0), (by, 0))) for k, v in batch.items()}
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_do_not_depend_on_rows_padding_or_microbatches(store):
   alone = grown(rows(store, 'pad', 16), 8)
   expected = gradient(alone)

@@ -142,6 +142,7 @@ def test_every_optimizer_keeps_its_moments_narrow_and_all_else_as_it_is(name):
   assert shardings.params['blocks']['mlp']['gate'].spec in gate
 
 
+@pytest.mark.slow
 def test_the_bits_do_not_depend_on_the_mesh():
   tx = keep_moments(optax.scale_by_adam(), 'bfloat16', 5)
   params = {'a': jnp.zeros((16, 8)), 'b': jnp.zeros((32,))}

@@ -78,7 +78,7 @@ def test_loss_and_gradient_equal_the_plain_form():
   assert_same(found, expected)
 
 
-@pytest.mark.parametrize('accumulation', [2, 4])
+@pytest.mark.parametrize('accumulation', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(accumulation):
   batch = packed_batch()  # Rows hold different numbers of targets: a mean of means would differ.
   assert len(set(batch['loss_mask'].sum(1))) > 1
@@ -107,6 +107,7 @@ def test_a_batch_of_padding_is_harmless():
   assert all(np.all(np.asarray(g) == 0) for g in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
   batch = packed_batch()
   narrow = dataclasses.replace(TRAIN, compute_dtype='bfloat16')

@@ -34,7 +34,7 @@ CASES = {
     'lora int8 expert': ('moe', dict(data=2, expert=4), dict(kind='lora', quantize='int8')),
     'dropout': ('dense', dict(data=2, fsdp=2, tensor=2), dict(kind='lora', dropout=0.3)),
 }
-QUICK = ('lora nf4 tensor stage',)
+QUICK = ()
 
 
 def batch():
