@@ -42,6 +42,7 @@ from llmjax.train.state import TrainState
 
 # Seconds that the first process waits for the seals of the others before it removes older checkpoints.
 SEAL_SECONDS = 60.0
+REMOVALS = 10  # How often the remains of a failed save are looked for.
 READ_PARTS = 10  # A restore has at most this share of its arrays in flight, or the largest of them.
 
 
@@ -214,13 +215,18 @@ class Checkpoints:
     if not isinstance(error, SaveError) and (free := free_bytes(self.folder)) is not None:
       problem += f'; {free:,} bytes are free there'
     if jax.process_index() == 0 and not isinstance(error, SaveError):
-      try:
-        for left in seal.find_temporaries(self.folder):
-          left.rmtree()
-        if path.exists() and seal.find_damage(path, contents=False):
-          remove_checkpoint(path)
-      except OSError:
-        pass  # It is no good checkpoint either way.
+      self._cleared = False  # What cannot be removed now goes before the next save.
+      for _ in range(REMOVALS):
+        try:
+          for left in seal.find_temporaries(self.folder):
+            left.rmtree()
+          if path.exists() and seal.find_damage(path, contents=False):
+            remove_checkpoint(path)
+        except OSError:
+          pass  # It is no good checkpoint either way.
+        time.sleep(0.05)  # Orbax's other writers may still be at work there, and make it anew.
+        if not seal.find_temporaries(self.folder):
+          break
     self._outcome = Save(step, path, problem=problem)
 
 

@@ -245,6 +245,7 @@ def test_dropout_differs_by_layer_and_weight_and_keeps_the_mean():
   assert outputs.std(0).max() > 0.02
 
 
+@pytest.mark.slow
 def test_the_gradient_of_what_is_frozen_is_not_computed():
   """FLOPs of the compiled program: forward and the input's gradient, without the third part of the weights'."""
   model = dataclasses.replace(MODELS['dense'], d_model=128, mlp_dim=256, num_kv_heads=2, vocab_size=512)
@@ -265,6 +266,7 @@ def test_the_gradient_of_what_is_frozen_is_not_computed():
     assert found < most * full, (remat, found / full)
 
 
+@pytest.mark.slow
 def test_patterns():
   base = base_of('moe')
   assert list(find_targets(base, ('*/attention/q*',))) == ['blocks/attention/query']

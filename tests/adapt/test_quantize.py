@@ -50,6 +50,7 @@ def test_every_value_is_within_half_a_step(kind, bits):
   assert 8 * size / w.size == pytest.approx(bits + 8 / 64, abs=0.3)
 
 
+@pytest.mark.slow
 def test_products_and_layers_take_the_quantised_form():
   w, x = weights((2, 24, 40)), jax.random.normal(jax.random.key(5), (4, 24))
   q = quantize(w, 'nf4', 2)

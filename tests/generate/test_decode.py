@@ -135,6 +135,7 @@ def test_stops_on_the_device_when_all_rows_are_done(prompts):
   assert sum(p[0].shape[1] for p in pieces) == first + 1
 
 
+@pytest.mark.slow
 def test_one_program_for_a_bucket():
   spec = ModelSpec(**{**SIZES, 'd_model': 16})  # No other test has filled this spec's buckets.
   generator = decode.Generator(spec, make_params(spec))

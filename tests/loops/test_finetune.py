@@ -96,6 +96,7 @@ def test_it_learns_to_answer_and_to_stop(tuned, capsys):
   assert sample['prompt'] == 'cat' and len(sample['text']) > 2
 
 
+@pytest.mark.slow
 def test_what_is_frozen_is_the_base(tuned):
   base, after = (load_params(str(tuned.parent / name), 0)[0] for name in ('base', 'tuned'))
   np.testing.assert_array_equal(base['final_norm']['scale'], after['final_norm']['scale'])

@@ -45,6 +45,7 @@ def row(out, name):
   return re.split(r'\s{2,}', line)
 
 
+@pytest.mark.slow
 def test_bytes_and_layouts_are_those_of_a_real_state(recipe, capfd):
   status, out, err = call(capfd, recipe, *ARGUMENTS, '--config.mesh.data=2', '--config.mesh.fsdp=2',
                           '--config.mesh.tensor=2', '--config.optimizer.moment_dtype=bfloat16')
