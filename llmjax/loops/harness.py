@@ -58,6 +58,7 @@ class Job:
   a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
   together: rows in order that belong together.  sees_frozen: the loss takes the state's frozen trees as well,
   `loss_fn(params, batch, key, frozen)`: the base of adapters, and what `load_frozen` returns, {name: parameters}.
+  initial: function of fresh parameters to those that a new run starts from, laid out as they are, or None.
   """
 
   spec: Any
@@ -70,6 +71,7 @@ class Job:
   together: int = 1
   sees_frozen: bool = False
   load_frozen: Callable | None = None
+  initial: Callable | None = None
   ledger: Ledger | None = None  # `start.run` supplies it.
 
 
@@ -131,7 +133,7 @@ def claim_workdir(workdir, spec):
         ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
         ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'),
         ('train', 'seed'), ('train', 'param_dtype')] + [
-            (group, k) for group in ('adapter', 'rl', 'policy') for k in resolved.get(group, ())]
+            (group, k) for group in ('adapter', 'rl', 'policy', 'distill') for k in resolved.get(group, ())]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]
@@ -247,6 +249,8 @@ class Loop:
       abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), state.params,
                               shardings.params)
       state = state.replace(params={**state.params, **restore_initial(source, initial_checkpoint(source), abstract)})
+    elif self.job.initial:
+      state = state.replace(params=self.job.initial(state.params))
     self.job.batches.restore(0)
     return state, 0
 
