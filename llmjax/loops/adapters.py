@@ -17,7 +17,6 @@ from llmjax.parallel.sharding import tree_shardings
 from llmjax.train.objectives import with_adapters
 from llmjax.train.state import Trained, zero_rules
 
-
 # Parameters that a run may add to those of the model that it starts from.
 OPTIONAL = ('value', 'projection')
 

@@ -18,7 +18,7 @@ from llmjax.loops.profiling import ProfileSpec, parse_steps
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
-from llmjax.rl.spec import BATCH_LOSSES, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
+from llmjax.rl.spec import BATCH_LOSSES, DistillSpec, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
 __all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'FinetuneSpec', 'GenerateOptions',
@@ -153,6 +153,7 @@ class PretrainSpec:
   train: TrainSpec = group(TrainSpec)
   optimizer: OptimizerSpec = group(OptimizerSpec)
   adapter: AdapterSpec = group(AdapterSpec)
+  distill: DistillSpec = group(DistillSpec)
   guard: GuardSpec = group(GuardSpec)
   checkpoint: CheckpointSpec = group(CheckpointSpec)
   evaluate: EvaluateSpec = group(EvaluateSpec)
@@ -161,7 +162,15 @@ class PretrainSpec:
   logs: LogsSpec = group(LogsSpec)
   cost: CostSpec = group(CostSpec)
 
-  measures = ('loss', 'perplexity', 'bits_per_byte')  # What an evaluation finds of which less is better.
+  @property
+  def measures(self):
+    """What an evaluation finds of which less is better."""
+    return ('loss', 'perplexity', 'bits_per_byte', *('teacher_kl',) * bool(self.distill.teacher))
+
+  @classmethod
+  def base(cls, values):
+    """Returns the model of the teacher whose layers the student begins with."""
+    return _teacher_groups(values, ('model',))
 
   def problems(self):
     if self.optimizer.warmup_steps > self.train.steps:
@@ -181,6 +190,7 @@ class PretrainSpec:
     if self.adapter.kind and self.pipeline.schedule == '1f1b':
       yield ('pipeline.schedule=1f1b makes gradients of all weights, and adapters leave theirs frozen; write '
              'pipeline.schedule=gpipe')
+    yield from _distill_problems(self)
     traced = None if list(self.profile.problems()) else parse_steps(self.profile.steps)
     if traced and traced[0] > self.train.steps:
       yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
@@ -265,34 +275,109 @@ class FromRunSpec(PretrainSpec):
     """Returns the groups that the run to start from sets: its model, and how long its rows are."""
     train = values.get('train')
     source = train.get('init_from') if isinstance(train, dict) else None
-    try:
-      before = json.loads((run_folder(source) / 'config.json').read_text(encoding='utf-8'))
-      found = {name: before[name] for name in ('model', 'data') if isinstance(before[name], dict)}
-    except (TypeError, OSError, ValueError, KeyError, RecursionError):
-      return {}  # `problems` says what is wrong with init_from.
+    if not source:
+      return _teacher_groups(values, ('model', 'data'))
+    found = _run_groups(source, ('model', 'data'))  # `problems` says what is wrong with init_from.
     model = values.get('model')
     if isinstance(model, dict) and model.get('preset'):
-      del found['model']
-    if 'data' in found:
-      found['data'] = {k: v for k, v in found['data'].items() if k == 'seq_len'}
+      found.pop('model', None)
     return found
 
   def problems(self):
     yield from super().problems()
-    source = self.train.init_from
+    source = self.train.init_from or (self.distill.teacher if self.distill.init else '')
     if not source:
       yield ('train.init_from is missing: which run is to be fine-tuned? For example '
              '--config.train.init_from=runs/quickstart')
       return
-    tokenizer = run_folder(source) / 'tokenizer.model'
-    for folder in self.data.sources if tokenizer.is_file() else ():
-      try:
-        manifest = prepared.read_manifest(folder)
-      except ValueError:
-        continue  # The data group says so.
-      if manifest['tokenizer']['sha256'] != prepared.file_sha256(tokenizer):
-        yield (f'data.sources: {folder} has another tokenizer than {source}; prepare it again with --force '
-               f'--config.tokenizer.path={tokenizer}')
+    if self.train.init_from:  # A teacher has been looked at already.
+      yield from _tokenizer_problems(self.data.sources, source)
+
+
+def _tokenizer_problems(sources, run):
+  """Yields a line for every prepared folder whose tokenizer is not a run's."""
+  tokenizer = run_folder(run) / 'tokenizer.model'
+  for folder in sources if tokenizer.is_file() else ():
+    try:
+      manifest = prepared.read_manifest(folder)
+    except ValueError:
+      continue  # The data group says so.
+    if manifest['tokenizer']['sha256'] != prepared.file_sha256(tokenizer):
+      yield (f'data.sources: {folder} has another tokenizer than {run}; prepare it again with --force '
+             f'--config.tokenizer.path={tokenizer}')
+
+
+def _run_groups(run, names):
+  """Returns those groups of a run's config that make its model, and how long its rows are; nothing where it has none."""
+  try:
+    before = json.loads((run_folder(run) / 'config.json').read_text(encoding='utf-8'))
+    found = {name: before[name] for name in names if isinstance(before[name], dict)}
+  except (TypeError, OSError, ValueError, KeyError, RecursionError):
+    return {}
+  if 'data' in found:
+    found['data'] = {k: v for k, v in found['data'].items() if k == 'seq_len'}
+  return found
+
+
+# What two models may differ in although one begins with the other's layers.
+OF_ITS_OWN = ('preset', 'num_layers', 'dropout', 'balance_loss', 'router_z_loss', 'capacity_factor', 'init_scale',
+              'value_head', 'projection')
+
+
+def _teacher_groups(values, names):
+  """Returns what a recipe leaves to the teacher whose layers its student begins with."""
+  distill = values.get('distill')
+  if not isinstance(distill, dict) or not distill.get('init') or not distill.get('teacher'):
+    return {}
+  found = _run_groups(distill['teacher'], names)
+  if 'model' in found:
+    found['model'] = {k: v for k, v in found['model'].items() if k not in ('value_head', 'projection')}
+    layers = found['model'].get('num_layers')
+    if distill['init'] == 'every_2nd' and isinstance(layers, int):
+      found['model']['num_layers'] = -(-layers // 2)
+  return found
+
+
+def _distill_problems(spec):
+  """Yields what is wrong with a teacher, and with what a student takes from it."""
+  distill, model, source = spec.distill, spec.model, spec.distill.teacher
+  if not source:
+    return
+  if refused := weights.refusal(source):
+    yield f'distill.teacher={refused}'
+    return
+  found = _run_groups(source, ('model',))
+  try:
+    teacher = config.build(ModelSpec, found['model'])
+  except (KeyError, config.ConfigError):
+    yield f"distill.teacher={source} is not a run's folder; give the --workdir of a run, such as runs/big"
+    return
+  yield from _tokenizer_problems(spec.data.sources, source)
+  if model.vocab_size and model.vocab_size != teacher.vocab_size:
+    yield (f'model.vocab_size={model.vocab_size} is not that of distill.teacher={source}; write '
+           f'model.vocab_size={teacher.vocab_size}')
+  if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
+    yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+  if distill.top_k > teacher.vocab_size:
+    yield f'distill.top_k={distill.top_k} is more than there are words; write at most {teacher.vocab_size}'
+  if distill.compares_hidden and spec.adapter.kind and model.d_model != teacher.d_model:
+    yield (f'distill.hidden_weight and cosine_weight would train a projection from model.d_model={model.d_model} to the '
+           f"teacher's {teacher.d_model}, and adapters train nothing else; write 0 for both, or train all weights")
+  if not distill.init:
+    return
+  if spec.train.init_from:
+    yield ('distill.init and train.init_from both say what the student begins with; leave one out')
+  for name, mine in dataclasses.asdict(model).items():
+    theirs = getattr(teacher, name)
+    if name not in OF_ITS_OWN and mine != theirs and not (name == 'vocab_size' and not mine):
+      yield f"model.{name}={mine} is not {theirs}, that of the teacher whose layers distill.init copies; leave it out"
+  half = -(-teacher.num_layers // 2)
+  if distill.init == 'every_2nd' and model.num_layers != half:
+    yield (f"model.num_layers={model.num_layers} is not every second of the teacher's {teacher.num_layers}; write "
+           f'model.num_layers={half}, or distill.init=spread')
+  elif model.num_layers > teacher.num_layers:
+    yield (f"model.num_layers={model.num_layers} is more than the teacher's; write model.num_layers="
+           f'{teacher.num_layers} at most')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +411,7 @@ class FinetuneSpec(FromRunSpec):
     yield from super().problems()
     if self.prefers:
       yield from _pair_problems(self)
+      yield from _no_teacher(self)
       preference = self.preference
       if preference.reference == 'adapters_off' and not self.adapter.kind:
         yield ('preference.reference=adapters_off needs adapters, and a base that stays as it is; write '
@@ -355,6 +441,7 @@ class RewardSpec(FromRunSpec):
   def problems(self):
     yield from super().problems()
     yield from _pair_problems(self)
+    yield from _no_teacher(self)
     if self.adapter.kind:
       yield ('adapter.kind has no place here: a reward model trains a head that its base does not have; leave it out, '
              'or hold parameters still with optimizer.freeze')
@@ -364,6 +451,12 @@ def _pair_problems(spec):
   """Yields what is wrong with training on pairs."""
   if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
     yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+
+
+def _no_teacher(spec):
+  """Yields that there is nothing to learn from a teacher here."""
+  if spec.distill.teacher:
+    yield 'distill.teacher has no place here: a teacher is for text and conversations; leave it out'
 
 
 def _kinds(sources):
@@ -396,6 +489,7 @@ class RlCommandSpec(FromRunSpec):
 
   def problems(self):
     yield from super().problems()
+    yield from _no_teacher(self)
     rl, policy, rows = self.rl, self.policy, self.train.batch_size
     if rl.rows % rows:
       fits = [n for n in range(1, rl.rows + 1) if rl.rows % n == 0]
@@ -453,8 +547,11 @@ class PreviewSpec(PretrainSpec):
 
 
 def of_run(spec_class, settings):
-  """Returns the spec of a run's config.json, whichever command trained it, without groups that spec_class lacks."""
-  known = {field.name for field in dataclasses.fields(spec_class)}
+  """Returns the spec of a run's config.json, whichever command trained it, without groups that spec_class lacks.
+
+  Who taught it matters no more, and need not be there.
+  """
+  known = {field.name for field in dataclasses.fields(spec_class)} - {'distill'}
   return config.build(spec_class, {name: value for name, value in settings.items() if name in known})
 
 
