@@ -16,7 +16,7 @@ from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.loops import start
 from llmjax.loops.adapters import checkpoint_of
-from llmjax.loops.spec import run_folder
+from llmjax.loops.sources import run_folder
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel import distributed
@@ -102,8 +102,8 @@ class Lessons:
   def _initial(self, params):
     teacher = self.load()
     layers = self.spec.distill.layers(self.spec.model.num_layers, self.model.num_layers)
-    copy = jax.jit(functools.partial(layer_copy, layers=layers), out_shardings=jax.tree.map(lambda p: p.sharding, params))
-    return copy(params, teacher)
+    layout = jax.tree.map(lambda p: p.sharding, params)
+    return jax.jit(functools.partial(layer_copy, layers=layers), out_shardings=layout)(params, teacher)
 
   def columns(self, data, split):
     """Returns {field: stream.Table [rows, 1, T, k]} of what the teacher said of a split, or None with it in memory.

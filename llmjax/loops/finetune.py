@@ -1,4 +1,4 @@
-"""`llmjax finetune`: a run's model goes on with conversations, with pairs of answers, with a teacher, or with other text."""
+"""`llmjax finetune`: a run's model goes on with conversations, pairs of answers, or other text."""
 
 import dataclasses
 
