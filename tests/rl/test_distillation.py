@@ -89,7 +89,8 @@ def by_formula(spec, params, teacher, batch):
   loss = {'forward_kl': lambda: distill.forward_kl(student, taught, mask, spec.temperature),
           'reverse_kl': lambda: distill.reverse_kl(student, taught, mask, spec.temperature),
           'jsd': lambda: distill.generalised_jsd(student, taught, mask, spec.beta, spec.temperature),
-          'hinton': lambda: distill.hinton(student, taught, targets, mask, spec.temperature, spec.alpha)}[spec.loss]()[0]
+          'hinton': lambda: distill.hinton(student, taught, targets, mask, spec.temperature, spec.alpha)}
+  loss = loss[spec.loss]()[0]
   mine = x @ params['projection']['kernel']
   return (loss + spec.hidden_weight * distill.hidden_mse(mine, x_t, mask)[0]
           + spec.cosine_weight * distill.hidden_cosine(mine, x_t, mask)[0])
@@ -175,6 +176,7 @@ def test_evaluation_is_the_ordinary_one_and_the_teachers_distance(params, teache
   np.testing.assert_allclose(loss, kl, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_part_of_nothing_is_the_datas_own_loss(params, teacher, batch):
   lessons = make_lessons(DistillSpec(teacher='t', loss='hinton', alpha=0.0))
   run = lambda p: lessons.train(p, batch, None, {'teacher': teacher})[0]
