@@ -64,6 +64,23 @@ def read_documents(folder, split):
   yield from builders.read_documents(prepared.documents_path(folder), split)
 
 
+class Table:
+  """An array in a .npy file, of which only the rows asked for are read.  Pickles as its path, for workers."""
+
+  def __init__(self, path):
+    self.path = path
+    self._array = np.load(path, mmap_mode='r', allow_pickle=False)
+
+  shape = property(lambda self: self._array.shape)
+  dtype = property(lambda self: self._array.dtype)
+
+  def __getitem__(self, rows):
+    return np.asarray(self._array[rows])
+
+  def __reduce__(self):
+    return Table, (self.path,)
+
+
 class _Mixture:
   """The rows of one or more sources under one numbering.  Pickles as paths, for workers."""
 
@@ -95,15 +112,20 @@ class _Mixture:
         start = self.ends[source - 1] if source else 0
         self.rows[source].fill(out, [place], [number - start])
     for name, table in self.columns.items():
-      out[name] = np.zeros(len(out['tokens']), np.float32)
-      out[name][:len(numbers) * self.each] = table[np.asarray(numbers, int)].reshape(-1)
+      out[name] = np.zeros((len(out['tokens']), *table.shape[2:]), table.dtype)
+      found = table[np.asarray(numbers, int)]
+      out[name][:len(numbers) * self.each] = found.reshape(-1, *table.shape[2:])
     return out
 
   def attach(self, name, table):
-    """Lets every batch have a field `name`, float32 [size].  table: [len(self), rows of a number]."""
-    if np.shape(table) != (len(self), self.each):
-      raise ValueError(f'{name} must have the shape {(len(self), self.each)}, not {np.shape(table)}')
-    self.columns[name] = np.asarray(table, np.float32)
+    """Lets every batch have a field `name`, [size, ...].
+
+    table: numbers or a Table, [len(self), rows of a number, ...].
+    """
+    table = table if isinstance(table, Table) else np.asarray(table, np.float32)
+    if table.shape[:2] != (len(self), self.each):
+      raise ValueError(f'{name} must begin with the shape {(len(self), self.each)}, not {table.shape}')
+    self.columns[name] = table
 
 
 def rows_of(spec: DataSpec, split: str):
@@ -218,7 +240,7 @@ class BatchStream:
     return batch
 
   def attach(self, name: str, table: np.ndarray):
-    """Lets every batch have a field `name`, float32 [rows].  table: for each sample and each of its rows."""
+    """Lets every batch have a field `name`, [rows, ...].  table: numbers or a Table, for each sample and its rows."""
     self.close()
     self._batches.mixture.attach(name, table)
 
@@ -344,14 +366,23 @@ def _require_kind(spec, kind):
 
 
 def eval_batches(spec: DataSpec, split: str, batch_size: int, limit: int | None = None, *,
-                 blocks=(0,), block_count: int = 1):
+                 blocks=(0,), block_count: int = 1, columns=None):
   """Yields a process's blocks (see `open_stream`) of batches that hold every pair of a split exactly once.
 
   Rows come in order, source after source by name; rows of padding complete the last batch.  limit:
   at most this many batches.  Documents lie in an order drawn by hash, so the first batches are a
-  fair sample.  Every process yields the same number of batches.
+  fair sample.  Every process yields the same number of batches.  columns: {name: numbers or a Table}, fields that
+  batches are to have as well.
   """
-  yield from _in_order(_Mixture(spec, split), batch_size, limit, blocks, block_count)
+  mixture = _Mixture(spec, split)
+  for name, table in (columns or {}).items():
+    mixture.attach(name, table)
+  yield from _in_order(mixture, batch_size, limit, blocks, block_count)
+
+
+def count_rows(spec: DataSpec, split: str) -> int:
+  """Returns how many rows a split has."""
+  return len(_Mixture(spec, split))
 
 
 def _in_order(mixture, batch_size, limit, blocks, block_count):

@@ -7,33 +7,34 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def make_eval_step(loss_fn, token_bytes):
-  """Returns step(params, batch) -> float32 [3]: summed nats, targets, and UTF-8 bytes the targets are.
+def make_eval_step(loss_fn, token_bytes, names=()):
+  """Returns step(params, batch, ...) -> float32 [3 + n]: summed nats, targets, and UTF-8 bytes the targets are.
 
   loss_fn: as for training, called without a key, so without dropout.  token_bytes: int [V], the bytes
-  that each token id stands for.
+  that each token id stands for.  names: of n sums in the loss's aux that come behind.  What else the step gets goes
+  to the loss.
   """
   token_bytes = jnp.asarray(token_bytes, jnp.float32)
 
-  def eval_step(params, batch):
-    loss, (weight, _) = loss_fn(params, batch, None)
+  def eval_step(params, batch, *more):
+    loss, (weight, aux) = loss_fn(params, batch, None, *more)
     # Ids above the tokenizer's are padding of the vocabulary and never targets.
     size = jnp.take(token_bytes, batch['targets'], mode='clip')
-    return jnp.stack([loss, weight, jnp.sum(size * (batch['loss_mask'] > 0))])
+    return jnp.stack([loss, weight, jnp.sum(size * (batch['loss_mask'] > 0)), *(aux[name] for name in names)])
 
   return jax.jit(eval_step)
 
 
-def evaluate(eval_step, params, batches):
-  """Returns {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes'} over all batches.
+def evaluate(eval_step, params, batches, names=()):
+  """Returns {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes'} over all batches, and the means of `names`.
 
   Sums are added in float64 and divided once, so padding and batch size do not matter.  loss is nats a
   target; bits_per_byte counts the end-of-document targets' bits too, as a compressor must.
   """
   pending = [eval_step(params, batch) for batch in batches]
-  sums = np.sum([np.asarray(p, np.float64) for p in pending], axis=0) if pending else np.zeros(3)
-  nats, tokens, size = (float(s) for s in sums)
+  sums = np.sum([np.asarray(p, np.float64) for p in pending], axis=0) if pending else np.zeros(3 + len(names))
+  nats, tokens, size, *more = (float(s) for s in sums)
   loss = nats / max(tokens, 1.0)
   return {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)),
           'bits_per_byte': nats / math.log(2) / max(size, 1.0), 'tokens': int(tokens),
-          'bytes': int(size)}
+          'bytes': int(size), **{name: s / max(tokens, 1.0) for name, s in zip(names, more, strict=True)}}

@@ -17,19 +17,30 @@ from llmjax.parallel.sharding import tree_shardings
 from llmjax.train.objectives import with_adapters
 from llmjax.train.state import Trained, zero_rules
 
+# Parameters that a run may add to those of the model that it starts from.
+OPTIONAL = ('value', 'projection')
 
-def initial_checkpoint(source):
-  """Returns the folder of the checkpoint that train.init_from names, a run's newest good one or itself.
 
-  Raises ConfigError when it is neither, is damaged, or holds adapters alone.
+def checkpoint_of(name, source):
+  """Returns the folder of the checkpoint that a setting of this name says: a run's newest good one, or itself.
+
+  Raises ConfigError when it is neither, or is damaged.
   """
   folder = pathlib.Path(source)
   if (folder / 'checkpoints').exists():
     folder = folder / 'checkpoints' / str(find_step(folder))
   if not (folder / 'params').exists():
-    raise ConfigError([f"train.init_from={source} is neither a run's folder nor one of its "
-                       'checkpoints'])
+    raise ConfigError([f"{name}={source} is neither a run's folder nor one of its checkpoints"])
   require_good(folder)
+  return folder
+
+
+def initial_checkpoint(source):
+  """Returns the folder of the checkpoint that train.init_from names (see `checkpoint_of`), which has all weights.
+
+  Raises ConfigError when it holds adapters alone.
+  """
+  folder = checkpoint_of('train.init_from', source)
   if is_adapter(folder):
     raise ConfigError([f'train.init_from={source} holds an adapter alone; put it into its base first: '
                        f'llmjax adapter merge --workdir={source} --output=FOLDER'])
@@ -39,14 +50,15 @@ def initial_checkpoint(source):
 def restore_initial(source, folder, abstract):
   """Returns the parameters of a checkpoint, laid out as abstract is; ConfigError when they are another model's.
 
-  A value head that it does not have is left out.
+  A value head and a projection that it does not have are left out.
   """
   try:
     return restore_params(folder, abstract)
   except ValueError as e:
-    if 'value' in abstract:
-      with contextlib.suppress(ValueError):
-        return restore_params(folder, {name: tree for name, tree in abstract.items() if name != 'value'})
+    for lacking in (('value',), ('projection',), OPTIONAL):
+      if set(lacking) <= set(abstract):
+        with contextlib.suppress(ValueError):
+          return restore_params(folder, {name: tree for name, tree in abstract.items() if name not in lacking})
     raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
 
 

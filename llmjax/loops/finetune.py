@@ -1,11 +1,11 @@
-"""`llmjax finetune`: a run's model goes on with conversations, with pairs of answers, or with other text."""
+"""`llmjax finetune`: a run's model goes on with conversations, pairs of answers, or other text."""
 
 import dataclasses
 
 from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.generate.spec import CHAT_TEMPLATE
-from llmjax.loops import pairs, pretrain, start
+from llmjax.loops import distill, pairs, pretrain, start
 from llmjax.parallel import distributed
 from llmjax.text.templates import TemplateError
 
@@ -14,7 +14,7 @@ def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
   if spec.prefers:
     return start.run(spec, options, pairs.preference_job, pairs.open_batches)
-  return start.run(spec, options, make_job)
+  return start.run(distill.settle(spec), options, make_job)
 
 
 def make_job(spec, mesh, batches, workdir):

@@ -53,6 +53,7 @@ class Job:
   a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
   together: rows in order that belong together.  sees_frozen: the loss takes the state's frozen trees as well,
   `loss_fn(params, batch, key, frozen)`: the base of adapters, and what `load_frozen` returns, {name: parameters}.
+  initial: function of fresh parameters to those that a new run starts from, laid out as they are, or None.
   """
 
   spec: Any
@@ -65,6 +66,7 @@ class Job:
   together: int = 1
   sees_frozen: bool = False
   load_frozen: Callable | None = None
+  initial: Callable | None = None
   ledger: Ledger | None = None  # `start.run` supplies it.
 
 
@@ -162,6 +164,8 @@ class Loop:
       abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), state.params,
                               shardings.params)
       state = state.replace(params={**state.params, **restore_initial(source, initial_checkpoint(source), abstract)})
+    elif self.job.initial:
+      state = state.replace(params=self.job.initial(state.params))
     self.job.batches.restore(0)
     return state, 0
 

@@ -14,7 +14,7 @@ from llmjax.checkpoint.checkpoints import restore_params
 from llmjax.data import stream
 from llmjax.evaluate import pairs
 from llmjax.generate.spec import CHAT_TEMPLATE
-from llmjax.loops import harness
+from llmjax.loops import harness, start
 from llmjax.loops.adapters import initial_checkpoint
 from llmjax.model import decoder
 from llmjax.parallel import distributed
@@ -53,8 +53,7 @@ def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
 
 def read_split(spec, mesh, split, columns=None, limit=0):
   """Yields the batches, on the devices, with every pair of a split once; at most `limit` pairs where it is not 0."""
-  shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)
-  size = -(-(spec.evaluate.batch_size or spec.train.batch_size) // shards) * shards
+  size = start.eval_rows(spec, mesh)
   for batch in stream.eval_pairs(spec.data, split, size, -(-limit // size) or None, blocks=batch_blocks(mesh),
                                  block_count=batch_shards(mesh), columns=columns):
     yield place_batch(mesh, batch)

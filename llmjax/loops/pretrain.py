@@ -10,44 +10,53 @@ from llmjax.data import stream
 from llmjax.evaluate import perplexity
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import SamplingSpec
-from llmjax.loops import harness, start
+from llmjax.loops import distill, harness, start
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.train import objectives
 
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
-  return start.run(spec, options, make_job)
+  return start.run(distill.settle(spec), options, make_job)
 
 
 def make_job(spec, mesh, batches, workdir):
-  """Returns the harness.Job of next-token prediction on the spec's data."""
-  del workdir
+  """Returns the harness.Job of next-token prediction on the spec's data, or of a teacher's predictions."""
   tokenizer = stream.load_tokenizer(spec.data)
   encode = lambda text: np.array([tokenizer.bos_id, *tokenizer.encode(text)])
-  return harness.Job(
+  job = harness.Job(
       spec=spec, mesh=mesh, batches=batches,
       loss_fn=objectives.next_token(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline),
-      evaluators=make_evaluators(spec, mesh), sample=make_sampler(spec, mesh, encode, (tokenizer.eos_id,)),
+      evaluators={}, sample=make_sampler(spec, mesh, encode, (tokenizer.eos_id,)),
       describe=make_describer(spec, batches))
+  if not spec.distill.teacher:
+    return dataclasses.replace(job, evaluators=make_evaluators(spec, mesh))
+  lessons = distill.Lessons(spec, mesh, workdir)
+  evaluators = make_evaluators(spec, mesh, lessons.evaluate, ('teacher_kl',), lessons.columns)
+  return dataclasses.replace(lessons.teach(job), evaluators=evaluators)
 
 
-def make_evaluators(spec, mesh):
-  """Returns {name of an evaluation: function of the parameters to perplexity and bits per byte}."""
-  loss_fn = objectives.likelihood(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
+def make_evaluators(spec, mesh, loss_fn=None, names=(), columns=lambda data, split: None):
+  """Returns {name of an evaluation: function of the parameters to perplexity and bits per byte}.
+
+  loss_fn: whose sum is the targets' negative log-likelihood; what else an evaluation gets it gets, too.  names: of
+  sums in its aux whose means are reported.  columns: function of the DataSpec and split to fields of their batches.
+  """
+  loss_fn = loss_fn or objectives.likelihood(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
   token_bytes = stream.load_tokenizer(spec.data).token_bytes()
-  eval_step = perplexity.make_eval_step(loss_fn, token_bytes)
-  shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)
-  batch_size = -(-(spec.evaluate.batch_size or spec.train.batch_size) // shards) * shards
+  eval_step = perplexity.make_eval_step(loss_fn, token_bytes, names)
+  batch_size = start.eval_rows(spec, mesh)
 
   def evaluator(split, sources):
     data = dataclasses.replace(spec.data, sources=sources)
+    found = columns(data, split)
 
-    def evaluate(params):
+    def evaluate(params, *frozen):
       limit = -(-spec.evaluate.limit // batch_size) or None  # Rows to batches.
-      batches = stream.eval_batches(
-          data, split, batch_size, limit, blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
-      return perplexity.evaluate(eval_step, params, (place_batch(mesh, b) for b in batches))
+      batches = stream.eval_batches(data, split, batch_size, limit, blocks=batch_blocks(mesh),
+                                    block_count=batch_shards(mesh), columns=found)
+      return perplexity.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params,
+                                 (place_batch(mesh, b) for b in batches), names)
 
     return evaluate
 

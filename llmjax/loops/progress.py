@@ -114,7 +114,7 @@ class Progress:
     for key, form in (('loss', 'loss {:.3f}'), ('perplexity', 'ppl {:.4g}'),
                       ('bits_per_byte', '{:.3f} bits/byte'), ('accuracy', 'accuracy {:.1%}'),
                       ('margin', 'margin {:.3f}'), ('chosen_logprob', 'log p(chosen) {:.1f}'),
-                      ('reward', 'reward {:.3f}')):
+                      ('reward', 'reward {:.3f}'), ('teacher_kl', 'KL to the teacher {:.3f}')):
       value = metrics.get(key, metrics.get(f'eval/{name}/{key}'))
       if value is not None:
         parts.append(form.format(value))

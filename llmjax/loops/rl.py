@@ -13,7 +13,7 @@ from llmjax.generate.decode import Generator
 from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.loops import harness, start
 from llmjax.loops.pairs import load_initial
-from llmjax.loops.spec import run_folder
+from llmjax.loops.sources import run_folder
 from llmjax.model import decoder
 from llmjax.parallel import distributed
 from llmjax.parallel.sharding import tree_shardings

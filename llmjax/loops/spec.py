@@ -1,9 +1,7 @@
 """What each command's `--config` and flags may say.  No JAX here: `--help` must be quick."""
 
 import dataclasses
-import json
 import os
-import pathlib
 
 from llmjax import config
 from llmjax.adapt.spec import AdapterSpec
@@ -15,10 +13,11 @@ from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec, parse_steps
+from llmjax.loops.sources import distill_problems, run_folder, run_groups, teacher_groups, tokenizer_problems
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
-from llmjax.rl.spec import BATCH_LOSSES, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
+from llmjax.rl.spec import BATCH_LOSSES, DistillSpec, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
 __all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'FinetuneSpec', 'GenerateOptions',
@@ -153,6 +152,7 @@ class PretrainSpec:
   train: TrainSpec = group(TrainSpec)
   optimizer: OptimizerSpec = group(OptimizerSpec)
   adapter: AdapterSpec = group(AdapterSpec)
+  distill: DistillSpec = group(DistillSpec)
   guard: GuardSpec = group(GuardSpec)
   checkpoint: CheckpointSpec = group(CheckpointSpec)
   evaluate: EvaluateSpec = group(EvaluateSpec)
@@ -161,7 +161,15 @@ class PretrainSpec:
   logs: LogsSpec = group(LogsSpec)
   cost: CostSpec = group(CostSpec)
 
-  measures = ('loss', 'perplexity', 'bits_per_byte')  # What an evaluation finds of which less is better.
+  @property
+  def measures(self):
+    """What an evaluation finds of which less is better."""
+    return ('loss', 'perplexity', 'bits_per_byte', *('teacher_kl',) * bool(self.distill.teacher))
+
+  @classmethod
+  def base(cls, values):
+    """Returns the model of the teacher whose layers the student begins with."""
+    return teacher_groups(values, ('model',))
 
   def problems(self):
     if self.optimizer.warmup_steps > self.train.steps:
@@ -181,6 +189,7 @@ class PretrainSpec:
     if self.adapter.kind and self.pipeline.schedule == '1f1b':
       yield ('pipeline.schedule=1f1b makes gradients of all weights, and adapters leave theirs frozen; write '
              'pipeline.schedule=gpipe')
+    yield from distill_problems(self)
     traced = None if list(self.profile.problems()) else parse_steps(self.profile.steps)
     if traced and traced[0] > self.train.steps:
       yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
@@ -265,34 +274,23 @@ class FromRunSpec(PretrainSpec):
     """Returns the groups that the run to start from sets: its model, and how long its rows are."""
     train = values.get('train')
     source = train.get('init_from') if isinstance(train, dict) else None
-    try:
-      before = json.loads((run_folder(source) / 'config.json').read_text(encoding='utf-8'))
-      found = {name: before[name] for name in ('model', 'data') if isinstance(before[name], dict)}
-    except (TypeError, OSError, ValueError, KeyError, RecursionError):
-      return {}  # `problems` says what is wrong with init_from.
+    if not source:
+      return teacher_groups(values, ('model', 'data'))
+    found = run_groups(source, ('model', 'data'))  # `problems` says what is wrong with init_from.
     model = values.get('model')
     if isinstance(model, dict) and model.get('preset'):
-      del found['model']
-    if 'data' in found:
-      found['data'] = {k: v for k, v in found['data'].items() if k == 'seq_len'}
+      found.pop('model', None)
     return found
 
   def problems(self):
     yield from super().problems()
-    source = self.train.init_from
+    source = self.train.init_from or (self.distill.teacher if self.distill.init else '')
     if not source:
       yield ('train.init_from is missing: which run is to be fine-tuned? For example '
              '--config.train.init_from=runs/quickstart')
       return
-    tokenizer = run_folder(source) / 'tokenizer.model'
-    for folder in self.data.sources if tokenizer.is_file() else ():
-      try:
-        manifest = prepared.read_manifest(folder)
-      except ValueError:
-        continue  # The data group says so.
-      if manifest['tokenizer']['sha256'] != prepared.file_sha256(tokenizer):
-        yield (f'data.sources: {folder} has another tokenizer than {source}; prepare it again with --force '
-               f'--config.tokenizer.path={tokenizer}')
+    if self.train.init_from:  # A teacher has been looked at already.
+      yield from tokenizer_problems(self.data.sources, source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +324,7 @@ class FinetuneSpec(FromRunSpec):
     yield from super().problems()
     if self.prefers:
       yield from _pair_problems(self)
+      yield from _no_teacher(self)
       preference = self.preference
       if preference.reference == 'adapters_off' and not self.adapter.kind:
         yield ('preference.reference=adapters_off needs adapters, and a base that stays as it is; write '
@@ -355,6 +354,7 @@ class RewardSpec(FromRunSpec):
   def problems(self):
     yield from super().problems()
     yield from _pair_problems(self)
+    yield from _no_teacher(self)
     if self.adapter.kind:
       yield ('adapter.kind has no place here: a reward model trains a head that its base does not have; leave it out, '
              'or hold parameters still with optimizer.freeze')
@@ -364,6 +364,12 @@ def _pair_problems(spec):
   """Yields what is wrong with training on pairs."""
   if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
     yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+
+
+def _no_teacher(spec):
+  """Yields that there is nothing to learn from a teacher here."""
+  if spec.distill.teacher:
+    yield 'distill.teacher has no place here: a teacher is for text and conversations; leave it out'
 
 
 def _kinds(sources):
@@ -396,6 +402,7 @@ class RlCommandSpec(FromRunSpec):
 
   def problems(self):
     yield from super().problems()
+    yield from _no_teacher(self)
     rl, policy, rows = self.rl, self.policy, self.train.batch_size
     if rl.rows % rows:
       fits = [n for n in range(1, rl.rows + 1) if rl.rows % n == 0]
@@ -419,12 +426,6 @@ class RlCommandSpec(FromRunSpec):
       yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
     if rl.reward_model and not (run_folder(rl.reward_model) / 'config.json').is_file():
       yield f"rl.reward_model={rl.reward_model} is not a run's folder; give the --workdir of a reward model"
-
-
-def run_folder(source):
-  """Returns the folder of the run that a path names: itself, or that of one of its checkpoints."""
-  path = pathlib.Path(source)
-  return path.parent.parent if path.parent.name == 'checkpoints' else path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,8 +454,11 @@ class PreviewSpec(PretrainSpec):
 
 
 def of_run(spec_class, settings):
-  """Returns the spec of a run's config.json, whichever command trained it, without groups that spec_class lacks."""
-  known = {field.name for field in dataclasses.fields(spec_class)}
+  """Returns the spec of a run's config.json, whichever command trained it, without groups that spec_class lacks.
+
+  It is trained no more: who taught it need not be there, nor does which checkpoints were kept for what matter.
+  """
+  known = {field.name for field in dataclasses.fields(spec_class)} - {'distill', 'checkpoint'}
   return config.build(spec_class, {name: value for name, value in settings.items() if name in known})
 
 

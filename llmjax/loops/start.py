@@ -60,6 +60,12 @@ def _open_rows(spec, mesh):
                             blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
 
 
+def eval_rows(spec, mesh):
+  """Returns how many rows an evaluation takes at a time: evaluate.batch_size, or more where the mesh needs it."""
+  shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)
+  return -(-(spec.evaluate.batch_size or spec.train.batch_size) // shards) * shards
+
+
 def resolve(spec):
   """Returns the spec with everything filled in that the data and the mesh decide."""
   vocab_size = spec.model.vocab_size

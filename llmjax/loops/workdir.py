@@ -72,7 +72,8 @@ def claim_workdir(workdir, spec):
         ('data', 'sources'), ('data', 'seq_len'), ('data', 'packing'), ('data', 'long'), ('optimizer', 'name'),
         ('optimizer', 'moment_dtype'), ('optimizer', 'freeze'), ('guard', 'window'), ('train', 'batch_size'),
         ('train', 'seed'), ('train', 'param_dtype')] + [
-            (group, k) for group in ('adapter', 'rl', 'policy') for k in resolved.get(group, ())]
+            (group, k) for group in ('adapter', 'preference', 'reward', 'distill', 'rl', 'policy')
+            for k in resolved.get(group, ())]
     changed = [f'{g}.{k} was {before[g][k]!r} in {workdir} and is {resolved[g][k]!r} now; keep it, or '
                'give a new --workdir' for g, k in fixed
                if k in before.get(g, {}) and before[g][k] != resolved[g][k]]

@@ -10,7 +10,8 @@ def count_params(spec):
   router = spec.num_experts * d
   parts = {'embed': v * d, 'blocks': spec.num_layers * (attention + mlps + router + norms),
            'final_norm': d, 'head': 0 if spec.tie_embeddings else v * d,
-           **({'value': d} if spec.value_head else {})}
+           **({'value': d} if spec.value_head else {}),
+           **({'projection': d * spec.projection} if spec.projection else {})}
   return {**parts, 'total': sum(parts.values())}
 
 

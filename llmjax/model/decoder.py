@@ -1,7 +1,7 @@
 """The decoder: plain functions over one nested dict of parameters.
 
   {'embed': {'table'}, 'blocks': {... each leaf [layers, ...]}, 'final_norm': {'scale'}, 'head': {'kernel'},
-   'value': {'kernel'}}, the last one with spec.value_head only
+   'value': {'kernel'}, 'projection': {'kernel'}}, the last two with spec.value_head and spec.projection only
 
 Letters as in layers.py.  `init_params` makes the dict and its logical axis names; `hidden_states` runs
 it; `unembed` makes logits.  A loss takes hidden states and `output_matrix`, so that the logits of a
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llmjax.model.layers import Block, Context, Embed, Head, Norm, ValueHead
+from llmjax.model.layers import Block, Context, Embed, Head, Norm, Projection, ValueHead
 from llmjax.ops.norms import rms_norm
 from llmjax.ops.products import dense, is_weight, project
 from llmjax.ops.rotary import rotary_angles
@@ -74,6 +74,8 @@ def _init(spec, key, param_dtype):
   }
   if spec.value_head:
     params['value'] = ValueHead(param_dtype).init(keys[2], x)['params']
+  if spec.projection:
+    params['projection'] = Projection(spec.projection, param_dtype).init(jax.random.fold_in(keys[2], 1), x)['params']
   if not spec.tie_embeddings:
     params['head'] = Head(spec, param_dtype).init(keys[2], x)['params']
   return params
@@ -219,6 +221,14 @@ def output_matrix(spec, params):
 def token_values(params, x):
   """Returns what the value head says of hidden states [..., D]: float32 [...]."""
   return ValueHead().apply({'params': params['value']}, x)
+
+
+def project_hidden(params, x):
+  """Returns hidden states [..., D] in a teacher's width, float32 [..., E], where the parameters have a projection."""
+  if 'projection' not in params:
+    return x
+  kernel = params['projection']['kernel']
+  return Projection(kernel.shape[-1]).apply({'params': params['projection']}, x)
 
 
 def unembed(spec, params, x):

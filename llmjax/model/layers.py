@@ -335,6 +335,19 @@ class Head(nn.Module):
     return project(x, kernel)
 
 
+class Projection(nn.Module):
+  """A linear map of hidden states, [..., D] to float32 [..., width], in float32; rows of unit variance stay so."""
+
+  width: int
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', nn.with_logical_partitioning(nn.initializers.lecun_normal(), ('embed', None)),
+                        (x.shape[-1], self.width), self.param_dtype)
+    return jnp.einsum('...D,DE->...E', x.astype(jnp.float32), kernel.astype(jnp.float32))
+
+
 class ValueHead(nn.Module):
   """One number for each token, [..., D] to float32 [...], in float32.  Zeros: the first value is 0."""
 

@@ -42,6 +42,8 @@ class ModelSpec:
   init_scale: float = setting(1.0, 'factor on the initial weights', minimum=0.0)
   value_head: bool = setting(False, 'a second output, one number for each token: of a reward model, or the critic of '
                              'PPO')
+  projection: int = setting(0, "width of a teacher's hidden states that a distilled student's are mapped to; a run "
+                            'sets it itself', minimum=0)
 
   @classmethod
   def base(cls, values):

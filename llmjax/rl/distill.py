@@ -49,15 +49,40 @@ def generalised_jsd(student, teacher, mask, beta=0.5, temperature=1.0):
   return _weighed(beta * divergence(p, mixed) + (1 - beta) * divergence(q, mixed), mask)
 
 
+def negative_log_likelihood(student, targets, mask):
+  """Returns (sum, weight) of -log p(target) in nats.  targets: int [B, T]."""
+  return _weighed(-jnp.take_along_axis(_log_softmax(student), targets[..., None], axis=-1)[..., 0], mask)
+
+
 def hinton(student, teacher, targets, mask, temperature=2.0, alpha=0.5):
   """Returns (sum, weight) of alpha T^2 KL(teacher || student at T) + (1 - alpha) cross-entropy.
 
   T^2 holds the size of the soft gradient whatever T is.  Source: arXiv:1503.02531, section 2.
   """
   soft, weight = forward_kl(student, teacher, mask, temperature)
-  picked = jnp.take_along_axis(_log_softmax(student), targets[..., None], axis=-1)[..., 0]
-  hard, _ = _weighed(-picked, mask)
-  return alpha * temperature**2 * soft + (1 - alpha) * hard, weight
+  hard, _ = negative_log_likelihood(student, targets, mask)
+  return mix(soft, hard, temperature, alpha), weight
+
+
+def mix(soft, hard, temperature, alpha):
+  """Returns alpha T^2 soft + (1 - alpha) hard."""
+  return alpha * temperature**2 * soft + (1 - alpha) * hard
+
+
+def imitation(spec, student, teacher, targets, mask):
+  """Returns sums of a DistillSpec's terms on logits [B, T, V]: {'loss', 'divergence'}, hinton's 'nll' as well.
+
+  teacher: logits, or (values, ids) as of `top_k_kl`.
+  """
+  if isinstance(teacher, tuple):
+    soft, _ = top_k_kl(student, *teacher, mask, spec.temperature)
+  else:
+    beta = {'reverse_kl': 1.0, 'jsd': spec.beta}.get(spec.loss, 0.0)
+    soft, _ = generalised_jsd(student, teacher, mask, beta, spec.temperature)
+  if spec.loss != 'hinton':
+    return {'loss': soft, 'divergence': soft}
+  hard, _ = negative_log_likelihood(student, targets, mask)
+  return {'loss': mix(soft, hard, spec.temperature, spec.alpha), 'divergence': soft, 'nll': hard}
 
 
 def top_k_kl(student, values, ids, mask, temperature=1.0):
@@ -96,32 +121,50 @@ def hidden_cosine(student, teacher, mask, epsilon=1e-8):
 
 
 def in_chunks(loss, student, teacher, *rows, vocab_axis=(1, 1), soft_cap=(None, None), chunk_logits=CHUNK_LOGITS):
-  """Returns loss(student logits, teacher logits, *rows) with logits of a few tokens of each row at a time.
+  """Returns loss(student logits, teacher logits, *rows), a tree of sums, with logits of a few tokens of rows at a time.
 
   student, teacher: (hidden states [B, T, D], output matrix); the teacher's D may differ, and it has no gradient.
-  rows: arrays [B, T, ...], the last of which is the mask.  vocab_axis, soft_cap: of both.  The backward pass makes
-  each chunk's logits again.
+  teacher: None where the rows say what it does; the loss gets the student's logits alone then.  rows: arrays
+  [B, T, ...]; what pads the last chunk are zeros, of the mask, too.  vocab_axis, soft_cap: of both.  The backward
+  pass makes each chunk's logits again; give matrices in float32, so that the gradient is summed in it.
   """
-  (x_s, w_s), (x_t, w_t) = student, jax.lax.stop_gradient(teacher)
-  batch, length = x_s.shape[:2]
-  size = max(1, min(length, chunk_logits // (2 * w_s.shape[vocab_axis[0]] * batch)))
+  models = [student] if teacher is None else [student, jax.lax.stop_gradient(teacher)]
+  hidden, matrices = zip(*models, strict=True)
+  batch, length = hidden[0].shape[:2]
+  size = max(1, min(length, chunk_logits // (len(models) * matrices[0].shape[vocab_axis[0]] * batch)))
   chunks = -(-length // size)
 
   def split(a):
     a = jnp.pad(a, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (a.ndim - 2))
     return jnp.moveaxis(a.reshape(batch, size, chunks, *a.shape[2:]), 2, 0)
 
-  def logits(x, w, axis, cap):
-    found = jax.lax.dot_general(x, w.astype(x.dtype), (((2,), (1 - axis,)), ((), ())),
-                                preferred_element_type=jnp.float32)
-    return found if cap is None else cap * jnp.tanh(found / cap)
-
   @functools.partial(jax.checkpoint, prevent_cse=False)
-  def one_chunk(w_s, w_t, x_s, x_t, rows):
-    return loss(logits(x_s, w_s, vocab_axis[0], soft_cap[0]), logits(x_t, w_t, vocab_axis[1], soft_cap[1]), *rows)
+  def one_chunk(matrices, hidden, rows):
+    made = zip(hidden, matrices, vocab_axis, soft_cap, strict=False)
+    return loss(*(chunk_logits_of(*each) for each in made), *rows)
 
-  def add(total, chunk):
-    return jax.tree.map(jnp.add, total, one_chunk(w_s, w_t, *chunk)), None
+  parts = jax.tree.map(split, (hidden, rows))
+  shapes = jax.eval_shape(one_chunk, matrices, *jax.tree.map(lambda a: a[0], parts))
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  return jax.lax.scan(lambda total, chunk: (jax.tree.map(jnp.add, total, one_chunk(matrices, *chunk)), None), zeros,
+                      parts)[0]
 
-  zeros = jnp.zeros(()), jnp.zeros(())
-  return jax.lax.scan(add, zeros, (split(x_s), split(x_t), tuple(split(r) for r in rows)))[0]
+
+def chunk_logits_of(x, w, vocab_axis=1, soft_cap=None):
+  """Returns float32 logits [B, C, V] of hidden states [B, C, D]; products in their dtype."""
+  found = jax.lax.dot_general(x, w.astype(x.dtype), (((2,), (1 - vocab_axis,)), ((), ())),
+                              preferred_element_type=jnp.float32)
+  return found if soft_cap is None else soft_cap * jnp.tanh(found / soft_cap)
+
+
+def top_k(x, w, k, *, vocab_axis=1, soft_cap=None, chunk_logits=CHUNK_LOGITS):
+  """Returns (values float32 [B, T, k], ids int32 [B, T, k]): the likeliest words' log-probabilities.
+
+  x: hidden states [B, T, D].  w: the output matrix.  Logits of a few tokens of each row exist at a time.
+  """
+  batch, length = x.shape[:2]
+  size = max(1, min(length, chunk_logits // (w.shape[vocab_axis] * batch)))
+  chunks = -(-length // size)
+  parts = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0))).reshape(batch, chunks, size, -1), 1, 0)
+  found = jax.lax.map(lambda x: jax.lax.top_k(_log_softmax(chunk_logits_of(x, w, vocab_axis, soft_cap)), k), parts)
+  return tuple(jnp.moveaxis(a, 0, 1).reshape(batch, chunks * size, k)[:, :length] for a in found)

@@ -4,6 +4,7 @@ Letters: B rows, T tokens, D width.  Each loss_fn(params, batch, key) -> (sum, (
 step; batches are dicts of [B, T] arrays, and [B] where a row has one of something.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 
 from llmjax.model import decoder
 from llmjax.ops.losses import token_logprobs
-from llmjax.parallel.sharding import by_rows
-from llmjax.rl import policy, preference, reward
+from llmjax.parallel.sharding import by_rows, sum_over_rows
+from llmjax.rl import distill, policy, preference, reward
 from llmjax.train.objectives import Forward
 
 
@@ -244,3 +245,84 @@ def make_policy_loss(spec, model, train, platform, pipe=None, *, temperature=1.0
     return _with_penalty(loss, weight, scores.aux, batch), (weight, {**aux, **scores.aux})
 
   return loss_fn
+
+
+# What a batch has of a teacher that is not in memory: log-probabilities float32 and ids int32, [B, T, k].
+TEACHER = ('teacher_logprobs', 'teacher_ids')
+
+
+class Distillation:
+  """The loss_fns of a student that imitates a teacher: `train` of a DistillSpec, and `evaluate`.
+
+  They are (params, batch, key, frozen) -> (sum, (weight, aux)), the teacher's parameters in frozen['teacher'];
+  without `frozen`, batches have the fields TEACHER.  loss_mask weighs the targets; all sums are over them.
+  """
+
+  def __init__(self, spec, student, teacher, train, platform, pipe=None):
+    """student, teacher: their ModelSpecs, of one vocabulary."""
+    self.spec, self.pipe = spec, pipe
+    self.student = Forward(student, train, platform, pipe)
+    # Nothing of the teacher's is kept for a backward pass, so nothing is to be computed again.
+    self.teacher = Forward(teacher, dataclasses.replace(train, neftune_alpha=0.0), platform, pipe)
+
+  def train(self, params, batch, key, frozen=None):
+    """aux: sums `divergence` (nats), `nll` with loss hinton, `hidden_mse` and `hidden_cosine` where they count."""
+    batch = self.student.order(batch)
+    x, aux = self.student(params, batch, key)
+    taught = self._hidden(frozen, batch)
+    sums = self._sums(lambda *logits: distill.imitation(self.spec, *logits), params, x, frozen, taught, batch)
+    loss, mask = sums.pop('loss') + aux.get('penalty', 0.0), batch['loss_mask'].astype(jnp.float32)
+    if self.spec.compares_hidden:
+      mine = decoder.project_hidden(params, x)
+      for name, weight in (('hidden_mse', self.spec.hidden_weight), ('hidden_cosine', self.spec.cosine_weight)):
+        if weight:
+          sums[name], _ = getattr(distill, name)(mine, taught, mask)
+          loss = loss + weight * sums[name]
+    return loss, (jnp.sum(mask), {**jax.lax.stop_gradient(sums), **aux})
+
+  def evaluate(self, params, batch, key=None, frozen=None):
+    """The sum is the student's negative log-likelihood, in nats; aux has `teacher_kl`, KL(teacher || student)."""
+    def both(student, teacher, targets, mask):
+      kl = distill.top_k_kl(student, *teacher, mask) if isinstance(teacher, tuple) else (
+          distill.forward_kl(student, teacher, mask))
+      return {'nll': distill.negative_log_likelihood(student, targets, mask)[0], 'teacher_kl': kl[0]}
+
+    batch = self.student.order(batch)
+    x, _ = self.student(params, batch, key)
+    sums = self._sums(both, params, x, frozen, self._hidden(frozen, batch), batch)
+    return sums.pop('nll'), (jnp.sum(batch['loss_mask'].astype(jnp.float32)), sums)
+
+  def top_k(self, params, batch):
+    """Returns the teacher's TEACHER fields of a batch, by its parameters, in the order of the row."""
+    batch = self.teacher.order(batch)
+    x, _ = self.teacher(params, batch, None)
+    matrix, vocab_axis = self.teacher.matrix(params)
+    score = lambda w, x: distill.top_k(x, w, self.spec.top_k, vocab_axis=vocab_axis, **self.teacher.chunking)
+    return dict(zip(TEACHER, map(self.teacher.restore, by_rows(score, x, weights=matrix)), strict=True))
+
+  def _hidden(self, frozen, batch):
+    """Returns the teacher's final hidden states of an ordered batch, or None where it is not in memory."""
+    if frozen is None:
+      return None
+    return jax.lax.stop_gradient(self.teacher(frozen['teacher'], batch, None)[0])
+
+  def _sums(self, loss, params, x, frozen, taught, batch):
+    """Returns loss(student logits, teacher logits or their likeliest, targets, mask), summed over all rows."""
+    matrix, axis = decoder.output_matrix(self.student.model, params)
+    chunking = {**self.student.chunking, 'soft_cap': (self.student.chunking['soft_cap'],
+                                                      self.teacher.chunking['soft_cap'])}
+    rows = batch['targets'], batch['loss_mask']
+    if taught is None:
+      likeliest = lambda logits, values, ids, *rest: loss(logits, (values, ids), *rest)
+
+      def sums(matrix, x, *rows):
+        return distill.in_chunks(likeliest, (x, matrix), None, *rows, vocab_axis=(axis,), **chunking)
+
+      return sum_over_rows(sums, matrix, x, *(batch[name] for name in TEACHER), *rows)
+    other, other_axis = decoder.output_matrix(self.teacher.model, jax.lax.stop_gradient(frozen['teacher']))
+
+    def sums(matrices, x, taught, *rows):
+      return distill.in_chunks(loss, (x, matrices[0]), (taught, matrices[1]), *rows, vocab_axis=(axis, other_axis),
+                               **chunking)
+
+    return sum_over_rows(sums, (matrix, other), x, taught, *rows)

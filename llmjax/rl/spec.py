@@ -1,4 +1,4 @@
-"""The groups `preference`, `policy` and `rl` of a config.  No JAX here."""
+"""The groups `preference`, `policy`, `rl` and `distill` of a config.  No JAX here."""
 
 import dataclasses
 import re
@@ -202,3 +202,54 @@ class RlSpec:
       yield f'kl_target={self.kl_target} needs a kl_coef to begin with, such as kl_coef=0.1'
     if not self.reference and self.kl_coef:
       yield 'reference=False leaves nothing to measure the KL from; write kl_coef=0, or reference=True'
+
+
+# How layers of a teacher become those of a student; see `DistillSpec.layers`.
+LAYER_CHOICES = ('', 'every_2nd', 'first', 'spread')
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillSpec:
+  """What a student learns from a teacher's distribution, and how it begins."""
+
+  teacher: str = setting('', "the teacher: a run's folder, or one checkpoint of it; empty: no distillation")
+  loss: str = setting('forward_kl', 'forward_kl covers all that the teacher does, reverse_kl seeks its modes, jsd lies '
+                      'between (GKD, arXiv:2306.13649); hinton adds the data: alpha T^2 forward_kl + (1 - alpha) '
+                      'cross-entropy (arXiv:1503.02531)', choices=('forward_kl', 'reverse_kl', 'jsd', 'hinton'))
+  beta: float = setting(0.5, 'jsd: 0 is forward_kl, 1 reverse_kl', minimum=0.0, maximum=1.0)
+  temperature: float = setting(1.0, 'divides the logits of both; above 1 unlikely words count more', minimum=0.0)
+  alpha: float = setting(0.5, "hinton: the teacher's part; the rest is the data's", minimum=0.0, maximum=1.0)
+  hidden_weight: float = setting(0.0, 'of the mean squared difference of the final hidden states, as an added term; '
+                                 'where widths differ, a projection of the student is trained with it', minimum=0.0)
+  cosine_weight: float = setting(0.0, 'of 1 - cos of the final hidden states, as an added term (DistilBERT, '
+                                 'arXiv:1910.01108)', minimum=0.0)
+  top_k: int = setting(0, "keep the teacher's likeliest words of every token in the run's folder, so many of them, "
+                       'instead of the teacher in memory (8 bytes a word and token); 0: the teacher stays', minimum=0)
+  init: str = setting('', 'layers of the teacher that the student begins with, its embeddings too: every_2nd from the '
+                      'lowest (DistilBERT), the first ones, or some spread from the lowest to the highest',
+                      choices=LAYER_CHOICES)
+
+  @property
+  def compares_hidden(self):
+    return bool(self.hidden_weight or self.cosine_weight)
+
+  def layers(self, student, teacher):
+    """Returns the numbers of the teacher's layers that the student's begin as.  student, teacher: how many each has."""
+    if self.init == 'every_2nd':
+      return list(range(0, teacher, 2))[:student]
+    if self.init == 'first' or student == 1:
+      return list(range(student))
+    return [round(i * (teacher - 1) / (student - 1)) for i in range(student)]
+
+  def problems(self):
+    if not self.teacher:
+      if changed := [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]:
+        yield f'teacher is missing, which {changed[0]} is about; write distill.teacher=runs/big'
+      return
+    if not self.temperature:
+      yield 'temperature=0.0 leaves one word; write temperature=1.0'
+    if self.top_k and self.loss in ('reverse_kl', 'jsd'):
+      yield (f'loss={self.loss} needs the whole distribution of the teacher; write loss=forward_kl or loss=hinton, or '
+             'top_k=0')
+    if self.top_k and self.compares_hidden:
+      yield ('top_k keeps no hidden states, which hidden_weight and cosine_weight compare; write top_k=0')

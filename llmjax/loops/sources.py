@@ -1,0 +1,102 @@
+"""The runs that another run begins from or learns from: what their configs say, before JAX is imported."""
+
+import dataclasses
+import json
+import pathlib
+
+from llmjax import config
+from llmjax.checkpoint import weights
+from llmjax.data import prepared
+from llmjax.model.spec import ModelSpec
+
+
+def run_folder(source):
+  """Returns the folder of the run that a path names: itself, or that of one of its checkpoints."""
+  path = pathlib.Path(source)
+  return path.parent.parent if path.parent.name == 'checkpoints' else path
+
+
+def tokenizer_problems(sources, run):
+  """Yields a line for every prepared folder whose tokenizer is not a run's."""
+  tokenizer = run_folder(run) / 'tokenizer.model'
+  for folder in sources if tokenizer.is_file() else ():
+    try:
+      manifest = prepared.read_manifest(folder)
+    except ValueError:
+      continue  # The data group says so.
+    if manifest['tokenizer']['sha256'] != prepared.file_sha256(tokenizer):
+      yield (f'data.sources: {folder} has another tokenizer than {run}; prepare it again with --force '
+             f'--config.tokenizer.path={tokenizer}')
+
+
+def run_groups(run, names):
+  """Returns those groups of a run's config, of data only how long its rows are; nothing where there is no run."""
+  try:
+    before = json.loads((run_folder(run) / 'config.json').read_text(encoding='utf-8'))
+    found = {name: before[name] for name in names if isinstance(before[name], dict)}
+  except (TypeError, OSError, ValueError, KeyError, RecursionError):
+    return {}
+  if 'data' in found:
+    found['data'] = {k: v for k, v in found['data'].items() if k == 'seq_len'}
+  return found
+
+
+# What two models may differ in although one begins with the other's layers.
+OF_ITS_OWN = ('preset', 'num_layers', 'dropout', 'balance_loss', 'router_z_loss', 'capacity_factor', 'init_scale',
+              'value_head', 'projection')
+
+
+def teacher_groups(values, names):
+  """Returns what a recipe leaves to the teacher whose layers its student begins with."""
+  distill = values.get('distill')
+  if not isinstance(distill, dict) or not distill.get('init') or not distill.get('teacher'):
+    return {}
+  found = run_groups(distill['teacher'], names)
+  if 'model' in found:
+    found['model'] = {k: v for k, v in found['model'].items() if k not in ('value_head', 'projection')}
+    layers = found['model'].get('num_layers')
+    if distill['init'] == 'every_2nd' and isinstance(layers, int):
+      found['model']['num_layers'] = -(-layers // 2)
+  return found
+
+
+def distill_problems(spec):
+  """Yields what is wrong with a teacher, and with what a student takes from it."""
+  distill, model, source = spec.distill, spec.model, spec.distill.teacher
+  if not source:
+    return
+  if refused := weights.refusal(source):
+    yield f'distill.teacher={refused}'
+    return
+  found = run_groups(source, ('model',))
+  try:
+    teacher = config.build(ModelSpec, found['model'])
+  except (KeyError, config.ConfigError):
+    yield f"distill.teacher={source} is not a run's folder; give the --workdir of a run, such as runs/big"
+    return
+  yield from tokenizer_problems(spec.data.sources, source)
+  if model.vocab_size and model.vocab_size != teacher.vocab_size:
+    yield (f'model.vocab_size={model.vocab_size} is not that of distill.teacher={source}; write '
+           f'model.vocab_size={teacher.vocab_size}')
+  if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
+    yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+  if distill.top_k > teacher.vocab_size:
+    yield f'distill.top_k={distill.top_k} is more than there are words; write at most {teacher.vocab_size}'
+  if distill.compares_hidden and spec.adapter.kind and model.d_model != teacher.d_model:
+    yield (f'distill.hidden_weight and cosine_weight would train a projection from model.d_model={model.d_model} to '
+           f"the teacher's {teacher.d_model}, and adapters train nothing else; write 0 for both, or train all weights")
+  if not distill.init:
+    return
+  if spec.train.init_from:
+    yield ('distill.init and train.init_from both say what the student begins with; leave one out')
+  for name, mine in dataclasses.asdict(model).items():
+    theirs = getattr(teacher, name)
+    if name not in OF_ITS_OWN and mine != theirs and not (name == 'vocab_size' and not mine):
+      yield f"model.{name}={mine} is not {theirs}, that of the teacher whose layers distill.init copies; leave it out"
+  half = -(-teacher.num_layers // 2)
+  if distill.init == 'every_2nd' and model.num_layers != half:
+    yield (f"model.num_layers={model.num_layers} is not every second of the teacher's {teacher.num_layers}; write "
+           f'model.num_layers={half}, or distill.init=spread')
+  elif model.num_layers > teacher.num_layers:
+    yield (f"model.num_layers={model.num_layers} is more than the teacher's; write model.num_layers="
+           f'{teacher.num_layers} at most')
