@@ -16,6 +16,6 @@ def get_config():
   c.model = dict(preset='llama2_7b')
   c.data = dict(sources={'data/corpus': 1.0}, seq_len=4096)
   c.mesh = dict(data=4, fsdp=-1, zero=3)
-  c.train = dict(steps=500000, batch_size=256, remat='minimal', log_every=10, eval_every=1000, checkpoint_every=1000)
+  c.train = dict(steps=500000, batch_size=256, remat='out', log_every=10, eval_every=1000, checkpoint_every=1000)
   c.optimizer = dict(lr=3e-4, warmup_steps=2000, schedule='cosine', final_lr_fraction=0.1)
   return c

@@ -90,6 +90,15 @@ def local_tokens(spec):
   return spec.train.batch_size * spec.data.seq_len / shards / spec.train.accumulation
 
 
+def pipeline_turns(spec):
+  """Returns (microbatches, how often each stage works on all of its layers, the bubble included); (1, 1) without."""
+  if (stages := spec.mesh.size('stage')) == 1:
+    return 1, 1
+  rows = max(int(spec.train.batch_size / spec.mesh.size('data', 'fsdp', 'expert')), 1)
+  microbatches = spec.pipeline.count(stages, rows)
+  return microbatches, microbatches + (stages - 1) / spec.pipeline.groups
+
+
 def kept_values(spec):
   """Returns {what: values of a token} that each layer keeps for the backward pass (model/decoder.py has the table)."""
   m = spec.model
@@ -145,13 +154,18 @@ def estimate_memory(spec, topology):
   gradients = local * (width if train.accumulation > 1 else compute)
   tokens, tensor = local_tokens(spec), size('tensor')
   stages = size('stage')
+  microbatches, turns = pipeline_turns(spec)
   kept = sum(kept_values(spec).values()) * compute * tokens * m.num_layers / tensor
   if stages > 1 and spec.pipeline.schedule == '1f1b':
-    kept *= min(1, stages / max(spec.pipeline.count(stages, max(int(tokens * stages / spec.data.seq_len), 1)), 1))
+    kept *= min(1, stages / microbatches)
+  elif stages > 1:
+    # The bubble's are kept as well, and of each tick its layers' own part of the weights.
+    kept = kept * turns / microbatches + turns * count['blocks'] / layers * compute
   f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
   layer = count['blocks'] / m.num_layers / (tensor * size('expert'))
-  # A layer at work: its whole weights twice, as many of their gradients, and what passes between its products.
-  working = 4 * layer * compute + tokens / tensor * (4 * f + 14 * m.d_model) * compute
+  # A layer at work: its whole weights twice, as many of their gradients (half of both where each grouped product
+  # gathers its own), and what passes between its products.
+  working = (2 if m.num_experts else 4) * layer * compute + tokens / tensor * (4 * f + 14 * m.d_model) * compute
   head = m.vocab_size * m.d_model / tensor * (2 * compute + 4)
   temporaries = working + 2 * head
   code = 64 << 20
@@ -183,11 +197,8 @@ def estimate_seconds(spec, topology):
   parts = {'matmul': tokens * products / peak / product_efficiency(topology, m.d_model),
            'kernel': tokens * kernel / peak,
            'other': stream / (topology.chip.hbm_rate / topology.chip.devices)}
-  if stages := spec.mesh.size('stage'):
-    rows = max(int(train.batch_size / spec.mesh.size('data', 'fsdp', 'expert')), 1)
-    microbatches = spec.pipeline.count(stages, rows) if stages > 1 else 1
-    bubble = (stages - 1) / spec.pipeline.groups / microbatches
-    parts['bubble'] = bubble * sum(parts.values())
+  microbatches, turns = pipeline_turns(spec)
+  parts['bubble'] = (turns / microbatches - 1) * sum(parts.values())
   rows = communicate(spec, topology)
   waiting = sum(r['seconds'] for r in rows if not r['asynchronous'])
   hidden = sum(r['seconds'] for r in rows if r['asynchronous'])
@@ -207,14 +218,17 @@ def communicate(spec, topology):
   def add(kind, axes, bytes_, sent, runs, hides=False):
     n = math.prod(inside(a) for a in axes)
     across = math.prod(getattr(spec.mesh, f'dcn_{a}', 1) for a in axes)
-    seconds = sent * (n - 1) / n / rate_of(topology, n) if n > 1 else 0.0
+    near, far = sent * (n - 1) / n, sent / n * (across - 1) / across
+    seconds = near / rate_of(topology, n) if n > 1 else 0.0
     if across > 1:
-      seconds += sent / n * (across - 1) / across / (topology.chip.dcn_rate / topology.chip.devices)
+      seconds += far / (topology.chip.dcn_rate / topology.chip.devices)
     if seconds:
       rows.append(dict(kind=kind, axes=list(axes), asynchronous=hides, network='dcn' if across > 1 else 'ici',
-                       places=1, runs=int(runs), bytes=int(bytes_ * runs), sent_bytes=int(sent * runs),
+                       places=1, runs=int(runs), bytes=int(bytes_ * runs), sent_bytes=int((near + far) * runs),
                        seconds=seconds * runs))
 
+  # Stages gather their weights, and sum their gradients, anew for each tick.
+  microbatches, turns = pipeline_turns(spec)
   weights = count['total'] * compute / size('tensor') / size('stage') / size('expert')
   weights_axes = ('fsdp',)
   if size('fsdp') > 1:
@@ -223,15 +237,15 @@ def communicate(spec, topology):
     rings = [topology.chip.tpu and topology.is_ring(dim) for dim in range(len(topology.shape))]
     torus = inside('fsdp') == topology.devices // topology.slices and all(rings)
     sent = (2 if torus else 1) * weights
-    add('all-gather', weights_axes, weights, sent, 2 * times, not any(rings))
-    add('reduce-scatter', weights_axes, weights, sent, times, not any(rings))
+    add('all-gather', weights_axes, weights, sent, 2 * times * turns, not any(rings))
+    add('reduce-scatter', weights_axes, weights, sent, times * turns, not any(rings))
   if size('data') > 1:
     part = weights / size('fsdp')
     if spec.mesh.zero == 3:
-      add('all-gather', ('data',), part, part, 2 * times)
-      add('reduce-scatter', ('data',), part, part, times)
+      add('all-gather', ('data',), part, part, 2 * times * turns)
+      add('reduce-scatter', ('data',), part, part, times * turns)
     else:
-      add('all-reduce', ('data',), part, 2 * part, times)
+      add('all-reduce', ('data',), part, 2 * part, times * turns)
   stream = tokens * m.d_model * compute
   if size('tensor') > 1:
     add('all-gather', ('tensor',), stream, stream, 6 * m.num_layers * times)
@@ -242,8 +256,9 @@ def communicate(spec, topology):
   if size('expert') > 1:
     add('all-to-all', ('expert',), stream * m.experts_per_token, stream * m.experts_per_token / 4,
         4 * m.num_layers * times)
-  if size('stage') > 1:
-    add('collective-permute', ('stage',), stream, stream, 2 * times * spec.pipeline.groups * size('stage'))
+  if (stages := size('stage')) > 1:
+    row = stream * stages / microbatches
+    add('collective-permute', ('stage',), row, row, 2 * times * turns * spec.pipeline.groups, True)
   return rows
 
 
