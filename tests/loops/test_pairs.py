@@ -13,6 +13,7 @@ from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import SamplingSpec
 from llmjax.loops.spec import FinetuneSpec, RewardSpec
+from llmjax.rl import feedback
 from llmjax.text.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -69,13 +70,19 @@ def last(workdir):
 
 def preferred_rate(workdir):
   """Returns which part of the words that a model says is preferred."""
+  said = ' '.join(speak(workdir)).split()
+  return sum(word in words.PREFERRED for word in said) / len(said)
+
+
+def speak(workdir, answers=64, seed=0):
+  """Returns answers that a model samples."""
   params, model, _, _ = load_params(workdir)
   tokenizer = Tokenizer(pathlib.Path(workdir) / 'tokenizer.model')
   generator = Generator(model, params, vocab_size=tokenizer.vocab_size)
-  prompts = [np.array([tokenizer.bos_id, *tokenizer.encode(f'list {i}:')]) for i in range(64)]
-  made = generator.generate(prompts, 40, SamplingSpec(), jax.random.key(0), (tokenizer.eos_id,))
-  said = ' '.join(tokenizer.decode(t[:n]) for t, n in zip(made.tokens, made.lengths, strict=True)).split()
-  return sum(word in words.PREFERRED for word in said) / len(said)
+  prompts = [np.array([tokenizer.bos_id, *tokenizer.encode(f'list {i}:')]) for i in range(answers)]
+  made = generator.generate(prompts, 40, SamplingSpec(), jax.random.key(seed), (tokenizer.eos_id,))
+  return [tokenizer.decode([i for i in t[:n] if i != tokenizer.eos_id])
+          for t, n in zip(made.tokens, made.lengths, strict=True)]
 
 
 @pytest.mark.slow
@@ -155,6 +162,36 @@ def true_accuracy(workdir):
     scores = np.concatenate([np.asarray(score(params, batch)) for batch in pairs.read_split(spec, mesh, 'validation')])
   real = scores[:2 * 150]
   return held_out.describe_margins(real[0::2] - real[1::2])['accuracy']
+
+
+@pytest.mark.slow
+def test_a_critic_with_a_rule_lowers_what_it_forbids(folder):
+  """Feedback on the model's own answers by a rule against one word, from a critic that likes the first place."""
+  rule = feedback.Principle('no_cats', prefer='Which list has fewer cats?')
+  cats = lambda text: text.split().count('cat')
+
+  def judge(conversations):
+    rows = []
+    for conversation in conversations:
+      a, b = conversation[0]['content'].split('Options:\n(A) ')[1].split('\n\nThe answer')[0].split('\n(B) ')
+      odds = 3.0 * (cats(b) - cats(a)) + 1.0
+      rows.append([-np.log1p(np.exp(-odds)), -np.log1p(np.exp(odds))])
+    return rows
+
+  first, second = speak('runs/words', 1500, seed=1), speak('runs/words', 1500, seed=2)
+  records = [([{'role': 'user', 'content': f'list {i}:'}], a, b)
+             for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
+  made = [row for row in feedback.compare(records, judge, [rule]) if row['probability'] > 0.5]
+  assert feedback.describe_places(made)['mean_bias'] > 0.02
+  pathlib.Path('data/cats.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in made))
+  assert run('prepare', f'--config={ROOT}/configs/data/chat.py', '--config.template=plain', '--config.records=pairs',
+             '--config.path=data/cats.jsonl', '--config.output=data/cats_pairs',
+             '--config.tokenizer.path=data/words_chat/tokenizer.model') == 0
+  assert train('finetune', 'words_dpo', 'runs/cats', '--config.data.sources=data/cats_pairs',
+               '--config.train.steps=60', '--config.evaluate.splits=') == 0
+  rate = lambda answers: sum(map(cats, answers)) / len(' '.join(answers).split())
+  assert 0.04 < rate(first) < 0.09
+  assert rate(speak('runs/cats', 256)) < rate(first) / 2
 
 
 @pytest.mark.slow
