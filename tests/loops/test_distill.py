@@ -212,7 +212,7 @@ def final(workdir, name='validation:chains_many'):
 
 @pytest.mark.slow
 def test_a_student_lies_between_its_teacher_and_itself_without_one(tmp_path, monkeypatch):
-  """Recipes of configs/distill on few texts.  Measured perplexities: 6.89, 7.16 and 39.3."""
+  """Recipes of configs/distill on few texts.  Measured perplexities: 6.89, 7.16 and 39.3 (another seed: 8.02, 16.5)."""
   monkeypatch.chdir(tmp_path)
   source = importlib.util.spec_from_file_location('make_chains', ROOT / 'experiments/distill/make_chains.py')
   chains = importlib.util.module_from_spec(source)
@@ -229,4 +229,4 @@ def test_a_student_lies_between_its_teacher_and_itself_without_one(tmp_path, mon
   train('chains_student', 'student')
   train('chains_student', 'scratch', '--config.distill.teacher=')
   teacher, taught, alone = (final('runs/chains_teacher', 'validation'), final('runs/student'), final('runs/scratch'))
-  assert teacher < 7.5 and teacher < taught < 1.25 * teacher and alone > 2 * taught
+  assert teacher < 7.5 and teacher < taught < 1.25 * teacher and alone > 1.5 * taught
