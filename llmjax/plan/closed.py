@@ -11,9 +11,10 @@ import math
 from llmjax.model import counts
 from llmjax.parallel.spec import AXES
 
-# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) in experiments/tpu_calibration: the part of the peak that wide
-# matrix products reach, by generation, what of it is lost for each width of the matrix unit over the model's, and how
-# often a layer's residual stream [tokens, D] goes through memory outside of products.
+# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) of the dense recipes in experiments/tpu_calibration, v5e's and
+# v6e's to theirs: the part of the peak that wide matrix products reach, by generation, what of it is lost for each
+# width of the matrix unit over the model's, and how often a layer's residual stream [tokens, D] goes through memory
+# outside of products.
 PRODUCTS, OTHER_PRODUCTS, LOST_WIDTHS = {'v5e': 0.93, 'v6e': 0.67}, 0.845, 1.6
 STREAM_PASSES, OTHER_STREAM_PASSES = {'v6e': 64}, 150
 # Keys of a block of attention; blocks that a causal mask cuts are computed whole.
