@@ -157,9 +157,6 @@ class Attention(nn.Module):
     return summed(out(y)), kv_cache
 
 
-FAST_MEMORY = 200  # FLOPs for each byte; more are slow.
-
-
 def apart(arrays):
   """Returns the arrays, each computed before anything is computed from it.
 
@@ -178,14 +175,19 @@ def gradient_apart(x):
 gradient_apart.defvjp(lambda x: (x, None), lambda _, g: (apart(g),))
 
 
-def apart_on_fast_memory(arrays):
-  """Returns the arrays, `apart` where a pass over memory is cheap beside products: a v5p, 166 FLOPs a byte.
+def fast_memory():
+  """Returns whether the chips of the mesh read memory quickly beside their products: a v5p, 166 FLOPs for a byte.
 
-  By the compiler's cycles it pays there, and loses 3 % of Llama 2 7B's step on a v5e (241) and 13 % of Llama 3 8B's
-  on a v6e (560).
+  There by the compiler's cycles results apart and both gradients at once pay for their passes over memory.  They cost
+  3 % of Llama 2 7B's step on a v5e (241) and 13 % of Llama 3 8B's on a v6e (560).
   """
   found = flops_per_byte()
-  return apart(arrays) if found is None or found < FAST_MEMORY else arrays
+  return found is None or found < 200
+
+
+def apart_on_fast_memory(arrays):
+  """Returns the arrays, `apart` on fast memory."""
+  return apart(arrays) if fast_memory() else arrays
 
 
 @jax.custom_vjp
@@ -234,9 +236,8 @@ class GatedMlp(nn.Module):
     d, f = spec.d_model, self.widths * spec.mlp_dim
 
     # The widest arrays: their gradients should not wait for what attention's backward pass overlaps.
-    gated, raised = (
-        checkpoint_name(result_apart(linear(self, name, (d, f), ('embed', 'mlp'), at_once=True)(x)), name)
-        for name in ('gate', 'up'))
+    wide = lambda name: linear(self, name, (d, f), ('embed', 'mlp'), at_once=fast_memory())
+    gated, raised = (checkpoint_name(result_apart(wide(name)(x)), name) for name in ('gate', 'up'))
     down = linear(self, 'down', (f, d), ('mlp', 'embed'), 1, (2 * spec.num_layers)**-0.5)
     hidden = gate_product(getattr(nn, spec.activation), gated, raised)
     return summed(down(constrain(hidden, 'batch', 'length', 'act_mlp')))
