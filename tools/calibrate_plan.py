@@ -166,7 +166,7 @@ published figure is beside them, not their truth.
 
 `experiments/tpu_programs` tells where their cycles go.
 
-![plan.html of the first row](plan.png)
+![plan.html of the first row, of an earlier state of the program](plan.png)
 
 ## Closed forms (`--fast`) against our compiled programs
 
