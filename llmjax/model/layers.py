@@ -175,14 +175,15 @@ def gradient_apart(x):
 gradient_apart.defvjp(lambda x: (x, None), lambda _, g: (apart(g),))
 
 
-def fast_memory():
-  """Returns whether the chips of the mesh read memory quickly beside their products: a v5p, 166 FLOPs for a byte.
+def fast_memory(flops=200):
+  """Returns whether the chips of the mesh do less than so many FLOPs while they read a byte of memory.
 
-  There by the compiler's cycles results apart and both gradients at once pay for their passes over memory.  They cost
-  3 % of Llama 2 7B's step on a v5e (241) and 13 % of Llama 3 8B's on a v6e (560).
+  A v5p does 166, a v5e 241, a v6e 560.  By the compiler's cycles results apart pay for their passes over memory on a
+  v5p, both gradients at once on a v5e, too; both together cost 3 % of Llama 2 7B's step on a v5e and 13 % of Llama 3
+  8B's on a v6e.
   """
   found = flops_per_byte()
-  return found is None or found < 200
+  return found is None or found < flops
 
 
 def apart_on_fast_memory(arrays):
@@ -236,7 +237,7 @@ class GatedMlp(nn.Module):
     d, f = spec.d_model, self.widths * spec.mlp_dim
 
     # The widest arrays: their gradients should not wait for what attention's backward pass overlaps.
-    wide = lambda name: linear(self, name, (d, f), ('embed', 'mlp'), at_once=fast_memory())
+    wide = lambda name: linear(self, name, (d, f), ('embed', 'mlp'), at_once=fast_memory(400))
     gated, raised = (checkpoint_name(result_apart(wide(name)(x)), name) for name in ('gate', 'up'))
     down = linear(self, 'down', (f, d), ('mlp', 'embed'), 1, (2 * spec.num_layers)**-0.5)
     hidden = gate_product(getattr(nn, spec.activation), gated, raised)
