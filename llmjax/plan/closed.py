@@ -100,11 +100,17 @@ def pipeline_turns(spec):
   return microbatches, microbatches + (stages - 1) / spec.pipeline.groups
 
 
+def mlp_width(spec):
+  """Returns the values of a token in a wide array of the MLP: along `expert` each device has room for all of them."""
+  m = spec.model
+  return m.mlp_dim * (m.experts_per_token * spec.mesh.size('expert') + m.shared_experts if m.num_experts else 1)
+
+
 def kept_values(spec):
   """Returns {what: values of a token} that each layer keeps for the backward pass (model/decoder.py has the table)."""
   m = spec.model
   d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
-  f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
+  f = mlp_width(spec)
   heads = {'queries': q, 'keys and values': 2 * kv}
   wide = {'gate and up of the MLP': 2 * f}
   return {'full': {'input of each layer': d}, 'offload': {},
@@ -162,7 +168,7 @@ def estimate_memory(spec, topology):
   elif stages > 1:
     # The bubble's are kept as well, and of each tick its layers' own part of the weights.
     kept = kept * turns / microbatches + turns * count['blocks'] / layers * compute
-  f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
+  f = mlp_width(spec)
   layer = count['blocks'] / m.num_layers / (tensor * size('expert'))
   # A layer at work: its whole weights twice, as many of their gradients (half of both where each grouped product
   # gathers its own), and what passes between its products.
