@@ -20,6 +20,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 
+from calibrate_plan import predict
+
 from llmjax import config
 from llmjax.loops.plan_jobs import Job, run_jobs
 from llmjax.loops.spec import PlanSpec
@@ -85,12 +87,13 @@ def compare(program, job, text, reader):
   topology, theirs = parse_topology(topology_name), json.loads(MAXTEXT.read_text())[key]
   tokens = int(theirs['config']['global_batch_size_to_train_on']) * int(theirs['config']['max_target_length'])
   flops = flops_of_tokens(recipe, tokens) / topology.devices
-  memory = theirs['hbm_gib']
+  memory, priced = theirs['hbm_gib'], predict(theirs, topology, None)
   maxtext = {**row_of_reading({'cycles': theirs['estimated_cycles_total'], 'pallas': theirs['pallas_flops_per_device'],
                                'wire': theirs['collective_wire_bytes']}, flops, topology),
              'arguments': int(memory['argument'] * 2**30), 'temp': int(memory['temp'] * 2**30),
              'total': int(memory['arg_plus_temp_plus_out_minus_alias'] * 2**30), 'mesh': theirs['mesh'],
-             'remat': theirs['config']['remat_policy']}
+             'remat': theirs['config']['remat_policy'], 'waiting_seconds': priced['waiting'],
+             'tokens_per_second_per_chip': priced['tokens'] / (priced['static'] + priced['waiting'])}
   entry = {'name': name, 'recipe': recipe, 'topology': topology_name, 'target_mfu': target, 'target_gib': room,
            'maxtext': maxtext}
   if job.plan is None or job.plan['source'] != 'compiled':
@@ -107,11 +110,12 @@ def markdown(entries):
   """Returns the table."""
   gib, gb = lambda n: f'{n / 2**30:.1f}', lambda n: f'{n / 1e9:.1f}'
   lines = ['| program | static MFU | MaxText | aim | static step s | MaxText | HBM GiB arguments / temp | MaxText '
-           '| aim | sent GB | MaxText | another reader: MFU, sent GB | all met |', '| ' + '--- | ' * 13]
+           '| aim | sent GB | MaxText | another reader: MFU, sent GB | all met | waiting s | MaxText | tokens/s/chip '
+           '| MaxText |', '| ' + '--- | ' * 17]
   for e in entries:
     m = e['maxtext']
     if 'failed' in e:
-      lines.append(f'| {e["name"]} | {e["failed"]} | {m["mfu"]:.1%} | {e["target_mfu"]:.0%} |' + ' |' * 9)
+      lines.append(f'| {e["name"]} | {e["failed"]} | {m["mfu"]:.1%} | {e["target_mfu"]:.0%} |' + ' |' * 13)
       continue
     o, h = e['llmjax'], e['hlo_cost']
     met = [o['mfu'] >= e['target_mfu'], o['total'] <= e['target_gib'] * 2**30, o['wire'] <= m['wire']]
@@ -120,7 +124,9 @@ def markdown(entries):
         e['name'], f'**{o["mfu"]:.1%}**', f'{m["mfu"]:.1%}', f'{e["target_mfu"]:.0%}', f'{o["static_seconds"]:.3f}',
         f'{m["static_seconds"]:.3f}', f'{gib(o["arguments"])} / {gib(o["temp"])}',
         f'{gib(m["arguments"])} / {gib(m["temp"])}', f'{e["target_gib"]:g} in all', gb(o['wire']), gb(m['wire']),
-        f'{h["mfu"]:.1%}, {gb(h["wire"])}' if h else '', 'yes' if not missed else f'not {", ".join(missed)}')) + ' |')
+        f'{h["mfu"]:.1%}, {gb(h["wire"])}' if h else '', 'yes' if not missed else f'not {", ".join(missed)}',
+        f'{o["waiting_seconds"]:.3f}', f'{m["waiting_seconds"]:.3f}', f'{o["tokens_per_second_per_chip"]:,.0f}',
+        f'{m["tokens_per_second_per_chip"]:,.0f}')) + ' |')
   return '\n'.join(lines)
 
 
@@ -130,7 +136,9 @@ def report(entries):
 
 Written by `python tools/compare_programs.py`, with {', '.join(f'{k} {v}' for k, v in versions.items())}; MaxText's were
 compiled by jax 0.11.1 with libtpu 0.0.46. No TPU was used: these are readings of compiled programs. Communication that
-is not hidden is not in a static step. Recipes of `configs/pretrain`, as they stand:
+is not hidden is not in a static step; the last four columns count it by bytes over the links, as
+`experiments/tpu_calibration` does, and for our programs also what causal masks cut. Recipes of `configs/pretrain`, as
+they stand:
 {', '.join(f'`{e["recipe"]}` for {e["topology"]}' for e in entries)}.
 
 {markdown(entries)}

@@ -10,6 +10,7 @@ does not compile or does not fit.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -73,10 +74,17 @@ PROGRAMS = (
 )
 
 
+def source_state():
+  """Returns a digest of the code that decides what a step's program is; a line of another one may be out of date."""
+  folders = [ROOT / 'llmjax' / name for name in ('adapt', 'model', 'ops', 'parallel', 'train')]
+  files = sorted(file for folder in folders for file in folder.glob('*.py'))
+  return hashlib.sha256(b'\0'.join(f.read_bytes() for f in files)).hexdigest()[:12]
+
+
 def entry_of(program, job):
   """Returns the entry of one program in table.json."""
   entry = {'name': program.name, 'recipe': program.recipe, 'topology': program.topology, 'slices': program.slices,
-           'changes': program.changes, 'shows': program.shows}
+           'changes': program.changes, 'shows': program.shows, 'state': source_state()}
   if job.plan is None:
     return {**entry, 'failed': job.error}
   keys = ('source', 'chips', 'mesh', 'fits', 'hbm_bytes', 'step_seconds', 'parts', 'tokens_per_second_per_chip', 'mfu',
@@ -89,7 +97,8 @@ def row(entry):
   """Returns the cells of one line of the table."""
   flags = ' '.join(f'{name}={value}' for name, value in entry['changes'].items() if name != 'model.vocab_size')
   chips = entry['topology'] + (f' x {entry["slices"]}' if entry['slices'] > 1 else '')
-  first = [f'`{entry["recipe"]}`' + (f' {flags}' if flags else ''), chips]
+  earlier = ' (of an earlier state of the code)' if entry.get('state') != source_state() else ''
+  first = [f'`{entry["recipe"]}`' + (f' {flags}' if flags else '') + earlier, chips]
   if 'failed' in entry:
     return [*first, '', '', '', f'failed: {entry["failed"]}', *[''] * 5]
   memory = entry['hbm_bytes']

@@ -6,7 +6,7 @@ Weights are gathered in two steps, over 4 and over the other chips: over a whole
 from ml_collections import config_dict
 
 VARIANTS = {
-    'pipeline': dict(mesh=dict(stage=4), pipeline=dict(schedule='interleaved', rounds=20, microbatches=8)),
+    'pipeline': dict(mesh=dict(stage=4), pipeline=dict(schedule='interleaved', rounds=20, microbatches=4)),
     'tensor': dict(mesh=dict(data=1, fsdp=-1, tensor=4, zero=0)),
     'v6e': dict(train=dict(batch_size=512, remat='full')),
 }

@@ -2,7 +2,7 @@
 
 from ml_collections import config_dict
 
-VARIANTS = {'expert': dict(mesh=dict(data=1, fsdp=-1, expert=8, zero=0))}
+VARIANTS = {'expert': dict(mesh=dict(data=1, fsdp=-1, expert=8, zero=0), train=dict(remat='full'))}
 
 
 def get_config():

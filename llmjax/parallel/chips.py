@@ -99,6 +99,16 @@ def peak_flops(device):
   return None
 
 
+def flops_per_byte():
+  """Returns how many FLOPs the mesh's chips do while they read a byte of memory; None without a mesh or of others."""
+  import jax
+  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  for chip in TPUS if device is not None else ():
+    if device.device_kind.startswith(chip.kinds):
+      return chip.peak_flops / chip.hbm_rate
+  return None
+
+
 def measure_matmul_flops(size=2048, rounds=5):
   """Returns the best measured FLOP/s of a float32 [size, size] product."""
   import jax

@@ -11,9 +11,10 @@ import math
 from llmjax.model import counts
 from llmjax.parallel.spec import AXES
 
-# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) in experiments/tpu_calibration: the part of the peak that wide
-# matrix products reach, by generation, what of it is lost for each width of the matrix unit over the model's, and how
-# often a layer's residual stream [tokens, D] goes through memory outside of products.
+# Fitted to programs of libtpu 0.0.42.1 (jax 0.10.2) of the dense recipes in experiments/tpu_calibration, v5e's and
+# v6e's to theirs: the part of the peak that wide matrix products reach, by generation, what of it is lost for each
+# width of the matrix unit over the model's, and how often a layer's residual stream [tokens, D] goes through memory
+# outside of products.
 PRODUCTS, OTHER_PRODUCTS, LOST_WIDTHS = {'v5e': 0.93, 'v6e': 0.67}, 0.845, 1.6
 STREAM_PASSES, OTHER_STREAM_PASSES = {'v6e': 64}, 150
 # Keys of a block of attention; blocks that a causal mask cuts are computed whole.
@@ -99,11 +100,17 @@ def pipeline_turns(spec):
   return microbatches, microbatches + (stages - 1) / spec.pipeline.groups
 
 
+def mlp_width(spec):
+  """Returns the values of a token in a wide array of the MLP: along `expert` each device has room for all of them."""
+  m = spec.model
+  return m.mlp_dim * (m.experts_per_token * spec.mesh.size('expert') + m.shared_experts if m.num_experts else 1)
+
+
 def kept_values(spec):
   """Returns {what: values of a token} that each layer keeps for the backward pass (model/decoder.py has the table)."""
   m = spec.model
   d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
-  f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
+  f = mlp_width(spec)
   heads = {'queries': q, 'keys and values': 2 * kv}
   wide = {'gate and up of the MLP': 2 * f}
   return {'full': {'input of each layer': d}, 'offload': {},
@@ -161,7 +168,7 @@ def estimate_memory(spec, topology):
   elif stages > 1:
     # The bubble's are kept as well, and of each tick its layers' own part of the weights.
     kept = kept * turns / microbatches + turns * count['blocks'] / layers * compute
-  f = m.mlp_dim * (m.experts_per_token + m.shared_experts if m.num_experts else 1)
+  f = mlp_width(spec)
   layer = count['blocks'] / m.num_layers / (tensor * size('expert'))
   # A layer at work: its whole weights twice, as many of their gradients (half of both where each grouped product
   # gathers its own), and what passes between its products.

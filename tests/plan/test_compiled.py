@@ -88,6 +88,27 @@ def test_the_step_of_pretraining_compiled_for_four_chips(tmp_path):
   assert re.search(r'<rect [^>]*fill="var\(--c2\)"', html)  # A kernel.
 
 
+@needs_libtpu
+def test_chips_with_fast_memory_compute_more_results_apart():
+  """What a program keeps apart follows the chip that it is traced for: a v5p's memory is quick beside its products."""
+  code = """if True:
+      import json, sys
+      from llmjax import config
+      from llmjax.loops.plan import lower, settle
+      from llmjax.loops.spec import PlanSpec
+      from llmjax.plan.topology import parse_topology
+      for name in ('v5p:2x2x1', 'v5e:2x2', 'v6e:2x2'):
+        topology = parse_topology(name)
+        spec = config.build(PlanSpec, {'model': json.loads(sys.argv[1]), 'train': {'batch_size': 16},
+                                       'data': {'sources': {'nowhere': 1.0}, 'seq_len': 256}})
+        print(lower(settle(spec, topology), topology)[0].as_text().count('optimization_barrier'))
+      """
+  done = subprocess.run([sys.executable, '-c', code, json.dumps(TINY)], text=True, capture_output=True, check=True,
+                        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+  v5p, v5e, v6e = map(int, done.stdout.split())
+  assert v5p > v5e == v6e > 0
+
+
 def test_what_does_not_fit_is_said_as_the_compiler_says_it():
   from llmjax.loops import plan as command
   from llmjax.plan.memory import read_limit
