@@ -99,7 +99,7 @@ def test_numbers_of_pairs_come_with_their_batches(tmp_path):
   *_, last = stream.eval_pairs(spec, 'train', 7, columns={'reference': table})
   assert last['reference'].shape == (14,)
   np.testing.assert_array_equal(last['reference'][:2 * (count % 7)], table[-(count % 7):].reshape(-1))
-  with pytest.raises(ValueError, match='must have the shape'):
+  with pytest.raises(ValueError, match='must begin with the shape'):
     batches.attach('reference', table[1:])
 
 
