@@ -104,6 +104,7 @@ def zeros(count):
   return b''.join([*(packer.compress(block) for _ in range(count // MIB)), packer.flush()])
 
 
+@pytest.mark.slow
 def test_bombs(tmp_path):
   big = zeros(80 * MIB)
   data = tmp_path / 'data'

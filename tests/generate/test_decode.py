@@ -95,6 +95,7 @@ def test_prefill_and_steps_give_the_logits_of_the_full_forward(name):
 SAMPLED = SamplingSpec(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampling', [None, SAMPLED])
 def test_rows_get_what_they_would_get_alone(prompts, sampling):
   generator = make_generator('varied')
@@ -185,6 +186,7 @@ def test_errors_and_warnings(prompts):
     generator.generate([np.array([], int)], 1)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_tokens(prompts):
   spec, key = SPECS['plain'], jax.random.key(3)
   want = make_generator('plain').generate(prompts, 20, SAMPLED, key)

@@ -30,6 +30,7 @@ def test_scores_are_those_of_the_full_forward(name):
     np.testing.assert_allclose(values, logprobs[np.arange(len(continuation)), continuation], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_samples_score_as_they_were_sampled_and_rows_do_not_matter_to_each_other():
   prompts = draw(LENGTHS, 2)
   mesh = make_mesh(MeshSpec(data=4, tensor=2))

@@ -88,6 +88,7 @@ def test_fewer_processes_go_on_to_the_bit(folder, four):
   assert rows(folder / 'one') == rows(four)
 
 
+@pytest.mark.slow
 def test_two_processes_lose_the_same_and_ctrl_c_stops_them_at_one_step(folder, four):
   process = start(folder, 2, 2, *TRAIN, '--workdir=two', '--config.train.steps=100000', '--config.evaluate.splits=')
   file, deadline = folder / 'two/metrics.jsonl', time.monotonic() + 60

@@ -110,6 +110,7 @@ def test_a_run_goes_on_to_the_bit_and_only_on_its_base(runs, tmp_path, capsys):
     kept.rename(runs / 'base')
 
 
+@pytest.mark.slow
 def test_merge_export_import_show(runs, tmp_path, capsys):
   whole, _, _, _ = load_params(runs / 'lora')
   assert call(capsys, 'adapter', 'merge', f'--workdir={runs}/lora', f'--output={tmp_path}/merged')[0] == 0

@@ -83,6 +83,7 @@ def test_tensor():
   assert runs(gathered) == 4 * L + 2  # Two a layer in each direction, embedding and head.
 
 
+@pytest.mark.slow
 def test_context():
   found, _ = collectives(DENSE, context=8)
   assert set(found) == {('collective-permute', 'context'), ('all-reduce', 'context')}
@@ -91,6 +92,7 @@ def test_context():
   assert sizes(e for e in found['all-reduce', 'context'] if len(e[0]) > 1) == SIZES
 
 
+@pytest.mark.slow
 def test_expert():
   found, _ = collectives(MOE, expert=4, fsdp=2)
   over = lambda axes: {kind for kind, a in found if a == axes}
