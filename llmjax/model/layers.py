@@ -21,7 +21,7 @@ from llmjax.ops.rotary import apply_rope
 from llmjax.parallel.attention import attention, from_zigzag, to_zigzag, zigzag_order
 from llmjax.parallel.chips import flops_per_byte
 from llmjax.parallel.experts import dropless
-from llmjax.parallel.sharding import WeightLayout, by_rows, constrain
+from llmjax.parallel.sharding import WeightLayout, by_rows, constrain, mesh_size
 from llmjax.parallel.vocabulary import lookup
 
 
@@ -202,12 +202,16 @@ result_apart.defvjp(lambda x: (apart_on_fast_memory(x), None), lambda _, g: (g,)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def copies(x, count):
-  """Returns x as often as products take it: their gradients, on fast memory computed apart, are added."""
+  """Returns x as often as products take it: their gradients, on fast memory computed apart, are added.
+
+  Not along `tensor`: what is apart is summed over it, each gradient of its own.
+  """
   return (x,) * count
 
 
 copies.defvjp(lambda x, count: (copies(x, count), None),
-              lambda count, _, gradients: (functools.reduce(jnp.add, apart_on_fast_memory(gradients)),))
+              lambda count, _, gradients: (functools.reduce(
+                  jnp.add, apart_on_fast_memory(gradients) if mesh_size('tensor') == 1 else gradients),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -237,7 +241,8 @@ class GatedMlp(nn.Module):
     d, f = spec.d_model, self.widths * spec.mlp_dim
 
     # The widest arrays: their gradients should not wait for what attention's backward pass overlaps.
-    wide = lambda name: linear(self, name, (d, f), ('embed', 'mlp'), at_once=fast_memory(400))
+    at_once = fast_memory(400) and mesh_size('tensor') == 1
+    wide = lambda name: linear(self, name, (d, f), ('embed', 'mlp'), at_once=at_once)
     gated, raised = (checkpoint_name(result_apart(wide(name)(x)), name) for name in ('gate', 'up'))
     down = linear(self, 'down', (f, d), ('mlp', 'embed'), 1, (2 * spec.num_layers)**-0.5)
     hidden = gate_product(getattr(nn, spec.activation), gated, raised)

@@ -60,7 +60,8 @@ RECIPES = json.loads((ROOT / 'experiments/tpu_recipes/table.json').read_text())
 
 @pytest.mark.parametrize('name', [
     'llama2_70b-v5p-4x4x8', 'llama3_70b-v5p-4x4x8', 'llama3_70b-v5p-8x8x8', 'llama3_405b-v5p-8x8x8',
-    'llama3_405b-pod-v5p-16x16x24', 'llama2_7b-v5p-4x4x4-x2', 'llama2_7b-v5p-4x4x4-x4'])
+    'llama3_405b-pod-v5p-16x16x24', 'llama2_7b-v5p-4x4x4-x2', 'llama2_7b-v5p-4x4x4-x4',
+    'llama2_70b-pipeline-v5p-4x4x4'])
 def test_errors_on_programs_that_nothing_was_fitted_to(name):
   """Up to 6144 chips, four slices, and sixty times the model: the time within a tenth, memory within a fifth."""
   entry = next(e for e in RECIPES if e['name'] == name)
