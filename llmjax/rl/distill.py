@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.ops.losses import CHUNK_LOGITS
+from llmjax.ops.masked import masked_sum
 
 
 def _log_softmax(logits, temperature=1.0):
@@ -19,7 +20,7 @@ def _log_softmax(logits, temperature=1.0):
 
 def _weighed(losses, mask):
   mask = mask.astype(jnp.float32)
-  return jnp.sum(jnp.where(mask != 0, mask * losses, 0.0)), jnp.sum(mask)
+  return masked_sum(losses, mask), jnp.sum(mask)
 
 
 def forward_kl(student, teacher, mask, temperature=1.0):

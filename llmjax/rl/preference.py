@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmjax.ops.masked import masked_sum
+
 log_sigmoid, sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
 
 
@@ -217,7 +219,7 @@ def pair_loss(spec, pairs, weights=None, probability=None):
   c, r = spec.beta * (pairs.chosen - pairs.ref_chosen), spec.beta * (pairs.rejected - pairs.ref_rejected)
   aux = {'chosen_logprob': pairs.chosen, 'rejected_logprob': pairs.rejected, 'chosen_reward': c,
          'rejected_reward': r, 'margin': c - r, 'accuracy': c > r}
-  return _total(weights, losses), jnp.sum(weights), _sums(weights, aux)
+  return masked_sum(losses, weights), jnp.sum(weights), _sums(weights, aux)
 
 
 def unpaired_loss(spec, logprobs, ref_logprobs, desirable, kl=0.0, weights=None):
@@ -235,7 +237,7 @@ def unpaired_loss(spec, logprobs, ref_logprobs, desirable, kl=0.0, weights=None)
                      spec.undesirable_weight * sigmoid(-spec.beta * (reference - ratio)))
   aux = {'desirable': good, 'reward': spec.beta * ratio, 'accuracy': (ratio > reference) == good,
          'chosen_logprob': jnp.where(good, logprobs, 0.0), 'kl': jnp.broadcast_to(reference, logprobs.shape)}
-  return _total(weights, losses), jnp.sum(weights), _sums(weights, aux)
+  return masked_sum(losses, weights), jnp.sum(weights), _sums(weights, aux)
 
 
 def mismatched_kl(logprobs, ref_logprobs, weights=None):
@@ -244,14 +246,9 @@ def mismatched_kl(logprobs, ref_logprobs, weights=None):
   Source: KTO, arXiv:2402.01306.  The mean is over the rows given: train.accumulation=1.
   """
   weights = jnp.ones_like(logprobs) if weights is None else weights.astype(jnp.float32)
-  mean = _total(weights, logprobs - ref_logprobs) / jnp.maximum(jnp.sum(weights), 1.0)
+  mean = masked_sum(logprobs - ref_logprobs, weights) / jnp.maximum(jnp.sum(weights), 1.0)
   return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
 
 
-def _total(weights, x):
-  """Returns the weighted sum; what has no weight may be anything, also no number."""
-  return jnp.sum(jnp.where(weights != 0, weights * x, 0.0))
-
-
 def _sums(weights, aux):
-  return {name: jax.lax.stop_gradient(_total(weights, x)) for name, x in aux.items()}
+  return {name: jax.lax.stop_gradient(masked_sum(x, weights)) for name, x in aux.items()}

@@ -6,6 +6,7 @@ Letters: P pairs, B rows, T tokens.  Losses are sums with a weight; both are div
 import jax
 import jax.numpy as jnp
 
+from llmjax.ops.masked import masked_sum
 from llmjax.rl.advantages import last_token
 
 
@@ -32,8 +33,8 @@ def bradley_terry(chosen, rejected, margin=None, centring=0.0, weights=None, pro
     losses = probability * losses - (1.0 - probability) * jax.nn.log_sigmoid(-gap - margin)
   losses = losses + centring * jnp.square(chosen + rejected)
   aux = {'accuracy': gap > 0, 'margin': gap, 'chosen_reward': chosen, 'rejected_reward': rejected}
-  return (_total(weights, losses), jnp.sum(weights),
-          {name: jax.lax.stop_gradient(_total(weights, x)) for name, x in aux.items()})
+  return (masked_sum(losses, weights), jnp.sum(weights),
+          {name: jax.lax.stop_gradient(masked_sum(x, weights)) for name, x in aux.items()})
 
 
 def process_loss(values, labels, separators):
@@ -46,8 +47,8 @@ def process_loss(values, labels, separators):
   values, labels = values.astype(jnp.float32), labels.astype(jnp.float32)
   losses = -(labels * jax.nn.log_sigmoid(values) + (1 - labels) * jax.nn.log_sigmoid(-values))
   hits = (values > 0) == (labels > 0.5)
-  return (_total(separators, losses), jnp.sum(separators),
-          {'accuracy': jax.lax.stop_gradient(_total(separators, hits))})
+  return (masked_sum(losses, separators), jnp.sum(separators),
+          {'accuracy': jax.lax.stop_gradient(masked_sum(hits, separators))})
 
 
 def process_score(values, separators, reduce='min'):
@@ -57,8 +58,3 @@ def process_score(values, separators, reduce='min'):
   """
   good = jnp.where(separators != 0, jax.nn.sigmoid(values.astype(jnp.float32)), 1.0)
   return good.min(axis=1) if reduce == 'min' else good.prod(axis=1)
-
-
-def _total(weights, x):
-  """Returns the weighted sum; what has no weight may be anything, also no number."""
-  return jnp.sum(jnp.where(weights != 0, weights * x, 0.0))
