@@ -1,10 +1,9 @@
 """What a training loop does for adapters: their frozen base, and what trains beside it."""
 
 import contextlib
-import functools
+import dataclasses
 import pathlib
 
-import jax
 import jax.numpy as jnp
 
 from llmjax.adapt.lora import adapter_names, combine, count, init_adapter
@@ -15,7 +14,7 @@ from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.train.objectives import with_adapters
-from llmjax.train.state import Trained, zero_rules
+from llmjax.train.state import Trained, abstract_params, zero_rules
 
 # Parameters that a run may add to those of the model that it starts from.
 OPTIONAL = ('value', 'projection')
@@ -62,6 +61,13 @@ def restore_initial(source, folder, abstract):
     raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
 
 
+def load_initial(spec, mesh):
+  """Returns the parameters that training begins with, laid out as those that are trained, without a value head."""
+  source, model = spec.train.init_from, dataclasses.replace(spec.model, value_head=False)
+  abstract = abstract_params(model, spec.train.param_dtype, mesh, spec.mesh.zero)
+  return restore_initial(source, initial_checkpoint(source), abstract)
+
+
 class Adapting:
   """The adapters that a run trains, by its spec; `base` says which frozen base they are for, once it is loaded."""
 
@@ -105,10 +111,7 @@ class Adapting:
 
   def _abstract_base(self):
     spec = self.spec
-    shapes = jax.eval_shape(functools.partial(decoder.init_params, spec.model,
-                                              param_dtype=jnp.dtype(spec.train.param_dtype)), jax.random.key(0))
-    return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes,
-                        self._place(decoder.param_names(spec.model)))
+    return abstract_params(spec.model, spec.train.param_dtype, self.mesh, spec.mesh.zero)
 
   def _quantize(self, base):
     kind = self.spec.adapter.quantize

@@ -3,10 +3,7 @@
 import dataclasses
 
 from llmjax.config import ConfigError
-from llmjax.data import stream
-from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.loops import distill, pairs, pretrain, start
-from llmjax.parallel import distributed
 from llmjax.text.templates import TemplateError
 
 
@@ -20,13 +17,11 @@ def run(spec, options):
 def make_job(spec, mesh, batches, workdir):
   """Returns pretraining's job, its samples asked as the chat template asks."""
   job = pretrain.make_job(spec, mesh, batches, workdir)
-  chat = stream.chat_format(spec.data)
+  chat = start.keep_template(spec, workdir)
   if chat is None:
     return job  # Text alone: a model moves to another domain.
   try:
     with chat:
-      if distributed.is_first():
-        chat.save(workdir / CHAT_TEMPLATE)
       ask = lambda text: chat.prompt([{'role': 'user', 'content': text}])
       sample = pretrain.make_sampler(spec, mesh, ask, chat.stop_ids)
   except TemplateError as e:

@@ -3,23 +3,17 @@
 Rows 2 i and 2 i + 1 of a batch are the better and the worse answer to one prompt; train.batch_size counts pairs.
 """
 
-import dataclasses
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from llmjax.checkpoint.checkpoints import restore_params
 from llmjax.data import stream
 from llmjax.evaluate import pairs
-from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.loops import harness, start
-from llmjax.loops.adapters import initial_checkpoint
-from llmjax.model import decoder
+from llmjax.loops.adapters import load_initial
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
-from llmjax.parallel.sharding import tree_shardings
 from llmjax.rl import objective
 from llmjax.rl.spec import FREE_LOSSES, UNPAIRED_LOSSES
 
@@ -71,31 +65,12 @@ def make_describer(spec, batches):
   return describe
 
 
-def keep_template(spec, workdir):
-  """Writes the chat template of the pairs into the run's folder; returns its ChatFormat."""
-  chat = stream.chat_format(spec.data)
-  if distributed.is_first():
-    chat.save(workdir / CHAT_TEMPLATE)
-  return chat
-
-
 # The reference: the model that training begins with.
-
-
-def load_initial(spec, mesh):
-  """Returns the parameters of train.init_from, laid out as those that are trained, less a value head."""
-  model = dataclasses.replace(spec.model, value_head=False)
-  dtype = jnp.dtype(spec.train.param_dtype)
-  shapes = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0), dtype))
-  layout = tree_shardings(mesh, decoder.param_names(model))
-  abstract = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, layout)
-  return restore_params(initial_checkpoint(spec.train.init_from), abstract)
 
 
 def preference_job(spec, mesh, batches, workdir):
   """Returns the harness.Job of the spec's preference loss, and its reference as the spec wants it."""
-  with keep_template(spec, workdir):
-    pass
+  start.keep_template(spec, workdir)
   platform, vocab_size = mesh.devices.flat[0].platform, stream.vocab_size(spec.data)
   arguments = (spec.preference, spec.model, spec.train, platform, spec.pipeline, vocab_size)
   unpaired = spec.preference.loss in UNPAIRED_LOSSES

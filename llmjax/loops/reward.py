@@ -22,7 +22,7 @@ def run(spec, options):
 
 def make_job(spec, mesh, batches, workdir):
   """Returns the harness.Job of the Bradley-Terry loss."""
-  pairs.keep_template(spec, workdir).close()
+  start.keep_template(spec, workdir)
   platform = mesh.devices.flat[0].platform
   loss_fn = objective.make_reward_loss(spec.model, spec.train, platform, spec.pipeline, centring=spec.reward.centring)
   job = pairs.make_job(spec, mesh, batches, loss_fn)

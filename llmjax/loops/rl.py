@@ -10,12 +10,10 @@ from llmjax.checkpoint.checkpoints import load_params
 from llmjax.config import ConfigError
 from llmjax.data import prepared, stream
 from llmjax.generate.decode import Generator
-from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.loops import harness, start
-from llmjax.loops.pairs import load_initial
+from llmjax.loops.adapters import load_initial
 from llmjax.loops.sources import run_folder
 from llmjax.model import decoder
-from llmjax.parallel import distributed
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.rl import objective, rollout
 from llmjax.rl.source import RolloutSource
@@ -38,16 +36,12 @@ def open_prompts(spec, mesh, split='train', count=None):
 def make_job(spec, mesh, prompts, workdir):
   """Returns the harness.Job of the spec's policy loss on rollouts."""
   tokenizer = stream.load_tokenizer(spec.data)
-  with stream.chat_format(spec.data) as chat:
+  with start.keep_template(spec, workdir) as chat:
     stop_ids = chat.stop_ids
-    if distributed.is_first():
-      chat.save(workdir / CHAT_TEMPLATE)
   scorer = rollout.Scorer(spec.model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
                           temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size)
   score = reward_model(spec, mesh) if 'model' in spec.rl.rewards else None
-  reference = None
-  if spec.rl.reference:
-    reference = load_initial(spec, mesh)
+  reference = load_initial(spec, mesh) if spec.rl.reference else None
   source = RolloutSource(spec, mesh, prompts, tokenizer, workdir, stop_ids=stop_ids, scorer=scorer,
                          reference=reference, score=score)
   loss_fn = objective.make_policy_loss(

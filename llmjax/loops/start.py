@@ -8,6 +8,7 @@ import jax
 
 from llmjax.config import ConfigError
 from llmjax.data import stream
+from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.loops import determinism, doctor, harness
 from llmjax.loops.doctor import require_platform
 from llmjax.loops.environment import describe_data, describe_environment
@@ -64,6 +65,14 @@ def eval_rows(spec, mesh):
   """Returns how many rows an evaluation takes at a time: evaluate.batch_size, or more where the mesh needs it."""
   shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)
   return -(-(spec.evaluate.batch_size or spec.train.batch_size) // shards) * shards
+
+
+def keep_template(spec, workdir):
+  """Returns the ChatFormat of the data, None for text, after writing it into the run's folder for `generate --chat`."""
+  chat = stream.chat_format(spec.data)
+  if chat is not None and distributed.is_first():
+    chat.save(workdir / CHAT_TEMPLATE)
+  return chat
 
 
 def resolve(spec):

@@ -76,6 +76,13 @@ def abstract_state(model, tx, param_dtype, mesh, zero=0, trained=None):
                       shardings)
 
 
+def abstract_params(model, param_dtype, mesh, zero=0):
+  """Returns the ShapeDtypeStructs of a model's parameters with their shardings."""
+  shapes = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0), jnp.dtype(param_dtype)))
+  layout = sharding.tree_shardings(mesh, decoder.param_names(model), zero_rules(zero, 3))
+  return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, layout)
+
+
 def _whole(model, param_dtype):
   return Trained(lambda key: decoder.init_params(model, key, jnp.dtype(param_dtype)), decoder.param_names(model))
 
