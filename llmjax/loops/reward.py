@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 
-from llmjax.evaluate.pairs import describe_margins
+from llmjax.evaluate import pairs as held_out
 from llmjax.loops import pairs, start
 from llmjax.parallel import distributed
 from llmjax.rl import objective
@@ -23,30 +23,31 @@ def run(spec, options):
 def make_job(spec, mesh, batches, workdir):
   """Returns the harness.Job of the Bradley-Terry loss."""
   start.keep_template(spec, workdir)
-  platform = mesh.devices.flat[0].platform
-  loss_fn = objective.make_reward_loss(spec.model, spec.train, platform, spec.pipeline, centring=spec.reward.centring)
-  job = pairs.make_job(spec, mesh, batches, loss_fn)
-  step = jax.jit(objective.make_end_scores(spec.model, spec.train, platform, spec.pipeline),
-                 out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  judge = objective.make_reward_judge(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline,
+                                      centring=spec.reward.centring)
+  job = pairs.make_job(spec, mesh, batches, lambda params, batch, key: judge(params, batch, key)[0])
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  step = jax.jit(lambda params, batch: judge(params, batch, None), out_shardings=whole)
 
-  def with_margins(split, evaluate):
-    def evaluated(params):
-      scores = np.concatenate([np.stack([np.asarray(step(params, batch)),
-                                         np.asarray(jax.jit(_has_answer, out_shardings=step_layout)(batch))])
-                               for batch in pairs.read_split(spec, mesh, split, limit=spec.evaluate.limit)], axis=1)
-      real = (scores[1, 0::2] > 0) & (scores[1, 1::2] > 0)
-      found = describe_margins((scores[0, 0::2] - scores[0, 1::2])[real])
+  def evaluator(split):
+    def evaluate(params):
+      scores, weights = [], []
+
+      def judged(params, batch):
+        sums, *each = step(params, batch)
+        for rows, found in zip((scores, weights), each, strict=True):
+          rows.append(np.asarray(found))
+        return sums
+
+      values = held_out.evaluate(judged, params, pairs.read_split(spec, mesh, split, limit=spec.evaluate.limit))
+      both = np.concatenate(scores).reshape(-1, 2)[np.concatenate(weights) > 0]
+      found = held_out.describe_margins(both[:, 0] - both[:, 1])
       if distributed.is_first():
         file = workdir / MARGINS
         before = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps({**before, split: found}, indent=1) + '\n')
-      return {**evaluate(params), 'calibration_error': found['error'], 'mean_score': float(scores[0].mean())}
+      return {**values, 'calibration_error': found['error'], 'mean_score': float(both.mean())}
 
-    return evaluated
+    return evaluate
 
-  step_layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return dataclasses.replace(job, evaluators={split: with_margins(split, e) for split, e in job.evaluators.items()})
-
-
-def _has_answer(batch):
-  return batch['loss_mask'].max(axis=1)
+  return dataclasses.replace(job, evaluators={split: evaluator(split) for split in spec.evaluate.splits})

@@ -166,19 +166,26 @@ def make_reward_loss(model, train, platform, pipe=None, *, centring=0.0):
 
   batch['margin'], float32 [B], may say how far a pair's scores are to be apart; its first row's counts.
   """
+  judge = make_reward_judge(model, train, platform, pipe, centring=centring)
+  return lambda params, batch, key: judge(params, batch, key)[0]
+
+
+def make_reward_judge(model, train, platform, pipe=None, *, centring=0.0):
+  """Returns the function (params, batch, key) -> (what the loss_fn returns, scores float32 [B], weights float32 [P]).
+
+  weights: 0 for a pair of padding.  Else as `make_reward_loss`.
+  """
   forward = Forward(model, train, platform, pipe)
 
-  def loss_fn(params, batch, key):
-    batch = forward.order(with_last_target(batch))
-    x, model_aux = forward(params, batch, key)
-    scores = end_scores(params, x, batch)
+  def judge(params, batch, key):
+    scores, model_aux = score_ends(forward, params, with_last_target(batch), key)
     some = (jnp.max(batch['loss_mask'], axis=1) > 0)
     weights = (some[0::2] & some[1::2]).astype(jnp.float32)
     loss, weight, aux = reward.bradley_terry(scores[0::2], scores[1::2], _of_pairs(batch, 'margin'), centring, weights,
                                              _of_pairs(batch, 'probability'))
-    return _with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})
+    return (_with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})), scores, weights
 
-  return loss_fn
+  return judge
 
 
 def with_last_target(batch):
@@ -197,23 +204,20 @@ def with_last_target(batch):
 def make_end_scores(model, train, platform, pipe=None):
   """Returns the function (params, batch) -> float32 [B] of what a reward model says of rows, their last target too."""
   forward = Forward(model, train, platform, pipe)
-
-  def scores(params, batch):
-    batch = forward.order(with_last_target(batch))
-    return end_scores(params, forward(params, batch, None)[0], batch)
-
-  return scores
+  return lambda params, batch: score_ends(forward, params, with_last_target(batch))[0]
 
 
-def end_scores(params, x, batch):
-  """Returns float32 [B], the value head's number at each row's last token, wherever padding lies.
+def score_ends(forward, params, batch, key=None):
+  """Returns (float32 [B], aux of the model): the value head's number at each row's last token, wherever padding lies.
 
   The last token is the input of the highest position; it need not be the last of the array.
   """
+  batch = forward.order(batch)
+  x, aux = forward(params, batch, key)
   values = decoder.token_values(params, x)
   real = batch['segment_ids'] != 0
   last = jnp.max(jnp.where(real, batch['positions'], -1), axis=1, keepdims=True)
-  return jnp.sum(jnp.where(real & (batch['positions'] == last), values, 0.0), axis=1)
+  return jnp.sum(jnp.where(real & (batch['positions'] == last), values, 0.0), axis=1), aux
 
 
 def make_policy_loss(spec, model, train, platform, pipe=None, *, temperature=1.0, vocab_size=None, value_coef=0.0,

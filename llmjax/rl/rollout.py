@@ -86,11 +86,7 @@ class EndScorer:
     unit = 2 * mesh.shape['context'] * mesh.shape['tensor']
     self._length = -(-length // unit) * unit
 
-    def score(params, batch):
-      batch = forward.order(batch)
-      x, _ = forward(params, batch, None)
-      return {'scores': objective.end_scores(params, x, batch)}
-
+    score = lambda params, batch: {'scores': objective.score_ends(forward, params, batch)[0]}
     self._score = _InParts(score, mesh, rows, 0)
 
   def __call__(self, params, rows):

@@ -180,7 +180,7 @@ def test_a_reward_model_reads_the_last_token(params):
   prompts, answers, batch = draw_rows()
   forward = Forward(SPEC, TRAIN, 'cpu')
   whole = jax.tree.map(jnp.asarray, objective.with_last_target({k: jnp.asarray(v) for k, v in batch.items()}))
-  scores = objective.end_scores(params, forward(params, whole, None)[0], whole)
+  scores, _ = objective.score_ends(forward, params, whole)
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
   rows = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
   for size, length in ((8, 14), (3, 31)):  # The batch and the padding change nothing.
