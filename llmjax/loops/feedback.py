@@ -15,12 +15,14 @@ from llmjax import config
 from llmjax.checkpoint.checkpoints import checkpoints_folder, read_config
 from llmjax.config import ConfigError
 from llmjax.data.conversations import read_answers, read_prompt
+from llmjax.evaluate.metrics import read_lines
 from llmjax.generate.score import score
 from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.loops.generate import load_generator
 from llmjax.loops.progress import Stages
 from llmjax.loops.spec import LayoutSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
+from llmjax.loops.writers import open_lines
 from llmjax.rl import feedback
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
@@ -59,7 +61,7 @@ def run(spec, options):
 
     _write_records(options, prompts, make, origin)
   if prefers:
-    made = _read_lines(options.output)
+    made = read_lines(options.output)
     found = feedback.describe_places(made)
     print(f'{len(made)} preferences; the judge: place A {found["mean_bias"]:+.1%} above even on average, '
           f'{found["mean_absolute_bias"]:.1%} off in either direction; '
@@ -75,7 +77,7 @@ def _write_records(options, prompts, make, origin):
   asked = {**{k: v for k, v in dataclasses.asdict(options).items() if k not in ('output', 'limit', 'batch_size')},
            **origin, 'prompts_sha256': hashlib.sha256(pathlib.Path(options.prompts).read_bytes()).hexdigest()}
   note = output.with_name(output.name + '.origin.json')
-  done = len(_read_lines(output)) if output.exists() else 0
+  done = len(read_lines(output))
   if done and (not note.exists() or json.loads(note.read_text()) != json.loads(json.dumps(asked))):
     raise ConfigError([f'--output={output} has {done} records that were made from something else; move it away, or '
                        'give another --output'])
@@ -83,14 +85,13 @@ def _write_records(options, prompts, make, origin):
     output.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(asked, indent=1) + '\n')
     show = Stages(unit='prompts')
-    with open(output, 'a', encoding='utf-8') as file:
+    with open_lines(output) as file:
       # Batches lie where they would without an interruption.
       for first in range(done, len(prompts), options.batch_size):
         batch = prompts[first:first + options.batch_size]
         for number, record in enumerate(make(first, batch), first):
           record['provenance'].update(origin, record=number)
           file.write(json.dumps(record, ensure_ascii=False) + '\n')
-        file.flush()
         show('feedback', first + len(batch) - done, len(prompts) - done)
     show.finish()
   except OSError as e:
@@ -166,6 +167,3 @@ def _read_prompts(path, read):
     raise ConfigError(problems)
   return made
 
-
-def _read_lines(path):
-  return [json.loads(line) for line in pathlib.Path(path).read_text(encoding='utf-8').splitlines()]
