@@ -10,6 +10,7 @@
 import collections
 import dataclasses
 import errno
+import itertools
 import json
 import logging
 import math
@@ -38,11 +39,15 @@ from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
+from llmjax.parallel import distributed
 from llmjax.train.state import TrainState
 
 # Seconds that the first process waits for the seals of the others before it removes older checkpoints.
 SEAL_SECONDS = 60.0
 REMOVALS = 10  # How often the remains of a failed save are looked for.
+_SAVES = itertools.count()  # All processes count alike.
+MEETING_SECONDS = 0.2  # How often a process looks whether another one's part of the save has failed.
+LEAVE_SECONDS = 10.0  # A process that fails alone waits so long for its part of a save.
 READ_PARTS = 10  # A restore has at most this share of its arrays in flight, or the largest of them.
 
 
@@ -76,13 +81,17 @@ class Checkpoints:
     self.folder = checkpoints_folder(workdir)
     self.spec = spec or CheckpointSpec()
     self.passed_over = []
-    # Asynchronous creation would leave Orbax's threads waiting for minutes when a folder cannot be made.
-    self._orbax = ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler(),
-        async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+    self._orbax = self._make_writer()
     _quieten_failed_saves()
+    self._meeting = None  # Of the processes that write the save in flight, where there are several.
     self._thread, self._outcome, self._cleared = None, None, False
     self._finished = collections.deque()
+
+  def _make_writer(self):
+    # Asynchronous creation would leave Orbax's threads waiting for minutes when a folder cannot be made.
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
+        create_directories_asynchronously=False,
+        barrier_sync_fn=lambda *, key, timeout_ms: self._meeting.wait(key, timeout_ms)))
 
   def latest(self):
     """Returns the newest good step, or None; `passed_over` then says what is newer and why it is not good."""
@@ -100,6 +109,10 @@ class Checkpoints:
     """
     begin = time.perf_counter()
     self._join()
+    if jax.process_count() > 1:
+      if self._meeting:
+        self._meeting.forget()
+      self._meeting = distributed.Meeting(f'saves/{next(_SAVES)}')
     rest = {'step': state.step, 'opt_state': state.opt_state, 'key': state.key}
     try:
       if names := find_nonfinite({'params': state.params, 'optimizer': rest}):
@@ -153,6 +166,11 @@ class Checkpoints:
     finally:
       self._orbax.close()
 
+  def leave(self):
+    """Lets the save in flight end if it can without the other processes, which may not come; tells nothing."""
+    if self._thread is not None:
+      self._thread.join(LEAVE_SECONDS)
+
   def _join(self):
     """Waits for the save in flight and notes what became of it; all processes agree on that."""
     if self._thread is None:
@@ -180,9 +198,9 @@ class Checkpoints:
     """Waits for Orbax to commit, seals, and applies the retention.  Runs in a thread of its own."""
     path, first = self.folder / str(step), jax.process_index() == 0
     try:
-      self._orbax.wait_until_finished()
+      self._wait_for_orbax()
       seal.write_seal(path, step, metrics, metrics_step, jax.process_index(), jax.process_count())
-      size = _wait_for_seals(path).size if first else 0
+      size = self._wait_for_seals(path).size if first else 0
     except Exception as e:  # As in save.
       self._fail(step, e)
       return
@@ -193,6 +211,45 @@ class Checkpoints:
     except OSError as e:
       note = f'older checkpoints in {self.folder} are not removed: {_reason(e)}'
     self._outcome = Save(step, path, size, seconds, note=note)
+
+  def _wait_for_orbax(self):
+    """Returns when Orbax has committed; raises why it, or another process's, does not."""
+    if self._meeting is None:
+      self._orbax.wait_until_finished()
+      return
+    errors = []
+
+    def wait(orbax=self._orbax):
+      try:
+        orbax.wait_until_finished()
+      except Exception as e:
+        errors.append(e)
+
+    thread = threading.Thread(target=wait, name='wait for orbax', daemon=True)
+    thread.start()
+    while thread.is_alive():
+      thread.join(MEETING_SECONDS)
+      try:
+        self._meeting.check()
+      except distributed.AbsentError:
+        # It may go on writing until its timeout, and would keep the next save waiting.
+        self._orbax = self._make_writer()
+        raise
+    if errors:
+      raise errors[0]
+
+  def _wait_for_seals(self, path):
+    """Returns the Seal once all processes have sealed their share; raises SealError when they do not."""
+    deadline = time.monotonic() + SEAL_SECONDS
+    while True:
+      try:
+        return seal.read_seal(path)
+      except seal.SealError:
+        if time.monotonic() > deadline:
+          raise
+        if self._meeting:
+          self._meeting.check()
+        time.sleep(0.05)
 
   def _retain(self, saved):
     """Removes the steps after the saved one, and those good ones that the spec does not keep."""
@@ -211,6 +268,8 @@ class Checkpoints:
   def _fail(self, step, error):
     """Notes why a save failed, and frees what it has written."""
     path = self.folder / str(step)
+    if self._meeting and not isinstance(error, distributed.AbsentError):
+      self._meeting.refuse(_reason(error))
     problem = f'{path} is not saved: {_reason(error)}'
     if not isinstance(error, SaveError) and (free := free_bytes(self.folder)) is not None:
       problem += f'; {free:,} bytes are free there'
@@ -295,7 +354,7 @@ def free_bytes(folder):
 
 def _reason(error):
   """Returns in a few words why something could not be written."""
-  if isinstance(error, SaveError):
+  if isinstance(error, (SaveError, distributed.AbsentError)):
     return str(error)
   code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's.
   if code or (isinstance(error, OSError) and error.errno):
@@ -325,19 +384,8 @@ def _not_an_error_of_orbax(record):
 
 def _not_left_over(record):
   """Is not what the writes that were under way when one failed say at the end of the process."""
-  return not ('exception was never retrieved' in str(record.msg) and 'orbax' in str(record.msg))
-
-
-def _wait_for_seals(path):
-  """Returns the Seal once all processes have sealed their share; raises SealError when they do not."""
-  deadline = time.monotonic() + SEAL_SECONDS
-  while True:
-    try:
-      return seal.read_seal(path)
-    except seal.SealError:
-      if time.monotonic() > deadline:
-        raise
-      time.sleep(0.05)
+  text = str(record.msg)
+  return not ('orbax' in text and ('exception was never retrieved' in text or 'destroyed but it is pending' in text))
 
 
 def _gather(value):

@@ -289,9 +289,9 @@ class Chaos:
 
   def _fill_disk(self, event, group):
     """Lets no file of the processes grow beyond what their next save needs."""
-    steps = seal.find_steps(self._checkpoints)
-    sizes = [p.stat().st_size for step in steps[:1] for p in (self._checkpoints / str(step)).rglob('*') if p.is_file()]
-    # Below what a save must write, and above what the logs hold, or it is these that fail.
+    newest = max(self._saved(), 1)  # It stays while the next one is not there.
+    sizes = [p.stat().st_size for p in (self._checkpoints / str(newest)).rglob('*') if p.is_file()]
+    # Below what a save must write; also below what the logs of a tiny model hold, and then it is these that fail.
     limit = max(sizes, default=4096) // 2
     for child in group.children:
       resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -313,7 +313,7 @@ class Chaos:
                            f'{end.rank} {end.text}; expected it {" or ".join(wanted)}'
                            + f': {end.tail[-1]}' * bool(end.tail))
     if event.kind == 'disk':
-      told = [line.partition('is not saved: ')[2].partition(';')[0] for line in end.tail if 'is not saved: ' in line]
+      told = [found[1] for line in end.tail if (found := re.search('(?:not saved|be written): ([^;]*)', line))]
       event.detail = told[0] if told else (end.tail[-1] if end.tail else '')[:60] or 'not met'
     if event.kind == 'save':
       left = seal.find_temporaries(self._checkpoints)

@@ -3,6 +3,7 @@
 Records go to a JSONL file as they are made, each with where it came from; the same command goes on from there.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,7 +23,7 @@ from llmjax.loops.generate import load_generator
 from llmjax.loops.progress import Stages
 from llmjax.loops.spec import LayoutSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
-from llmjax.loops.writers import open_lines
+from llmjax.loops.writers import Lines, LogError
 from llmjax.rl import feedback
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
@@ -85,17 +86,17 @@ def _write_records(options, prompts, make, origin):
     output.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(asked, indent=1) + '\n')
     show = Stages(unit='prompts')
-    with open_lines(output) as file:
+    with contextlib.closing(Lines(output)) as file:
       # Batches lie where they would without an interruption.
       for first in range(done, len(prompts), options.batch_size):
         batch = prompts[first:first + options.batch_size]
         for number, record in enumerate(make(first, batch), first):
           record['provenance'].update(origin, record=number)
-          file.write(json.dumps(record, ensure_ascii=False) + '\n')
+          file.append(record)
         show('feedback', first + len(batch) - done, len(prompts) - done)
     show.finish()
-  except OSError as e:
-    raise ConfigError([f'--output={output} cannot be written: {e.strerror}']) from e
+  except (OSError, LogError) as e:
+    raise ConfigError([f'--output={output}: {e}']) from e
   except TemplateError as e:
     raise ConfigError([f'the chat template of {options.workdir}: {e}']) from e
 

@@ -26,7 +26,7 @@ from llmjax.loops.profiling import Profiler
 from llmjax.loops.progress import Progress
 from llmjax.loops.stragglers import Stragglers
 from llmjax.loops.window import Speed, Window
-from llmjax.loops.writers import open_writers
+from llmjax.loops.writers import LogError, open_writers
 from llmjax.model import counts
 from llmjax.parallel import distributed
 from llmjax.parallel.host import keep_freed_memory
@@ -86,7 +86,15 @@ def train(job, workdir):
       print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to go on' if first >= total
             else f'{workdir} is done at step {first} of {total}: {patience.reason()}')
     return 0
-  loop = Loop(job, workdir, checkpoints, first)
+  try:
+    return _sit(Loop(job, workdir, checkpoints, first))
+  except LogError as e:
+    # No checkpoint was lost by this, and none could be written now.
+    raise SystemExit(f'stopped: {e}; make room, and the same command goes on from the last checkpoint') from None
+
+
+def _sit(loop):
+  """Trains, writes the report, and returns the exit status."""
   try:
     with distributed.agreed_stop() as stop:
       try:
@@ -95,12 +103,18 @@ def train(job, workdir):
         status = loop.interrupt()
       if status == 130:
         status = stop.status
-  finally:
-    loop.close()
+  except BaseException:
+    with contextlib.suppress(LogError):  # What came first is told.
+      loop.close(alone=jax.process_count() > 1)
+    raise
+  loop.close()
   if distributed.is_first():
-    print(f'report: {write_report(workdir)}')
+    try:
+      print(f'report: {write_report(loop.workdir)}')
+    except OSError as e:
+      print(f'the report is not written: {e.strerror or e}; `llmjax report --workdir={loop.workdir}` writes it')
   loop.account()  # Anew, with the time that the report took.
-  job.ledger.close()
+  loop.ledger.close()
   return status
 
 
@@ -295,18 +309,23 @@ class Loop:
     self.progress.say(f'the same command goes on from step {self.saved}')
     return 130
 
-  def close(self):
-    """Waits for what is being written and writes the rest."""
-    self.heart.beat(self.done, 'close', saved=self.saved)
-    self.profiler.close()
-    self._settle(wait=True)  # A save that fails now, after another one that ended the run, is told in a line, too.
-    with self.ledger.charge('checkpoint'):
-      self.checkpoints.close()
-    self.job.batches.close()
-    self.writers.close()
-    self.heart.close()
-    self.progress.close()
-    self.account()
+  def close(self, alone=False):
+    """Waits for what is being written and writes the rest.
+
+    alone: this process has failed.  It must not wait for the others: they are in a collective that it never joins.
+    """
+    with contextlib.ExitStack() as stack:  # Each is closed though another one fails; the last named first.
+      for close in (self.account, self.progress.close, self.heart.close, self.writers.close,
+                    self.job.batches.close):
+        stack.callback(close)
+      self.heart.beat(self.done, 'close', saved=self.saved)
+      self.profiler.close()
+      if alone:
+        self.checkpoints.leave()
+        return
+      self._settle(wait=True)  # A save that fails now, after another one that ended the run, is told in a line, too.
+      with self.ledger.charge('checkpoint'):
+        self.checkpoints.close()
 
   def _due(self, every, step):
     return step == self.total or (every > 0 and step % every == 0)

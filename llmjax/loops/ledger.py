@@ -6,13 +6,12 @@ charges the gap to `restart`, and the steps that it must do again to `lost`.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import time
 
 from llmjax.evaluate.metrics import read_lines
-from llmjax.loops.writers import open_lines
+from llmjax.loops.writers import Lines
 
 BUCKETS = ('init', 'compile', 'data_wait', 'rollout', 'step', 'eval', 'sample', 'checkpoint', 'lost', 'restart',
            'other')
@@ -70,13 +69,13 @@ class Ledger:
     return {b: round(self._before[b] + now[b], 3) for b in BUCKETS}
 
   def write(self, step, done=False):
-    """Appends a line.  step: the last one done.  done: whether the run is, so that no restart follows."""
+    """Appends a line; raises LogError.  step: the last one done.  done: whether the run is, and none restarts it."""
     totals = self.totals()
     self._marks.append((step, {bucket: totals[bucket] for bucket in OF_STEPS}))
     if self._file is None:
-      self._file = open_lines(self._path)
+      self._file = Lines(self._path)
     row = {'time': round(self._now(), 3), 'step': step, 'seconds': totals}
-    self._file.write(json.dumps(row | {'done': True} if done else row) + '\n')
+    self._file.append(row | {'done': True} if done else row)
 
   def close(self):
     if self._file is not None:

@@ -32,7 +32,10 @@ def run(spec, options, make_job, open_batches=None):
   if not doctor.accelerator_present():
     share_arena()
   with distributed.together(spec.distributed), hold_workdir(options.workdir):
-    return _train(spec, options, ledger, make_job, open_batches or _open_rows)
+    status = _train(spec, options, ledger, make_job, open_batches or _open_rows)
+    if status == 1:  # After a save that failed, threads may wait for what it lacked.
+      distributed.leave_alone(status)
+    return status
 
 
 def _train(spec, options, ledger, make_job, open_batches):

@@ -10,6 +10,7 @@ never a training step.
 only ever added to, also where metrics go back to a checkpoint.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -30,13 +31,27 @@ __all__ = ['MIRRORS', 'Writer', 'open_writers', 'read_metrics', 'rewind']
 DRAIN_SECONDS = 30.0
 
 
+class LogError(Exception):
+  """A file of the run's folder cannot be written.  The text is one line: path and reason."""
+
+
+@contextlib.contextmanager
+def telling(path):
+  """Turns an OSError in the block, such as that of a full disk, into a LogError that names the file."""
+  try:
+    yield
+  except OSError as e:
+    raise LogError(f'{path} cannot be written: {e.strerror or e}') from e
+
+
 def open_writers(workdir, config, names=('tensorboard',), resume_step=None):
   """Returns a Writer for the run's folder; on processes other than the first it writes nothing.
 
   config: the resolved config as nested dicts, shown by the mirrors.  names: keys of MIRRORS.
   resume_step: the step of the restored checkpoint; everything logged after it is removed, so that
   no curve overlaps itself.  None starts afresh: an earlier `metrics.jsonl` becomes
-  `metrics.jsonl.bak`.  Raises ConfigError on an unknown name or a package that is not installed.
+  `metrics.jsonl.bak`.  Raises ConfigError on an unknown name or a package that is not installed,
+  LogError where the folder cannot be written.
   """
   problems = [f'writers: {name!r} is not one; known: {", ".join(MIRRORS)}'
               for name in names if name not in MIRRORS]
@@ -47,7 +62,8 @@ def open_writers(workdir, config, names=('tensorboard',), resume_step=None):
     return Writer(None, ())
   config = secrets.hide_within(config)
   workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  with telling(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
   mirrors, problems = [], []
   for name in names:  # Before anything is rewound: a missing package must not cost a curve.
     try:
@@ -57,7 +73,8 @@ def open_writers(workdir, config, names=('tensorboard',), resume_step=None):
   if problems:
     raise configs.ConfigError(problems)
   for name in ('metrics.jsonl', 'samples.jsonl'):
-    rewind(workdir / name, resume_step)
+    with telling(workdir / name):
+      rewind(workdir / name, resume_step)
   return Writer(workdir, mirrors)
 
 
@@ -82,15 +99,30 @@ def rewind(path, step):
   os.replace(temporary, path)
 
 
-def open_lines(path):
-  """Returns a JSON-lines file open for appending, line buffered; a last line that a kill cut off is removed."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  file = open(path, 'a+', buffering=1, encoding='utf-8')
-  content = path.read_bytes()
-  if content and not content.endswith(b'\n'):
-    file.truncate(content.rfind(b'\n') + 1)
-  return file
+class Lines:
+  """A JSON-lines file to append to; a last line that a kill cut off is removed.  Raises LogError.
+
+  Line buffered: each line reaches the system when it is written and survives a kill.
+  """
+
+  def __init__(self, path):
+    self._path = pathlib.Path(path)
+    with telling(path):
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      self._file = open(path, 'a+', buffering=1, encoding='utf-8')
+      content = self._path.read_bytes()
+      if content and not content.endswith(b'\n'):
+        self._file.truncate(content.rfind(b'\n') + 1)
+
+  def append(self, row):
+    """Writes an object as a line."""
+    with telling(self._path):
+      self._file.write(_line(row))
+
+  def close(self):
+    """Closes the file.  May be called twice."""
+    with contextlib.suppress(OSError):  # All lines are out but one that a LogError told of, which fails again.
+      self._file.close()
 
 
 def _line(row):
@@ -106,11 +138,8 @@ class Writer:
     self._queue = queue.SimpleQueue()
     self._thread = None
     if workdir is not None:
-      # Line buffered: each line reaches the system when it is written and survives a kill.
-      self._metrics, self._samples = (
-          open(workdir / name, 'a', buffering=1, encoding='utf-8')
-          for name in ('metrics.jsonl', 'samples.jsonl'))
-      self._events = open_lines(workdir / 'events.jsonl')
+      self._metrics, self._samples, self._events = (
+          Lines(workdir / name) for name in ('metrics.jsonl', 'samples.jsonl', 'events.jsonl'))
     if self._mirrors:
       self._thread = threading.Thread(target=self._feed, name='metric mirrors', daemon=True)
       self._thread.start()
@@ -124,7 +153,7 @@ class Writer:
               for key, v in values.items()}
     row = {'step': int(step), 'time': round(now, 3)}
     row.update((key, encode_number(v)) for key, v in values.items())
-    self._metrics.write(_line(row))
+    self._metrics.append(row)
     scalars = {key: float(v) for key, v in values.items() if v is not None}
     self._queue.put(('scalars', int(step), now, scalars))
 
@@ -133,15 +162,14 @@ class Writer:
     if self._samples is None:
       return
     prompt, text = secrets.hide(prompt), secrets.hide(text)
-    self._samples.write(_line({'step': int(step), 'prompt': prompt, 'text': text}))
+    self._samples.append({'step': int(step), 'prompt': prompt, 'text': text})
     self._queue.put(('sample', int(step), time.time(), (prompt, text)))
 
   def event(self, step, kind, **details):
     """Appends what happened to `events.jsonl`.  details: what JSON holds, and floats of any kind."""
     if self._events is not None:
       details = {k: encode_number(v) if isinstance(v, float) else v for k, v in details.items()}
-      self._events.write(_line({'time': round(time.time(), 3), 'step': int(step), 'kind': kind,
-                                'details': details}))
+      self._events.append({'time': round(time.time(), 3), 'step': int(step), 'kind': kind, 'details': details})
 
   def close(self):
     """Waits for the mirrors (30 s at most) and closes the files.  May be called twice."""
@@ -153,7 +181,7 @@ class Writer:
               file=sys.stderr)
       self._thread = None
     for file in (self._metrics, self._samples, self._events):
-      if file is not None and not file.closed:
+      if file is not None:
         file.close()
     self._metrics = self._samples = self._events = None
 

@@ -28,6 +28,7 @@ SAY_SECONDS = 10.0
 # Arrivals within this time share a line, so that hundreds of hosts do not make hundreds of lines.
 SETTLE_SECONDS = 0.5
 TWICE_SECONDS = 1.0  # Two signals within this time count as one.
+MEETING_SECONDS = 0.05  # Between two looks for the other processes.
 SLACK_SECONDS = 30.0  # A process waits so much longer than process 0 may, and then takes it for dead.
 
 
@@ -272,10 +273,15 @@ def together(spec):
   try:
     yield
   except BaseException as e:
-    if jax.distributed.is_initialized():
-      status = 2 if isinstance(e, ConfigError) else 130 if isinstance(e, KeyboardInterrupt) else 1
-      atexit.register(_end, status)  # The last one registered is the first one run.
+    leave_alone(2 if isinstance(e, ConfigError) else 130 if isinstance(e, KeyboardInterrupt) else 1)
     raise
+
+
+def leave_alone(status):
+  """Lets this process, if it is one of several, end without the others once Python is done."""
+  if jax.distributed.is_initialized():
+    # Before Python waits for threads, of which some may be waiting for the other processes; atexit is too late.
+    getattr(threading, '_register_atexit', atexit.register)(_end, status)
 
 
 def _end(status):
@@ -393,3 +399,48 @@ def start_heartbeat(spec, workdir, first=0, flush=None):
       jax.process_index(), processes, first, folder=folder, stacks=os.path.join(workdir, 'stacks'),
       hang_seconds=spec.hang_seconds or float(limit or 0), leave=bool(limit or spec.hang_seconds),
       flush=flush, pulse=heartbeat.SUPERVISED_PULSE if supervisor else heartbeat.PULSE)
+
+
+class AbsentError(Exception):
+  """A process does not come to a meeting; the text is its reason, in one line."""
+
+
+class Meeting:
+  """A place that all processes come to, or hear at once why one of them does not.
+
+  JAX's own barriers let the others wait for their whole timeout.  What is said lies in its coordination service.
+  name: the same on all processes, and no other meeting's.
+  """
+
+  def __init__(self, name):
+    from jax._src import distributed
+    self._client, self._folder = distributed.global_state.client, f'llmjax/{name}/'
+
+  def refuse(self, reason):
+    """Says why this process will not come."""
+    self._client.key_value_set(f'{self._folder}said/refused', f'{reason} (process {jax.process_index()})',
+                               allow_overwrite=True)
+
+  def check(self):
+    """Raises AbsentError when a process has refused; returns the keys of those waits that are over."""
+    said = {key.rpartition('said/')[2]: text for key, text in self._client.key_value_dir_get(f'{self._folder}said/')}
+    if reason := said.get('refused'):
+      raise AbsentError(reason)
+    return said.keys()
+
+  def wait(self, key, timeout_ms):
+    """Returns when all processes wait for this key; raises AbsentError or TimeoutError.  For threads: it polls."""
+    deadline, here = time.monotonic() + timeout_ms / 1000, f'{self._folder}{key}/'
+    self._client.key_value_set(f'{here}{jax.process_index()}', '')
+    while key not in self.check():
+      if is_first() and len(self._client.key_value_dir_get(here)) == jax.process_count():
+        self._client.key_value_set(f'{self._folder}said/{key}', '')
+        return
+      if time.monotonic() > deadline:
+        raise TimeoutError(f'some processes did not come to {key} within {timeout_ms / 1000:.0f} s')
+      time.sleep(MEETING_SECONDS)
+
+  def forget(self):
+    """Frees what was said, once every process has been told."""
+    if is_first():
+      self._client.key_value_delete(self._folder)

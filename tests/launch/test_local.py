@@ -1,6 +1,5 @@
 """Real processes: the same losses however many there are, stopping, dying, going on."""
 
-import json
 import os
 import pathlib
 import random
@@ -14,6 +13,7 @@ import pytest
 
 from llmjax.data import corpus
 from llmjax.data.spec import PrepareSpec, TokenizerSpec
+from llmjax.evaluate.metrics import read_lines
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRAIN = ['pretrain', '--config=recipe.py', '--config.data.seq_len=16', '--config.train.batch_size=8',
@@ -38,9 +38,11 @@ def folder(tmp_path_factory):
   return folder
 
 
-def start(folder, processes, devices, *argv, **environment):
+def start(folder, processes, devices, *argv, largest='unlimited', **environment):
+  """largest: the KiB beyond which no file can grow, which is what a full disk looks like."""
   return subprocess.Popen(
-      [sys.executable, '-m', 'llmjax', 'launch', 'local', f'--processes={processes}',
+      ['bash', '-c', f'ulimit -f {largest}; exec "$@"', 'bash',
+       sys.executable, '-m', 'llmjax', 'launch', 'local', f'--processes={processes}',
        f'--devices-per-process={devices}', '--logs=logs', '--', *argv],
       env={**os.environ, 'PYTHONPATH': str(ROOT), **environment}, cwd=folder, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -60,7 +62,7 @@ def launch(folder, *argv, status=0, **environment):
 def rows(workdir):
   """Returns {step: all metrics that do not depend on time}."""
   found = {}
-  for row in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines()):
+  for row in read_lines(workdir / 'metrics.jsonl'):
     kept = {k: v for k, v in row.items() if k.endswith(('loss', 'grad_norm', 'tokens', 'bits_per_byte'))}
     found[row['step']] = found.get(row['step'], {}) | kept
   return found
@@ -105,6 +107,26 @@ def test_two_processes_lose_the_same_and_ctrl_c_stops_them_at_one_step(folder, f
   assert len(found) == step
   for step in (1, 2, 3):
     assert found[step] == expected[step]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(folder, processes):
+  name = f'full{processes}'
+  train = [*TRAIN, f'--workdir={name}', '--config.train.steps=60', '--config.evaluate.splits=',
+           '--config.train.compilation_cache=']
+  begin = time.monotonic()
+  out = launch(folder, processes, 2 // processes, *train, status=1, largest=9)
+  assert time.monotonic() - begin < 60  # The other process waits for the first one, and is not waited for.
+  (line,) = (line for line in out.splitlines() if 'stopped: ' in line)
+  assert f'{name}/' in line and 'cannot be written: File too large; make room, and the same command' in line
+  assert 'Traceback' not in out
+  done = max(rows(folder / name))
+  assert 5 < done < 60
+  launch(folder, processes, 2 // processes, *train)  # There is room again.
+  launch(folder, processes, 2 // processes, *train, f'--workdir={name}-peace')
+  assert rows(folder / name) == rows(folder / f'{name}-peace')
+  assert list(rows(folder / name)) == list(range(1, 61))
 
 
 def test_rows_lie_where_the_mesh_wants_them_and_a_death_ends_the_run(folder):
