@@ -1,6 +1,7 @@
 """Decoding speed of llmjax on this machine's CPU, beside PyTorch with transformers' `generate`.
 
   python tools/bench_decode.py --peer-python=PATH/bin/python --output=decode.json
+  python tools/bench_decode.py --rollout --batches=8,32     # as `llmjax rl` samples, beside `llmjax generate`
 
 A 58.47 M parameter Llama (8 layers, d_model 512, 8 heads of 64, gated MLP 1408, vocabulary 32000,
 untied) in float32 goes on greedily from a 512-token prompt for 128 tokens, with a KV cache, for 1
@@ -12,7 +13,8 @@ Prefill is the time to the first new token; decode is the rest.  Both are taken 
 CPU seconds are the process's own, over all its threads.  Figures are medians over the rounds, and a
 ratio is the median of the rounds' ratios.  `same tokens` is the part of the new tokens on which
 both agree: float32 sums in another order let near ties fall the other way, and a row then goes its
-own way.
+own way.  A rollout is 8 answers to each prompt, drawn at temperature 1, with their log-probabilities; it is one
+call, which has no time of its own for the first token, and draws other tokens.
 """
 
 import argparse
@@ -36,6 +38,7 @@ MEASURES = {  # From a request's times to what the table shows.
     'decode_tokens_per_second': lambda r: r['decoded'] / (r['wall'] - r['prefill_wall']),
     'decode_tokens_per_cpu_second': lambda r: r['decoded'] / (r['cpu'] - r['prefill_cpu']),
 }
+WHOLE = ('tokens_per_second', 'tokens_per_cpu_second')  # What a rollout has a time for.
 
 
 def make_prompts(batch, length):
@@ -54,13 +57,13 @@ def clock():
   return time.perf_counter(), time.process_time()
 
 
-def build_llmjax(args):
-  """Returns (versions, function of the batch size to a record); writes args.weights."""
+def make_generator(args):
+  """Returns (versions, Generator); writes args.weights."""
   sys.path.insert(0, str(ROOT))
   import jax
   import numpy as np
 
-  from llmjax.generate.decode import CHUNK, Generator
+  from llmjax.generate.decode import Generator
   from llmjax.model import decoder
   from llmjax.model.spec import ModelSpec
 
@@ -70,7 +73,15 @@ def build_llmjax(args):
   params['head']['kernel'] = 0.05 * jax.random.normal(jax.random.key(1), kernel.shape)
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
   np.savez(args.weights, **{'/'.join(str(k.key) for k in path): leaf for path, leaf in flat})
-  generator = Generator(spec, params)
+  return {'jax': jax.__version__, 'parameters': int(sum(leaf.size for _, leaf in flat))}, Generator(spec, params)
+
+
+def build_llmjax(args):
+  """Returns (versions, function of the batch size to a record)."""
+  versions, generator = make_generator(args)
+  import numpy as np
+
+  from llmjax.generate.decode import CHUNK
 
   def request(batch):
     prompts = list(make_prompts(batch, args.prompt))
@@ -80,8 +91,28 @@ def build_llmjax(args):
       pieces.append(tokens)
     return times(started, first, clock(), np.concatenate(pieces, axis=1))
 
-  count = sum(leaf.size for _, leaf in flat)
-  return {'jax': jax.__version__, 'parameters': int(count)}, request
+  return versions, request
+
+
+def build_rollout(args):
+  """The same with the sampler of `llmjax rl`."""
+  versions, generator = make_generator(args)
+  import jax
+  import numpy as np
+
+  from llmjax.rl import rollout
+  from llmjax.rl.spec import RlSpec
+
+  spec = RlSpec(max_new_tokens=args.new, temperature=1.0)
+
+  def request(batch):
+    group = min(batch, 8)
+    prompts = list(make_prompts(batch // group, args.prompt))
+    started = clock()
+    made, _ = rollout.sample(generator, prompts, group, spec, jax.random.key(0), ())
+    return times(started, started, clock(), np.stack(made))
+
+  return versions, request
 
 
 def build_transformers(args):
@@ -148,7 +179,7 @@ def build_transformers(args):
           'parameters': count}, request
 
 
-BUILDERS = {'llmjax': build_llmjax, 'transformers': build_transformers}
+BUILDERS = {'llmjax': build_llmjax, 'rollout': build_rollout, 'transformers': build_transformers}
 
 
 def work(args):
@@ -197,7 +228,7 @@ def compare(contestants, batch, rounds):
       records[c.name].append(c.request(batch))
       print(f'batch {batch}, round {i + 1}, {c.name}: {records[c.name][-1]["wall"]:.2f} s',
             file=sys.stderr)
-  values = {name: {m: [f(r) for r in rows] for m, f in MEASURES.items()}
+  values = {name: {m: [f(r) for r in rows] for m, f in MEASURES.items() if name != 'rollout' or m in WHOLE}
             for name, rows in records.items()}
   result = {'medians': {name: {m: statistics.median(v) for m, v in measured.items()}
                         for name, measured in values.items()}, 'rounds': values}
@@ -207,9 +238,10 @@ def compare(contestants, batch, rounds):
     ratio = lambda m, a, b: b / a if m.startswith('prefill') else a / b
     result['ratios'] = {
         m: statistics.median(ratio(m, a, b) for a, b in zip(ours[m], theirs[m], strict=True))
-        for m in MEASURES}
+        for m in MEASURES if m in theirs}
     a, b = (sum(records[c.name][0]['made'], []) for c in contestants)
-    result['same_tokens'] = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
+    if contestants[1].name != 'rollout':
+      result['same_tokens'] = sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
   return result
 
 
@@ -223,7 +255,7 @@ def table(results):
       rows['ratio'] = result['ratios']
     for name, row in rows.items():
       cells = [f'{v:.2f}' if name == 'ratio' or m.startswith('prefill') else f'{v:.1f}'
-               for m, v in row.items()]
+               for m, v in row.items()] + [''] * (len(MEASURES) - len(row))
       lines.append(f'| {batch} | {name} | ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
 
@@ -232,6 +264,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--peer-python', help='python with torch and transformers; without: no peer')
+  parser.add_argument('--rollout', action='store_true', help='the sampler of `llmjax rl` besides')
   parser.add_argument('--batches', default='1,8', help='numbers of rows')
   parser.add_argument('--prompt', type=int, default=512, help='tokens of the prompt')
   parser.add_argument('--new', type=int, default=128, help='new tokens')
@@ -246,6 +279,8 @@ def main():
   with tempfile.TemporaryDirectory() as folder:
     weights = f'{folder}/weights.npz'
     contestants = [Contestant('llmjax', sys.executable, args, weights)]
+    if args.rollout:
+      contestants.append(Contestant('rollout', sys.executable, args, weights))
     if args.peer_python:
       contestants.append(Contestant('transformers', args.peer_python, args, weights))
     results = {batch: compare(contestants, batch, args.rounds)

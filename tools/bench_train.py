@@ -2,6 +2,7 @@
 
   python tools/bench_train.py --steps=8 --peer-python=PATH/bin/python --output=bench.json
   python tools/bench_train.py --steps=8 --adapters=lora,dora,lora+nf4     # beside the full step, in turns with it
+  python tools/bench_train.py --steps=8 --pairs=sigmoid,simpo              # likewise, of as many pairs as rows
 
 One full optimizer step of a 58 M parameter Llama (8 layers, d_model 512, 8 heads of 64, SwiGLU 1408, vocabulary
 32000, untied) on 8 rows of 512 tokens in float32: forward, backward, clipping by global norm, AdamW. Every contestant
@@ -48,9 +49,9 @@ def step_flops(spec, batch, length):
 # What each contestant's process does. Imports stay inside, because the two run in different environments.
 
 
-def random_tokens(args, count):
+def random_tokens(args, count, times=1):
   import numpy as np
-  return np.random.default_rng(0).integers(0, SPEC['vocab_size'], (args.batch, count))
+  return np.random.default_rng(0).integers(0, SPEC['vocab_size'], (times * args.batch, count))
 
 
 def build_llmjax(args):
@@ -73,6 +74,7 @@ def build_llmjax(args):
 def build_step(args):
   """Returns step() -> loss: the project's own train step, as `llmjax pretrain` runs it."""
   import jax
+  import numpy as np
   import optax
 
   from llmjax.adapt.lora import adapter_names, init_adapter
@@ -84,25 +86,34 @@ def build_step(args):
   from llmjax.parallel.mesh import make_mesh, place_batch
   from llmjax.parallel.sharding import tree_shardings
   from llmjax.parallel.spec import MeshSpec
+  from llmjax.rl import objective
+  from llmjax.rl.spec import PreferenceSpec
   from llmjax.train import objectives
   from llmjax.train.optimizers import make_optimizer
   from llmjax.train.spec import OptimizerSpec, TrainSpec
   from llmjax.train.state import Trained, init_state
   from llmjax.train.step import make_train_step
   model = ModelSpec(**SPEC)
-  train = TrainSpec(batch_size=args.batch, accumulation=args.accumulation, remat=args.remat,
-                    compute_dtype='float32')
+  together = 2 if args.pair_loss else 1  # A pair is two rows; as many rows at a time as without pairs.
+  accumulation = args.accumulation * together
+  train = TrainSpec(batch_size=args.batch, accumulation=accumulation, remat=args.remat, compute_dtype='float32')
   optimizer = OptimizerSpec(lr=LR, b1=B1, b2=B2, epsilon=EPSILON, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM,
                             schedule='constant')
   share_arena()
   keep_freed_memory()
   mesh = make_mesh(MeshSpec())
   tx, schedule = make_optimizer(optimizer, train.steps)
-  tokens = random_tokens(args, args.length + 1)
+  tokens = random_tokens(args, args.length + 1, together)
   batch = make_batch(tokens[:, :-1], tokens[:, 1:])
+  if args.pair_loss:  # The reference's, as they come from their table; the first half is the prompt.
+    batch['ref_logprobs'] = np.full(len(tokens), -10.0 * args.length, np.float32)
+    batch['loss_mask'][:, :args.length // 2] = 0
   with jax.set_mesh(mesh):
     batch = place_batch(mesh, batch)
-    loss_fn = objectives.next_token(model, train, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    loss_fn = objectives.next_token(model, train, platform)
+    if args.pair_loss:
+      loss_fn = objective.make_pair_loss(PreferenceSpec(loss=args.pair_loss), model, train, platform, None)
     trained = frozen = None
     if args.adapter:
       kind, _, quantized = args.adapter.partition('+')
@@ -116,7 +127,7 @@ def build_step(args):
       del base
     state, shardings = init_state(model, tx, 0, 'float32', mesh, trained=trained, frozen=frozen)
     del trained, frozen
-    train_step = jax.jit(make_train_step(loss_fn, tx, schedule, train.accumulation), donate_argnums=0,
+    train_step = jax.jit(make_train_step(loss_fn, tx, schedule, accumulation, together=together), donate_argnums=0,
                          out_shardings=(shardings, None)).lower(state, batch).compile()
   del shardings
   holder = [state]
@@ -234,6 +245,9 @@ def compare(args):
       contestants.append(Contestant(f'llmjax, {adapter}', sys.executable, 'llmjax', args, adapter=adapter,
                                     remat=args.remat.split(',')[0], accumulation=args.accumulation, rank=args.rank,
                                     dropout=args.dropout))
+    for loss in filter(None, args.pairs.split(',')):
+      contestants.append(Contestant(f'llmjax, {loss}', sys.executable, 'llmjax', args, remat=args.remat.split(',')[0],
+                                    accumulation=args.accumulation, **{'pair-loss': loss}))
     if args.peer_python:
       contestants.append(Contestant('transformers', args.peer_python, 'transformers', args))
     for _ in range(args.steps):
@@ -273,6 +287,8 @@ def main():
   parser.add_argument('--accumulation', type=int, default=4, help='microbatches of our step')
   parser.add_argument('--remat', default='none', help='variants of our step, e.g. none,full')
   parser.add_argument('--adapters', default='', help='adapters on a frozen base besides, e.g. lora,dora,lora+nf4')
+  parser.add_argument('--pairs', default='', help='losses on pairs of answers besides, e.g. sigmoid (DPO),simpo')
+  parser.add_argument('--pair-loss', default='', help=argparse.SUPPRESS)
   parser.add_argument('--rank', type=int, default=16, help='of the adapters')
   parser.add_argument('--dropout', type=float, default=0.0, help='of the adapters')
   parser.add_argument('--adapter', default='', help=argparse.SUPPRESS)
