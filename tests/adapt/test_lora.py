@@ -153,9 +153,9 @@ def test_several_adapters_add_up_by_their_weights():
     lora.unmerge(merged, {'d': moved(dora, base)}, {'d': dora})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'model', 'remat'), [
-    ('lora', 'dense', 'none'), pytest.param('dora', 'dense', 'minimal', marks=pytest.mark.slow),
-    pytest.param('rslora', 'moe', 'full', marks=pytest.mark.slow)])
+    ('lora', 'dense', 'none'), ('dora', 'dense', 'minimal'), ('rslora', 'moe', 'full')])
 def test_gradients_equal_those_through_the_merged_weights(kind, model, remat):
   spec, base = AdapterSpec(kind=kind, rank=3, targets=ALL), base_of(model)
   adapters, batch = {'one': moved(spec, base)}, batch_of()

@@ -54,7 +54,7 @@ def full_logits(spec, params, rows):
   return decoder.unembed(spec, params, x)
 
 
-@pytest.mark.parametrize('name', SPECS)
+@pytest.mark.parametrize('name', ['plain', pytest.param('varied', marks=pytest.mark.slow)])
 def test_greedy_equals_the_full_forward(name, prompts):
   spec, new = SPECS[name], 12
   params = make_params(spec)
@@ -70,7 +70,7 @@ def test_greedy_equals_the_full_forward(name, prompts):
     np.testing.assert_allclose(logprobs, want, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', SPECS)
+@pytest.mark.parametrize('name', [pytest.param('plain', marks=pytest.mark.slow), 'varied'])
 def test_prefill_and_steps_give_the_logits_of_the_full_forward(name):
   spec = SPECS[name]
   params = make_params(spec)

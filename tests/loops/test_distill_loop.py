@@ -73,6 +73,7 @@ def table(folder):
   return student('table', '--config.distill.top_k=384')
 
 
+@pytest.mark.slow
 def test_all_words_on_disk_are_the_teacher(table):
   whole = student('whole')
   np.testing.assert_allclose(losses(table), losses(whole), rtol=1e-4)
@@ -106,6 +107,7 @@ def test_a_student_of_another_width_compares_hidden_states_and_speaks(folder, ca
     moved.rename(folder / 'big')
 
 
+@pytest.mark.slow
 def test_layers_of_the_teacher(folder):
   """Copied to the bit before the first step; the recipe need not say the model's sizes."""
   run = student('copied', '--config.distill.init=every_2nd', '--config.optimizer.lr=0', sizes='')

@@ -121,7 +121,7 @@ def same(a, b):
   return all(x.tobytes() == y.tobytes() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('mesh', ['one device', pytest.param('eight', marks=pytest.mark.slow)])
 def test_skip_leaves_everything_as_it_was(tmp_path, mesh, capsys):
   states = {}
   status, _ = train(tmp_path, *MESHES[mesh], bad={3}, guard={'policy': 'skip'}, states=states)
@@ -156,7 +156,7 @@ def test_abort_stops_before_it_saves_and_too_many_bad_steps_stop_a_skipping_run(
   assert 'not finite at step 7, the 3th bad step in a row' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('mesh', ['one device', pytest.param('eight', marks=pytest.mark.slow)])
 def test_rollback_leaves_batches_out_and_goes_on(tmp_path, mesh):
   guard = {'policy': 'rollback', 'rollback_skip_batches': 5}
   status, stream = train(tmp_path, *MESHES[mesh], bad={5}, steps=10, log_every=1, checkpoint_every=4, guard=guard)

@@ -123,7 +123,8 @@ def test_packed_documents_do_not_see_each_other(spec):
   np.testing.assert_allclose(packed[:, :9], np.concatenate(apart, axis=1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('unroll', [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize('unroll', [2, 3])
 def test_unrolling_changes_nothing(unroll):
   params = random_params(SPEC)
   tokens, positions, segments = rows()

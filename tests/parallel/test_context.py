@@ -67,8 +67,8 @@ def expected(kv_heads, options):
 
 
 @pytest.mark.parametrize('kind, sizes, kv_heads, options', [
-    ('ring', dict(context=8), 2, ''),
-    ('ring', dict(context=8), 1, 'window soft cap'),
+    pytest.param('ring', dict(context=8), 2, '', marks=pytest.mark.slow),
+    pytest.param('ring', dict(context=8), 1, 'window soft cap', marks=pytest.mark.slow),
     ('ring', dict(context=4, data=2), 4, 'window soft cap'),
     ('ring', dict(context=4, tensor=2), 2, ''),
     ('ring', dict(context=2, tensor=4), 2, ''),
@@ -153,6 +153,7 @@ def program(kind, window=None, batch=1):
     return traced.lower().compile().as_text(), dot_flops(traced.jaxpr.jaxpr)
 
 
+@pytest.mark.slow
 def test_the_ring_gathers_nothing_and_computes_half_of_the_square(monkeypatch):
   monkeypatch.setattr(blockwise, 'BLOCK', 16)  # So that the causal part of a device leaves out what it can.
   (ring, ring_flops), (gather, gather_flops) = program('ring'), program('gather')

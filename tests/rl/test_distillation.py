@@ -113,7 +113,8 @@ def test_the_loss_is_its_formula(params, teacher, batch, name):
   assert (np.abs(grad['projection']['kernel']).max() > 1e-3) == spec.compares_hidden
 
 
-@pytest.mark.parametrize('name', ['hidden', pytest.param('top_k', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['hidden', 'top_k'])
 def test_padding_accumulation_and_batch_size(params, teacher, batch, name):
   spec, lessons = SPECS[name], make_lessons(SPECS[name])
 
@@ -138,10 +139,10 @@ def test_padding_accumulation_and_batch_size(params, teacher, batch, name):
       np.testing.assert_allclose(other[1][key], metrics[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
 @pytest.mark.parametrize('name, sizes', [
-    pytest.param('hidden', {'fsdp': 2, 'context': 2, 'tensor': 2}, marks=pytest.mark.slow),
-    ('top_k', {'data': 2, 'context': 2, 'tensor': 2})])
+    ('hidden', {'fsdp': 2, 'context': 2, 'tensor': 2}), ('top_k', {'data': 2, 'context': 2, 'tensor': 2})])
 def test_meshes(params, teacher, batch, name, sizes):
   """Loss, gradient, evaluation and top-k tables, as on one device."""
   spec = SPECS[name]
