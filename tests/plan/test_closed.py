@@ -4,9 +4,9 @@ import json
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -94,13 +94,14 @@ def test_parts_follow_from_the_config():
 def test_fast_is_fast_and_imports_no_jax(tmp_path):
   code = ("import sys; from llmjax import main\n"
           "try:\n  main.main(sys.argv[1:])\nfinally:\n  assert 'jax' not in sys.modules")
-  start = time.perf_counter()
+  spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+  before = spent()
   done = subprocess.run(
       [sys.executable, '-c', code, 'plan', *LLAMA, '--fast', '--config.train.batch_size=256', f'--output={tmp_path}',
        '--config.cost.price_per_chip_hour=4.2', '--config.cost.chip_watts=500',
        '--config.cost.grid_grams_per_kwh=100'],
       cwd=ROOT, env={**os.environ, 'PYTHONPATH': str(ROOT)}, text=True, capture_output=True, check=True)
-  assert time.perf_counter() - start < 2 + 4  # A fifth of a second on an idle machine.
+  assert spent() - before < 2  # Seconds of a processor: a busy machine may make more of them.
   assert max(len(line) for line in done.stdout.splitlines() if not line.startswith('wrote ')) <= 100
   plan = json.loads((tmp_path / 'plan.json').read_text())
   assert plan['fits'] is True
