@@ -338,18 +338,31 @@ class FinetuneSpec(FromRunSpec):
 
 
 @dataclasses.dataclass(frozen=True)
-class PairData(DataSpec):
-  """The data group where sources hold pairs."""
+class JudgedData(DataSpec):
+  """The data group of a reward model: pairs of answers, or solutions whose steps are judged."""
 
-  kinds = ('pairs',)
+  kinds = ('steps', 'pairs')
+
+  def problems(self):
+    yield from super().problems()
+    if len({*_kinds(self.sources).values()} & {*self.kinds}) > 1:
+      yield ('sources: some hold pairs and some steps, and one reward model learns from one of them; leave the others '
+             'out')
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec(FromRunSpec):
-  """The config of `llmjax reward`: fine-tuning's, on pairs."""
+  """The config of `llmjax reward`: fine-tuning's, on pairs or on judged steps."""
 
-  data: PairData = group(PairData)
+  measures = ('loss', 'calibration_error')
+
+  data: JudgedData = group(JudgedData)
   reward: RewardModelSpec = group(RewardModelSpec)
+
+  @property
+  def judges_steps(self):
+    """Whether it learns to score steps."""
+    return 'steps' in _kinds(self.data.sources).values()
 
   def problems(self):
     yield from super().problems()
