@@ -4,7 +4,8 @@
 
 A base model that is trained on chat.jsonl says each of 16 words equally often.  The better answer of a pair is the one
 with more of the 4 preferred words; `--flipped` exchanges so many of the training pairs.  pairs_test.jsonl is clean.
-steps.jsonl has solutions of 2 to 5 lines; a line is a good step where at least 2 of its 6 words are preferred ones.
+prompts.jsonl asks for more.  steps.jsonl has solutions of 2 to 5 lines; a line is a good step where at least 2 of its
+6 words are preferred ones.
 """
 
 import argparse
@@ -56,6 +57,8 @@ def main():
 
   write(args.output / 'pairs.jsonl', pairs(args.pairs, args.flipped))
   write(args.output / 'pairs_test.jsonl', pairs(400, 0.0))
+
+  write(args.output / 'prompts.jsonl', [{'prompt': f'list {i}:', 'answer': ''} for i in range(1000)])
 
   def step():
     text = ' '.join(rng.choices(WORDS, k=LENGTH // 2))

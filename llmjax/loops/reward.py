@@ -18,7 +18,9 @@ MARGINS = 'reward.json'  # In the run's folder: what the report plots of held-ou
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
-  spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, value_head=True))
+  scores = 'steps' if spec.judges_steps else 'answers'
+  spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, value_head=True),
+                             reward=dataclasses.replace(spec.reward, scores=scores))
   return start.run(spec, options, make_job, None if spec.judges_steps else pairs.open_batches)
 
 
