@@ -216,7 +216,7 @@ def test_grpo_on_a_trained_reward_model_says_what_is_preferred(judged):
 @pytest.mark.slow
 def test_a_wrong_reward_model_is_one_line(judged, capsys):
   said = {'nowhere': "is not a run's folder", 'words': 'is no reward model; give the --workdir',
-          'of_steps': 'scores steps, and answers need one score each', 'foreign': 'has another tokenizer than data/words_',
+          'of_steps': 'scores steps, and answers need one score', 'foreign': 'has another tokenizer than data/words_',
           'empty': "is neither a run's folder nor one of its checkpoints"}
   for name in ('of_steps', 'foreign', 'empty'):
     shutil.copytree(judged / 'runs/reward', judged / 'runs' / name)
