@@ -2,7 +2,8 @@
 
 Records may be `messages`, ShareGPT's `conversations`, `prompt` and `completion`, or Alpaca's `instruction`, `input`,
 `output`.  Give the tokenizer of the model that is to learn: --config.tokenizer.path=runs/quickstart/tokenizer.model.
---config.records=pairs reads `prompt`, `chosen`, `rejected`; --config.records=prompts reads `prompt`, `answer`.
+--config.records=pairs reads `prompt`, `chosen`, `rejected`; --config.records=prompts reads `prompt`, `answer`;
+--config.records=steps `prompt` and `steps` of `text` and `label`.
 """
 
 from ml_collections import config_dict

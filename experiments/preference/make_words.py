@@ -4,6 +4,8 @@
 
 A base model that is trained on chat.jsonl says each of 16 words equally often.  The better answer of a pair is the one
 with more of the 4 preferred words; `--flipped` exchanges so many of the training pairs.  pairs_test.jsonl is clean.
+prompts.jsonl asks for more.  steps.jsonl has solutions of 2 to 5 lines; a line is a good step where at least 2 of its
+6 words are preferred ones.
 """
 
 import argparse
@@ -55,6 +57,15 @@ def main():
 
   write(args.output / 'pairs.jsonl', pairs(args.pairs, args.flipped))
   write(args.output / 'pairs_test.jsonl', pairs(400, 0.0))
+
+  write(args.output / 'prompts.jsonl', [{'prompt': f'list {i}:', 'answer': ''} for i in range(1000)])
+
+  def step():
+    text = ' '.join(rng.choices(WORDS, k=LENGTH // 2))
+    return {'text': f' {text}', 'label': count(text) >= 2}
+
+  write(args.output / 'steps.jsonl', [{'prompt': f'list {i}:', 'steps': [step() for _ in range(rng.randint(2, 5))]}
+                                      for i in range(args.pairs)])
 
 
 if __name__ == '__main__':

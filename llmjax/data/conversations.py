@@ -3,34 +3,37 @@
     chat     {"messages": [{"role", "content", "weight"?}, ...]}
     pairs    {"prompt": [messages], "chosen": [messages], "rejected": [messages], "margin"?, "probability"?}
     prompts  {"prompt": [messages], "answer": text}
+    steps    {"prompt": [messages], "steps": [{"text", "label"}, ...]}
 
 A prepared folder keeps that form, as JSON, in `documents/`.  Tokens: a chat is one document of the store; a pair
-is two, the chosen one at an even number and the rejected one behind it; a prompt is one without a trained token.
+is two, the chosen one at an even number and the rejected one behind it; a prompt is one without a trained token; a
+solution of steps is one whose weights are labels (see `steps`).
 """
 
 import json
 
 import numpy as np
 
+from llmjax.data import steps
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
 
 # What a pair may say of itself: how far its scores are to be apart, and how sure it is that the chosen answer is the
 # better one (a soft label); the least, the most, and what is meant where nothing is said.
 PAIR_NUMBERS = {'margin': (0.0, 1e6, 0.0), 'probability': (0.0, 1.0, 1.0)}
-KINDS = ('text', 'chat', 'pairs', 'prompts')
 SUFFIXES = ('.jsonl', '.ndjson', '.json', '.parquet')
 FORMS = {
     'chat': 'messages; conversations; prompt and completion; or instruction, input and output',
     'pairs': 'prompt (or instruction and input), chosen and rejected',
     'prompts': 'prompt (or question, messages, or instruction and input) and answer',
+    'steps': steps.FORMS,
 }
 _ROLES = {'human': 'user', 'gpt': 'assistant'}  # As ShareGPT calls them.
 
 
 def normaliser(kind):
   """Returns a function of a record to its text in the form above; it raises ValueError with a reason."""
-  make = {'chat': _chat, 'pairs': _pair, 'prompts': _prompt}[kind]
+  make = {'chat': _chat, 'pairs': _pair, 'prompts': _prompt, 'steps': _steps}[kind]
 
   def normal(record):
     if not isinstance(record, dict):
@@ -128,6 +131,17 @@ def _prompt(record):
   return {'prompt': prompt, 'answer': answer if isinstance(answer, str) else json.dumps(answer)}
 
 
+def _steps(record):
+  found = steps.read_steps(record)
+  if found is None:
+    return None
+  prompt, judged = found
+  prompt = _prompt_of(record) if prompt is None else _messages(prompt, 'user')
+  if not prompt:
+    raise ValueError('no prompt before the steps')
+  return {'prompt': prompt, 'steps': judged}
+
+
 def _prompt_of(record):
   """Returns the messages of a prompt in any of its forms, or None."""
   for name in ('prompt', 'question'):
@@ -182,11 +196,11 @@ def _text(value, name):
 
 def texts(document):
   """Yields the text of a document's messages: what a tokenizer is trained on.  document: JSON, as above."""
-  for value in json.loads(document).values():
+  for name, value in json.loads(document).items():
     if isinstance(value, str):
       yield value
     elif isinstance(value, list):
-      yield from (message['content'] for message in value)
+      yield from (part['text' if name == 'steps' else 'content'] for part in value)
 
 
 def note_of(kind, document):
@@ -211,6 +225,10 @@ class Encoder:
     prompt = [{**m, 'weight': 0} if m['role'] == 'assistant' else m for m in record['prompt']]
     if self.kind == 'pairs':
       return [self.chat.encode(prompt + record[name]) for name in ('chosen', 'rejected')], size
+    if self.kind == 'steps':
+      said = {'role': 'assistant', 'content': steps.solution(record['steps'])}
+      ids, weights = self.chat.encode([*prompt, said])
+      return [(ids, steps.mark(self.chat.tokenizer, ids, weights, record['steps']))], size
     ids = self.chat.prompt(prompt)
     return [(ids, np.zeros(len(ids), np.float32))], size
 
@@ -222,5 +240,5 @@ def untrained(name, chat, ids):
   return f'{name} has no trained token: {text!r}'
 
 
-__all__ = ['FORMS', 'KINDS', 'PAIR_NUMBERS', 'SUFFIXES', 'Encoder', 'TemplateError', 'normaliser', 'note_of',
+__all__ = ['FORMS', 'PAIR_NUMBERS', 'SUFFIXES', 'Encoder', 'TemplateError', 'normaliser', 'note_of',
            'read_answers', 'read_prompt', 'texts', 'untrained']

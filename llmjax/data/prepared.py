@@ -80,7 +80,7 @@ def _is_whole(manifest):
 
 
 def kind(manifest) -> str:
-  """Returns what a folder's records are: text, chat, pairs or prompts (see `conversations`)."""
+  """Returns what a folder's records are: text, chat, pairs, prompts or steps (see `conversations`)."""
   return manifest.get('records', 'text')
 
 

@@ -9,7 +9,7 @@ from llmjax.config import group, setting
 from llmjax.data import prepared
 
 SOURCES = ('python_docs', 'text_dir', 'tfds')
-RECORDS = ('text', 'chat', 'pairs', 'prompts')
+RECORDS = ('text', 'chat', 'pairs', 'prompts', 'steps')
 TEMPLATES = ('llmjax', 'chatml', 'qwen', 'llama3', 'gemma', 'plain')
 PACKINGS = ('concat', 'best_fit', 'pad')
 
@@ -70,7 +70,7 @@ class DataSpec:
     if wrong := [folder for folder, kind in kinds.items() if kind not in self.kinds]:
       yield (f'sources: {", ".join(wrong)} holds {kinds[wrong[0]]}, and this command reads {" or ".join(self.kinds)}; '
              f'prepare it with --config.records={self.kinds[-1]}')
-    chats = [folder for folder, kind in kinds.items() if kind == 'chat']
+    chats = [folder for folder, kind in kinds.items() if kind in ('chat', 'steps')]
     if chats and self.packing == 'concat':
       yield (f'packing=concat would cut the conversations of {", ".join(chats)} at the ends of rows; write '
              'packing=best_fit')
@@ -122,7 +122,8 @@ class PrepareSpec:
       ('.txt', '.text', '.md', '.markdown', '.rst', '.jsonl', '.ndjson', '.parquet'),
       'text_dir: files to read, also inside .gz, .zst, .bz2, .xz, .tar and .zip')
   records: str = setting('text', 'what a record is. text: text; chat: a conversation; pairs: a prompt with a chosen '
-                         'and a rejected answer; prompts: a prompt and the right answer', choices=RECORDS)
+                         'and a rejected answer; prompts: a prompt and the right answer; steps: a prompt and a '
+                         'solution whose steps are judged one by one', choices=RECORDS)
   template: str = setting('llmjax', f'chat template of conversations: {", ".join(TEMPLATES[:-1])}; plain: the prompt '
                           'and its completion, nothing else; or a file: Jinja, or a tokenizer_config.json')
   output: str = setting('', "the prepared folder; '': data/<name of the source>")

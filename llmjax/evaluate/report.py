@@ -518,26 +518,26 @@ def _samples(run):
 
 
 def _margins(run, charts):
-  """Returns the plots of a reward model's held-out pairs: how sure it is and how right, and by how much."""
+  """Returns the plots of a reward model's held-out pairs or steps: how sure it is and how right, and by how much."""
   parts = []
   for split, found in run.margins.items():
     try:
-      points, bars = found['calibration'], found['histogram']
+      points, bars, unit = found['calibration'], found['histogram'], 'steps' if 'steps' in found else 'pairs'
       said, right = ([float(p[key]) for p in points] for key in ('said', 'right'))
       middles = [(a + b) / 2 for a, b in zip(bars['edges'], bars['edges'][1:], strict=False)]
       counts = [float(n) for n in bars['counts']]
       title = (f'{split}: right as often as it says? {float(found["error"]):.1%} off on average over '
-               f'{int(found["pairs"]):,} pairs')
+               f'{int(found[unit]):,} {unit}')
     except (KeyError, TypeError, ValueError):
       continue
     charts[f'calibration_{split}'] = {
         'title': title, 'height': 220, 'xname': 'says',
         'series': [_series('right', 'dots', 1, said, right), _series('if it were', 'faint', 0, [0.5, 1.0], [0.5, 1.0])]}
     charts[f'margins_{split}'] = {
-        'title': f'{split}: pairs by the margin of their scores', 'height': 220, 'xname': 'margin', 'zero': True,
-        'series': [_series('pairs', 'line', 2, middles, counts)]}
+        'title': f'{split}: {unit} by the margin of their scores', 'height': 220, 'xname': 'margin', 'zero': True,
+        'series': [_series(unit, 'line', 2, middles, counts)]}
     parts += [page.line_chart(name, charts[name]) for name in (f'calibration_{split}', f'margins_{split}')]
-  return _section('Scores of held-out pairs', f'<div class="grid">{"".join(parts)}</div>') if parts else ''
+  return _section(f'Scores of held-out {unit}', f'<div class="grid">{"".join(parts)}</div>') if parts else ''
 
 
 def _rollouts(run):

@@ -45,13 +45,13 @@ def describe(manifest, folder) -> str:
   """Returns the table of a prepared folder, what was left out, and the next command."""
   kind = prepared.kind(manifest)
   lines = [f'{"split":<11}{"documents":>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}'
-           + f'{"trained":>13}' * (kind in ('chat', 'pairs'))]
+           + f'{"trained":>13}' * (kind in ('chat', 'pairs', 'steps'))]
   for split in prepared.SPLITS:
     if split in manifest['splits']:
       row = manifest['splits'][split]
       lines.append(f'{split:<11}{row["documents"]:>11,}{row["bytes"]:>15,}{row["tokens"]:>14,}'
                    f'{row["bytes"] / max(row["tokens"], 1):>13.2f}'
-                   + f'{row.get("trained", 0):>13,}' * (kind in ('chat', 'pairs')))
+                   + f'{row.get("trained", 0):>13,}' * (kind in ('chat', 'pairs', 'steps')))
   found, asked = manifest['tokenizer']['vocab_size'], manifest['tokenizer'].get('asked_vocab_size', 0)
   lines.append(f'tokenizer: {found:,} ids' + (
       f', not {asked:,}: the text supports no more' if found < asked else ''))

@@ -8,6 +8,7 @@ import numpy as np
 
 from llmjax.config import ConfigError
 from llmjax.data import prepared, stream
+from llmjax.data.steps import JUDGED
 from llmjax.text.chat import stretches
 
 # On a terminal what is trained is green, and control tokens are as they are written.
@@ -37,14 +38,16 @@ def run(spec, options):
     place, weights = places[row // each], batch['loss_mask'][row]
     name = f'{place["source"]} row {place["row"]}' + (('', f', {("chosen", "rejected")[row % 2]}')[each - 1])
     used, trained = int((batch['segment_ids'][row] > 0).sum()), int((weights > 0).sum())
-    extra = f', of weight {weights.sum():g}' if weights.sum() != trained else ''
-    print(f'--- {name}: {used} of {data.seq_len} places, {trained} trained{extra}', file=output)
+    extra = f' trained, of weight {weights.sum():g}' if weights.sum() != trained else ' trained'
+    extra = f' steps ({", ".join(f"{w - JUDGED:g}" for w in weights[weights > 0])})' if kind == 'steps' else extra
+    print(f'--- {name}: {used} of {data.seq_len} places, {trained}{extra}', file=output)
     for number, (ids, weights) in enumerate(stream.documents_of(batch, row), 1):
       text = ''.join(marks[0] + _safe(t, output) + marks[1] if on else _safe(t, output)
                      for t, on in stretches(tokenizer, ids, weights))
       print(f'{number}: {text}', file=output)
   if not colour:
-    print(f'{MARKS[0]}trained{MARKS[1]}, and the rest is not', file=output)
+    what = 'what ends a step' if kind == 'steps' else 'trained'
+    print(f'{MARKS[0]}{what}{MARKS[1]}, and the rest is not', file=output)
   return 0
 
 

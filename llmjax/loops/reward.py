@@ -1,4 +1,4 @@
-"""`llmjax reward`: a run's model learns to give answers scores, from pairs of a better and a worse one."""
+"""`llmjax reward`: a run's model learns to give scores: to answers, from pairs of them, or to the steps of one."""
 
 import dataclasses
 import json
@@ -6,48 +6,79 @@ import json
 import jax
 import numpy as np
 
+from llmjax.data import stream
 from llmjax.evaluate import pairs as held_out
-from llmjax.loops import pairs, start
+from llmjax.loops import harness, pairs, pretrain, start
 from llmjax.parallel import distributed
+from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.rl import objective
 
-MARGINS = 'reward.json'  # In the run's folder: what the report plots of held-out pairs.
+MARGINS = 'reward.json'  # In the run's folder: what the report plots of held-out pairs or steps.
 
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
-  model = dataclasses.replace(spec.model, value_head=True)
-  return start.run(dataclasses.replace(spec, model=model), options, make_job, pairs.open_batches)
+  scores = 'steps' if spec.judges_steps else 'answers'
+  spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, value_head=True),
+                             reward=dataclasses.replace(spec.reward, scores=scores))
+  return start.run(spec, options, make_job, None if spec.judges_steps else pairs.open_batches)
 
 
 def make_job(spec, mesh, batches, workdir):
-  """Returns the harness.Job of the Bradley-Terry loss."""
+  """Returns the harness.Job of the Bradley-Terry loss of pairs, or of the cross-entropy of steps."""
   start.keep_template(spec, workdir)
-  judge = objective.make_reward_judge(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline,
-                                      centring=spec.reward.centring)
-  job = pairs.make_job(spec, mesh, batches, lambda params, batch, key: judge(params, batch, key)[0])
+  platform = mesh.devices.flat[0].platform
+  if spec.judges_steps:
+    judge = objective.make_step_judge(spec.model, spec.train, platform, spec.pipeline)
+  else:
+    judge = objective.make_reward_judge(spec.model, spec.train, platform, spec.pipeline,
+                                        centring=spec.reward.centring)
+  loss_fn = lambda params, batch, key: judge(params, batch, key)[0]
+  if spec.judges_steps:
+    job = harness.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, evaluators={}, sample=None,
+                      describe=pretrain.make_describer(spec, batches))
+  else:
+    job = pairs.make_job(spec, mesh, batches, loss_fn)
+  evaluators = {split: make_evaluator(spec, mesh, judge, split, workdir) for split in spec.evaluate.splits}
+  return dataclasses.replace(job, evaluators=evaluators)
+
+
+def make_evaluator(spec, mesh, judge, split, workdir):
+  """Returns the function of the parameters to a split's metrics, which writes what the report plots as well."""
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   step = jax.jit(lambda params, batch: judge(params, batch, None), out_shardings=whole)
+  unit = 'steps' if spec.judges_steps else 'pairs'
 
-  def evaluator(split):
-    def evaluate(params):
-      scores, weights = [], []
+  def evaluate(params):
+    parts = []
 
-      def judged(params, batch):
-        sums, *each = step(params, batch)
-        for rows, found in zip((scores, weights), each, strict=True):
-          rows.append(np.asarray(found))
-        return sums
+    def judged(params, batch):
+      sums, each = step(params, batch)
+      parts.append({name: np.asarray(a).ravel() for name, a in each.items()})
+      return sums
 
-      values = held_out.evaluate(judged, params, pairs.read_split(spec, mesh, split, limit=spec.evaluate.limit))
-      both = np.concatenate(scores).reshape(-1, 2)[np.concatenate(weights) > 0]
-      found = held_out.describe_margins(both[:, 0] - both[:, 1])
-      if distributed.is_first():
-        file = workdir / MARGINS
-        before = json.loads(file.read_text()) if file.exists() else {}
-        file.write_text(json.dumps({**before, split: found}, indent=1) + '\n')
-      return {**values, 'calibration_error': found['error'], 'mean_score': float(both.mean())}
+    read = (_read_rows if spec.judges_steps else pairs.read_split)(spec, mesh, split, limit=spec.evaluate.limit)
+    values = held_out.evaluate(judged, params, read, unit)
+    each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    real = each['weight'] > 0
+    each = {name: a[real] for name, a in each.items()}
+    found = held_out.describe_margins(each['margin'], unit=unit)
+    values |= {'calibration_error': found['error'], 'mean_score': float(each['score'].mean())}
+    if spec.judges_steps:
+      found |= held_out.describe_steps(each['margin'], each['good'], each['place'])
+      values['base_accuracy'] = found['base']
+    if distributed.is_first():
+      file = workdir / MARGINS
+      before = json.loads(file.read_text()) if file.exists() else {}
+      file.write_text(json.dumps({**before, split: found}, indent=1) + '\n')
+    return values
 
-    return evaluate
+  return evaluate
 
-  return dataclasses.replace(job, evaluators={split: evaluator(split) for split in spec.evaluate.splits})
+
+def _read_rows(spec, mesh, split, limit=0):
+  """Yields the batches, on the devices, with every row of a split once; at most `limit` rows where it is not 0."""
+  size = start.eval_rows(spec, mesh)
+  for batch in stream.eval_batches(spec.data, split, size, -(-limit // size) or None, blocks=batch_blocks(mesh),
+                                   block_count=batch_shards(mesh)):
+    yield place_batch(mesh, batch)

@@ -6,14 +6,16 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.checkpoint.checkpoints import load_params
+from llmjax import config
+from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.config import ConfigError
-from llmjax.data import prepared, stream
+from llmjax.data import stream
 from llmjax.generate.decode import Generator
 from llmjax.loops import harness, start
-from llmjax.loops.adapters import load_initial
+from llmjax.loops.adapters import checkpoint_of, load_initial
 from llmjax.loops.sources import run_folder
 from llmjax.model import decoder
+from llmjax.model.spec import ModelSpec
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.rl import objective, rollout
 from llmjax.rl.source import RolloutSource
@@ -71,17 +73,14 @@ def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params):
 
 def reward_model(spec, mesh):
   """Returns the function of Answers to the scores of the reward model in spec.rl.reward_model."""
-  folder = spec.rl.reward_model
+  path = checkpoint_of('rl.reward_model', spec.rl.reward_model)
+  judge = config.build(ModelSpec, read_config(run_folder(path))['model'])
+  try:
+    start.check_mesh(dataclasses.replace(spec, model=judge), mesh)
+  except ConfigError as e:
+    raise ConfigError([f'rl.reward_model={spec.rl.reward_model}: its {p}' for p in e.problems]) from e
   params, model, _, _ = load_params(
-      folder, shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
-  if not model.value_head:
-    raise ConfigError([f'rl.reward_model={folder} is no reward model: it was trained without model.value_head'])
-  ours, theirs = (run_folder(f) / 'tokenizer.model' for f in (spec.train.init_from, folder))
-  if prepared.file_sha256(ours) != prepared.file_sha256(theirs):
-    raise ConfigError([f'rl.reward_model={folder} has another tokenizer than train.init_from={spec.train.init_from}; '
-                       'train it on data prepared with that one'])
+      run_folder(path), int(path.name), shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
   scorer = rollout.EndScorer(model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
                              length=spec.data.seq_len + 1)
   return lambda answers: scorer(params, [a.ids for a in answers])
-
-

@@ -41,6 +41,22 @@ def run_groups(run, names):
   return found
 
 
+def reward_problems(name, source, sources):
+  """Yields what is wrong with a reward model of answers.  name: of the setting.  sources: what else is tokenised."""
+  if not (run_folder(source) / 'config.json').is_file():
+    yield f"{name}={source} is not a run's folder; give the --workdir of a reward model"
+    return
+  found = run_groups(source, ('reward',)).get('reward')
+  if found is None:
+    yield f'{name}={source} is no reward model; give the --workdir of a run of `llmjax reward`'
+  elif found.get('scores') == 'steps':
+    yield f'{name}={source} scores steps, and answers need one score each; give one that was trained on pairs'
+  elif any(tokenizer_problems(sources, source)):
+    folder = next(iter(sources))
+    yield (f'{name}={source} has another tokenizer than {folder}; give one that was trained on pairs prepared with '
+           f'--config.tokenizer.path={prepared.tokenizer_path(folder)}')
+
+
 # What two models may differ in although one begins with the other's layers.
 OF_ITS_OWN = ('preset', 'num_layers', 'dropout', 'balance_loss', 'router_z_loss', 'capacity_factor', 'init_scale',
               'value_head', 'projection')

@@ -13,7 +13,7 @@ from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec, parse_steps
-from llmjax.loops.sources import distill_problems, run_folder, run_groups, teacher_groups, tokenizer_problems
+from llmjax.loops.sources import distill_problems, reward_problems, run_groups, teacher_groups, tokenizer_problems
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
 from llmjax.plan.energy import CostSpec
@@ -338,23 +338,39 @@ class FinetuneSpec(FromRunSpec):
 
 
 @dataclasses.dataclass(frozen=True)
-class PairData(DataSpec):
-  """The data group where sources hold pairs."""
+class JudgedData(DataSpec):
+  """The data group of a reward model: pairs of answers, or solutions whose steps are judged."""
 
-  kinds = ('pairs',)
+  kinds = ('steps', 'pairs')
+
+  def problems(self):
+    yield from super().problems()
+    if len({*_kinds(self.sources).values()} & {*self.kinds}) > 1:
+      yield ('sources: some hold pairs and some steps, and one reward model learns from one of them; leave the others '
+             'out')
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardSpec(FromRunSpec):
-  """The config of `llmjax reward`: fine-tuning's, on pairs."""
+  """The config of `llmjax reward`: fine-tuning's, on pairs or on judged steps."""
 
-  data: PairData = group(PairData)
+  measures = ('loss', 'calibration_error')
+
+  data: JudgedData = group(JudgedData)
   reward: RewardModelSpec = group(RewardModelSpec)
+
+  @property
+  def judges_steps(self):
+    """Whether it learns to score steps."""
+    return 'steps' in _kinds(self.data.sources).values()
 
   def problems(self):
     yield from super().problems()
     yield from _pair_problems(self)
     yield from _no_teacher(self)
+    found = 'steps' if self.judges_steps else 'answers'
+    if self.reward.scores not in ('', found):
+      yield f'reward.scores={self.reward.scores} is not what these sources hold; write reward.scores={found}'
     if self.adapter.kind:
       yield ('adapter.kind has no place here: a reward model trains a head that its base does not have; leave it out, '
              'or hold parameters still with optimizer.freeze')
@@ -424,8 +440,8 @@ class RlCommandSpec(FromRunSpec):
              'guard.policy=abort')
     if self.pipeline.schedule == '1f1b' and self.mesh.size('stage') > 1:
       yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
-    if rl.reward_model and not (run_folder(rl.reward_model) / 'config.json').is_file():
-      yield f"rl.reward_model={rl.reward_model} is not a run's folder; give the --workdir of a reward model"
+    if rl.reward_model:
+      yield from reward_problems('rl.reward_model', rl.reward_model, self.data.sources)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llmjax.data.steps import JUDGED
 from llmjax.model import decoder
 from llmjax.ops.losses import token_logprobs
 from llmjax.parallel.sharding import by_rows, sum_over_rows
@@ -171,9 +172,9 @@ def make_reward_loss(model, train, platform, pipe=None, *, centring=0.0):
 
 
 def make_reward_judge(model, train, platform, pipe=None, *, centring=0.0):
-  """Returns the function (params, batch, key) -> (what the loss_fn returns, scores float32 [B], weights float32 [P]).
+  """Returns the function (params, batch, key) -> (what the loss_fn returns, {name: float32 [P]} of every pair).
 
-  weights: 0 for a pair of padding.  Else as `make_reward_loss`.
+  weight: 0 for a pair of padding.  margin: of its scores.  score: their mean.  Else as `make_reward_loss`.
   """
   forward = Forward(model, train, platform, pipe)
 
@@ -183,7 +184,33 @@ def make_reward_judge(model, train, platform, pipe=None, *, centring=0.0):
     weights = (some[0::2] & some[1::2]).astype(jnp.float32)
     loss, weight, aux = reward.bradley_terry(scores[0::2], scores[1::2], _of_pairs(batch, 'margin'), centring, weights,
                                              _of_pairs(batch, 'probability'))
-    return (_with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})), scores, weights
+    each = {'weight': weights, 'margin': scores[0::2] - scores[1::2], 'score': (scores[0::2] + scores[1::2]) / 2}
+    return (_with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})), each
+
+  return judge
+
+
+def make_step_judge(model, train, platform, pipe=None):
+  """Returns the same function of a model that judges steps; what it says of each target is [B, T].
+
+  batch: loss_mask is 1 + a step's label at the target behind its last token, else 0 (see `data.steps`); the value
+  head is read there.  weight: 1 at those targets.  margin: the score, with its sign changed where the step is bad.
+  good: whether the label is above a half.  place: which step of its document that is, from 1.
+  """
+  forward = Forward(model, train, platform, pipe)
+
+  def judge(params, batch, key):
+    x, model_aux = forward(params, forward.order(batch), key)
+    values = forward.restore(decoder.token_values(params, x))
+    weights = (batch['loss_mask'] != 0).astype(jnp.float32)
+    labels = batch['loss_mask'] - JUDGED
+    loss, weight, aux = reward.process_loss(values, labels, weights)
+    good = labels > 0.5
+    count = jnp.cumsum(weights, axis=1)
+    before = jax.lax.cummax(jnp.where(batch['positions'] == 0, count - weights, 0.0), axis=1)
+    each = {'weight': weights, 'margin': jnp.where(good, values, -values), 'score': values, 'good': good,
+            'place': count - before}
+    return (_with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})), each
 
   return judge
 

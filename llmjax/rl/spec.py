@@ -77,10 +77,12 @@ NAMED = {
 
 @dataclasses.dataclass(frozen=True)
 class RewardModelSpec:
-  """How a reward model learns from pairs."""
+  """How a reward model learns from pairs.  Of steps it learns the cross-entropy of their labels alone."""
 
   centring: float = setting(0.01, 'weight of (chosen + rejected)^2, which holds the mean score at 0 '
                             '(arXiv:2312.09244); 0: none', minimum=0.0)
+  scores: str = setting('', "what gets a score: answers (of pairs) or steps; '': what the data holds",
+                        choices=('', 'answers', 'steps'))
 
 
 @dataclasses.dataclass(frozen=True)

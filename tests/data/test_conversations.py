@@ -49,7 +49,36 @@ def test_every_form_of_a_prompt(record):
   assert normal('prompts', record) == {'prompt': [USER], 'answer': '4'}
 
 
+STEPS = [{'text': 'Step 1: 2', 'label': 1}, {'text': 'Step 2: 5', 'label': 0}]
+
+
+@pytest.mark.parametrize('record', [
+    {'prompt': 'q', 'steps': [{'text': 'Step 1: 2\n', 'label': True}, {'text': '\nStep 2: 5 ', 'label': '-'}]},
+    {'prompt': 'q', 'steps': {'text': ['Step 1: 2', 'Step 2: 5'], 'label': [1, 0]}},
+    {'prompt': [USER], 'completions': ['Step 1: 2', 'Step 2: 5'], 'labels': [True, False]},
+    {'input': 'q Step 1: 2 ки\nStep 2: 5 ки', 'label': 'q Step 1: 2 +\nStep 2: 5 -', 'task': 'GSM8K'},
+    {'question': {'problem': 'q'}, 'label': {'finish_reason': 'found_error', 'steps': [
+        {'completions': [{'text': 'no', 'rating': -1}, {'text': 'Step 1: 2', 'rating': 0}], 'chosen_completion': 1},
+        {'completions': [{'text': 'Step 2: 5', 'rating': -1}], 'human_completion': None, 'chosen_completion': None},
+        {'completions': [{'text': 'not reached', 'rating': 1}], 'chosen_completion': 0}]}},
+    {'question': {'problem': 'q'}, 'label': {'steps': [
+        {'completions': [{'text': 'no', 'rating': -1}], 'human_completion': {'text': 'Step 1: 2', 'rating': None},
+         'chosen_completion': None},
+        {'completions': [{'text': 'Step 2: 5', 'rating': -1}], 'chosen_completion': 0}]}}])
+def test_every_form_of_steps(record):
+  assert normal('steps', record) == {'prompt': [USER], 'steps': STEPS}
+
+
 @pytest.mark.parametrize(('kind', 'record', 'reason'), [
+    ('steps', {'prompt': 'q', 'answer': 'a'}, 'no prompt and steps of text and label;'),
+    ('steps', {'steps': [{'text': 'a', 'label': 1}]}, 'no prompt before the steps'),
+    ('steps', {'prompt': 'q', 'steps': []}, 'steps must be a list'),
+    ('steps', {'prompt': 'q', 'steps': [{'text': 'a'}]}, 'the label of a step must be true, false, + or -'),
+    ('steps', {'prompt': 'q', 'steps': [{'text': 'a', 'label': 1.5}]}, 'or a number from 0 to 1, not 1.5'),
+    ('steps', {'prompt': 'q', 'steps': [{'text': 'a', 'rating': 2}]}, 'must be -1, 0 or 1, not 2'),
+    ('steps', {'prompt': 'q', 'steps': [{'text': ' ', 'label': 1}]}, 'a step is empty'),
+    ('steps', {'prompt': 'q', 'completions': ['a'], 'labels': []}, 'lists of one length'),
+    ('steps', {'input': 'q Step 1: 2 ки', 'label': 'q Step 1: 2 ?'}, 'it must have + or -'),
     ('chat', {'text': 'x'}, 'completion; or instruction, input and output (found: text)'),
     ('chat', [1], 'the record is no object'),
     ('chat', {'messages': []}, 'messages must be a list'),
@@ -198,6 +227,45 @@ def test_pairs_stay_together(tmp_path, small_folder):
       folder)['splits']['validation']['documents']
   with pytest.raises(ConfigError, match='holds pairs, and this command reads text or chat'):
     config.build(DataSpec, {'sources': {folder: 1.0}})
+
+
+@pytest.mark.parametrize('template', ['llmjax', 'chatml', 'llama3', 'gemma', 'plain'])
+def test_what_follows_a_step_has_its_label(tmp_path, template):
+  lines = [{'prompt': f'q {i}', 'steps': [{'text': f'  one é ▁ {i}', 'label': 1},
+                                          {'text': f'two\nlines {i}', 'label': 0}, {'text': 'three', 'label': 0.25}]}
+           for i in range(40)]
+  (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records='steps', template=template,
+                     output=str(tmp_path / 'out'), tokenizer=TokenizerSpec(vocab_size=340, sample_lines=100))
+  manifest, _ = corpus.prepare(spec)
+  assert sum(s['trained'] for s in manifest['splits'].values()) == 120 and not manifest['quarantine']['records']
+  data = DataSpec(sources={str(tmp_path / 'out'): 1.0}, seq_len=256, packing='best_fit')
+  tokenizer = stream.load_tokenizer(data)
+  (batch,) = stream.eval_batches(data, 'validation', stream.count_rows(data, 'validation'))
+  documents = [d for row in range(len(batch['tokens'])) for d in stream.documents_of(batch, row)]
+  assert len(documents) == manifest['splits']['validation']['documents'] > 1
+  for ids, weights in documents:
+    (ends,) = np.nonzero(weights)
+    np.testing.assert_array_equal(weights[ends], [2.0, 1.0, 1.25])
+    number = int(tokenizer.decode(ids[:ends[0]]).split()[-1])
+    begins = np.append(0, ends[:-1])
+    said = [tokenizer.decode(ids[a:b]) for a, b in zip(begins, ends, strict=True)]
+    assert said[0].endswith(f'one é ▁ {number}') and f'q {number}' in said[0]
+    assert said[1:] == [f'\ntwo\nlines {number}', '\nthree']
+    assert ids[ends[-1]] in tokenizer.special_ids.values()  # What ends the message.
+
+
+def test_a_template_that_changes_what_is_said_has_no_ends_of_steps(tmp_path, small_folder):
+  (tmp_path / 'own.jinja').write_text('{% for m in messages %}{% generation %}{{ m.content|upper }}{% endgeneration %}'
+                                      '{% endfor %}')
+  lines = [{'prompt': f'q {i}', 'completions': ['a'], 'labels': [1]} for i in range(40)]
+  (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records='steps',
+                     output=str(tmp_path / 'out'), template=str(tmp_path / 'own.jinja'),
+                     tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
+  manifest, _ = corpus.prepare(spec)
+  assert list(manifest['quarantine']['reasons'].values()) == [40]
+  assert 'the chat template changes what the assistant says' in next(iter(manifest['quarantine']['reasons']))
 
 
 def test_prompts_come_with_their_answers(tmp_path, small_folder):

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from llmjax.data.steps import JUDGED
 from llmjax.generate.decode import Generator
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
@@ -130,6 +131,21 @@ def pair_batch(count=4):
   return batch
 
 
+def step_batch():
+  """Rows of two documents, some of whose targets are judged with labels 0, 1 and in between."""
+  draw = np.random.default_rng(6)
+  sizes = draw.integers(3, 1 + LENGTH // 2, (8, 2))
+  place = np.arange(LENGTH)
+  first, ends = sizes[:, :1], sizes.sum(1, keepdims=True)
+  segments = np.where(place < first, 1, np.where(place < ends, 2, 0)).astype(np.int32)
+  real = segments > 0
+  batch = {name: (draw.integers(1, WORDS, real.shape) * real).astype(np.int32) for name in ('tokens', 'targets')}
+  marks = (draw.random(real.shape) < 0.4) & real
+  labels = draw.choice([0.0, 0.3, 1.0], real.shape)
+  return {**batch, 'segment_ids': segments, 'positions': (np.where(segments == 2, place - first, place) * real).astype(
+      np.int32), 'loss_mask': np.where(marks, JUDGED + labels, 0).astype(np.float32)}
+
+
 def wider(batch, left, right, rows=0):
   """Returns the batch with tokens of padding on both sides of its rows, and rows of padding."""
   def pad(name, a):
@@ -138,9 +154,52 @@ def wider(batch, left, right, rows=0):
   return {name: pad(name, a) for name, a in batch.items()}
 
 
+def test_steps_are_judged_alike_however_they_lie_in_rows(params):
+  judge, packed = jax.jit(objective.make_step_judge(SPEC, TRAIN, 'cpu')), step_batch()
+  alone = {name: np.zeros((2 * len(a), LENGTH), a.dtype) for name, a in packed.items()}
+  for row in range(2 * len(packed['tokens'])):
+    (there,) = np.nonzero(packed['segment_ids'][row // 2] == row % 2 + 1)
+    for name, a in packed.items():
+      alone[name][row, 3:3 + len(there)] = 1 if name == 'segment_ids' else a[row // 2][there]
+  (loss, (weight, aux)), each = judge(params, packed, None)
+  (other, (count, found)), single = judge(params, alone, None)
+  assert weight == count == (packed['loss_mask'] > 0).sum() > 20
+  np.testing.assert_allclose([loss, aux['accuracy']], [other, found['accuracy']], rtol=1e-5)
+  (marks,), (others,) = (np.nonzero(np.ravel(e['weight'])) for e in (each, single))
+  for name, values in each.items():
+    np.testing.assert_allclose(np.ravel(values)[marks], np.ravel(single[name])[others], rtol=1e-5, atol=1e-6)
+  values = np.ravel(each['score'])[marks].astype(np.float64)
+  labels = packed['loss_mask'].ravel()[marks].astype(np.float64) - 1
+  by_hand = np.logaddexp(0, -values) * labels + np.logaddexp(0, values) * (1 - labels)
+  np.testing.assert_allclose(loss, by_hand.sum(), rtol=1e-5)
+  assert aux['accuracy'] == ((values > 0) == (labels > 0.5)).sum() == (np.ravel(each['margin'])[marks] > 0).sum()
+  for row, places in enumerate(np.asarray(single['place'])):
+    judged = places[alone['loss_mask'][row] > 0]
+    np.testing.assert_array_equal(judged, 1 + np.arange(len(judged)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
+def test_steps_on_a_mesh(params):
+  batch = step_batch()
+
+  def judged(mesh):
+    own = jax.device_put(params, tree_shardings(mesh, decoder.param_names(SPEC)))
+    with jax.set_mesh(mesh):
+      return jax.device_get(jax.jit(objective.make_step_judge(SPEC, TRAIN, 'cpu'))(own, place_batch(mesh, batch), None))
+
+  expected = judged(make_mesh(MeshSpec(data=1), jax.devices()[:1]))
+  found = judged(make_mesh(MeshSpec(data=2, context=2, tensor=2), jax.devices()))
+  real = expected[1]['weight'] > 0
+  for each in (expected[1], found[1]):
+    each.update({name: a[real] for name, a in each.items()})
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), found, expected)
+
+
 LOSSES = {
     'pairs': lambda: objective.make_pair_loss(
         PreferenceSpec(sft_weight=0.1, length_weight=0.5), SPEC, TRAIN, 'cpu', vocab_size=WORDS),
+    'steps': lambda: lambda params, batch, key: objective.make_step_judge(SPEC, TRAIN, 'cpu')(params, batch, key)[0],
     'reward': lambda: objective.make_reward_loss(SPEC, TRAIN, 'cpu', centring=0.01),
     'ppo': lambda: objective.make_policy_loss(
         PolicySpec(**NAMED['ppo'], entropy_coef=0.01), SPEC, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
@@ -150,10 +209,10 @@ LOSSES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['grpo', 'pairs', 'reward', 'ppo'])
+@pytest.mark.parametrize('name', ['grpo', 'pairs', 'reward', 'ppo', 'steps'])
 def test_padding_and_accumulation(params, name):
   loss_fn, pairs = LOSSES[name](), name in ('pairs', 'reward')
-  batch = pair_batch() if pairs else policy_batch(params)
+  batch = pair_batch() if pairs else step_batch() if name == 'steps' else policy_batch(params)
   if name == 'reward':
     del batch['ref_logprobs']
 
@@ -167,7 +226,7 @@ def test_padding_and_accumulation(params, name):
   state, metrics = step(batch)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, params)
   assert max(jax.tree.leaves(moved)) > 1e-3
-  if name in ('reward', 'ppo', 'grpo'):
+  if name in ('reward', 'ppo', 'grpo', 'steps'):
     assert moved['value']['kernel'] > 1e-4
   for other in (step(batch, 4), step(wider(batch, 0, 8)), step(wider(batch, 5, 3, rows=2))):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), other[0].params, state.params)
