@@ -6,9 +6,11 @@ import random
 import pytest
 
 from llmjax import main
+from llmjax.config import ConfigError
 from llmjax.data import corpus
 from llmjax.data.spec import PrepareSpec, TokenizerSpec
 from llmjax.generate.spec import CHAT_TEMPLATE
+from llmjax.loops.generate import load_chat
 from llmjax.text.chat import ChatFormat
 from llmjax.text.tokenizer import Tokenizer
 
@@ -86,3 +88,14 @@ def test_wrong_prompts(folder, capsys):
              f'--prompts={folder}/prompts2.jsonl', f'--output={folder}/o.jsonl') == 2
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 5 and all(f'prompts2.jsonl:{n}: ' in line for n, line in enumerate(lines[1:], 1))
+
+
+@pytest.mark.parametrize('text', [None, '{', '[]', '{}', '{"template": {"special": 1}}', '{"template": {"x": 1}}'])
+def test_a_run_without_a_template_is_told_in_one_line(tmp_path, text):
+  if text is not None:
+    (tmp_path / CHAT_TEMPLATE).write_text(text)
+  with pytest.raises(ConfigError) as e:
+    load_chat(tmp_path, None, '--policy')
+  problem, = e.value.problems
+  said = 'was not trained on conversations' if text is None else f'{CHAT_TEMPLATE} cannot be used: '
+  assert problem.startswith('--policy: ') and said in problem and '\n' not in problem
