@@ -9,18 +9,11 @@ import time
 import pytest
 
 from llmjax import main
-
-
-def call(capsys, *argv):
-  """Returns (exit status, standard output, standard error) of a command line."""
-  with pytest.raises(SystemExit) as e:
-    main.main(list(argv))
-  out, err = capsys.readouterr()
-  return e.value.code, out, err
+from tests.helpers import call_and_read
 
 
 def test_overview_lists_every_command(capsys):
-  status, out, _ = call(capsys)
+  status, out, _ = call_and_read(capsys)
   assert status == 0
   for name, command in main.COMMANDS.items():
     assert f'  {name}' in out
@@ -29,7 +22,7 @@ def test_overview_lists_every_command(capsys):
 
 @pytest.mark.parametrize('name', main.COMMANDS)
 def test_help_shows_flags_and_fields(capsys, name):
-  status, out, _ = call(capsys, *name.split(), '--help')
+  status, out, _ = call_and_read(capsys, *name.split(), '--help')
   assert status == 0
   assert 'flags:' in out
   if name == 'pretrain':
@@ -79,7 +72,7 @@ def test_help_needs_no_jax():
      "llmjax launch: 'lokal' is not one of its commands; did you mean `llmjax launch local`?"),
 ])
 def test_mistakes_get_a_line(capsys, argv, expected):
-  status, _, err = call(capsys, *argv)
+  status, _, err = call_and_read(capsys, *argv)
   assert status == 2
   assert expected in err
   assert 'Traceback' not in err
@@ -87,7 +80,7 @@ def test_mistakes_get_a_line(capsys, argv, expected):
 
 def test_all_mistakes_at_once_and_at_once(capsys):
   start = time.perf_counter()
-  status, _, err = call(
+  status, _, err = call_and_read(
       capsys, 'pretrain', '--config=configs/pretrain/quickstart.py', '--config.train.stpes=3',
       '--config.model.num_heads=x', '--config.optimizer.name=adamm', '--flag=1')
   assert time.perf_counter() - start < 1
@@ -99,11 +92,11 @@ def test_all_mistakes_at_once_and_at_once(capsys):
 
 
 def test_a_group_of_commands_lists_its_own(capsys):
-  status, _, err = call(capsys, 'checkpoint')
+  status, _, err = call_and_read(capsys, 'checkpoint')
   assert status == 2
   assert '  checkpoint verify  read every file' in err
   assert 'pretrain' not in err
-  assert call(capsys, 'launch', '--help')[0] == 0
+  assert call_and_read(capsys, 'launch', '--help')[0] == 0
 
 
 def test_recipe_after_a_space():
@@ -139,7 +132,7 @@ def test_ctrl_c_while_the_command_line_is_read(capsys, monkeypatch):
   timer = threading.Timer(60, print)  # As JAX starts one while it looks for devices.
   timer.start()
   monkeypatch.setattr(main, 'parse', interrupt)
-  status, _, err = call(capsys, 'pretrain')
+  status, _, err = call_and_read(capsys, 'pretrain')
   timer.join(5)
   assert not timer.is_alive()
   assert (status, err) == (130, '\nllmjax pretrain: stopped by Ctrl-C\n')

@@ -12,6 +12,7 @@ import pytest
 
 from llmjax import config, secrets
 from llmjax.config import setting
+from tests.helpers import run_process
 
 ROOT = pathlib.Path(__file__).parents[1]
 CANARIES = {
@@ -87,9 +88,7 @@ def life(tmp_path_factory):
   (folder / 'recipe.py').write_text('def get_config():\n  return {"data": {"sources": {"data/text": 1.0}}}\n')
 
   def llmjax(*argv, status=0):
-    done = subprocess.run([sys.executable, '-m', 'llmjax', *argv], cwd=folder, text=True, capture_output=True,
-                          env={**os.environ, **CANARIES, 'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])},
-                          check=False)
+    done = run_process(folder, *argv, **CANARIES, PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
     assert done.returncode == status, done.stderr
     printed.append(done.stdout + done.stderr)
 

@@ -21,6 +21,7 @@ import numpy as np
 from llmjax import secrets
 from llmjax.config import ConfigError, to_dict
 from llmjax.data import conversations, prepared, python_docs, splits, text_files, tokens
+from llmjax.data.documents import Document, Limits, Rejected
 from llmjax.data.spec import PrepareSpec
 
 # With fewer files (or records) than this, held-out text is drawn from parts of files.
@@ -179,7 +180,7 @@ class _Scan:
 def _read(spec, found=None):
   """Yields the Documents and the Rejected of the source that the spec names."""
   is_text = spec.records == 'text'
-  limits = text_files.Limits(
+  limits = Limits(
       tuple(spec.suffixes) if is_text else conversations.SUFFIXES, spec.text_key or 'text', spec.document_bytes,
       spec.max_record_bytes, spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links,
       None if is_text else conversations.normaliser(spec.records))
@@ -197,7 +198,7 @@ def _scan(spec, progress):
   """Reads the input once; keeps about 200 bytes of memory a document."""
   scan = _Scan()
   for item in _read(spec, scan.found):
-    if isinstance(item, text_files.Rejected):
+    if isinstance(item, Rejected):
       scan.rejected.append(item)
       continue
     digest = splits.text_digest(item.text)
@@ -239,7 +240,7 @@ def _write_documents(spec, folder, progress):
   written = itertools.count(1)
 
   def select(name):
-    documents = (item for item in _read(spec) if isinstance(item, text_files.Document))
+    documents = (item for item in _read(spec) if isinstance(item, Document))
     for number, item in enumerate(documents):
       if number >= len(codes) or splits.text_digest(item.text) != scan.digests[number]:
         raise ConfigError([f'{item.file} changed while it was read; start again'])

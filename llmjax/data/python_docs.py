@@ -13,7 +13,7 @@ import sysconfig
 import warnings
 
 from llmjax.config import ConfigError
-from llmjax.data.text_files import Document, Limits, Rejected, check_text
+from llmjax.data.documents import Document, Limits, Rejected, check_text
 
 # Tables, tests, demonstrations and tools; pydoc_data's text is read as topics.
 EXCLUDED = frozenset((

@@ -57,16 +57,14 @@ class DataSpec:
   def problems(self):
     if not self.sources:
       yield 'sources is empty; name a prepared folder: --config.data.sources.data/python_docs=1'
-    hashes, kinds = {}, {}
+    manifests, errors = self.manifests()
     for folder, weight in self.sources.items():
       if not 0 < weight < float('inf'):
         yield f'sources[{folder}]={weight:g}: a weight must be above 0; leave the folder out'
-      try:
-        manifest = prepared.read_manifest(folder)
-      except ValueError as e:
-        yield f'sources: {e if prepared.is_prepared(folder) else _how_to_prepare(folder)}'
-        continue
-      hashes[folder], kinds[folder] = manifest['tokenizer']['sha256'], prepared.kind(manifest)
+      if folder in errors:
+        yield f'sources: {errors[folder] if prepared.is_prepared(folder) else _how_to_prepare(folder)}'
+    hashes = {folder: manifest['tokenizer']['sha256'] for folder, manifest in manifests.items()}
+    kinds = {folder: prepared.kind(manifest) for folder, manifest in manifests.items()}
     if wrong := [folder for folder, kind in kinds.items() if kind not in self.kinds]:
       yield (f'sources: {", ".join(wrong)} holds {kinds[wrong[0]]}, and this command reads {" or ".join(self.kinds)}; '
              f'prepare it with --config.records={self.kinds[-1]}')
@@ -80,7 +78,7 @@ class DataSpec:
       yield (f'sources: {", ".join(others)} and {first} have different tokenizers; prepare the '
              'one again with --force '
              f'--config.tokenizer.path={prepared.tokenizer_path(first)}')
-    templates = {folder: prepared.read_manifest(folder).get('template') for folder in chats}
+    templates = {folder: manifests[folder].get('template') for folder in chats}
     if others := [folder for folder in chats if templates[folder] != templates[chats[0]]]:
       yield (f'sources: {", ".join(others)} and {chats[0]} have different chat templates; prepare the one again with '
              '--force --config.template=NAME')
@@ -91,6 +89,20 @@ class DataSpec:
         yield (f'tokenizer={self.tokenizer} did not make the tokens of {next(iter(hashes))}; leave '
                'it empty, or prepare the folder again with --force '
                f'--config.tokenizer.path={self.tokenizer}')
+
+  def manifests(self):
+    """Returns ({folder: manifest} of the sources that are prepared, {folder: ValueError} of the others)."""
+    manifests, errors = {}, {}
+    for folder in self.sources:
+      try:
+        manifests[folder] = prepared.read_manifest(folder)
+      except ValueError as e:
+        errors[folder] = e
+    return manifests, errors
+
+  def held(self):
+    """Returns {folder: what it holds, such as 'pairs'} of the sources that are prepared."""
+    return {folder: prepared.kind(manifest) for folder, manifest in self.manifests()[0].items()}
 
 
 def _how_to_prepare(folder):

@@ -6,7 +6,7 @@ import difflib
 import logging
 
 from llmjax.config import ConfigError
-from llmjax.data.text_files import Limits, Rejected, check_record, check_text
+from llmjax.data.documents import Limits, Rejected, check_record, check_text
 
 _SPLITS = {'train': '', 'validation': 'validation', 'valid': 'validation', 'dev': 'validation',
            'test': 'test'}

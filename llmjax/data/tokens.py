@@ -16,7 +16,8 @@ import numpy as np
 import llmjax
 from llmjax import secrets
 from llmjax.config import ConfigError
-from llmjax.data import conversations, prepared, text_files, token_store
+from llmjax.data import conversations, prepared, token_store
+from llmjax.data.documents import Rejected
 from llmjax.text import chat
 from llmjax.text import tokenizer as tokenizers
 
@@ -119,7 +120,7 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
           else:
             reason, count = _add_conversation(store, encode, name, text, untrained)
           if reason:
-            refused.append(text_files.Rejected(name, reason, bytes=len(item['text'])))
+            refused.append(Rejected(name, reason, bytes=len(item['text'])))
           else:
             size += count
           for field in (item['id'], item['text']):

@@ -61,11 +61,14 @@ def restore_initial(source, folder, abstract):
     raise ConfigError([f'train.init_from={source} holds another model: {str(e).splitlines()[0]}']) from e
 
 
-def load_initial(spec, mesh):
-  """Returns the parameters that training begins with, laid out as those that are trained, without a value head."""
+def load_initial(spec, mesh, folder=None):
+  """Returns the parameters that training begins with, laid out as those that are trained, without a value head.
+
+  folder: of their checkpoint; None: what train.init_from says now.
+  """
   source, model = spec.train.init_from, dataclasses.replace(spec.model, value_head=False)
   abstract = abstract_params(model, spec.train.param_dtype, mesh, spec.mesh.zero)
-  return restore_initial(source, initial_checkpoint(source), abstract)
+  return restore_initial(source, folder or initial_checkpoint(source), abstract)
 
 
 class Adapting:

@@ -2,24 +2,21 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmjax import config
-from llmjax.checkpoint import bases
 from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.loops import start
 from llmjax.loops.adapters import checkpoint_of
+from llmjax.loops.kept import Kept
 from llmjax.loops.sources import run_folder
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
-from llmjax.parallel import distributed
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.rl.objective import TEACHER, Distillation
@@ -53,40 +50,23 @@ class Lessons:
 
   def __init__(self, spec, mesh, workdir):
     """spec: a command's, with `distill.teacher`.  Raises ConfigError where the mesh does not divide the teacher."""
-    self.spec, self.mesh, self.folder = spec, mesh, pathlib.Path(workdir) / FOLDER
+    self.spec, self.mesh = spec, mesh
     self.model = _teacher_model(spec)
     try:
       start.check_mesh(dataclasses.replace(spec, model=self.model), mesh)
     except ConfigError as e:
       raise ConfigError([f'distill.teacher={spec.distill.teacher}: its {p}' for p in e.problems]) from e
-    self.known = self._identify()
+    source = spec.distill.teacher
+    self.kept = Kept(pathlib.Path(workdir) / FOLDER, 'teacher', 'distill.teacher', source,
+                     lambda: checkpoint_of('distill.teacher', source))
+    self.path = self.kept.checkpoint()
     self.lessons = Distillation(spec.distill, spec.model, self.model, spec.train, mesh.devices.flat[0].platform,
                                 spec.pipeline)
     self.evaluate = self.lessons.evaluate
 
-  def _identify(self):
-    """Returns {'path', 'sha256'} of the teacher's checkpoint: the one that the run began with."""
-    file, source = self.folder / 'teacher.json', self.spec.distill.teacher
-    if file.exists() and any((self.folder.parent / 'checkpoints').glob('[0-9]*')):
-      known = json.loads(file.read_text())
-      try:
-        known['path'] = str(bases.find_base(known, source))
-      except ConfigError as e:
-        raise ConfigError([f'distill.teacher={source} is not the teacher that this run began with, '
-                           f'{known["path"]}; put it back, or start a new run']) from e
-      return known
-    known = bases.identify(checkpoint_of('distill.teacher', source))
-    distributed.wait_for_all('looked for the teacher')
-    if distributed.is_first():
-      self.folder.mkdir(exist_ok=True)
-      file.write_text(json.dumps(known) + '\n')
-    distributed.wait_for_all('named the teacher')
-    return known
-
   def load(self):
     """Returns the teacher's parameters, divided as the mesh says."""
-    path = pathlib.Path(self.known['path'])
-    return load_params(run_folder(path), int(path.name), shardings=lambda model: tree_shardings(
+    return load_params(run_folder(self.path), int(self.path.name), shardings=lambda model: tree_shardings(
         self.mesh, decoder.param_names(model)))[0]
 
   def teach(self, job):
@@ -106,38 +86,15 @@ class Lessons:
     return jax.jit(functools.partial(layer_copy, layers=layers), out_shardings=layout)(params, teacher)
 
   def columns(self, data, split):
-    """Returns {field: stream.Table [rows, 1, T, k]} of what the teacher said of a split, or None with it in memory.
-
-    They are made once and kept in the run's folder, by the fingerprints of the data and of the teacher.
-    """
-    k = self.spec.distill.top_k
+    """Returns {field: stream.Table [rows, 1, T, k]} of what the teacher said of a split, or None with it in memory."""
+    k, mesh = self.spec.distill.top_k, self.mesh
     if not k:
       return None
-    name = f'{split}-{stream.fingerprint(data, split)[:16]}-{self.known["sha256"][:16]}-{k}'
-    files = {field: self.folder / f'{name}-{field}.npy' for field in TEACHER}
-    missing = not all(file.exists() for file in files.values())
-    distributed.wait_for_all(f'looked for what the teacher said of {split}')
-    if missing:
-      self._write(data, split, files)
-      distributed.wait_for_all(f'wrote what the teacher said of {split}')
-    return {field: stream.Table(file) for field, file in files.items()}
 
-  def _write(self, data, split, files):
-    params, mesh, first = self.load(), self.mesh, distributed.is_first()
-    shape = (stream.count_rows(data, split), 1, data.seq_len, self.spec.distill.top_k)
-    partial = {field: file.with_suffix('.partial.npy') for field, file in files.items()}
-    with jax.set_mesh(mesh):
-      step = jax.jit(self.lessons.top_k, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-      tables = {field: np.lib.format.open_memmap(file, 'w+', jnp.dtype(dtype), shape) for (field, file), dtype in zip(
-          partial.items(), ('float32', 'int32'), strict=True)} if first else {}
-      begin = 0
-      for batch in stream.eval_batches(data, split, start.eval_rows(self.spec, mesh), blocks=batch_blocks(mesh),
-                                       block_count=batch_shards(mesh)):
-        found = step(params, place_batch(mesh, batch))
-        for field, table in tables.items():
-          rows = np.asarray(found[field])[:, None]
-          table[begin:begin + len(rows)] = rows[:len(table) - begin]  # What is behind is padding.
-        begin += len(found[TEACHER[0]])
-    for field, table in tables.items():
-      table.flush()
-      partial[field].replace(files[field])
+    def make():
+      rows = stream.eval_batches(data, split, start.eval_rows(self.spec, mesh), blocks=batch_blocks(mesh),
+                                 block_count=batch_shards(mesh))
+      return self.lessons.top_k, self.load(), (place_batch(mesh, batch) for batch in rows)
+
+    return self.kept.tables(mesh, data, split, k, dict(zip(TEACHER, ('float32', 'int32'), strict=True)),
+                            (stream.count_rows(data, split), 1, data.seq_len, k), make)

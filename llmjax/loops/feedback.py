@@ -18,14 +18,12 @@ from llmjax.config import ConfigError
 from llmjax.data.conversations import read_answers, read_prompt
 from llmjax.evaluate.metrics import read_lines
 from llmjax.generate.score import score
-from llmjax.generate.spec import CHAT_TEMPLATE
-from llmjax.loops.generate import load_generator
+from llmjax.loops.generate import load_chat, load_generator
 from llmjax.loops.progress import Stages
 from llmjax.loops.spec import LayoutSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.loops.writers import Lines, LogError
 from llmjax.rl import feedback
-from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
 
 STAGES = 1 << 16  # More than a record has; its number and the stage make a key.
@@ -110,11 +108,7 @@ class _Voice:
     run_spec = of_run(LayoutSpec, read_config(workdir))
     enable_compilation_cache(run_spec.train.compilation_cache)
     self._generator, self._tokenizer, step = load_generator(self._options, run_spec)
-    file = pathlib.Path(workdir) / CHAT_TEMPLATE
-    if not file.exists():
-      raise ConfigError([f'{workdir} was not trained on conversations (no {CHAT_TEMPLATE}); give a run of `llmjax '
-                         'finetune`'])
-    self._chat = ChatFormat.load(file, self._tokenizer)
+    self._chat = load_chat(workdir, self._tokenizer, '--workdir' if workdir == options.workdir else '--policy')
     seal = checkpoints_folder(workdir) / str(step) / 'seal.json'
     self.origin = {'workdir': str(workdir), 'step': step, 'seal_sha256': hashlib.sha256(seal.read_bytes()).hexdigest()}
 

@@ -107,11 +107,19 @@ def _conversation(options, tokenizer):
   """Returns how to ask the run's model: as the options say, with the template that the run keeps."""
   if not options.chat:
     return Continuation(tokenizer)
-  file = pathlib.Path(options.workdir) / CHAT_TEMPLATE
+  return Conversation(load_chat(options.workdir, tokenizer, '--chat'), options.system)
+
+
+def load_chat(workdir, tokenizer, setting):
+  """Returns the ChatFormat that a run keeps; raises ConfigError, which names the setting that asked for it."""
+  file = pathlib.Path(workdir) / CHAT_TEMPLATE
+  if not file.exists():
+    raise ConfigError([f'{setting}: {workdir} was not trained on conversations (no {CHAT_TEMPLATE}); give a run of '
+                       '`llmjax finetune`'])
   try:
-    return Conversation(ChatFormat.load(file, tokenizer), options.system)
+    return ChatFormat.load(file, tokenizer)
   except (OSError, ValueError, KeyError, TypeError) as e:
-    raise ConfigError([f'--chat: {file} cannot be used: {config.one_line(e)}']) from e
+    raise ConfigError([f'{setting}: {file} cannot be used: {config.one_line(e)}']) from e
 
 
 def load_generator(options, run_spec):

@@ -1,14 +1,11 @@
-"""The only training loop: next batch, step, log, evaluate, sample, save, profile, and what goes wrong.
+"""The only training loop: next batch, step, log, evaluate, sample, save, profile.
 
-A loop such as pretrain.py supplies a Job; everything that is the same for all of them is here.  Devices
-judge every step (train/guard.py); the host reads the verdicts where it waits for them anyway: at log lines,
-and before it evaluates, samples or saves.
+A loop such as pretrain.py supplies a Job; everything that is the same for all of them is here.  What goes wrong,
+and what is done about it, is in recovery.py.
 """
 
 import contextlib
 import dataclasses
-import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +21,7 @@ from llmjax.loops.ledger import Ledger
 from llmjax.loops.patience import Patience
 from llmjax.loops.profiling import Profiler
 from llmjax.loops.progress import Progress
+from llmjax.loops.recovery import Recovery
 from llmjax.loops.stragglers import Stragglers
 from llmjax.loops.window import Speed, Window
 from llmjax.loops.writers import LogError, open_writers
@@ -31,13 +29,10 @@ from llmjax.model import counts
 from llmjax.parallel import distributed
 from llmjax.parallel.host import keep_freed_memory
 from llmjax.parallel.mesh import place_batch
-from llmjax.train.guard import explain, watched
+from llmjax.train.guard import watched
 from llmjax.train.optimizers import make_optimizer, stop_frozen
-from llmjax.train.replicas import Replicas
 from llmjax.train.state import abstract_state, init_state
 from llmjax.train.step import lower_step, make_train_step
-
-DUMPS = 20  # Bad batches that a sitting writes down, at most.
 
 
 @dataclasses.dataclass
@@ -126,8 +121,7 @@ class Loop:
     self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
     self.done = self.saved = first
     self.metrics, self.metrics_step = {}, None  # Of the latest evaluation.
-    self.bad_in_row = self.rollbacks = self.dumps = 0
-    self.finished, self.sums, self.slow = False, [], {}
+    self.finished, self.slow, self.recovery = False, {}, Recovery(self.spec.guard)
     self.energy = EnergyLog(workdir, self.spec.cost, list(job.mesh.devices.flat), jax.process_count())
     rule, self.schedule = make_optimizer(self.spec.optimizer, self.total, self.spec.train.seed)
     self.tx = watched(rule, self.spec.guard.window)
@@ -183,6 +177,23 @@ class Loop:
     self.job.batches.restore(0)
     return state, 0
 
+  def go_back(self, skipped, position):
+    """Takes the newest checkpoint's state and logs, and the stream on from a position, at least `skipped` batches on.
+
+    Returns (the checkpoint's step, the stream's state that it has, the stream's state now).
+    """
+    with self.ledger.charge('checkpoint'):
+      target = self.checkpoints.latest() or 0
+      self.done = self.saved = target  # From here on there is nothing to save.
+      for array in jax.tree.leaves(self.state):
+        array.delete()  # Devices need not have room for two states.
+      self.state, drawn = self._load_state(target)
+      position = max(drawn + skipped, position)
+      self.job.batches.restore(position)
+      self.writers.close()
+      self._open_logs(target)
+    return target, drawn, position
+
   def _load_frozen(self):
     """Returns the trees that the loss sees and that do not change, by name, or None."""
     parts = [load() for load in (self.adapting and self.adapting.load_frozen, self.job.load_frozen) if load]
@@ -224,17 +235,17 @@ class Loop:
 
   def run(self, stop=lambda turn: False):
     """Trains to the last step, until the run is lost, or until stop(turn) says so; returns the exit status."""
-    train, guard, ledger, progress = self.spec.train, self.spec.guard, self.ledger, self.progress
+    train, ledger, progress, recovery = self.spec.train, self.ledger, self.progress, self.recovery
     if getattr(self.job.batches, 'is_due', False):
       self._refill(self.first)
     with ledger.charge('data_wait'):
       batch, position = self._next_batch()
     with ledger.charge('compile'):
       step_fn = self._compile(batch)
-      self.replicas = Replicas(self.state.params, self.job.mesh) if guard.checksum_every else None
+      recovery.prepare(self)
     with ledger.charge('init'):
       speed = Speed(self.spec, self.job.mesh)
-      self.stragglers = Stragglers(guard.straggler_deviations)
+      self.stragglers = Stragglers(self.spec.guard.straggler_deviations)
     self.account()
     what = self.adapting.describe(self.state) if self.adapting else ''
     progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile'], what))
@@ -244,14 +255,13 @@ class Loop:
       return self.interrupt()
     while step < self.total:
       step, turn = step + 1, turn + 1  # Steps go back in a rollback; turns never do.
-      logs, pausing = self._due(train.log_every, step), any(self._due(n, step) for n in pauses)
+      logs, pausing = self.due(train.log_every, step), any(self.due(n, step) for n in pauses)
       with ledger.charge('step'):
         self.profiler.before(step)
         self.state, metrics = step_fn(self.state, batch)
         self.done, self.position = step, position
         window.add(step, position, metrics)
-        if self.replicas and (self._due(guard.checksum_every, step) or self._due(train.checkpoint_every, step)):
-          self.sums.append((step, self.replicas.sums(self.state.params)))
+        recovery.add_sums(self, step)
         if step < self.total:
           if getattr(self.job.batches, 'is_due', False):
             jax.block_until_ready(metrics)
@@ -266,29 +276,29 @@ class Loop:
             ledger.seconds['data_wait'] += spent
         if logs or pausing:
           rows = window.wait()
-          jax.block_until_ready(self.sums)
+          recovery.wait()
       with window.paused():
         self.profiler.after(step)
-      verdict = self._inspect(rows) if logs or pausing else None
+      verdict = recovery.inspect(self, rows) if logs or pausing else None
       if logs or verdict:
         self._log(step, window.read(), speed)
       else:
         progress.tick(step)
       if verdict and verdict.stops:
-        return self._give_up(verdict)
+        return recovery.give_up(self, verdict)
       if verdict:
-        step, window = self._roll_back(verdict), Window()
+        step, window = recovery.roll_back(self, verdict), Window()
         with ledger.charge('data_wait'):
           batch, position = self._next_batch()
         continue
       with window.paused():
-        if self._due(train.eval_every, step):
+        if self.due(train.eval_every, step):
           self._evaluate(step)
-        if self._due(train.sample_every, step):
+        if self.due(train.sample_every, step):
           self._sample(step)
-        if self._due(train.checkpoint_every, step):
+        if self.due(train.checkpoint_every, step):
           self._save()
-      if not self._settle():
+      if not self.settle():
         return 1
       self.heart.beat(step, waited=logs or pausing, saved=self.saved)
       if self.patience.is_over() and step < self.total:
@@ -301,10 +311,10 @@ class Loop:
     """Saves what is done after Ctrl-C; returns the exit status."""
     self.progress.say(f'interrupted after step {self.done}')
     self.writers.event(self.done, 'interrupted')
-    self._settle(wait=True)
+    self.settle(wait=True)
     if self.done > self.saved:
       self._save()
-    if not self._settle(wait=True) or self.done > self.saved:
+    if not self.settle(wait=True) or self.done > self.saved:
       return 1
     self.progress.say(f'the same command goes on from step {self.saved}')
     return 130
@@ -323,11 +333,12 @@ class Loop:
       if alone:
         self.checkpoints.leave()
         return
-      self._settle(wait=True)  # A save that fails now, after another one that ended the run, is told in a line, too.
+      self.settle(wait=True)  # A save that fails now, after another one that ended the run, is told in a line, too.
       with self.ledger.charge('checkpoint'):
         self.checkpoints.close()
 
-  def _due(self, every, step):
+  def due(self, every, step):
+    """Returns whether what is done every so many steps (0: at the end alone) is due after this one."""
     return step == self.total or (every > 0 and step % every == 0)
 
   def account(self):
@@ -348,101 +359,6 @@ class Loop:
     self.slow = slow
     self.account()
 
-  def _inspect(self, rows):
-    """Returns a _Verdict on the steps since the last look, or None when the run simply goes on.
-
-    rows: their metrics.  All processes see the same and decide the same.
-    """
-    guard = self.spec.guard
-    sums, self.sums = self.sums, []
-    for step, found in sums:
-      devices, names, sure = self.replicas.compare(found)
-      if devices:
-        return self._corruption(step, devices, names, sure)
-    for row in rows:
-      self.bad_in_row = self.bad_in_row + 1 if row['bad'] else 0
-      if not row['bad']:
-        continue
-      dump = self._dump(row)
-      reason, step = explain(row), row['step']
-      self.writers.event(step, 'bad_step', reason=reason, loss=float(row['loss']),
-                         grad_norm=float(row['grad_norm']), batch=row['position'] - 1, policy=guard.policy,
-                         **{'dump': dump} if dump else {})
-      advice = 'Lower optimizer.lr, raise optimizer.warmup_steps, or look at the data'
-      if dump:
-        advice += f': the batch is in {dump}'
-      if guard.policy == 'abort':
-        return _Verdict(step, f'{reason} at step {step}', advice)
-      if guard.policy == 'rollback':
-        if self.rollbacks < guard.max_bad_steps:
-          return _Verdict(step, f'{reason} at step {step}', '', row['position'])
-        return _Verdict(step, f'{reason} at step {step}, after {self.rollbacks} rollbacks to step {self.saved} '
-                        '(guard.max_bad_steps)', advice)
-      if self.bad_in_row > guard.max_bad_steps:
-        return _Verdict(step, f'{reason} at step {step}, the {self.bad_in_row}th bad step in a row '
-                        '(guard.max_bad_steps)', advice)
-      self.progress.say(f'step {step} is left out: {reason}' + (f'; its batch is in {dump}' if dump else ''))
-    return None
-
-  def _corruption(self, step, devices, names, sure):
-    """Returns the _Verdict on devices whose copies of parameters differ from the others'."""
-    listed = ', '.join(f'{d.id} ({d.device_kind}, process {d.process_index})' for d in devices)
-    arrays = ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
-    if sure:
-      text = f'device {listed} holds other parameters than the devices that should hold the same'
-    else:
-      text = f'devices {listed} should hold the same parameters and do not; two copies cannot say which is wrong'
-    self.writers.event(step, 'corruption', devices=[d.id for d in devices], sure=sure, arrays=names,
-                       processes=sorted({d.process_index for d in devices}))
-    return _Verdict(step, f'{text}, at step {step}: {arrays}',
-                    'The device computes wrongly, or its memory does: replace it, and the same command goes on')
-
-  def _dump(self, row):
-    """Writes a bad step's batch to `bad_steps/<step>.json`; returns the file's name, or '' where it wrote none."""
-    if self.job.describe is None or self.dumps >= DUMPS or not distributed.is_first():
-      return ''
-    self.dumps += 1
-    name = f'bad_steps/{row["step"]}.json'
-    try:
-      content = {'step': row['step'], 'batch': row['position'] - 1, 'reason': explain(row),
-                 'rows': self.job.describe(row['position'] - 1)}
-      file = pathlib.Path(self.workdir) / name
-      file.parent.mkdir(exist_ok=True)
-      file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
-    except (OSError, ValueError) as e:  # It is there to help; it must not end a run that goes on.
-      self.progress.say(f'warning: {name} was not written: {e}')
-      return ''
-    return name
-
-  def _give_up(self, verdict):
-    """Says why the run stops; returns the exit status."""
-    self._settle(wait=True)
-    self.progress.say(f'stopped: {verdict.reason}; the last checkpoint is step {self.saved}. {verdict.advice}')
-    self.writers.event(self.done, 'stopped', reason=verdict.reason, checkpoint=self.saved)
-    return 1
-
-  def _roll_back(self, verdict):
-    """Goes back to the newest checkpoint, and on behind the bad batch; returns the step."""
-    lost = self.done
-    self._settle(wait=True)
-    with self.ledger.charge('checkpoint'):
-      target = self.checkpoints.latest() or 0
-      self.done = self.saved = target  # From here on there is nothing to save.
-      for array in jax.tree.leaves(self.state):
-        array.delete()  # Devices need not have room for two states.
-      self.state, drawn = self._load_state(target)
-      position = max(drawn + self.spec.guard.rollback_skip_batches, verdict.position)
-      self.job.batches.restore(position)
-      self.writers.close()
-      self._open_logs(target)
-    seconds = self.ledger.go_back(target)
-    self.rollbacks, self.bad_in_row, self.sums = self.rollbacks + 1, 0, []
-    self.writers.event(verdict.step, 'rollback', to=target, lost_steps=lost - target,
-                       lost_seconds=round(seconds, 3), skipped_batches=position - drawn)
-    self.progress.say(f'{verdict.reason}: back to step {target}, and on with {position - drawn} batches left out')
-    self.account()
-    return target
-
   def _stop_early(self):
     """Saves and says that held-out text makes no progress; returns the exit status."""
     self.progress.say(f'stopped at step {self.done}: {self.patience.reason()}')
@@ -454,7 +370,7 @@ class Loop:
 
   def _finish(self):
     self.heart.beat(self.done, 'save')
-    if not self._settle(wait=True) or self.saved != self.done:
+    if not self.settle(wait=True) or self.saved != self.done:
       return 1
     self.finished = True
     self.writers.event(self.done, 'done')
@@ -487,10 +403,10 @@ class Loop:
       if self.adapting:
         stream['base'] = self.adapting.base
       self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec), self.metrics, self.metrics_step)
-    self.rollbacks = 0
+    self.recovery.saved()
     self.account()
 
-  def _settle(self, wait=False):
+  def settle(self, wait=False):
     """Says what became of the saves; returns False when one failed and the run is to stop for it."""
     with self.ledger.charge('checkpoint') if wait else contextlib.nullcontext():
       saves = self.checkpoints.finished(wait)
@@ -509,20 +425,6 @@ class Loop:
           '' if going_on else '. Stopped; --config.checkpoint.on_error=continue would train on'))
       self.writers.event(self.done, 'save_failed', reason=save.problem, checkpoint=self.saved)
     return going_on
-
-
-@dataclasses.dataclass
-class _Verdict:
-  """Why the run cannot simply go on after a step.  position: the stream's state behind the batch to roll back over."""
-
-  step: int
-  reason: str
-  advice: str
-  position: int | None = None
-
-  @property
-  def stops(self):
-    return self.position is None
 
 
 def _headline(spec, mesh, compile_seconds, trained=''):

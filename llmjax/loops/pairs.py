@@ -3,16 +3,15 @@
 Rows 2 i and 2 i + 1 of a batch are the better and the worse answer to one prompt; train.batch_size counts pairs.
 """
 
-import pathlib
+import functools
 
 import jax
-import numpy as np
 
 from llmjax.data import stream
 from llmjax.evaluate import pairs
 from llmjax.loops import harness, start
-from llmjax.loops.adapters import load_initial
-from llmjax.parallel import distributed
+from llmjax.loops.adapters import initial_checkpoint, load_initial
+from llmjax.loops.kept import Kept
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.rl import objective
 from llmjax.rl.spec import FREE_LOSSES, UNPAIRED_LOSSES
@@ -78,11 +77,14 @@ def preference_job(spec, mesh, batches, workdir):
   if spec.preference.loss in FREE_LOSSES:
     return make_job(spec, mesh, batches, loss_fn)
   score = objective.make_sequence_logprobs(*arguments)
+  kept = None if spec.preference.reference == 'adapters_off' else Kept(
+      workdir / 'reference', 'reference', 'train.init_from', spec.train.init_from,
+      lambda: initial_checkpoint(spec.train.init_from))
   if spec.preference.reference == 'precomputed':
-    tables = score_reference(spec, mesh, score, workdir)
+    tables = score_reference(spec, mesh, score, kept)
     batches.attach(REFERENCE, tables['train'])
     return make_job(spec, mesh, batches, loss_fn, {split: {REFERENCE: t} for split, t in tables.items()})
-  name = 'base' if spec.preference.reference == 'adapters_off' else 'reference'
+  name = 'reference' if kept else 'base'
 
   def with_reference(params, batch, key, frozen):
     found = {REFERENCE: score(frozen[name], batch)}
@@ -90,32 +92,22 @@ def preference_job(spec, mesh, batches, workdir):
       found[objective.MISMATCHED] = score(frozen[name], objective.mismatch(batch))
     return loss_fn(params, {**batch, **jax.lax.stop_gradient(found)}, key)
 
-  load = None if name == 'base' else lambda: {name: load_initial(spec, mesh)}
+  load = (lambda: {name: load_initial(spec, mesh, kept.checkpoint())}) if kept else None
   return make_job(spec, mesh, batches, with_reference, sees_frozen=True, load_frozen=load)
 
 
-def score_reference(spec, mesh, score, workdir):
-  """Returns {split: float32 [pairs, 2]}: the sums of the reference's log-probabilities over all answers, in nats.
+def score_reference(spec, mesh, score, kept):
+  """Returns {split: stream.Table, float32 [pairs, 2]}: the sums of the reference's log-probabilities over all answers.
 
-  They are made once and kept in the run's folder, with the fingerprint of the data that they are of.
+  In nats.  kept: the Kept reference.
   """
-  folder, tables, params = pathlib.Path(workdir) / 'reference', {}, None
-  for split in dict.fromkeys(('train', *spec.evaluate.splits)):
-    file = folder / f'{split}-{stream.fingerprint(spec.data, split)[:16]}-{spec.preference.length_weight:g}.npy'
-    if not file.exists():
-      if params is None:
-        params = load_initial(spec, mesh)
-      with jax.set_mesh(mesh):
-        step = jax.jit(score, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        parts = [step(params, batch) for batch in read_split(spec, mesh, split)]
-      table = np.concatenate([np.asarray(p) for p in parts]).reshape(-1, 2)
-      table = table[:stream.count_pairs(spec.data, split)]  # What is behind is padding.
-      if distributed.is_first():
-        folder.mkdir(exist_ok=True)
-        np.save(file.with_suffix('.partial.npy'), table)
-        file.with_suffix('.partial.npy').replace(file)
-      tables[split] = table
-    else:
-      tables[split] = np.load(file, allow_pickle=False)
-    distributed.wait_for_all(f'the reference of {split}')
-  return tables
+  load = functools.cache(lambda: load_initial(spec, mesh, kept.checkpoint()))
+  said = lambda params, batch: {REFERENCE: score(params, batch)}
+
+  def table(split):
+    found = kept.tables(mesh, spec.data, split, f'{spec.preference.length_weight:g}', {REFERENCE: 'float32'},
+                        (stream.count_pairs(spec.data, split), 2),
+                        lambda: (said, load(), read_split(spec, mesh, split)))
+    return found[REFERENCE]
+
+  return {split: table(split) for split in dict.fromkeys(('train', *spec.evaluate.splits))}

@@ -301,7 +301,7 @@ class TunedData(DataSpec):
 
   def problems(self):
     yield from super().problems()
-    kinds = _kinds(self.sources)
+    kinds = self.held()
     if 'pairs' in kinds.values() and len(set(kinds.values())) > 1:
       pairs = [folder for folder, kind in kinds.items() if kind == 'pairs']
       yield (f'sources: {", ".join(pairs)} holds pairs and the rest does not; pairs are learnt from by themselves '
@@ -318,7 +318,7 @@ class FinetuneSpec(FromRunSpec):
   @property
   def prefers(self):
     """Whether it learns from pairs."""
-    return 'pairs' in _kinds(self.data.sources).values()
+    return 'pairs' in self.data.held().values()
 
   def problems(self):
     yield from super().problems()
@@ -386,17 +386,6 @@ def _no_teacher(spec):
   """Yields that there is nothing to learn from a teacher here."""
   if spec.distill.teacher:
     yield 'distill.teacher has no place here: a teacher is for text and conversations; leave it out'
-
-
-def _kinds(sources):
-  """Returns {folder: what it holds} of those that are prepared."""
-  found = {}
-  for folder in sources:
-    try:
-      found[folder] = prepared.kind(prepared.read_manifest(folder))
-    except ValueError:
-      continue  # The data group says so.
-  return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from llmjax.ops.chunks import CHUNK_LOGITS, chunk_logits_of, count_chunks, join, split
 from llmjax.ops.products import is_differentiated, values
-
-# Logits of one chunk: 131 MB of float32.  With 512 to 4096 tokens a chunk, all take the same time on x86.
-CHUNK_LOGITS = 1 << 25
 
 
 def cross_entropy(logits, targets, loss_mask, *, z_loss=0.0):
@@ -44,7 +42,7 @@ def chunked_cross_entropy(x, w, targets, loss_mask, *, z_loss=0.0, soft_cap=None
   differentiation no gradient is made.
   """
   loss_mask = loss_mask.astype(jnp.float32)
-  options = _Options(_count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), vocab_axis, soft_cap,
+  options = _Options(count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), vocab_axis, soft_cap,
                      z_loss=z_loss)
   loss, aux = _loss_sum(options, x, w, targets, loss_mask)
   return loss, jnp.sum(loss_mask), jax.lax.stop_gradient(aux)
@@ -59,7 +57,7 @@ def token_logprobs(x, w, targets, *, temperature=1.0, entropy=False, soft_cap=No
 
   The backward pass makes each chunk's logits again.
   """
-  options = _Options(_count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), vocab_axis, soft_cap,
+  options = _Options(count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), vocab_axis, soft_cap,
                      temperature=temperature, entropy=entropy, vocab_size=vocab_size)
   logprobs, entropies = _logprobs(options, x, w, targets)
   return (logprobs, entropies) if entropy else logprobs
@@ -77,41 +75,9 @@ class _Options(NamedTuple):
   vocab_size: int | None = None
 
 
-# Chunks. A scan over them keeps one chunk's logits alive, whatever XLA's scheduler prefers.
-
-
-def _count_chunks(shape, vocab_size, chunk, chunk_logits):
-  batch, length = shape
-  return -(-length // (chunk or max(1, chunk_logits // vocab_size // batch)))
-
-
-def _split(chunks, *arrays):
-  """[B, T, ...] to [chunks, B, C, ...] with zeros at the end; chunk i has tokens i, i + chunks, ...
-
-  Rows are cut, not the flattened batch, and each chunk takes tokens from all over the row, so that a
-  batch or a row which lies over many devices gives each of them an equal part of every chunk.
-  """
-  def split(a):
-    size = -(-a.shape[1] // chunks)
-    a = jnp.pad(a, ((0, 0), (0, size * chunks - a.shape[1])) + ((0, 0),) * (a.ndim - 2))
-    return jnp.moveaxis(a.reshape(a.shape[0], size, chunks, *a.shape[2:]), 2, 0)
-  return tuple(split(a) for a in arrays)
-
-
-def _join(length, *arrays):
-  """Undoes `_split`."""
-  def join(a):
-    a = jnp.moveaxis(a, 0, 2)
-    return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :length]
-  return tuple(join(a) for a in arrays)
-
-
 def _chunk_logits(options, x, w):
   """Returns float32 logits [B, C, V], and what their softmax takes of them."""
-  logits = jax.lax.dot_general(x, w.astype(x.dtype), (((2,), (1 - options.vocab_axis,)), ((), ())),
-                               preferred_element_type=jnp.float32)
-  if options.soft_cap is not None:
-    logits = options.soft_cap * jnp.tanh(logits / options.soft_cap)
+  logits = chunk_logits_of(x, w, options.vocab_axis, options.soft_cap)
   warm = logits if options.temperature == 1 else logits / options.temperature
   if options.vocab_size is not None and options.vocab_size < logits.shape[-1]:
     warm = jnp.where(jnp.arange(logits.shape[-1]) < options.vocab_size, warm, -jnp.inf)
@@ -170,7 +136,7 @@ def _loss_sum(options, x, w, targets, loss_mask):
   def add_chunk(total, chunk):
     rows, targets, loss_mask = chunk
     return jax.tree.map(jnp.add, total, _chunk_loss(options, rows, w, targets, loss_mask)[0]), None
-  return jax.lax.scan(add_chunk, _zero_loss(), _split(options.chunks, x, targets, loss_mask))[0]
+  return jax.lax.scan(add_chunk, _zero_loss(), split(options.chunks, x, targets, loss_mask))[0]
 
 
 def _loss_sum_fwd(options, *arguments):
@@ -186,8 +152,8 @@ def _loss_sum_fwd(options, *arguments):
     return jax.tree.map(jnp.add, total, (loss, d_w)), (d_x, losses)
 
   zeros = _zero_loss(), jnp.zeros(w.shape if trains else (), jnp.float32)
-  (loss, d_w), parts = jax.lax.scan(add_chunk, zeros, _split(options.chunks, x, targets, loss_mask))
-  d_x, losses = _join(x.shape[1], *parts)
+  (loss, d_w), parts = jax.lax.scan(add_chunk, zeros, split(options.chunks, x, targets, loss_mask))
+  d_x, losses = join(x.shape[1], *parts)
   return loss, (d_x, d_w.astype(w.dtype) if trains else None, losses)
 
 
@@ -218,8 +184,8 @@ def _logprobs_and_normalisers(options, x, w, targets):
     _, logits = _chunk_logits(options, rows, w)
     log_z, target, _ = _statistics(logits, targets)
     return None, (target - log_z, _entropy(logits, log_z) if options.entropy else jnp.zeros_like(log_z), log_z)
-  parts = jax.lax.scan(one_chunk, None, _split(options.chunks, x, targets))[1]
-  return _join(x.shape[1], *parts)
+  parts = jax.lax.scan(one_chunk, None, split(options.chunks, x, targets))[1]
+  return join(x.shape[1], *parts)
 
 
 def _logprobs_fwd(options, *arguments):
@@ -254,9 +220,9 @@ def _logprobs_bwd(options, residuals, cotangents):
     d_x, more = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, -d_logprob, trains)
     return d_w + more, d_x
 
-  chunks = _split(options.chunks, x, targets, log_z, entropies, *cotangents)
+  chunks = split(options.chunks, x, targets, log_z, entropies, *cotangents)
   d_w, d_x = jax.lax.scan(add_chunk, jnp.zeros(w.shape if trains else (), jnp.float32), chunks)
-  return *_join(x.shape[1], d_x), d_w.astype(w.dtype) if trains else None, None
+  return *join(x.shape[1], d_x), d_w.astype(w.dtype) if trains else None, None
 
 
 _logprobs.defvjp(_logprobs_fwd, _logprobs_bwd, symbolic_zeros=True)

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llmjax.ops.losses import CHUNK_LOGITS
+from llmjax.ops.chunks import CHUNK_LOGITS, chunk_logits_of, count_chunks, join, split
 from llmjax.ops.masked import masked_sum
 
 
@@ -131,31 +131,18 @@ def in_chunks(loss, student, teacher, *rows, vocab_axis=(1, 1), soft_cap=(None, 
   """
   models = [student] if teacher is None else [student, jax.lax.stop_gradient(teacher)]
   hidden, matrices = zip(*models, strict=True)
-  batch, length = hidden[0].shape[:2]
-  size = max(1, min(length, chunk_logits // (len(models) * matrices[0].shape[vocab_axis[0]] * batch)))
-  chunks = -(-length // size)
-
-  def split(a):
-    a = jnp.pad(a, ((0, 0), (0, chunks * size - length)) + ((0, 0),) * (a.ndim - 2))
-    return jnp.moveaxis(a.reshape(batch, size, chunks, *a.shape[2:]), 2, 0)
+  vocab = len(models) * matrices[0].shape[vocab_axis[0]]
+  parts = split(count_chunks(hidden[0].shape[:2], vocab, chunk_logits=chunk_logits), hidden, rows)
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def one_chunk(matrices, hidden, rows):
     made = zip(hidden, matrices, vocab_axis, soft_cap, strict=False)
     return loss(*(chunk_logits_of(*each) for each in made), *rows)
 
-  parts = jax.tree.map(split, (hidden, rows))
   shapes = jax.eval_shape(one_chunk, matrices, *jax.tree.map(lambda a: a[0], parts))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   return jax.lax.scan(lambda total, chunk: (jax.tree.map(jnp.add, total, one_chunk(matrices, *chunk)), None), zeros,
                       parts)[0]
-
-
-def chunk_logits_of(x, w, vocab_axis=1, soft_cap=None):
-  """Returns float32 logits [B, C, V] of hidden states [B, C, D]; products in their dtype."""
-  found = jax.lax.dot_general(x, w.astype(x.dtype), (((2,), (1 - vocab_axis,)), ((), ())),
-                              preferred_element_type=jnp.float32)
-  return found if soft_cap is None else soft_cap * jnp.tanh(found / soft_cap)
 
 
 def top_k(x, w, k, *, vocab_axis=1, soft_cap=None, chunk_logits=CHUNK_LOGITS):
@@ -163,9 +150,6 @@ def top_k(x, w, k, *, vocab_axis=1, soft_cap=None, chunk_logits=CHUNK_LOGITS):
 
   x: hidden states [B, T, D].  w: the output matrix.  Logits of a few tokens of each row exist at a time.
   """
-  batch, length = x.shape[:2]
-  size = max(1, min(length, chunk_logits // (w.shape[vocab_axis] * batch)))
-  chunks = -(-length // size)
-  parts = jnp.moveaxis(jnp.pad(x, ((0, 0), (0, chunks * size - length), (0, 0))).reshape(batch, chunks, size, -1), 1, 0)
-  found = jax.lax.map(lambda x: jax.lax.top_k(_log_softmax(chunk_logits_of(x, w, vocab_axis, soft_cap)), k), parts)
-  return tuple(jnp.moveaxis(a, 0, 1).reshape(batch, chunks * size, k)[:, :length] for a in found)
+  chunks = count_chunks(x.shape[:2], w.shape[vocab_axis], chunk_logits=chunk_logits)
+  likeliest = lambda x: jax.lax.top_k(_log_softmax(chunk_logits_of(x, w, vocab_axis, soft_cap)), k)
+  return join(x.shape[1], *jax.lax.map(likeliest, split(chunks, x)[0]))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from llmjax.adapt.lora import combine
 from llmjax.config import ConfigError
 from llmjax.model import decoder
-from llmjax.ops.losses import CHUNK_LOGITS, chunked_cross_entropy
+from llmjax.ops.chunks import CHUNK_LOGITS
+from llmjax.ops.losses import chunked_cross_entropy
 from llmjax.parallel import pipeline
 from llmjax.parallel.attention import from_zigzag, zigzag_batch
 from llmjax.parallel.sharding import mesh_size, row_shards, sum_over_rows

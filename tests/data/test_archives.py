@@ -12,7 +12,7 @@ import zlib
 import pytest
 
 from llmjax.data import text_files
-from llmjax.data.text_files import Document, Limits, Rejected
+from llmjax.data.documents import Document, Limits, Rejected
 
 SUFFIXES = ('.txt', '.md', '.jsonl', '.parquet')
 MIB = 1 << 20

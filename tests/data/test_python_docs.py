@@ -4,7 +4,7 @@ import pytest
 
 from llmjax.config import ConfigError
 from llmjax.data import python_docs
-from llmjax.data.text_files import Document, Rejected
+from llmjax.data.documents import Document, Rejected
 
 
 @pytest.fixture(scope='module')

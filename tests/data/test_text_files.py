@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 
 from llmjax.data import text_files
-from llmjax.data.text_files import Document, Limits, Rejected
+from llmjax.data.documents import Document, Limits, Rejected
 
 SUFFIXES = ('.txt', '.md', '.jsonl', '.parquet')
 

@@ -4,8 +4,8 @@ import pytest
 
 from llmjax import config
 from llmjax.data import corpus, prepared, stream, tfds_source
+from llmjax.data.documents import Document, Limits, Rejected
 from llmjax.data.spec import PrepareSpec, TokenizerSpec
-from llmjax.data.text_files import Document, Limits, Rejected
 
 tfds = pytest.importorskip('tensorflow_datasets')
 epath = pytest.importorskip('etils.epath')

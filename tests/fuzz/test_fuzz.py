@@ -22,8 +22,8 @@ import pytest
 from llmjax import config, main
 from llmjax.checkpoint import seal, weights
 from llmjax.data import prepared, text_files, token_store
+from llmjax.data.documents import Document, Limits, Rejected
 from llmjax.data.spec import DataSpec
-from llmjax.data.text_files import Document, Limits, Rejected
 from llmjax.text import tokenizer as tokenizers
 
 SECONDS = 5

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
@@ -11,9 +10,8 @@ import time
 
 import pytest
 
-from llmjax.data import corpus
-from llmjax.data.spec import PrepareSpec, TokenizerSpec
 from llmjax.evaluate.metrics import read_lines
+from tests.helpers import environment_of, prepare_words, run_process
 
 ROOT = pathlib.Path(__file__).parents[2]
 TRAIN = ['pretrain', '--config=recipe.py', '--config.data.seq_len=16', '--config.train.batch_size=8',
@@ -27,13 +25,7 @@ RECIPE = "def get_config():\n  return {'data': {'sources': {'text': 1.0}}}\n"
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """A folder with a prepared corpus and a recipe."""
-  folder = tmp_path_factory.mktemp('launch')
-  rng = random.Random(0)
-  (folder / 'files').mkdir()
-  for i in range(40):
-    (folder / f'files/{i}.txt').write_text(' '.join(rng.choices('a cat sees the big old house'.split(), k=90)))
-  corpus.prepare(PrepareSpec(source='text_dir', path=str(folder / 'files'), output=str(folder / 'text'),
-                             tokenizer=TokenizerSpec(vocab_size=300, sample_lines=500)))
+  folder = prepare_words(tmp_path_factory.mktemp('launch'))
   (folder / 'recipe.py').write_text(RECIPE)
   return folder
 
@@ -44,7 +36,7 @@ def start(folder, processes, devices, *argv, largest='unlimited', **environment)
       ['bash', '-c', f'ulimit -f {largest}; exec "$@"', 'bash',
        sys.executable, '-m', 'llmjax', 'launch', 'local', f'--processes={processes}',
        f'--devices-per-process={devices}', '--logs=logs', '--', *argv],
-      env={**os.environ, 'PYTHONPATH': str(ROOT), **environment}, cwd=folder, text=True,
+      env=environment_of(**environment), cwd=folder, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -167,11 +159,10 @@ def get_config():
 
 
 def test_a_missing_process_is_one_line(folder):
-  done = subprocess.run(
-      [sys.executable, '-m', 'llmjax', *TRAIN, '--workdir=alone', '--config.distributed.coordinator=127.0.0.1:1',
-       '--config.distributed.processes=2', '--config.distributed.process_id=1',
-       '--config.distributed.start_timeout_seconds=1'],
-      env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=folder, text=True, capture_output=True, check=False)
+  done = run_process(
+      folder, *TRAIN, '--workdir=alone', '--config.distributed.coordinator=127.0.0.1:1',
+      '--config.distributed.processes=2', '--config.distributed.process_id=1',
+      '--config.distributed.start_timeout_seconds=1')
   assert done.returncode == 2
   assert done.stdout + done.stderr == done.stderr
   assert done.stderr.count('\n') == 1
@@ -185,7 +176,7 @@ def test_a_run_is_started_again_with_the_processes_that_are_left(folder):
       [sys.executable, '-m', 'llmjax', 'launch', 'local', '--processes=2', '--devices-per-process=2', '--restart=2',
        '--shrink', '--', *TRAIN, '--workdir=again', '--config.train.steps=100000', '--config.evaluate.splits=',
        '--config.train.checkpoint_every=20'],
-      env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=folder, text=True, stdout=subprocess.PIPE,
+      env=environment_of(), cwd=folder, text=True, stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT)
   file = folder / 'again/metrics.jsonl'
 
@@ -238,10 +229,8 @@ def get_config():
     heart.beat(42, waited=True)
     distributed.wait_for_all('never')
 ''')
-  done = subprocess.run(
-      [sys.executable, '-m', 'llmjax', 'launch', 'local', '--hang-seconds=2', '--logs=logs', '--', 'pretrain',
-       '--config=hang.py', '--workdir=x'],
-      env={**os.environ, 'PYTHONPATH': str(ROOT)}, cwd=folder, text=True, capture_output=True, check=False, timeout=90)
+  done = run_process(folder, 'launch', 'local', '--hang-seconds=2', '--logs=logs', '--', 'pretrain',
+                     '--config=hang.py', '--workdir=x', timeout=90)
   assert done.returncode == 76, done.stdout + done.stderr
   stacks = (folder / 'hung/stacks/0.txt').read_text()
   assert 'in wait_for_all at distributed.py:' in stacks

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from llmjax import main
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import seal
 from llmjax.checkpoint.checkpoints import load_params
@@ -21,6 +20,7 @@ from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.train import objectives
 from llmjax.train.spec import OptimizerSpec, TrainSpec
+from tests.helpers import call_and_read
 
 MODEL = ModelSpec(num_layers=2, d_model=16, num_heads=2, mlp_dim=24, vocab_size=32, tie_embeddings=True)
 ADAPTER = AdapterSpec(kind='dora', rank=2, quantize='nf4')
@@ -73,21 +73,14 @@ def runs(tmp_path_factory):
     yield folder
 
 
-def call(capsys, *argv):
-  with pytest.raises(SystemExit) as e:
-    main.main(list(map(str, argv)))
-  out, err = capsys.readouterr()
-  assert 'Traceback' not in err
-  return e.value.code, out, err
-
-
 @pytest.mark.slow
 def test_a_run_goes_on_to_the_bit_and_only_on_its_base(runs, tmp_path, capsys):
   shutil.copytree(runs / 'lora', tmp_path / 'lora')
   shutil.rmtree(tmp_path / 'lora/checkpoints/4')
   assert train(tmp_path / 'lora', 4, ADAPTER, runs / 'base') == 0
   capsys.readouterr()
-  status, out, _ = call(capsys, 'checkpoint', 'diff', '4', '4', f'--workdir={runs}/lora', f'--other={tmp_path}/lora')
+  status, out, _ = call_and_read(capsys, 'checkpoint', 'diff', '4', '4', f'--workdir={runs}/lora',
+                                 f'--other={tmp_path}/lora')
   assert status == 0 and 'are equal to the bit' in out
   size = lambda run, step: seal.read_seal(run / f'checkpoints/{step}').size
   assert 'embed' not in str(list(seal.read_seal(runs / 'lora/checkpoints/4').files))
@@ -113,14 +106,14 @@ def test_a_run_goes_on_to_the_bit_and_only_on_its_base(runs, tmp_path, capsys):
 @pytest.mark.slow
 def test_merge_export_import_show(runs, tmp_path, capsys):
   whole, _, _, _ = load_params(runs / 'lora')
-  assert call(capsys, 'adapter', 'merge', f'--workdir={runs}/lora', f'--output={tmp_path}/merged')[0] == 0
+  assert call_and_read(capsys, 'adapter', 'merge', f'--workdir={runs}/lora', f'--output={tmp_path}/merged')[0] == 0
   merged, _, settings, step = load_params(tmp_path / 'merged')
   assert step == 4 and 'adapter' not in settings
   jax.tree.map(np.testing.assert_array_equal, merged, whole)
   base, _, _, _ = load_params(runs / 'base')
   np.testing.assert_array_equal(merged['embed']['table'], base['embed']['table'])
   assert np.any(merged['blocks']['mlp']['up'] != base['blocks']['mlp']['up'])
-  assert call(capsys, 'adapter', 'export', f'--workdir={runs}/lora', f'--output={tmp_path}/peft')[0] == 0
+  assert call_and_read(capsys, 'adapter', 'export', f'--workdir={runs}/lora', f'--output={tmp_path}/peft')[0] == 0
   found = json.loads((tmp_path / 'peft/adapter_config.json').read_text())
   assert (found['r'], found['lora_alpha'], found['use_dora']) == (2, 32, True)
   arrays = safetensors.read(tmp_path / 'peft/adapter_model.safetensors')
@@ -128,16 +121,16 @@ def test_merge_export_import_show(runs, tmp_path, capsys):
   assert arrays['base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector'].shape == (24,)
   assert len(arrays) == 2 * 7 * 3
   flags = f'--peft={tmp_path}/peft', f'--init-from={runs}/base', f'--workdir={tmp_path}/imported'
-  assert call(capsys, 'adapter', 'import', *flags)[0] == 0
-  status, out, _ = call(capsys, 'adapter', 'show', f'--workdir={tmp_path}/imported')
+  assert call_and_read(capsys, 'adapter', 'import', *flags)[0] == 0
+  status, out, _ = call_and_read(capsys, 'adapter', 'show', f'--workdir={tmp_path}/imported')
   assert status == 0 and 'dora, rank 2, alpha 32' in out and 'blocks/attention/out/a' in out
   again, spec = peft.load(tmp_path / 'peft', base)
   peft.export(tmp_path / 'again', again, spec)
   same = safetensors.read(tmp_path / 'again/adapter_model.safetensors')
   assert same.keys() == arrays.keys() and all(np.array_equal(same[k], arrays[k]) for k in arrays)
-  status, _, err = call(capsys, 'adapter', 'import', *flags)
+  status, _, err = call_and_read(capsys, 'adapter', 'import', *flags)
   assert status == 2 and 'is there already' in err
-  assert call(capsys, 'adapter', 'merge', f'--workdir={runs}/base', f'--output={tmp_path}/x')[0] == 2
+  assert call_and_read(capsys, 'adapter', 'merge', f'--workdir={runs}/base', f'--output={tmp_path}/x')[0] == 2
 
 
 def test_files_that_are_not_peft_s_are_refused(tmp_path):

@@ -3,22 +3,16 @@
 import io
 import json
 import math
-import os
-import pathlib
 import random
-import subprocess
-import sys
 import types
 
 import pytest
 
 from llmjax.checkpoint import seal
-from llmjax.data import corpus
-from llmjax.data.spec import PrepareSpec, TokenizerSpec
 from llmjax.loops import chaos
 from llmjax.loops.spec import CHAOS_EVENTS
+from tests.helpers import prepare_words, run_process
 
-ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = """def get_config():
   return {
       'model': {'num_layers': 1, 'd_model': 16, 'num_heads': 2, 'mlp_dim': 32, 'dropout': 0.1},
@@ -33,14 +27,7 @@ RECIPE = """def get_config():
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """A folder with a prepared corpus and a recipe."""
-  folder = tmp_path_factory.mktemp('chaos')
-  generator = random.Random(0)
-  (folder / 'files').mkdir()
-  for i in range(40):
-    words = generator.choices('a cat sees the big old house'.split(), k=90)
-    (folder / f'files/{i}.txt').write_text(' '.join(words))
-  corpus.prepare(PrepareSpec(source='text_dir', path=str(folder / 'files'), output=str(folder / 'text'),
-                             tokenizer=TokenizerSpec(vocab_size=300, sample_lines=500)))
+  folder = prepare_words(tmp_path_factory.mktemp('chaos'))
   (folder / 'recipe.py').write_text(RECIPE)
   return folder
 
@@ -48,9 +35,8 @@ def folder(tmp_path_factory):
 def run(folder, *argv):
   """Returns (status, output, chaos.json or None)."""
   # One device, and not the tests' eight.
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_backend_optimization_level=1'}
-  done = subprocess.run([sys.executable, '-m', 'llmjax', 'chaos', '--config=recipe.py', *argv], cwd=folder, text=True,
-                        env=environment, capture_output=True, check=False, timeout=400)
+  done = run_process(folder, 'chaos', '--config=recipe.py', *argv, timeout=400,
+                     XLA_FLAGS='--xla_backend_optimization_level=1')
   workdir = next(a.partition('=')[2] for a in argv if a.startswith('--workdir='))
   file = folder / workdir / 'chaos.json'
   return done.returncode, done.stdout + done.stderr, json.loads(file.read_text()) if file.exists() else None

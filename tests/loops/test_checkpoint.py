@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import main
 from llmjax.checkpoint import seal
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError, build
@@ -21,6 +20,7 @@ from llmjax.loops.workdir import claim_workdir, hold_workdir
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.train.spec import OptimizerSpec, TrainSpec
+from tests.helpers import call_and_read
 
 MODEL = ModelSpec(num_layers=1, d_model=8, num_heads=1, mlp_dim=8, vocab_size=16)
 
@@ -90,15 +90,6 @@ def steps_of(workdir):
   return seal.find_steps(workdir / 'checkpoints')
 
 
-def call(capsys, *argv):
-  """Returns (exit status, standard output, standard error) of a command line."""
-  with pytest.raises(SystemExit) as e:
-    main.main(list(map(str, argv)))
-  out, err = capsys.readouterr()
-  assert 'Traceback' not in err
-  return e.value.code, out, err
-
-
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   """A run of 8 steps whose checkpoint 4 was the best, and another one of 4 steps."""
@@ -122,7 +113,7 @@ def test_the_newest_two_and_the_best_are_kept(workdir):
 
 
 def test_list(workdir, capsys):
-  status, out, _ = call(capsys, 'checkpoint', 'ls', f'--workdir={workdir}')
+  status, out, _ = call_and_read(capsys, 'checkpoint', 'ls', f'--workdir={workdir}')
   assert status == 0
   rows = [line.split() for line in out.splitlines()]
   assert rows[0] == ['step', 'size', 'files', 'sealed', 'eval/validation/loss', 'state']
@@ -131,16 +122,17 @@ def test_list(workdir, capsys):
 
 
 def test_diff(workdir, capsys):
-  status, out, _ = call(capsys, 'checkpoint', 'diff', '4', '8', f'--workdir={workdir}')
+  status, out, _ = call_and_read(capsys, 'checkpoint', 'diff', '4', '8', f'--workdir={workdir}')
   assert status == 0
   assert 'equal to the bit' in out.splitlines()[-1]
   rows = [line.split() for line in out.splitlines()[1:-1]]
   assert 'optimizer/step' in [r[0] for r in rows] and any(r[0].startswith('params/') for r in rows)
   assert [float(r[1]) for r in rows] == sorted((float(r[1]) for r in rows), reverse=True)
   assert dict((r[0], r[1]) for r in rows)['optimizer/step'] == '4.000e+00'
-  _, out, _ = call(capsys, 'checkpoint', 'diff', '4', f'--workdir={workdir}', f'--other={workdir.parent}/other')
+  _, out, _ = call_and_read(capsys, 'checkpoint', 'diff', '4', f'--workdir={workdir}',
+                            f'--other={workdir.parent}/other')
   assert 'are equal to the bit: ' in out  # The two runs did the same four steps.
-  status, _, err = call(capsys, 'checkpoint', 'diff', '4', '5', f'--workdir={workdir}')
+  status, _, err = call_and_read(capsys, 'checkpoint', 'diff', '4', '5', f'--workdir={workdir}')
   assert status == 2 and 'there are 4, 6, 8' in err
 
 
@@ -155,7 +147,7 @@ def test_compare():
 
 
 def test_show(workdir, capsys):
-  status, out, _ = call(capsys, 'checkpoint', 'show', f'--workdir={workdir}', '--optimizer')
+  status, out, _ = call_and_read(capsys, 'checkpoint', 'show', f'--workdir={workdir}', '--optimizer')
   assert status == 0
   assert 'checkpoints/8: step 8' in out
   assert 'stream: 8 batches drawn, data of no text' in out
@@ -171,14 +163,14 @@ def test_show(workdir, capsys):
 
 
 def test_damage_is_found_passed_over_and_pruned(workdir, capsys):
-  assert call(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
+  assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
   name = damage(workdir / 'checkpoints/6')
-  status, out, _ = call(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')
+  status, out, _ = call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')
   assert status == 1
   assert [line.split(': ')[1].split(',')[0] for line in out.splitlines()] == [
       'good', f'params/ocdbt.process_0/d/{name} has other contents than were saved (SHA-256)', 'good']
-  assert call(capsys, 'checkpoint', 'verify', '4', '8', f'--workdir={workdir}')[0] == 0
-  assert 'damaged: params/' in call(capsys, 'checkpoint', 'ls', f'--workdir={workdir}')[1]
+  assert call_and_read(capsys, 'checkpoint', 'verify', '4', '8', f'--workdir={workdir}')[0] == 0
+  assert 'damaged: params/' in call_and_read(capsys, 'checkpoint', 'ls', f'--workdir={workdir}')[1]
   name = damage(workdir / 'checkpoints/8')
   assert train(workdir, 10, losses=[2.0, 2.0, 2.0]) == 0
   out = capsys.readouterr().out
@@ -186,18 +178,18 @@ def test_damage_is_found_passed_over_and_pruned(workdir, capsys):
     assert f'checkpoints/{step} is passed over: params/ocdbt.process_0/d/' in out
   assert 'going on from step 4' in out
   assert steps_of(workdir) == [6, 8, 10]
-  assert call(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
+  assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
   damage(workdir / 'checkpoints/6')
-  _, out, _ = call(capsys, 'checkpoint', 'prune', f'--workdir={workdir}', '--keep=1', '--dry-run')
+  _, out, _ = call_and_read(capsys, 'checkpoint', 'prune', f'--workdir={workdir}', '--keep=1', '--dry-run')
   assert 'would remove: 6, damaged' in out and 'would remove: 8\n' in out and 'kept: 10' in out
   assert steps_of(workdir) == [6, 8, 10]
-  call(capsys, 'checkpoint', 'prune', f'--workdir={workdir}', '--keep=1')
+  call_and_read(capsys, 'checkpoint', 'prune', f'--workdir={workdir}', '--keep=1')
   assert steps_of(workdir) == [10]
   (workdir / 'checkpoints/10/seal.json').unlink()
-  assert call(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 1
-  assert call(capsys, 'checkpoint', 'seal', '10', f'--workdir={workdir}')[0] == 0
-  assert call(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
-  status, _, err = call(capsys, 'checkpoint', 'seal', '10', f'--workdir={workdir}')
+  assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 1
+  assert call_and_read(capsys, 'checkpoint', 'seal', '10', f'--workdir={workdir}')[0] == 0
+  assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
+  status, _, err = call_and_read(capsys, 'checkpoint', 'seal', '10', f'--workdir={workdir}')
   assert status == 2 and 'would hide damage' in err
 
 

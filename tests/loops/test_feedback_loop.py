@@ -1,39 +1,26 @@
 """`llmjax feedback` with a real, untrained model: records, resuming, messages."""
 
 import json
-import random
 
 import pytest
 
-from llmjax import main
-from llmjax.data import corpus
-from llmjax.data.spec import PrepareSpec, TokenizerSpec
+from llmjax.config import ConfigError
 from llmjax.generate.spec import CHAT_TEMPLATE
+from llmjax.loops.generate import load_chat
 from llmjax.text.chat import ChatFormat
 from llmjax.text.tokenizer import Tokenizer
-
-
-def run(*arguments):
-  with pytest.raises(SystemExit) as e:
-    main.main(list(arguments))
-  return e.value.code
+from tests.helpers import call, prepare_words
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """A folder with a run of one step, the template of a chat model beside it, and prompts."""
-  folder = tmp_path_factory.mktemp('feedback')
-  rng = random.Random(0)
-  (folder / 'files').mkdir()
-  for i in range(30):
-    (folder / f'files/{i}.txt').write_text(' '.join(rng.choices('a cat sees the big old house'.split(), k=90)))
-  corpus.prepare(PrepareSpec(source='text_dir', path=str(folder / 'files'), output=str(folder / 'text'),
-                             tokenizer=TokenizerSpec(vocab_size=300, sample_lines=500)))
+  folder = prepare_words(tmp_path_factory.mktemp('feedback'), 30)
   (folder / 'recipe.json').write_text(json.dumps({
       'model': {'num_layers': 1, 'd_model': 16, 'num_heads': 2, 'mlp_dim': 32},
       'data': {'sources': {str(folder / 'text'): 1.0}, 'seq_len': 512}, 'evaluate': {'splits': []},
       'train': {'steps': 1, 'batch_size': 8}, 'logs': {'writers': []}}))
-  assert run('pretrain', f'--config={folder}/recipe.json', f'--workdir={folder}/run') == 0
+  assert call('pretrain', f'--config={folder}/recipe.json', f'--workdir={folder}/run') == 0
   with ChatFormat('llmjax', Tokenizer(folder / 'run/tokenizer.model')) as chat:
     chat.save(folder / 'run' / CHAT_TEMPLATE)
   (folder / 'prompts.jsonl').write_text(''.join(
@@ -45,8 +32,8 @@ def folder(tmp_path_factory):
 
 
 def feedback(folder, kind, output, *more):
-  return run('feedback', kind, f'--workdir={folder}/run', f'--principles={folder}/rules.toml',
-             f'--prompts={folder}/prompts.jsonl', f'--output={folder}/{output}', '--max_new_tokens=6', *more)
+  return call('feedback', kind, f'--workdir={folder}/run', f'--principles={folder}/rules.toml',
+              f'--prompts={folder}/prompts.jsonl', f'--output={folder}/{output}', '--max_new_tokens=6', *more)
 
 
 @pytest.mark.slow
@@ -82,7 +69,18 @@ def test_preferences_of_given_and_of_sampled_answers(folder, capsys):
 @pytest.mark.slow
 def test_wrong_prompts(folder, capsys):
   (folder / 'prompts2.jsonl').write_text('{"prompt": "a"}\n{\n[]\n{"prompt": "b", "responses": ["c"]}\n')
-  assert run('feedback', 'prefer', f'--workdir={folder}/run', f'--principles={folder}/rules.toml',
-             f'--prompts={folder}/prompts2.jsonl', f'--output={folder}/o.jsonl') == 2
+  assert call('feedback', 'prefer', f'--workdir={folder}/run', f'--principles={folder}/rules.toml',
+              f'--prompts={folder}/prompts2.jsonl', f'--output={folder}/o.jsonl') == 2
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 5 and all(f'prompts2.jsonl:{n}: ' in line for n, line in enumerate(lines[1:], 1))
+
+
+@pytest.mark.parametrize('text', [None, '{', '[]', '{}', '{"template": {"special": 1}}', '{"template": {"x": 1}}'])
+def test_a_run_without_a_template_is_told_in_one_line(tmp_path, text):
+  if text is not None:
+    (tmp_path / CHAT_TEMPLATE).write_text(text)
+  with pytest.raises(ConfigError) as e:
+    load_chat(tmp_path, None, '--policy')
+  problem, = e.value.problems
+  said = 'was not trained on conversations' if text is None else f'{CHAT_TEMPLATE} cannot be used: '
+  assert problem.startswith('--policy: ') and said in problem and '\n' not in problem

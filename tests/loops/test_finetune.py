@@ -8,8 +8,8 @@ import shlex
 import numpy as np
 import pytest
 
-from llmjax import main
 from llmjax.checkpoint.checkpoints import load_params
+from tests import helpers
 
 TINY = ('--config.model.num_layers=2 --config.model.d_model=32 --config.model.num_heads=2 --config.model.mlp_dim=64 '
         '--config.data.seq_len=48 --config.train.batch_size=8 --config.train.log_every=1 --config.sample.prompts= '
@@ -30,9 +30,7 @@ ANSWERS = {'cat': 'a small animal', 'river': 'water that moves', 'house': 'a pla
 
 def call(line, status=0):
   """Runs a command here; asserts its exit status."""
-  with pytest.raises(SystemExit) as e:
-    main.main(shlex.split(line))
-  assert (e.value.code or 0) == status
+  assert helpers.call(*shlex.split(line)) == status
 
 
 @pytest.fixture(scope='module')

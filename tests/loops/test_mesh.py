@@ -1,17 +1,13 @@
 """`llmjax mesh` against the arrays that a state really has, and as a user meets it."""
 
-import os
 import pathlib
 import re
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 
-from llmjax import main
 from llmjax.loops.mesh import draw, table
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
@@ -19,6 +15,7 @@ from llmjax.parallel.spec import MeshSpec
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.spec import OptimizerSpec
 from llmjax.train.state import init_state
+from tests.helpers import call_and_read, run_process
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = dict(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=64, vocab_size=4096)
@@ -34,10 +31,7 @@ def recipe(tmp_path):
 
 
 def call(capfd, *argv):
-  with pytest.raises(SystemExit) as e:
-    main.main(['mesh', *argv])
-  out, err = capfd.readouterr()
-  return e.value.code, out, err
+  return call_and_read(capfd, 'mesh', *argv)
 
 
 def row(out, name):
@@ -79,12 +73,10 @@ def test_data_parallelism_sums_exactly_the_gradients(recipe, capfd):
 
 def test_without_compiling_it_starts_fast_and_needs_no_data(recipe, tmp_path):
   """In a process of its own, on more devices than any test has, whatever JAX would have run on."""
-  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
   start = time.perf_counter()
-  done = subprocess.run(
-      [sys.executable, '-m', 'llmjax', 'mesh', recipe, *ARGUMENTS, '--no-compile', '--config.mesh.data=4',
-       '--config.mesh.context=8', '--config.mesh.tensor=2'], cwd=tmp_path, env=environment, text=True,
-      capture_output=True, check=True)
+  done = run_process(tmp_path, 'mesh', recipe, *ARGUMENTS, '--no-compile', '--config.mesh.data=4',
+                     '--config.mesh.context=8', '--config.mesh.tensor=2', JAX_PLATFORMS='cpu')
+  assert done.returncode == 0, done.stderr
   assert time.perf_counter() - start < 20  # 3 s on an idle machine.
   assert 'mesh: 64 cpu devices = data 4 x context 8 x tensor 2' in done.stdout
   assert 'collectives' not in done.stdout

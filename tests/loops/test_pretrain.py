@@ -1,8 +1,6 @@
 """A whole life in small: text, tokens, training, resuming, evaluation, samples, report."""
 
 import json
-import os
-import pathlib
 import random
 import shutil
 import subprocess
@@ -11,8 +9,8 @@ import sys
 import pytest
 
 from llmjax.checkpoint import seal
+from tests.helpers import ROOT, environment_of, run_process
 
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = ['--config.model.num_layers=2', '--config.model.d_model=32', '--config.model.num_heads=2',
         '--config.model.mlp_dim=64', '--config.model.dropout=0.1', '--config.data.seq_len=32',
         '--config.train.batch_size=16', '--config.train.accumulation=2', '--config.train.log_every=1',
@@ -23,9 +21,7 @@ TINY = ['--config.model.num_layers=2', '--config.model.d_model=32', '--config.mo
 
 def llmjax(folder, *argv, status=0):
   """Runs a command in the folder; returns its output."""
-  env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-  done = subprocess.run([sys.executable, '-m', 'llmjax', *argv], cwd=folder, env=env, text=True,
-                        capture_output=True, check=False)
+  done = run_process(folder, *argv)
   assert done.returncode == status, done.stdout + done.stderr
   assert 'Traceback' not in done.stderr
   return done.stdout + done.stderr
@@ -86,7 +82,7 @@ def test_what_is_planned_is_the_very_step_that_is_trained(folder):
   done = subprocess.run(
       [sys.executable, '-c', SAME_STEP, 'pretrain', '--config=recipe.py', '--workdir=same', *TINY,
        '--config.guard.spike_threshold=10', '--config.train.steps=6'],
-      cwd=folder, env={**os.environ, 'PYTHONPATH': str(ROOT)}, text=True, capture_output=True, check=False)
+      cwd=folder, env=environment_of(), text=True, capture_output=True, check=False)
   assert 'the same step' in done.stdout, done.stdout + done.stderr
   assert int(done.stdout.split()[-1]) > 10_000
 

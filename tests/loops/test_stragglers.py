@@ -1,21 +1,13 @@
 """A process whose host is slow is named."""
 
 import json
-import os
-import pathlib
-import random
-import subprocess
-import sys
 
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data import corpus
-from llmjax.data.spec import PrepareSpec, TokenizerSpec
 from llmjax.loops import determinism
 from llmjax.loops.stragglers import slow_ones
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.helpers import prepare_words, run_process
 
 
 def test_who_is_slow():
@@ -28,12 +20,7 @@ def test_who_is_slow():
 
 @pytest.mark.slow
 def test_a_sleeping_process_is_named_within_twenty_steps(tmp_path):
-  rng = random.Random(0)
-  (tmp_path / 'files').mkdir()
-  for i in range(20):
-    (tmp_path / f'files/{i}.txt').write_text(' '.join(rng.choices('a cat sees the big old house'.split(), k=90)))
-  corpus.prepare(PrepareSpec(source='text_dir', path=str(tmp_path / 'files'), output=str(tmp_path / 'text'),
-                             tokenizer=TokenizerSpec(vocab_size=300, sample_lines=500)))
+  prepare_words(tmp_path, 20)
   (tmp_path / 'recipe.py').write_text('''
 import os, time
 from llmjax.data import stream
@@ -51,10 +38,8 @@ def get_config():
           'evaluate': {'splits': ()}, 'train': {'steps': 10, 'batch_size': 8, 'log_every': 5},
           'model': {'num_layers': 1, 'd_model': 16, 'num_heads': 2, 'mlp_dim': 32}}
 ''')
-  done = subprocess.run(
-      [sys.executable, '-m', 'llmjax', 'launch', 'local', '--processes=2', '--', 'pretrain', '--config=recipe.py',
-       '--workdir=run'], cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT)}, text=True, capture_output=True,
-      timeout=120, check=False)
+  done = run_process(tmp_path, 'launch', 'local', '--processes=2', '--', 'pretrain', '--config=recipe.py',
+                     '--workdir=run', timeout=120)
   assert done.returncode == 0, done.stdout + done.stderr
   rows = map(json.loads, (tmp_path / 'run/events.jsonl').read_text().splitlines())
   (event,) = [row for row in rows if row['kind'] == 'straggler']

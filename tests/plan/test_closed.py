@@ -10,12 +10,13 @@ import sys
 
 import pytest
 
-from llmjax import config, main
+from llmjax import config
 from llmjax.loops.plan import nearest_meshes, settle
 from llmjax.loops.spec import PlanSpec
 from llmjax.model.counts import count_params
 from llmjax.plan import closed, page
 from llmjax.plan.topology import Topology, parse_topology
+from tests.helpers import call_and_read
 
 ROOT = pathlib.Path(__file__).parents[2]
 KEPT = ROOT / 'experiments/tpu_calibration'
@@ -32,10 +33,7 @@ def fast(recipe, topology, **changes):
 
 def call(capsys, monkeypatch, *argv):
   monkeypatch.chdir(ROOT)
-  with pytest.raises(SystemExit) as e:
-    main.main(['plan', *argv])
-  out, err = capsys.readouterr()
-  return e.value.code, out, err
+  return call_and_read(capsys, 'plan', *argv)
 
 
 @pytest.mark.parametrize(('name', 'recipe', 'topology', 'memory', 'seconds'), [
