@@ -31,6 +31,7 @@ def recipe(tmp_path):
 
 
 def call(capfd, *argv):
+  jax.devices()  # All eight: else the first command of the process would start JAX with as many as it wants.
   return call_and_read(capfd, 'mesh', *argv)
 
 
@@ -94,7 +95,6 @@ def test_without_compiling_it_starts_fast_and_needs_no_data(recipe, tmp_path):
     (['--devices=900', '--config.train.batch_size=900'], 'this process has started JAX with 8 CPU devices'),
 ])
 def test_mistakes_get_a_line(recipe, capfd, arguments, message):
-  jax.devices()
   status, _, err = call(capfd, recipe, *ARGUMENTS, '--no-compile', *arguments)
   assert status == 2
   assert message in err
