@@ -345,7 +345,7 @@ class JudgedData(DataSpec):
 
   def problems(self):
     yield from super().problems()
-    if len({*_kinds(self.sources).values()} & {*self.kinds}) > 1:
+    if len({*self.held().values()} & {*self.kinds}) > 1:
       yield ('sources: some hold pairs and some steps, and one reward model learns from one of them; leave the others '
              'out')
 
@@ -362,7 +362,7 @@ class RewardSpec(FromRunSpec):
   @property
   def judges_steps(self):
     """Whether it learns to score steps."""
-    return 'steps' in _kinds(self.data.sources).values()
+    return 'steps' in self.data.held().values()
 
   def problems(self):
     yield from super().problems()
