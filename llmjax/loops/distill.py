@@ -20,6 +20,7 @@ from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.rl.objective import TEACHER, Distillation
+from llmjax.rl.on_policy import OnPolicyStream
 
 FOLDER = 'distill'  # In the run's folder: which teacher it has, and what that said.
 
@@ -72,12 +73,23 @@ class Lessons:
   def teach(self, job):
     """Returns the job with the teacher's loss, and what that and the first step need."""
     initial = self._initial if self.spec.distill.init else None
+    if self.spec.distill.on_policy:
+      job = self._on_policy(job)
     if not self.spec.distill.top_k:
       return dataclasses.replace(job, loss_fn=self.lessons.train, sees_frozen=True, initial=initial,
                                  load_frozen=lambda: {'teacher': self.load()})
     for name, table in self.columns(self.spec.data, 'train').items():
       job.batches.attach(name, table)
     return dataclasses.replace(job, loss_fn=self.lessons.train, initial=initial)
+
+  def _on_policy(self, job):
+    """Returns the job with batches of which the student says some itself."""
+    chat, tokenizer = stream.chat_format(self.spec.data), stream.load_tokenizer(self.spec.data)
+    stop_ids = (tokenizer.eos_id,)
+    if chat is not None:
+      with chat:
+        stop_ids = chat.stop_ids
+    return dataclasses.replace(job, batches=OnPolicyStream(self.spec, self.mesh, job.batches, tokenizer, stop_ids))
 
   def _initial(self, params):
     teacher = self.load()

@@ -33,7 +33,8 @@ def make_job(spec, mesh, batches, workdir):
     return dataclasses.replace(job, evaluators=make_evaluators(spec, mesh))
   lessons = distill.Lessons(spec, mesh, workdir)
   evaluators = make_evaluators(spec, mesh, lessons.evaluate, ('teacher_kl',), lessons.columns)
-  return dataclasses.replace(lessons.teach(job), evaluators=evaluators)
+  job = lessons.teach(job)
+  return dataclasses.replace(job, evaluators=evaluators, describe=make_describer(spec, job.batches))
 
 
 def make_evaluators(spec, mesh, loss_fn=None, names=(), columns=lambda data, split: None):

@@ -96,6 +96,12 @@ def distill_problems(spec):
            f'model.vocab_size={teacher.vocab_size}')
   if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
     yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+  if distill.on_policy and distill.max_new_tokens >= spec.data.seq_len:
+    yield (f'distill.max_new_tokens={distill.max_new_tokens} leaves no room for a prompt in data.seq_len='
+           f'{spec.data.seq_len}; write distill.max_new_tokens={max(spec.data.seq_len // 2, 1)}')
+  if distill.on_policy and spec.guard.policy == 'rollback':
+    yield ('guard.policy=rollback would leave out batches that the student has not said yet; write guard.policy=skip '
+           'or guard.policy=abort')
   if distill.top_k > teacher.vocab_size:
     yield f'distill.top_k={distill.top_k} is more than there are words; write at most {teacher.vocab_size}'
   if distill.compares_hidden and spec.adapter.kind and model.d_model != teacher.d_model:

@@ -45,6 +45,12 @@ def spread(values, prompts, seq_len):
   return out
 
 
+def own_rows(mesh, rows):
+  """Returns those of the rows of a batch (int array, of the whole job) that this process's devices hold."""
+  shards = batch_shards(mesh)
+  return np.concatenate([rows[b * len(rows) // shards:(b + 1) * len(rows) // shards] for b in batch_blocks(mesh)])
+
+
 def answer_of(tokenizer, prompt, tokens, stop_ids):
   """Returns the rewards.Answer of sampled tokens.  prompt: {'ids', 'answer'}, as `stream.open_prompts` has them."""
   ended = bool(len(tokens)) and int(tokens[-1]) in stop_ids

@@ -17,7 +17,6 @@ import numpy as np
 from llmjax.config import ConfigError
 from llmjax.generate.decode import Generator
 from llmjax.parallel import distributed
-from llmjax.parallel.mesh import batch_blocks, batch_shards
 from llmjax.rl import kl as divergence
 from llmjax.rl import rollout
 
@@ -72,10 +71,8 @@ class RolloutSource:
       raise RuntimeError('there is no rollout for this batch: call refill first')
     number, step = divmod(self._state, self.steps)
     self._state += 1
-    rows = self._rows(number, step)
-    shards = batch_shards(self.mesh)
-    own = [rows[b * len(rows) // shards:(b + 1) * len(rows) // shards] for b in batch_blocks(self.mesh)]
-    return {name: a[np.concatenate(own)] for name, a in self._now.batch.items()}
+    rows = rollout.own_rows(self.mesh, self._rows(number, step))
+    return {name: a[rows] for name, a in self._now.batch.items()}
 
   def _rows(self, number, step):
     """Returns which rows of the iteration its minibatch `step` has: every epoch has another order."""

@@ -227,6 +227,10 @@ class DistillSpec:
                                  'arXiv:1910.01108)', minimum=0.0)
   top_k: int = setting(0, "keep the teacher's likeliest words of every token in the run's folder, so many of them, "
                        'instead of the teacher in memory (8 bytes a word and token); 0: the teacher stays', minimum=0)
+  on_policy: float = setting(0.0, "lambda: share of the batches whose rows the student itself goes on with, for the "
+                             "teacher to judge (GKD, arXiv:2306.13649, alg. 1); 0: all are the data's", minimum=0.0,
+                             maximum=1.0)
+  max_new_tokens: int = setting(32, 'on_policy: tokens that the student says in a row, its end included', minimum=1)
   init: str = setting('', 'layers of the teacher that the student begins with, its embeddings too: every_2nd from the '
                       'lowest (DistilBERT), the first ones, or some spread from the lowest to the highest',
                       choices=LAYER_CHOICES)
@@ -253,5 +257,9 @@ class DistillSpec:
     if self.top_k and self.loss in ('reverse_kl', 'jsd'):
       yield (f'loss={self.loss} needs the whole distribution of the teacher; write loss=forward_kl or loss=hinton, or '
              'top_k=0')
+    if self.on_policy and self.top_k:
+      yield 'top_k keeps what the teacher said of the data, not of what the student will say; write top_k=0'
+    if self.on_policy and self.loss == 'hinton':
+      yield 'loss=hinton would teach the student its own words as the data; write loss=forward_kl, reverse_kl or jsd'
     if self.top_k and self.compares_hidden:
       yield ('top_k keeps no hidden states, which hidden_weight and cosine_weight compare; write top_k=0')

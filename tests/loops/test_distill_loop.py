@@ -15,6 +15,8 @@ from llmjax import config, main
 from llmjax.checkpoint.checkpoints import load_params
 from llmjax.loops.distill import layer_copy
 from llmjax.loops.spec import FinetuneSpec, PretrainSpec, RewardSpec, RlCommandSpec
+from llmjax.rl import rollout
+from llmjax.rl.on_policy import is_on_policy, prompts_of
 from llmjax.rl.spec import DistillSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -155,6 +157,53 @@ def test_adapters_learn_from_a_teacher(folder):
   np.testing.assert_allclose(losses(again), losses(plain), rtol=1e-4)
 
 
+ALONE = '--config.evaluate.splits= --config.distill.loss=jsd --config.distill.max_new_tokens=12'
+
+
+@pytest.mark.slow
+def test_with_none_of_its_own_batches_a_student_learns_as_ever(folder):
+  """Also where each batch is asked whether it is one, and none is."""
+  plain, asked = student('ever', ALONE), student('asked', ALONE, '--config.distill.on_policy=1e-12')
+  assert losses(plain) == losses(asked) and len(set(losses(plain))) == 4
+  jax.tree.map(np.testing.assert_array_equal, *(load_params(run)[0] for run in (plain, asked)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', ['pretrain', 'lora'])
+def test_what_a_student_says_is_said_again_after_a_stop(folder, command):
+  """8 batches, some of them the student's own; stopped behind each kind, it goes on to the bit."""
+  more = [ALONE, '--config.distill.on_policy=0.6', '--config.train.steps={}', '--config.train.checkpoint_every=1',
+          '--config.checkpoint.keep=20']
+  options = {'sizes': SMALL}
+  if command == 'lora':
+    base = student('said_base', sizes=SIZES.format(1, 32))
+    more += [f'--config.train.init_from={base}', '--config.adapter.kind=lora', '--config.adapter.rank=4']
+    options = {'sizes': '', 'command': 'finetune'}
+  run = lambda name, steps: student(name, ' '.join(more).format(steps), **options)
+  whole = run(f'said_{command}', 8)
+  own = [n for n in range(8) if is_on_policy(0, n, 0.6)]
+  assert 2 < len(own) < 7
+  found = {row['step']: row['rollout/tokens'] for row in rows(whole) if 'rollout/tokens' in row}
+  assert [step - 1 for step in found] == own and all(0 < n <= 12 for n in found.values())
+  stops = (own[1], own[1] + 1) if command == 'pretrain' else (own[1],)  # Before and behind one of its own.
+  for stop in stops:
+    parts = f'said_{command}_{stop}'
+    run(parts, stop)
+    run(parts, 8)
+    assert losses(parts) == losses(whole)
+    jax.tree.map(np.testing.assert_array_equal, *(load_params(r)[0] for r in (parts, whole)))
+
+
+def test_prompts_of_texts_and_of_conversations():
+  ids = np.arange(10, 23)
+  batch = rollout.make_rows([ids[:1], ids[:5], ids[:9]], [ids[1:9], ids[5:8], ids[9:]], 12)
+  text, chat, long = prompts_of(batch, 12, 4)
+  assert text.tolist() == ids[:5].tolist()  # All is trained: without its last 4.
+  assert chat.tolist() == ids[:5].tolist() and long.tolist() == ids[:9].tolist()
+  assert prompts_of(batch, 12, 6)[2].tolist() == ids[2:9].tolist()  # Its end, which leaves 6 of 13.
+  assert prompts_of(batch, 12, 11)[0].tolist() == ids[:1].tolist()
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_teacher_that_it_began_with(folder, capsys):
   shutil.copytree('big', 'growing')
@@ -182,6 +231,10 @@ def problems(spec, **groups):
     ({'distill': {'teacher': 'nowhere'}}, "distill.teacher=nowhere is not a run's folder"),
     ({'distill': {'teacher': '', 'loss': 'jsd'}}, 'teacher is missing, which loss is about'),
     ({'distill': {'loss': 'jsd', 'top_k': 4}}, 'loss=jsd needs the whole distribution'),
+    ({'distill': {'on_policy': 0.5, 'top_k': 4}}, 'not of what the student will say; write top_k=0'),
+    ({'distill': {'on_policy': 0.5, 'loss': 'hinton'}}, 'would teach the student its own words'),
+    ({'distill': {'on_policy': 0.5}}, 'write distill.max_new_tokens=12'),
+    ({'distill': {'on_policy': 0.5, 'max_new_tokens': 4}, 'guard': {'policy': 'rollback'}}, 'has not said yet'),
     ({'distill': {'hidden_weight': 1.0, 'top_k': 4}}, 'top_k keeps no hidden states'),
     ({'distill': {'top_k': 400}}, 'write at most 384'),
     ({'distill': {'temperature': 0.0}}, 'write temperature=1.0'),
