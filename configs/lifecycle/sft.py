@@ -1,0 +1,17 @@
+"""The second stage of tools/lifecycle.sh: the quickstart's model learns to answer, and replays what it was trained on.
+
+Model and row length are those of train.init_from, here and in the stages after it.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config():
+  c = config_dict.ConfigDict()
+  c.data = dict(sources={'runs/lifecycle/data/questions': 0.5, 'runs/lifecycle/data/sums': 0.25, 'data/python_docs': 0.25},
+                packing='best_fit', long='drop')
+  c.train = dict(init_from='runs/lifecycle/base', steps=400, batch_size=8, log_every=20, eval_every=100,
+                 checkpoint_every=100)
+  c.optimizer = dict(lr=1e-3, warmup_steps=20, schedule='cosine', weight_decay=0.0)
+  c.evaluate = dict(limit=64, by_source=True)
+  return c
