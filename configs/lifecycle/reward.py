@@ -1,4 +1,4 @@
-"""The third stage of tools/lifecycle.sh: a reward model that tells answers to a question from answers to another one."""
+"""The third stage of tools/lifecycle.sh: a reward model that tells a question's answer from the answer to another."""
 
 from ml_collections import config_dict
 

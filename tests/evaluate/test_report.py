@@ -9,7 +9,7 @@ import re
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.evaluate import report
+from llmjax.evaluate import report, runs
 from llmjax.evaluate.spec import ReportOptions
 from llmjax.loops import report as report_loop
 
@@ -192,12 +192,12 @@ def test_a_loss_that_is_not_finite_is_said_and_drawn_as_a_gap(run_folder):
 
 def test_an_empty_folder_still_makes_a_page_that_says_what_is_missing(tmp_path):
   page = _Reader(report.write_report(tmp_path).read_text())
-  for name in report.FILES:
+  for name in runs.FILES:
     assert name in page.text
   assert 'Not measured yet' in page.text
 
 
-@pytest.mark.parametrize('name', sorted(report.FILES))
+@pytest.mark.parametrize('name', sorted(runs.FILES))
 def test_any_file_may_be_absent_damaged_or_of_another_form(run_folder, name):
   for content in (None, '{"a": ', '[1, 2]', '{"x": null}', '{"model": 3, "validation": []}',
                   '{"step": 1, "train/loss": "a", "train/lr": [], "text": 1, "data": {}}',
