@@ -5,11 +5,11 @@ from ml_collections import config_dict
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.data = dict(sources={'runs/lifecycle/data/problems': 1.0}, seq_len=64)
-  c.train = dict(init_from='runs/lifecycle/sft', steps=40, batch_size=256, log_every=1, eval_every=10,
+  c.data = dict(sources={'runs/lifecycle/data/problems': 1.0}, seq_len=56)
+  c.train = dict(init_from='runs/lifecycle/sft', steps=40, batch_size=128, log_every=1, eval_every=10,
                  checkpoint_every=10, compute_dtype='float32')
   c.optimizer = dict(lr=5e-4, schedule='linear', weight_decay=0.0)
-  c.rl = dict(prompts=32, group=8, max_new_tokens=24, rewards={'maths': 1.0})
+  c.rl = dict(prompts=16, group=8, max_new_tokens=20, rewards={'maths': 1.0})
   c.policy = dict(name='grpo', kl_coef=0.02)
   c.evaluate = dict(limit=128)
   return c

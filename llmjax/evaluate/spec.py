@@ -58,8 +58,8 @@ class ReportOptions:
   """Flags of `llmjax report`."""
 
   workdir: str = setting('', "the run's folder")
-  compare: tuple[str, ...] = setting((), 'folders of other runs, such as later stages of the same model: one page about '
-                                     'all of them, in this order')
+  compare: tuple[str, ...] = setting((), 'folders of other runs, such as later stages of the same model: one page '
+                                     'about all of them, in this order')
   output: str = setting('', "with --compare: the page to write; '': compare.html in the folder of --workdir")
 
   def problems(self):
