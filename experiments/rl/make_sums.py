@@ -1,13 +1,13 @@
 """Writes the data of RL recipes: sums, of which a base model learns to give some right answers.
 
     python experiments/rl/make_sums.py data/sums
-    python experiments/rl/make_sums.py data/sums --worked=50
+    python experiments/rl/make_sums.py data/sums --worked=20
 
 Without --worked: chat.jsonl has every sum of one digit with every number from 0 to 9 as its answer, of which the right
 one weighs as much as 30 % and the others 70 % together; prompts.jsonl (prompt, answer) has all of these sums.
 
 --worked=N: word problems about two numbers from 1 to N, with solutions as GSM8K (arXiv:2110.14168) writes them: the
-working, then `#### answer`.  chat.jsonl has a third of them, ask.jsonl four, prompts.jsonl the rest.
+working, then `#### answer`.  chat.jsonl has half of them, ask.jsonl four, prompts.jsonl the rest.
 """
 
 import argparse
@@ -41,9 +41,9 @@ def worked(largest, seed=0):
 
   solve = lambda a, b: f'{a} + {b} = {a + b}\n#### {a + b}'
   answered = lambda sums: [{'prompt': ask(*s), 'answer': solve(*s)} for s in sums]
-  third = len(sums) // 3
-  return {'chat': [{'prompt': ask(*s), 'completion': solve(*s)} for s in sums[:third]],
-          'ask': answered(sums[third:third + 4]), 'prompts': answered(sums[third + 4:])}
+  half = len(sums) // 2
+  return {'chat': [{'prompt': ask(*s), 'completion': solve(*s)} for s in sums[:half]],
+          'ask': answered(sums[half:half + 4]), 'prompts': answered(sums[half + 4:])}
 
 
 def main(output, largest=0):

@@ -118,7 +118,9 @@ margin:4px 0 0}
 .stages th{color:var(--ink);font-weight:600}.stages td em{display:block;font-size:12px}
 em.up,em.down,em.same{font-style:normal;color:var(--soft)}em.up{color:var(--c2)}em.down{color:var(--bad)}
 .said{table-layout:fixed;min-width:760px}
-.said pre{margin:0;padding:7px 10px;font-size:12px;border-left:3px solid var(--line)}.said pre.ok{border-left-color:var(--c2)}.said td{padding:8px 6px;font-size:13px;overflow-wrap:anywhere}
+.said pre{margin:0;padding:7px 10px;font-size:12px;border-left:3px solid var(--line)}
+.said pre.ok{border-left-color:var(--c2)}
+.said td{padding:8px 6px;font-size:13px;overflow-wrap:anywhere}
 .said th{color:var(--ink);font-weight:600}
 footer{margin-top:34px;color:var(--soft);font-size:13px}
 @media(max-width:760px){main{padding:18px 14px 40px}.head,.grid{grid-template-columns:minmax(0,1fr)}
