@@ -18,7 +18,7 @@ show() { printf '\n$ %s\n' "$*"; "$@"; }
 prepare() {  # FILE NAME KIND
   show llmjax prepare --config=configs/data/chat.py --config.path="$1" --config.records="$3" \
     --config.output="$work/data/$2" --config.tokenizer.path=data/python_docs/tokenizer.model \
-    --config.validation_fraction=0.1 --config.test_fraction=0
+    --config.validation_fraction=0.15 --config.test_fraction=0
 }
 train() {  # COMMAND STAGE PARENT SOURCES [OVERRIDE ...]
   local command=$1 stage=$2 parent=$3 sources=$4
@@ -28,7 +28,7 @@ train() {  # COMMAND STAGE PARENT SOURCES [OVERRIDE ...]
 
 show llmjax prepare --config=configs/data/python_docs.py
 [ -n "${DATA:-}" ] || [ -e "$questions/ask.jsonl" ] || show python experiments/finetune/make_questions.py "$questions"
-[ -e "$work/text/sums/ask.jsonl" ] || show python experiments/rl/make_sums.py "$work/text/sums" --worked=50
+[ -e "$work/text/sums/ask.jsonl" ] || show python experiments/rl/make_sums.py "$work/text/sums" --worked=20
 prepare "$questions/chat.jsonl" questions chat
 prepare "$work/text/sums/chat.jsonl" sums chat
 prepare "$questions/pairs.jsonl" pairs pairs
@@ -37,7 +37,7 @@ cat "$questions/ask.jsonl" "$work/text/sums/ask.jsonl" > "$work/ask.jsonl"
 
 [ -n "${BASE:-}" ] || show llmjax pretrain --config=configs/pretrain/quickstart.py --workdir="$base" \
   --config.train.steps=600 "$@"
-train finetune sft "$base" "{'$work/data/questions': 0.5, '$work/data/sums': 0.25, 'data/python_docs': 0.25}" "$@"
+train finetune sft "$base" "{'$work/data/questions': 0.4, '$work/data/sums': 0.4, 'data/python_docs': 0.2}" "$@"
 train reward reward "$work/sft" "$work/data/pairs" "$@"
 train rl ppo "$work/sft" "$work/data/problems" "$@"
 train rl grpo "$work/sft" "$work/data/problems" "$@"
