@@ -18,6 +18,8 @@ EVENTS = 100  # Of the newest, so that a run in trouble does not fill the page.
 EVENT_NAMES = {'start': 'start', 'bad_step': 'bad step', 'rollback': 'rollback', 'corruption': 'corruption',
                'straggler': 'slow process', 'early_stop': 'no more progress', 'stopped': 'stopped',
                'interrupted': 'interrupted', 'done': 'done'}
+# Of an evaluation's answers to prompts: measure, and how it is written.
+ANSWERS = (('step', '{:,}'), ('answers', '{:,}'), ('reward', '{:.3f}'), ('ended', '{:.1%}'), ('tokens', '{:.1f}'))
 COMPRESSORS = (('xz_bits_per_byte', 'xz -9'), ('gzip_bits_per_byte', 'gzip -9'))
 
 
@@ -383,7 +385,10 @@ def _evaluation(run):
              ('bits_per_byte', '{:.4f}'), ('xz_bits_per_byte', '{:.4f}'),
              ('gzip_bits_per_byte', '{:.4f}'), ('tokens', '{:,}'), ('bytes', '{:,}'))
   table = {split: values for split, values in run.evaluation.items() if isinstance(values, dict)}
-  note = ''
+  answers = [split for split, values in table.items() if number(values, 'reward') is not None]
+  asked = [[split, *('–' if number(table[split], key) is None else form.format(number(table[split], key))
+                     for key, form in ANSWERS)] for split in answers]
+  table, note = {split: values for split, values in table.items() if split not in answers}, ''
   if not table:
     for name in run.eval_names():
       step, loss = run.last(f'eval/{name}/loss')
@@ -393,7 +398,7 @@ def _evaluation(run):
         is_count = key in ('tokens', 'bytes') and value is not None
         table[name][key] = int(value) if is_count else value
     note = '<p class="soft small note">The last evaluation made while training.</p>'
-  if not table:
+  if not table and not asked:
     return ''
   rows, best = [], []
   for r, (split, values) in enumerate(table.items()):
@@ -406,7 +411,10 @@ def _evaluation(run):
       best.append((r, min(in_bits, key=in_bits.get)))
   header = ['split', 'step', 'loss, nats', 'perplexity', 'bits/byte', 'xz -9', 'gzip -9', 'tokens',
             'bytes']
-  return page.section('Evaluation', f'<div class="card">{page.table(header, rows, best)}</div>{note}')
+  shown = [page.table(header, rows, best)] if rows else []
+  if asked:
+    shown.append(page.table(['answers to prompts', 'step', 'prompts', 'mean reward', 'ended', 'tokens'], asked))
+  return page.section('Evaluation', ''.join(f'<div class="card">{table}</div>' for table in shown) + note)
 
 
 def _data(run):

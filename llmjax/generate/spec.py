@@ -69,6 +69,8 @@ class GenerateOptions(SamplingSpec):
       yield 'prompt and prompt_file are both set; write one of them'
     if self.prompts and (self.prompt or self.prompt_file or self.num_samples > 1):
       yield 'prompts gives one answer to each line of a file; leave out --prompt, --prompt-file and --num-samples'
+    if self.prompts and not os.path.isfile(self.prompts):
+      yield f'prompts={self.prompts}: there is no such file; give JSONL with objects such as {{"prompt": TEXT}}'
     if self.system and not self.chat:
       yield 'system needs --chat; add it, or leave --system out'
     within = [os.path.isfile(os.path.join(self.workdir, name)) for name in ('config.json', CHAT_TEMPLATE)]
