@@ -148,7 +148,8 @@ def test_any_run_is_evaluated_on_prompts_as_its_answers_are_worth(folder, capsys
   (folder / 'ask.jsonl').write_text('\n'.join(map(json.dumps, held_out)) + '\n\n')
   for run, chat in (('runs/whole', ['--chat']), ('runs/sums', [])):  # Whose data these are, and a base of text.
     assert not call('evaluate', f'--workdir={run}', '--sources=data/sums_prompts', '--max-new-tokens=4')
-    assert not call('generate', f'--workdir={run}', '--prompts=ask.jsonl', '--max-new-tokens=4', '--temperature=0', *chat)
+    assert not call('generate', f'--workdir={run}', '--prompts=ask.jsonl', '--max-new-tokens=4', '--temperature=0',
+                    *chat)
     found = json.loads((folder / run / 'evaluation.json').read_text())['validation:sums_prompts']
     said = [json.loads(line) for line in (folder / run / 'answers.jsonl').read_text().splitlines()]
     assert [a['prompt'] for a in said] == [r['prompt'][0]['content'] for r in held_out]
