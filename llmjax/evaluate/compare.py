@@ -44,6 +44,21 @@ class Stage:
   parent: int | None
   answers: list
 
+  def curves(self):
+    """Returns {name of an evaluation while training: its name on the page}: always with the source that it is of.
+
+    An evaluation of several sources together is left out where each has one of its own.
+    """
+    names, sources = self.run.eval_names(), self.run.get('data', 'sources')
+    sources = list(sources) if isinstance(sources, dict) else []
+    shown = {}
+    for name in names:
+      if ':' not in name and len(sources) == 1:
+        shown[name] = f'{name}:{pathlib.PurePath(str(sources[0])).name}'
+      elif ':' in name or not any(other.startswith(f'{name}:') for other in names):
+        shown[name] = name
+    return shown
+
   def measured(self, name, key):
     """Returns a number of an evaluation: of evaluation.json, else the last one made while training."""
     found = number(self.run.evaluation.get(name), key)
@@ -150,8 +165,12 @@ def _rows(stages):
   """Yields (label, what it means, values of the stages, format, the better direction: -1, 0, 1)."""
   yield 'Parameters', '', [parameters(s.run) for s in stages], count, 0
   yield 'Steps', '', [steps_done(s.run) for s in stages], '{:,}'.format, 0
-  yield ('Tokens trained on', 'targets with weight in the loss',
-         [sum(v for v in s.run.curve('train/target_tokens')[1] if math.isfinite(v)) or None for s in stages], count, 0)
+  yield ('Rows trained on', 'of text, conversations, pairs, or answers',
+         [(steps_done(s.run) or 0) * (s.run.number('train', 'batch_size') or 0) or None for s in stages],
+         '{:,}'.format, 0)
+  yield ('Tokens trained on', 'targets with weight in the loss',  # Elsewhere the weight is of pairs or of answers.
+         [sum(v for v in s.run.curve('train/target_tokens')[1] if math.isfinite(v)) or None
+          if s.kind in ('pretrain', 'finetune') else None for s in stages], count, 0)
   yield 'Wall time', 'start, compilation and evaluation included', [_seconds(s.run) for s in stages], duration, 0
   # A comparison is of what was measured in the same way: of evaluation.json before what training itself evaluated.
   shared = [name for s in stages for name in s.run.evaluation]
@@ -168,8 +187,8 @@ def _rows(stages):
     yield (f'Answers that end, {_named(name)}', 'by the token that ends them',
            [s.measured(name, 'ended') for s in stages], '{:.1%}'.format, 1)
   for name in _evaluations(stages, 'accuracy'):
-    yield (f'Pairs ranked right, {_named(name)}', 'held-out', [s.measured(name, 'accuracy') for s in stages],
-           '{:.1%}'.format, 1)
+    yield ('Pairs ranked right', f'{_named(name)}: the better answer scores higher',
+           [s.measured(name, 'accuracy') for s in stages], '{:.1%}'.format, 1)
   for when, where in (('before', 0), ('after', 1)):
     yield (f'Reward of sampled answers, {when}', f'{"first" if not where else "last"} tenth of the iterations',
            [_ends(s.run, 'rollout/reward')[where] for s in stages], '{:.3f}'.format, 0)
@@ -222,7 +241,7 @@ def _headline(stages, index):
     for name in _evaluations([stage], 'reward'):
       return f'{stage.measured(name, "reward"):.1%}', f'right answers, {_named(name)}'
   for name in _evaluations([stage], 'accuracy'):
-    return f'{stage.measured(name, "accuracy"):.1%}', f'pairs ranked right, {_named(name)}'
+    return f'{stage.measured(name, "accuracy"):.1%}', f'pairs ranked right, {_named(stage.curves().get(name, name))}'
   names = _evaluations([stage], 'loss')
   trained = stage.run.get('data', 'sources')
   trained = [pathlib.PurePath(str(s)).name for s in sorted(
@@ -252,14 +271,15 @@ def _cards(stages):
 def _curves(stages, charts):
   wide, rest = '', ''
   for pattern, title, options in CHARTS:
-    names = list(dict.fromkeys(n for s in stages for n in s.run.eval_names())) if '{}' in pattern else ['']
+    names = list(dict.fromkeys(n for s in stages for n in s.curves().values())) if '{}' in pattern else ['']
     for name in names:
       key = pattern.format(name)
-      series = [made for i, s in enumerate(stages) for made in _lines(s, i, key)]
+      series = [made for i, s in enumerate(stages) for own, shown in (s.curves() if name else {'': ''}).items()
+                if shown == name for made in _lines(s, i, pattern.format(own))]
       if not series:
         continue
       identity = f'chart{len(charts)}'
-      charts[identity] = {'title': title.format(name), 'height': 200, 'series': series, **options}
+      charts[identity] = {'title': title.format(_named(name)), 'height': 200, 'series': series, **options}
       drawn = page.line_chart(identity, charts[identity])
       if key == 'train/loss':
         wide += drawn

@@ -40,7 +40,7 @@ def life(tmp_path):
   def run(name, groups, metrics, evaluation=None, said=None, source=None):
     write(life / name, 'config.json', {
         'model': MODEL, 'data': {'sources': {'data/docs': 1.0}},
-        'train': {'steps': 3, 'init_from': source or ''}, **groups})
+        'train': {'steps': 3, 'batch_size': 8, 'init_from': source or ''}, **groups})
     write(life / name, 'metrics.jsonl', metrics)
     write(life / name, 'time.jsonl', [{'seconds': {'step': 61.0, 'init': 1.0}}])
     write(life / name, 'environment.json', {'device_kind': 'cpu'})
@@ -106,11 +106,12 @@ def test_each_stage_has_its_measures_and_what_it_changed(life):
   assert page.rows['Began from'] == ['–', 'base', 'sft', 'sft']
   assert page.rows['Steps'] == ['3', '3', '3', '3']
   assert page.rows['Wall time'] == ['1 min 2 s'] * 4
+  assert page.rows['Rows trained on'] == ['24'] * 4
   assert page.rows['Tokens trained on'] == ['3,000', '1,500', '–', '–']
   assert page.rows['docs'] == ['2.000', '2.250|+0.250', '–', '2.250|±0']
   assert page.rows['chats'] == ['4.500', '1.250|−3.250', '–', '–']
   assert page.rows['Right answers, sums'] == ['0.0%', '25.0%|+25.0%', '–', '75.0%|+50.0%']
-  assert page.rows['Pairs ranked right, validation'] == ['–', '–', '87.5%', '–']
+  assert page.rows['Pairs ranked right'] == ['–', '–', '87.5%', '–']
   assert page.rows['Reward of sampled answers, before'][3] == '0.250'
   assert page.rows['Reward of sampled answers, after'][3] == '0.750'
   assert page.rows['KL from the run it began from'][3] == '1.50'
@@ -125,7 +126,7 @@ def test_curves_of_one_metric_are_one_chart(life):
   _, _, charts = read(life, 'base', 'sft', 'judge', 'tuned')
   assert charts['Loss'] == {'base': [5.0, 4.0, 3.5], 'sft': [4.0, 2.0, 1.5], 'judge': [0.7, 0.6, 0.5]}
   assert charts['Reward of sampled answers'] == {'tuned': [0.25, 0.5, 0.75]}
-  assert charts['Held-out pairs whose better answer scores higher, validation'] == {'judge': [0.5, 0.6, 0.875]}
+  assert charts['Held-out pairs whose better answer scores higher, docs'] == {'judge': [0.5, 0.6, 0.875]}
 
 
 def test_answers_to_the_same_prompt_stand_side_by_side(life):
