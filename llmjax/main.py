@@ -79,8 +79,8 @@ COMMANDS = {
         'llmjax.loops.spec:GenerateOptions', None,
         "llmjax generate --workdir=runs/quickstart --prompt='def '"),
     'report': Command(
-        "write a run's report.html again", 'llmjax.loops.report',
-        'llmjax.loops.spec:ReportOptions', None, 'llmjax report --workdir=runs/quickstart'),
+        "write a run's report.html again, or one page about several runs", 'llmjax.loops.report',
+        'llmjax.loops.spec:ReportOptions', None, 'llmjax report --workdir=runs/quickstart --compare=runs/chat,runs/rl'),
     'mesh': Command(
         'how a recipe lies on devices: mesh, parameters, memory, collectives', 'llmjax.loops.mesh',
         'llmjax.loops.spec:MeshOptions', 'llmjax.loops.spec:LayoutSpec',

@@ -11,9 +11,11 @@ solution of steps is one whose weights are labels (see `steps`).
 """
 
 import json
+import pathlib
 
 import numpy as np
 
+from llmjax import config
 from llmjax.data import steps
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
@@ -28,6 +30,7 @@ FORMS = {
     'prompts': 'prompt (or question, messages, or instruction and input) and answer',
     'steps': steps.FORMS,
 }
+BAD_LINES = 20  # Shown of a file at most.
 _ROLES = {'human': 'user', 'gpt': 'assistant'}  # As ShareGPT calls them.
 
 
@@ -66,6 +69,29 @@ def read_answers(record):
   if not isinstance(both, list) or len(both) != 2 or not all(isinstance(answer, str) for answer in both):
     raise ValueError('two answers must stand beside the prompt: "responses": [text, text], or chosen and rejected')
   return prompt, *both
+
+
+def read_records(path, read):
+  """Returns what `read` makes of each line's object in a file of --prompts; ConfigError with all bad lines."""
+  made, problems = [], []
+  try:
+    lines = pathlib.Path(path).read_bytes().splitlines()
+  except OSError as e:
+    raise config.ConfigError([f'--prompts={path} cannot be read: {e.strerror}']) from e
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      made.append(read(json.loads(line)))
+    except (ValueError, RecursionError) as e:
+      problems.append(f'{path}:{number}: {config.one_line(e)}')
+  if len(problems) > BAD_LINES:
+    problems[BAD_LINES:] = [f'and {len(problems) - BAD_LINES} more lines of {path}']
+  if not made and not problems:
+    problems.append(f'--prompts={path} has no lines')
+  if problems:
+    raise config.ConfigError(problems)
+  return made
 
 
 def _plain(value):
@@ -241,4 +267,4 @@ def untrained(name, chat, ids):
 
 
 __all__ = ['FORMS', 'PAIR_NUMBERS', 'SUFFIXES', 'Encoder', 'TemplateError', 'normaliser', 'note_of',
-           'read_answers', 'read_prompt', 'texts', 'untrained']
+           'read_answers', 'read_prompt', 'read_records', 'texts', 'untrained']

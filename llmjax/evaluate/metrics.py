@@ -10,6 +10,7 @@ import pathlib
 
 from llmjax import config
 
+POINTS = 1200  # Of one curve on a page: more than a screen has columns to show them in.
 NON_FINITE = {'NaN': math.nan, 'Infinity': math.inf, '-Infinity': -math.inf}
 
 
@@ -114,3 +115,18 @@ def downsample(values, limit):
     if len(finite) < len(indices):
       keep.add(next(i for i in indices if not math.isfinite(values[i])))
   return sorted(keep)
+
+
+def trend(label, color, steps, values):
+  """Returns the series of a noisy curve: as measured, light, and smoothed over it, strong."""
+  if len(values) < 60:  # Few enough to see the trend without help.
+    return [series(label, 'line', color, steps, values)]
+  return [series(label, 'faint', color, steps, values),
+          series('smoothed', 'line', color, steps, smooth(values, len(values) // 60))]
+
+
+def series(label, kind, color, steps, values):
+  """Returns a thinned series for the page: NaN is null, six significant digits are kept."""
+  kept = downsample(values, POINTS)
+  return {'label': label, 'kind': kind, 'color': color % 8, 'x': [steps[i] for i in kept],
+          'y': [float(f'{values[i]:.6g}') if math.isfinite(values[i]) else None for i in kept]}

@@ -108,6 +108,20 @@ margin:4px 0 0}
 .copy{position:relative}.copy button{position:absolute;top:9px;right:9px;background:var(--card)}
 .copy pre{padding-right:76px}
 .share{white-space:nowrap}.meter{display:inline-block;height:8px;border-radius:3px;background:var(--c0);margin-right:8px}
+.flow{display:grid;grid-template-columns:repeat(auto-fit,minmax(170px,1fr));gap:12px}
+.stage{border-top:4px solid;padding:12px 14px;display:flex;flex-direction:column}.stage h3 span{font-weight:400}
+.stage b{font-size:27px;line-height:1.2;letter-spacing:-.02em;margin-top:8px}
+.stage em{font-style:normal;font-size:13px;margin-bottom:8px;overflow-wrap:anywhere}.stage>:last-child{margin-top:auto}
+.dot{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:6px}
+.under{display:block;font-size:12px;white-space:pre-wrap}
+.stages td:first-child{min-width:190px}.stages td{white-space:nowrap}.stages td:first-child{white-space:normal}
+.stages th{color:var(--ink);font-weight:600}.stages td em{display:block;font-size:12px}
+em.up,em.down,em.same{font-style:normal;color:var(--soft)}em.up{color:var(--c2)}em.down{color:var(--bad)}
+.said{table-layout:fixed;min-width:760px}
+.said pre{margin:0;padding:7px 10px;font-size:12px;border-left:3px solid var(--line)}
+.said pre.ok{border-left-color:var(--c2)}
+.said td{padding:8px 6px;font-size:13px;overflow-wrap:anywhere}
+.said th{color:var(--ink);font-weight:600}
 footer{margin-top:34px;color:var(--soft);font-size:13px}
 @media(max-width:760px){main{padding:18px 14px 40px}.head,.grid{grid-template-columns:minmax(0,1fr)}
 .card{padding:14px}.tiles{gap:10px}.tile{padding:10px 12px}.tile b{font-size:19px}
@@ -358,6 +372,11 @@ def line_chart(name, chart):
           f'<div class="plot" style="min-height:{chart["height"]}px">'
           '<noscript>The curves need JavaScript; their numbers are in metrics.jsonl.</noscript>'
           '</div></figure>')
+
+
+def section(title, body):
+  """Returns a section of the page, '' where there is nothing in it.  body: HTML."""
+  return f'<h2>{html.escape(str(title))}</h2>\n{body}' if body else ''
 
 
 def table(header, rows, best=()):

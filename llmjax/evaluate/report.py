@@ -3,80 +3,24 @@
 Every file may be missing or damaged: the page shows what there is and names what there is not.
 """
 
-import dataclasses
 import html
-import json
 import math
 import os
 import pathlib
 import statistics
 
-from llmjax import config as configs
 from llmjax import secrets
 from llmjax.evaluate import metrics, page, rollouts
-from llmjax.model import counts
-from llmjax.model.spec import ModelSpec
+from llmjax.evaluate.runs import count, duration, held_out, number, parameters, read_run, steps_done
 
-POINTS = 1200  # Of one curve on the page: more than a screen has columns to show them in.
 SAMPLE_STEPS, SAMPLE_CHARACTERS = 24, 3000  # So that long runs stay below a megabyte.
 EVENTS = 100  # Of the newest, so that a run in trouble does not fill the page.
 EVENT_NAMES = {'start': 'start', 'bad_step': 'bad step', 'rollback': 'rollback', 'corruption': 'corruption',
                'straggler': 'slow process', 'early_stop': 'no more progress', 'stopped': 'stopped',
                'interrupted': 'interrupted', 'done': 'done'}
+# Of an evaluation's answers to prompts: measure, and how it is written.
+ANSWERS = (('step', '{:,}'), ('answers', '{:,}'), ('reward', '{:.3f}'), ('ended', '{:.1%}'), ('tokens', '{:.1f}'))
 COMPRESSORS = (('xz_bits_per_byte', 'xz -9'), ('gzip_bits_per_byte', 'gzip -9'))
-FILES = {
-    'config.json': 'the resolved config', 'metrics.jsonl': 'the curves',
-    'samples.jsonl': 'samples drawn while training; sample.prompts asks for them',
-    'evaluation.json': 'the evaluation beside gzip and xz; `llmjax evaluate` writes it',
-    'time.jsonl': 'where the time went', 'energy.json': 'energy, carbon and money',
-    'environment.json': 'versions and devices',
-    'data.json': 'what the data holds'}
-
-
-@dataclasses.dataclass
-class Run:
-  """What was read of a run's folder; empty where there was nothing."""
-
-  folder: pathlib.Path
-  config: dict
-  rows: list
-  samples: list
-  evaluation: dict
-  time: dict
-  energy: dict
-  environment: dict
-  data: dict
-  profile: dict
-  events: list
-  missing: list  # Of (file, what it would have shown or what is wrong with it).
-  margins: dict = dataclasses.field(default_factory=dict)  # Of held-out pairs, by split.
-  _curves: dict = dataclasses.field(default_factory=dict)
-
-  def get(self, group, name):
-    """Returns a value of the config, or None."""
-    values = self.config.get(group)
-    return values.get(name) if isinstance(values, dict) else None
-
-  def number(self, group, name):
-    """Returns a number of the config, or None."""
-    return _number(self.config.get(group), name)
-
-  def curve(self, key):
-    """Returns ([steps], [values]) of a metric."""
-    if key not in self._curves:
-      self._curves[key] = metrics.curve(self.rows, key)
-    return self._curves[key]
-
-  def last(self, key):
-    """Returns (step, value) of a metric's last finite value, or (None, None)."""
-    steps, values = self.curve(key)
-    return next(((s, v) for s, v in zip(reversed(steps), reversed(values), strict=True)
-                 if math.isfinite(v)), (None, None))
-
-  def eval_names(self):
-    """Returns the names of the evaluations in the metrics, in the order they first appear."""
-    return list(dict.fromkeys(key.split('/')[1] for row in self.rows for key in row
-                              if key.startswith('eval/') and key.count('/') == 2))
 
 
 def write_report(workdir) -> pathlib.Path:
@@ -89,46 +33,6 @@ def write_report(workdir) -> pathlib.Path:
   return path
 
 
-def read_run(workdir):
-  """Returns the Run of a folder, never failing on what is missing or damaged."""
-  folder = pathlib.Path(workdir)
-  missing = []
-
-  def read(name, read_file, empty):
-    path = folder / name
-    if not path.exists():
-      if name in FILES:
-        missing.append((name, FILES[name]))
-      return empty
-    try:
-      value = read_file(path)
-    except (OSError, ValueError, configs.ConfigError) as e:
-      missing.append((name, f'cannot be read: {e}'))
-      return empty
-    if not isinstance(value, type(empty)):
-      missing.append((name, f'holds {type(value).__name__}, not {type(empty).__name__}'))
-      return empty
-    return value
-
-  def parse(path):
-    return json.loads(path.read_text(encoding='utf-8'))
-
-  run = Run(folder, read('config.json', parse, {}),
-            read('metrics.jsonl', metrics.read_metrics, []),
-            read('samples.jsonl', metrics.read_lines, []), read('evaluation.json', parse, {}),
-            read('time.jsonl', _last_seconds, {}), read('energy.json', parse, {}), read('environment.json', parse, {}),
-            read('data.json', parse, {}), read('profile/top_operations.json', parse, {}),
-            read('events.jsonl', metrics.read_lines, []), missing, read('reward.json', parse, {}))
-  run.rows = [row for row in run.rows if isinstance(row.get('step'), int)]
-  return run
-
-
-def _last_seconds(path):
-  """Returns seconds by bucket over all sittings of a `time.jsonl`."""
-  lines = [row['seconds'] for row in metrics.read_lines(path) if isinstance(row.get('seconds'), dict)]
-  return lines[-1] if lines else {}
-
-
 def render(run):
   """Returns the page as text."""
   charts = {}
@@ -139,66 +43,16 @@ def render(run):
   return page.render_page(f'{_name(run)} · llmjax', '\n'.join(filter(None, sections)), charts)
 
 
-def count(value):
-  """Returns '58.5 M' of 58_470_000: three digits and a unit, for headlines."""
-  if value is None:
-    return '–'
-  for limit, unit in ((1e12, ' T'), (1e9, ' B'), (1e6, ' M'), (1e4, ' k')):
-    if abs(value) >= limit * (1.0 if unit == ' k' else 0.9995):  # 999,960 is 1 M, not 1e+03 k.
-      return f'{value / (1e3 if unit == " k" else limit):.3g}{unit}'
-  return f'{value:,.0f}' if abs(value) >= 100 or value == int(value) else f'{value:.3g}'
-
-
-def duration(seconds):
-  """Returns '3 min 12 s' and the like."""
-  if seconds is None:
-    return '–'
-  if seconds < 60:
-    return f'{seconds:.3g} s'
-  minutes, s = divmod(round(seconds), 60)
-  hours, m = divmod(minutes, 60)
-  if hours >= 24:
-    return f'{hours // 24} d {hours % 24} h'
-  return f'{hours} h {m} min' if hours else f'{m} min {s} s'
-
-
 def _e(text):
   return html.escape(str(text))
-
-
-def _number(mapping, key):
-  """Returns a finite number of a mapping from a file, or None."""
-  value = mapping.get(key) if isinstance(mapping, dict) else None
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return value if is_number and math.isfinite(value) else None
-
-
-def _section(title, body):
-  return f'<h2>{_e(title)}</h2>\n{body}' if body else ''
 
 
 def _name(run):
   return run.folder.resolve().name or 'run'
 
 
-def _steps_done(run):
-  return max((row['step'] for row in run.rows), default=None)
-
-
-def _held_out(run):
-  """Returns (split, {metrics}) of the run's headline evaluation, or (None, {})."""
-  for split in ('test', 'validation', *run.evaluation):
-    if _number(run.evaluation.get(split), 'bits_per_byte') is not None:
-      return split, run.evaluation[split]
-  for name in run.eval_names():  # Without evaluation.json, the last one made while training.
-    step, value = run.last(f'eval/{name}/bits_per_byte')
-    if value is not None:
-      return name, {'bits_per_byte': value, 'step': step}
-  return None, {}
-
-
 def _header(run):
-  done, total = _steps_done(run), run.number('train', 'steps')
+  done, total = steps_done(run), run.number('train', 'steps')
   model = run.config.get('model')
   parts = []
   if isinstance(model, dict):
@@ -239,8 +93,8 @@ HEADLINES = (('reward', 'Reward of held-out answers', '{:.3f}'),
 
 
 def _headline(run):
-  split, values = _held_out(run)
-  own = _number(values, 'bits_per_byte')
+  split, values = held_out(run)
+  own = number(values, 'bits_per_byte')
   other = next(((form.format(value), title, name) for key, title, form in HEADLINES for name in run.eval_names()
                 for _, value in [run.last(f'eval/{name}/{key}')] if value is not None), None)
   if other:
@@ -250,8 +104,8 @@ def _headline(run):
             'yet: <code>llmjax evaluate</code> does, beside gzip and xz.</p></div>')
   else:
     bars = [('this model', own, 'own')]
-    bars += [(label, _number(values, key), '') for key, label in COMPRESSORS
-             if _number(values, key)]
+    bars += [(label, number(values, key), '') for key, label in COMPRESSORS
+             if number(values, key)]
     longest = max(v for _, v, _ in bars) or 1.0
     rows = ''.join(
         f'<span>{_e(label)}</span><div class="{kind}" style="width:{100 * v / longest:.1f}%"></div>'
@@ -283,8 +137,8 @@ def _valued(text):
 
 def _tiles(run):
   """Yields (label, value, note) of the small headline figures."""
-  done = _steps_done(run)
-  yield 'Parameters', count(_parameters(run)), _layers_note(run)
+  done = steps_done(run)
+  yield 'Parameters', count(parameters(run)), _layers_note(run)
   tokens = None
   rows, length = run.number('train', 'batch_size'), run.number('data', 'seq_len')
   if done is not None and rows and length:
@@ -295,7 +149,7 @@ def _tiles(run):
   mfu = _median(run, 'train/mfu')
   yield ('Model FLOPs used', '–' if mfu is None else f'{100 * mfu:.3g} %',
          '' if mfu is None else 'of the peak (MFU)')
-  seconds = sum(v for v in map(lambda k: _number(run.time, k), run.time) if v)
+  seconds = sum(v for v in map(lambda k: number(run.time, k), run.time) if v)
   yield 'Wall time', duration(seconds or None), 'all of it, start to end' if seconds else ''
   step, loss = run.last('train/loss')
   yield ('Training loss', '–' if loss is None else f'{loss:.3f}',
@@ -312,19 +166,6 @@ def _median(run, key):
   return statistics.median(values) if values else None
 
 
-def _parameters(run):
-  """Returns the number of parameters, counted from the config, or None."""
-  known = {f.name for f in dataclasses.fields(ModelSpec)}
-  model = run.config.get('model')
-  if not isinstance(model, dict) or not model.get('vocab_size'):
-    return _number(run.environment, 'parameters')
-  try:
-    spec = configs.build(ModelSpec, {k: v for k, v in model.items() if k in known})
-    return counts.count_params(spec)['total']
-  except configs.ConfigError:
-    return _number(run.environment, 'parameters')
-
-
 def _curves(run, charts):
   """Returns the charts' HTML and adds their data to `charts`."""
   parts = []
@@ -339,60 +180,46 @@ def _curves(run, charts):
   steps, losses = run.curve('train/loss')
   names = run.eval_names()
   measured = any(run.curve(f'eval/{name}/{key}')[0] for key, *_ in HEADLINES for name in names)
-  add('loss', 'Loss' if measured else 'Loss, nats a token', _trend('as logged', 0, steps, losses) + [
-      _series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/loss'))
+  add('loss', 'Loss' if measured else 'Loss, nats a token', metrics.trend('as logged', 0, steps, losses) + [
+      metrics.series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/loss'))
       for i, name in enumerate(names[:6])],
       height=340, switches=['ylog', 'xlog'],
       bad=[s for s, v in zip(steps, losses, strict=True) if not math.isfinite(v)][:200])
-  _, best = _held_out(run)
-  rules = [_series(label, 'rule', 5 + i, [0], [_number(best, key)])
-           for i, (key, label) in enumerate(COMPRESSORS) if _number(best, key) is not None]
+  _, best = held_out(run)
+  rules = [metrics.series(label, 'rule', 5 + i, [0], [number(best, key)])
+           for i, (key, label) in enumerate(COMPRESSORS) if number(best, key) is not None]
   add('bits', 'Held-out bits per byte', [
-      _series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/bits_per_byte'))
+      metrics.series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/bits_per_byte'))
       for i, name in enumerate(names[:4])] + rules)
-  add('reward', 'Reward of sampled answers, and of the likeliest ones', _trend('sampled', 2, *run.curve(
-      'rollout/reward')) + [_series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/reward'))
+  add('reward', 'Reward of sampled answers, and of the likeliest ones', metrics.trend('sampled', 2, *run.curve(
+      'rollout/reward')) + [metrics.series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/reward'))
                             for i, name in enumerate(names[:4])])
-  add('kl', 'KL from the reference, nats an answer', _trend('sampled', 3, *run.curve('rollout/kl')), zero=True)
-  add('answer_tokens', 'Tokens of an answer', _trend('sampled', 4, *run.curve('rollout/tokens')), zero=True)
+  add('kl', 'KL from the reference, nats an answer', metrics.trend('sampled', 3, *run.curve('rollout/kl')), zero=True)
+  add('answer_tokens', 'Tokens of an answer', metrics.trend('sampled', 4, *run.curve('rollout/tokens')), zero=True)
   pairs = [(name, 1 + i) for i, name in enumerate(names[:4]) if run.curve(f'eval/{name}/accuracy')[0]]
   if pairs:
-    add('accuracy', 'Pairs whose better answer scores higher', _trend('batches', 0, *run.curve('train/accuracy')) + [
-        _series(name, 'dots', color, *run.curve(f'eval/{name}/accuracy')) for name, color in pairs])
-    add('margin', 'Margin between the two answers', _trend('batches', 0, *run.curve('train/margin')) + [
-        _series(name, 'dots', color, *run.curve(f'eval/{name}/margin')) for name, color in pairs])
-    add('chosen', 'Log-probability of whole answers, nats', _trend('better', 2, *run.curve(
-        'train/chosen_logprob')) + _trend('worse', 3, *run.curve('train/rejected_logprob')))
+    add('accuracy', 'Pairs whose better answer scores higher', metrics.trend(
+        'batches', 0, *run.curve('train/accuracy')) + [
+        metrics.series(name, 'dots', color, *run.curve(f'eval/{name}/accuracy')) for name, color in pairs])
+    add('margin', 'Margin between the two answers', metrics.trend('batches', 0, *run.curve('train/margin')) + [
+        metrics.series(name, 'dots', color, *run.curve(f'eval/{name}/margin')) for name, color in pairs])
+    add('chosen', 'Log-probability of whole answers, nats', metrics.trend('better', 2, *run.curve(
+        'train/chosen_logprob')) + metrics.trend('worse', 3, *run.curve('train/rejected_logprob')))
   add('speed', 'Tokens a second',
-      _trend('as logged', 2, *run.curve('train/tokens_per_second')), zero=True)
-  add('lr', 'Learning rate', [_series('learning rate', 'line', 3, *run.curve('train/lr'))],
+      metrics.trend('as logged', 2, *run.curve('train/tokens_per_second')), zero=True)
+  add('lr', 'Learning rate', [metrics.series('learning rate', 'line', 3, *run.curve('train/lr'))],
       zero=True)
   add('grad_norm', 'Gradient norm',
-      _trend('as logged', 4, *run.curve('train/grad_norm')), switches=['ylog'], ylog=True)
+      metrics.trend('as logged', 4, *run.curve('train/grad_norm')), switches=['ylog'], ylog=True)
   if not parts:
     return ''
   first = parts[0][1] if parts[0][0] == 'loss' else ''
   rest = ''.join(chart for name, chart in parts if name != 'loss')
-  return _section('Curves', first + (f'<div class="grid">{rest}</div>' if rest else ''))
-
-
-def _trend(label, color, steps, values):
-  """Returns the series of a noisy curve: as measured, light, and smoothed over it, strong."""
-  if len(values) < 60:  # Few enough to see the trend without help.
-    return [_series(label, 'line', color, steps, values)]
-  return [_series(label, 'faint', color, steps, values),
-          _series('smoothed', 'line', color, steps, metrics.smooth(values, len(values) // 60))]
-
-
-def _series(label, kind, color, steps, values):
-  """Returns a thinned series for the page: NaN is null, six significant digits are kept."""
-  kept = metrics.downsample(values, POINTS)
-  return {'label': label, 'kind': kind, 'color': color % 8, 'x': [steps[i] for i in kept],
-          'y': [float(f'{values[i]:.6g}') if math.isfinite(values[i]) else None for i in kept]}
+  return page.section('Curves', first + (f'<div class="grid">{rest}</div>' if rest else ''))
 
 
 def _time(run):
-  spent = [(k, _number(run.time, k)) for k in run.time]
+  spent = [(k, number(run.time, k)) for k in run.time]
   spent = [(k, v) for k, v in spent if v]
   whole = sum(v for _, v in spent)
   if not whole:
@@ -410,9 +237,9 @@ def _time(run):
       f'<div><s style="background:var(--{_color(i, k)})"></s><span>{_e(names.get(k, k))}</span>'
       f'<b>{_e(duration(v))}</b><span>{100 * v / whole:.1f} %</span></div>'
       for i, (k, v) in enumerate(spent))
-  note = (f'<p class="soft small note">Goodput {100 * (_number(run.time, "step") or 0) / whole:.1f} %: training '
+  note = (f'<p class="soft small note">Goodput {100 * (number(run.time, "step") or 0) / whole:.1f} %: training '
           'steps that counted, of the wall time from the first start on.</p>')
-  return _section('Where the time went', f'<div class="card"><div class="stack">{bar}</div>'
+  return page.section('Where the time went', f'<div class="card"><div class="stack">{bar}</div>'
                   f'<div class="legend">{legend}</div>{note}</div>')
 
 
@@ -423,23 +250,23 @@ def _energy(run):
     return ''
   last = sittings[-1] if isinstance(sittings[-1], dict) else {}
   unknown = total.get('unknown') if isinstance(total.get('unknown'), dict) else {}
-  chips, kind = _number(last, 'chips'), last.get('kind')
-  watts, pue = _number(last, 'watts_per_chip'), _number(last, 'pue')
-  grams, price = _number(last, 'grid_grams_per_kwh'), _number(last, 'price_per_chip_hour')
+  chips, kind = number(last, 'chips'), last.get('kind')
+  watts, pue = number(last, 'watts_per_chip'), number(last, 'pue')
+  grams, price = number(last, 'grid_grams_per_kwh'), number(last, 'price_per_chip_hour')
   rows = []
   for name, label, unit, basis in (
       ('chip_hours', 'Held', 'chip-hours', f'{chips or 0:g} × {kind}, for all of the wall time'),
       ('kwh', 'Energy', 'kWh', f'{watts or 0:g} W a chip ({last.get("watts_source")}), PUE {pue or 0:g} (cost.pue)'),
       ('kg_co2', 'Carbon', 'kg CO2e', f'{grams or 0:g} g/kWh (cost.grid_grams_per_kwh), location-based'),
       ('money', 'Money', str(last.get('currency')), f'{price or 0:g} a chip-hour (cost.price_per_chip_hour)')):
-    value, lacks = _number(total, name), unknown.get(name)
+    value, lacks = number(total, name), unknown.get(name)
     if isinstance(lacks, dict):
       field = f'set {lacks.get("field")}'
-      basis = field if value is None else f'{basis}; not known for {duration(_number(lacks, "seconds"))} of it: {field}'
+      basis = field if value is None else f'{basis}; not known for {duration(number(lacks, "seconds"))} of it: {field}'
     amount = 'not known' if value is None else f'{value:,.4g} {unit}'
     rows.append(f'<tr><td class="left">{label}</td><td>{_e(amount)}</td><td class="left soft">{_e(basis)}</td></tr>')
-  sat = f'{len(sittings)} sittings, {duration(_number(total, "seconds"))} in all. ' if len(sittings) > 1 else ''
-  return _section('Energy and cost', (
+  sat = f'{len(sittings)} sittings, {duration(number(total, "seconds"))} in all. ' if len(sittings) > 1 else ''
+  return page.section('Energy and cost', (
       '<div class="card"><div class="scroll"><table><tr><th class="left">ledger</th><th>so far</th>'
       f'<th class="left">from</th></tr>{"".join(rows)}</table></div></div><p class="soft small note">{_e(sat)}'
       'Chips count as at work for as long as a sitting holds them. Making them is not in it.</p>'))
@@ -450,10 +277,10 @@ def _events(run):
   events = [e for e in run.events if isinstance(e.get('kind'), str) and isinstance(e.get('step'), int)]
   if not any(e['kind'] not in ('start', 'done') for e in events):
     return ''
-  first = next((t for e in events if (t := _number(e, 'time')) is not None), 0.0)
+  first = next((t for e in events if (t := number(e, 'time')) is not None), 0.0)
   rows = []
   for event in events[-EVENTS:]:
-    details, at = event.get('details'), _number(event, 'time')
+    details, at = event.get('details'), number(event, 'time')
     shown = _detailed(event['kind'], details if isinstance(details, dict) else {})
     rows.append(f'<tr><td>{event["step"]:,}</td><td class="left soft">'
                 f'{_e("–" if at is None else "+ " + duration(at - first))}</td>'
@@ -461,7 +288,7 @@ def _events(run):
                 f'<td class="left soft">{_e(shown)}</td></tr>')
   note = ('' if len(events) <= EVENTS else f'<p class="soft small note">The last {EVENTS} of {len(events):,} events; '
           'events.jsonl has them all.</p>')
-  return _section('What happened', (
+  return page.section('What happened', (
       '<div class="card"><div class="scroll"><table><tr><th>step</th><th class="left">time</th>'
       f'<th class="left">event</th><th class="left">details</th></tr>{"".join(rows)}</table></div></div>{note}'))
 
@@ -474,13 +301,13 @@ def _detailed(kind, details):
     return '; '.join(filter(None, [str(get('reason') or ''), words, get('dump') and f'batch in {get("dump")}']))
   if kind == 'rollback':
     return (f'to step {get("to")}, {get("skipped_batches")} batches left out; {get("lost_steps")} steps '
-            f'({duration(_number(details, "lost_seconds"))}) done again')
+            f'({duration(number(details, "lost_seconds"))}) done again')
   if kind == 'start':
-    lost = _number(details, 'lost_seconds')
+    lost = number(details, 'lost_seconds')
     return f'{duration(lost)} of steps done again' if lost else ''
   if kind == 'straggler' and isinstance(get('host_seconds'), dict):
-    return (', '.join(f'process {p} took {duration(_number(get("host_seconds"), p))} on its host'
-                      for p in get('host_seconds')) + f', of steps of {duration(_number(details, "step_seconds"))}')
+    return (', '.join(f'process {p} took {duration(number(get("host_seconds"), p))} on its host'
+                      for p in get('host_seconds')) + f', of steps of {duration(number(details, "step_seconds"))}')
   if kind == 'corruption' and isinstance(get('devices'), list):
     who = 'differs from its copies' if get('sure') else 'differ; two copies cannot say which is wrong'
     return f'device {", ".join(map(str, get("devices")))} {who}'
@@ -514,7 +341,7 @@ def _samples(run):
                  f'<code>{_e(begin)}</code></summary>{body}</details>')
   note = ('' if len(steps) == len(by_step) else
           f'<p class="soft small note">{len(steps)} of the {len(by_step)} steps with samples.</p>')
-  return _section('Samples', f'<div class="card">{"".join(parts)}</div>{note}')
+  return page.section('Samples', f'<div class="card">{"".join(parts)}</div>{note}')
 
 
 def _margins(run, charts):
@@ -532,17 +359,18 @@ def _margins(run, charts):
       continue
     charts[f'calibration_{split}'] = {
         'title': title, 'height': 220, 'xname': 'says',
-        'series': [_series('right', 'dots', 1, said, right), _series('if it were', 'faint', 0, [0.5, 1.0], [0.5, 1.0])]}
+        'series': [metrics.series('right', 'dots', 1, said, right),
+                   metrics.series('if it were', 'faint', 0, [0.5, 1.0], [0.5, 1.0])]}
     charts[f'margins_{split}'] = {
         'title': f'{split}: {unit} by the margin of their scores', 'height': 220, 'xname': 'margin', 'zero': True,
-        'series': [_series(unit, 'line', 2, middles, counts)]}
+        'series': [metrics.series(unit, 'line', 2, middles, counts)]}
     parts += [page.line_chart(name, charts[name]) for name in (f'calibration_{split}', f'margins_{split}')]
-  return _section(f'Scores of held-out {unit}', f'<div class="grid">{"".join(parts)}</div>') if parts else ''
+  return page.section(f'Scores of held-out {unit}', f'<div class="grid">{"".join(parts)}</div>') if parts else ''
 
 
 def _rollouts(run):
   shown = rollouts.render(rollouts.read(run.folder))
-  return _section('Rollouts', shown) if shown else ''
+  return page.section('Rollouts', shown) if shown else ''
 
 
 def _clipped(text):
@@ -557,7 +385,10 @@ def _evaluation(run):
              ('bits_per_byte', '{:.4f}'), ('xz_bits_per_byte', '{:.4f}'),
              ('gzip_bits_per_byte', '{:.4f}'), ('tokens', '{:,}'), ('bytes', '{:,}'))
   table = {split: values for split, values in run.evaluation.items() if isinstance(values, dict)}
-  note = ''
+  answers = [split for split, values in table.items() if number(values, 'reward') is not None]
+  asked = [[split, *('–' if number(table[split], key) is None else form.format(number(table[split], key))
+                     for key, form in ANSWERS)] for split in answers]
+  table, note = {split: values for split, values in table.items() if split not in answers}, ''
   if not table:
     for name in run.eval_names():
       step, loss = run.last(f'eval/{name}/loss')
@@ -567,20 +398,23 @@ def _evaluation(run):
         is_count = key in ('tokens', 'bytes') and value is not None
         table[name][key] = int(value) if is_count else value
     note = '<p class="soft small note">The last evaluation made while training.</p>'
-  if not table:
+  if not table and not asked:
     return ''
   rows, best = [], []
   for r, (split, values) in enumerate(table.items()):
     rows.append([split, *(
-        '–' if _number(values, key) is None else form.format(_number(values, key))
+        '–' if number(values, key) is None else form.format(number(values, key))
         for key, form in columns)])
-    in_bits = {c: _number(values, key) for c, (key, _) in enumerate(columns, 1)
-               if key.endswith('bits_per_byte') and _number(values, key) is not None}
+    in_bits = {c: number(values, key) for c, (key, _) in enumerate(columns, 1)
+               if key.endswith('bits_per_byte') and number(values, key) is not None}
     if in_bits:
       best.append((r, min(in_bits, key=in_bits.get)))
   header = ['split', 'step', 'loss, nats', 'perplexity', 'bits/byte', 'xz -9', 'gzip -9', 'tokens',
             'bytes']
-  return _section('Evaluation', f'<div class="card">{page.table(header, rows, best)}</div>{note}')
+  shown = [page.table(header, rows, best)] if rows else []
+  if asked:
+    shown.append(page.table(['answers to prompts', 'step', 'prompts', 'mean reward', 'ended', 'tokens'], asked))
+  return page.section('Evaluation', ''.join(f'<div class="card">{table}</div>' for table in shown) + note)
 
 
 def _data(run):
@@ -593,32 +427,32 @@ def _data(run):
     total = sum(n for n in reasons.values() if isinstance(n, int))
     listed = ', '.join(f'{n:,} {reason.replace("_", " ")}' for reason, n in sorted(
         reasons.items(), key=lambda kv: -kv[1] if isinstance(kv[1], int) else 0) if n)
-    tokens, size = _number(values, 'tokens'), _number(values, 'bytes')
+    tokens, size = number(values, 'tokens'), number(values, 'bytes')
     rows.append([source, *(f'{v:,}' if v is not None else '–' for v in (
-        _number(values, 'documents'), tokens, size)),
+        number(values, 'documents'), tokens, size)),
         f'{size / tokens:.2f}' if tokens and size else '–',
         f'{total:,} ({listed})' if total else '0'])
   if not rows:
     return ''
   header = ['source', 'documents', 'tokens', 'bytes', 'bytes a token', 'records set aside']
-  return _section('Data', f'<div class="card">{page.table(header, rows)}</div>')
+  return page.section('Data', f'<div class="card">{page.table(header, rows)}</div>')
 
 
 def _profile(run):
   operations = run.profile.get('operations')
   if not isinstance(operations, list) or not operations:
     return ''
-  largest = max((_number(o, 'percent') or 0.0 for o in operations), default=0.0) or 1.0
+  largest = max((number(o, 'percent') or 0.0 for o in operations), default=0.0) or 1.0
   rows = ''.join(
       f'<tr><td><code>{_e(o.get("name"))}</code></td><td class="left share"><span class="meter" '
-      f'style="width:{90 * (_number(o, "percent") or 0) / largest:.0f}px"></span>'
-      f'{_number(o, "percent") or 0:.1f} %</td><td>{_number(o, "total_ms") or 0:,.2f}</td>'
+      f'style="width:{90 * (number(o, "percent") or 0) / largest:.0f}px"></span>'
+      f'{number(o, "percent") or 0:.1f} %</td><td>{number(o, "total_ms") or 0:,.2f}</td>'
       f'<td>{_e(o.get("count"))}</td>'
       f'<td class="left soft small">{_e(o.get("origin", ""))}</td></tr>'
       for o in operations if isinstance(o, dict))
   steps = run.profile.get('steps')
   first, end = steps if isinstance(steps, list) and len(steps) == 2 else ('?', '?')
-  return _section('Most expensive operations', (
+  return page.section('Most expensive operations', (
       '<div class="card"><div class="scroll"><table><tr><th>operation</th>'
       '<th class="left">share</th><th>ms</th><th>count</th><th class="left">from</th></tr>'
       f'{rows}</table></div></div><p class="soft small note">'
@@ -631,7 +465,7 @@ def _settings(run):
     shown = {k: v for k, v in values.items() if k != 'command'}
     if shown:
       parts.append(f'<details><summary><b>{title}</b></summary>{page.settings(shown)}</details>')
-  return _section('Environment and config', parts and f'<div class="card">{"".join(parts)}</div>')
+  return page.section('Environment and config', parts and f'<div class="card">{"".join(parts)}</div>')
 
 
 def _command(run):
@@ -643,7 +477,7 @@ def _command(run):
       [('The same run from its resolved config', again)] if run.config else [])
   body = ''.join(f'<p class="soft small">{_e(title)}</p><div class="copy"><pre>{_e(text)}</pre>'
                  '<button>copy</button></div>' for title, text in blocks)
-  return _section('Run it again', body and f'<div class="card">{body}</div>')
+  return page.section('Run it again', body and f'<div class="card">{body}</div>')
 
 
 def _missing(run):

@@ -1,9 +1,11 @@
 """Options of the commands that look at a run or at a machine.  No JAX here."""
 
 import dataclasses
+import os
 
 from llmjax.checkpoint import weights
 from llmjax.config import setting
+from llmjax.data import prepared
 
 PLATFORMS = ('', 'cpu', 'gpu', 'tpu')
 
@@ -29,8 +31,26 @@ class EvaluateOptions:
   step: int = setting(0, 'the checkpoint; 0: the latest', minimum=0)
   batch_size: int = setting(0, "rows at once; 0: the run's own", minimum=0)
   limit: int = setting(0, 'rows to evaluate; 0: all', minimum=0)
+  sources: tuple[str, ...] = setting((), 'prepared folders to evaluate on, each by itself, in place of those trained '
+                                     'on: text, conversations, or prompts with right answers')
+  seq_len: int = setting(0, "tokens of a row; 0: the run's own", minimum=0)
+  reward: str = setting('maths', 'of sources with prompts: what the likeliest answers are worth',
+                        choices=('maths', 'exact', 'doctest'))
+  max_new_tokens: int = setting(64, 'of sources with prompts: tokens of an answer at most', minimum=1)
 
-  problems = _run_problems
+  def problems(self):
+    yield from _run_problems(self)
+    for folder in self.sources:
+      try:
+        held = prepared.kind(prepared.read_manifest(folder))
+      except ValueError as e:
+        yield f'sources: {e}'
+        continue
+      if held in ('pairs', 'steps'):
+        yield f'sources: {folder} holds {held}, which `llmjax reward` and `llmjax finetune` evaluate as they train'
+    names = [os.path.basename(os.path.normpath(folder)) for folder in self.sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+      yield f'sources: {", ".join(twice)} is the name of two folders; evaluate one after the other'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +58,23 @@ class ReportOptions:
   """Flags of `llmjax report`."""
 
   workdir: str = setting('', "the run's folder")
+  compare: tuple[str, ...] = setting((), 'folders of other runs, such as later stages of the same model: one page '
+                                     'about all of them, in this order')
+  output: str = setting('', "with --compare: the page to write; '': compare.html in the folder of --workdir")
 
-  problems = _workdir_problems
+  def problems(self):
+    yield from _workdir_problems(self)
+    folders = (self.workdir, *self.compare)
+    if self.compare:
+      for folder in folders:
+        yield from (p.replace('workdir', 'compare', 1) if folder is not self.workdir else p
+                    for p in weights.no_run(folder))
+      if twice := sorted({f for f in folders if [os.path.normpath(g) for g in folders].count(os.path.normpath(f)) > 1}):
+        yield f'compare: {", ".join(twice)} is there twice; name every run once'
+      if self.output and not self.output.endswith('.html'):
+        yield f'output={self.output} must be the name of a page; write {self.output.rstrip("/")}/report.html'
+    elif self.output:
+      yield 'output is for --compare=RUN,RUN; the page of one run is report.html in its folder'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 from llmjax.checkpoint import weights
 from llmjax.config import setting
 
+ANSWERS = 'answers.jsonl'  # In a run's folder: what it says to the prompts of a file.
 CHAT_TEMPLATE = 'chat_template.json'  # In the folder of a run that was trained on conversations.
 
 
@@ -43,6 +44,8 @@ class GenerateOptions(SamplingSpec):
   step: int = setting(0, 'checkpoint to load; 0: the latest', minimum=0)
   prompt: str = setting('', 'text to go on from; without it: standard input, or a prompt line')
   prompt_file: str = setting('', 'file with the text to go on from, UTF-8')
+  prompts: str = setting('', 'JSONL of prompts (objects with prompt, question or messages) to answer all of, once '
+                         "each: the answers go to answers.jsonl in the run's folder, for `llmjax report --compare`")
   max_new_tokens: int = setting(200, 'tokens to make at most', minimum=1)
   stop: tuple[str, ...] = setting(
       (), r"""texts that end the answer and are not printed: --stop='END,\n\n' or, where a text """
@@ -64,6 +67,10 @@ class GenerateOptions(SamplingSpec):
     yield from weights.no_run(self.workdir)
     if self.prompt and self.prompt_file:
       yield 'prompt and prompt_file are both set; write one of them'
+    if self.prompts and (self.prompt or self.prompt_file or self.num_samples > 1):
+      yield 'prompts gives one answer to each line of a file; leave out --prompt, --prompt-file and --num-samples'
+    if self.prompts and not os.path.isfile(self.prompts):
+      yield f'prompts={self.prompts}: there is no such file; give JSONL with objects such as {{"prompt": TEXT}}'
     if self.system and not self.chat:
       yield 'system needs --chat; add it, or leave --system out'
     within = [os.path.isfile(os.path.join(self.workdir, name)) for name in ('config.json', CHAT_TEMPLATE)]

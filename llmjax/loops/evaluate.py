@@ -1,4 +1,4 @@
-"""`llmjax evaluate`: held-out perplexity and bits per byte of a run, beside gzip and xz."""
+"""`llmjax evaluate`: held-out perplexity and bits per byte of a run, beside gzip and xz; what its answers are worth."""
 
 import dataclasses
 import json
@@ -11,8 +11,9 @@ from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.data import prepared, stream
 from llmjax.evaluate.compressors import compressor_bits_per_byte
 from llmjax.evaluate.report import write_report
+from llmjax.loops import rl
 from llmjax.loops.pretrain import make_evaluators
-from llmjax.loops.spec import PretrainSpec, of_run
+from llmjax.loops.spec import AnswersSpec, PretrainSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model import decoder
 from llmjax.parallel import distributed
@@ -30,24 +31,18 @@ def run(spec, options):
 
 def _evaluate(options):
   workdir = pathlib.Path(options.workdir)
-  spec = of_run(PretrainSpec, read_config(workdir))
-  kept, now = workdir / 'tokenizer.model', stream.load_tokenizer(spec.data).path
-  if kept.exists() and kept.read_bytes() != pathlib.Path(now).read_bytes():
-    sources = ', '.join(spec.data.sources)
-    raise config.ConfigError([f'{sources} was prepared again with another tokenizer than this run has; prepare it '
-                              f'with --force --config.tokenizer.path={kept}'])
-  spec = dataclasses.replace(spec, evaluate=dataclasses.replace(
-      spec.evaluate, splits=tuple(options.splits), limit=options.limit,
-      batch_size=options.batch_size or spec.evaluate.batch_size))
+  specs = _specs(options, read_config(workdir))
+  for spec in specs.values():
+    _check_tokenizer(workdir, spec)
   enable_compilation_cache(spec.train.compilation_cache)
-  mesh = fitting_mesh(spec.mesh)
+  mesh, results = fitting_mesh(spec.mesh), {}
   with jax.set_mesh(mesh):
     params, _, _, step = load_params(
         workdir, options.step,
         shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
-    evaluations = spec.evaluations()
-    results = {name: {**evaluate(params), **_baselines(*evaluations[name]), 'step': step}
-               for name, evaluate in make_evaluators(spec, mesh).items()}
+    for source, spec in specs.items():
+      for name, measured in _measure(spec, mesh, params):
+        results[f'{name}:{source}' if source else name] = {**measured, 'step': step}
   if not distributed.is_first():
     return 0
   file = workdir / 'evaluation.json'
@@ -56,6 +51,55 @@ def _evaluate(options):
   print(_table(results))
   print(f'written to {file} and {write_report(workdir)}')
   return 0
+
+
+def _specs(options, settings):
+  """Returns {source: the spec that it is evaluated with}: options.sources by name, or '' for the run's own data.
+
+  settings: the run's config.  Sources are read as what they hold asks for, whatever the run was trained on, so that
+  runs of all kinds are measured on the same rows.
+  """
+  asked = {'splits': list(options.splits), 'limit': options.limit}
+  if options.batch_size:
+    asked['batch_size'] = options.batch_size
+  settings = {**settings, 'evaluate': {**settings.get('evaluate', {}), **asked}}
+  data = {**settings.get('data', {}), **({'seq_len': options.seq_len} if options.seq_len else {})}
+  if not options.sources:
+    return {'': of_run(PretrainSpec, {**settings, 'data': data})}
+  settings['evaluate'] |= {'also': [], 'by_source': False}
+  specs = {}
+  for folder in options.sources:
+    held = prepared.kind(prepared.read_manifest(folder))
+    kind = AnswersSpec if held == 'prompts' else PretrainSpec
+    specs[stream.folder_name(folder)] = of_run(kind, {
+        **settings, 'rl': {'rewards': {options.reward: 1.0}, 'max_new_tokens': options.max_new_tokens},
+        'data': {**data, 'sources': {folder: 1.0}, 'packing': 'best_fit' if held == 'chat' else 'concat',
+                 'long': 'drop'}})
+  return specs
+
+
+def _check_tokenizer(workdir, spec):
+  kept, now = workdir / 'tokenizer.model', stream.load_tokenizer(spec.data).path
+  if kept.exists() and kept.read_bytes() != pathlib.Path(now).read_bytes():
+    sources = ', '.join(spec.data.sources)
+    raise config.ConfigError([f'{sources} was prepared again with another tokenizer than this run has; prepare it '
+                              f'with --force --config.tokenizer.path={kept}'])
+
+
+def _measure(spec, mesh, params):
+  """Yields (name of an evaluation, its measures)."""
+  if isinstance(spec, AnswersSpec):
+    if mesh.devices.flat[0].platform == 'cpu':  # As `generate` does.
+      spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, compute_dtype='float32'))
+    tokenizer = stream.load_tokenizer(spec.data)
+    with stream.chat_format(spec.data) as chat:
+      stop_ids = chat.stop_ids
+    for split in spec.evaluate.splits:
+      yield split, rl.evaluate(spec, mesh, tokenizer, stop_ids, None, split, params)
+    return
+  evaluations = spec.evaluations()
+  for name, evaluate in make_evaluators(spec, mesh).items():
+    yield name, {**evaluate(params), **_baselines(*evaluations[name])}
 
 
 def _baselines(split, sources):
@@ -71,12 +115,15 @@ def _baselines(split, sources):
 
 
 def _table(results):
-  """Returns the results as aligned text; every column is in bits per byte but where it says."""
-  rows = [('split', 'step', 'tokens', 'bytes', 'perplexity', 'bits/byte', 'gzip -9', 'xz -9')]
-  for split, r in results.items():
-    rows.append((split, str(r['step']), f'{r["tokens"]:,}', f'{r["bytes"]:,}',
-                 f'{r["perplexity"]:.2f}', f'{r["bits_per_byte"]:.3f}',
-                 *(f'{r[k]:.3f}' if k in r else '-' for k in ('gzip_bits_per_byte', 'xz_bits_per_byte'))))
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return '\n'.join('  '.join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-                   for row in rows)
+  """Returns the results as aligned text; likelihoods and answers have columns of their own."""
+  tables = []
+  for head, key, cells in (
+      (('split', 'step', 'tokens', 'bytes', 'perplexity', 'bits/byte', 'gzip -9', 'xz -9'), 'loss', lambda r: (
+          f'{r["tokens"]:,}', f'{r["bytes"]:,}', f'{r["perplexity"]:.2f}', f'{r["bits_per_byte"]:.3f}',
+          *(f'{r[k]:.3f}' if k in r else '-' for k in ('gzip_bits_per_byte', 'xz_bits_per_byte')))),
+      (('split', 'step', 'answers', 'reward', 'ended', 'tokens'), 'reward', lambda r: (
+          f'{r["answers"]:,}', f'{r["reward"]:.3f}', f'{r["ended"]:.1%}', f'{r["tokens"]:.1f}'))):
+    rows = [(split, str(r['step']), *cells(r)) for split, r in results.items() if key in r]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    tables += ['  '.join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (head, *rows) if rows]
+  return '\n'.join(tables)

@@ -12,10 +12,9 @@ import pathlib
 import jax
 import numpy as np
 
-from llmjax import config
 from llmjax.checkpoint.checkpoints import checkpoints_folder, read_config
 from llmjax.config import ConfigError
-from llmjax.data.conversations import read_answers, read_prompt
+from llmjax.data.conversations import read_answers, read_prompt, read_records
 from llmjax.evaluate.metrics import read_lines
 from llmjax.generate.score import score
 from llmjax.loops.generate import load_chat, load_generator
@@ -27,7 +26,6 @@ from llmjax.rl import feedback
 from llmjax.text.templates import TemplateError
 
 STAGES = 1 << 16  # More than a record has; its number and the stage make a key.
-BAD_LINES = 20  # Shown of a file at most.
 
 
 def run(spec, options):
@@ -36,7 +34,7 @@ def run(spec, options):
   prefers = isinstance(options, feedback.PreferOptions)
   principles, digest = feedback.read_principles(options.principles, ('prefer',) if prefers else ('critique', 'revise'))
   given = prefers and not options.policy
-  prompts = _read_prompts(options.prompts, read_answers if given else lambda record: (read_prompt(record),))
+  prompts = read_records(options.prompts, read_answers if given else lambda record: (read_prompt(record),))
   prompts = prompts[:options.limit or None]
   with _Voice(options.workdir, options) as voice:
     origin = {'model': voice.origin, 'principles_sha256': digest, 'seed': options.seed}
@@ -138,27 +136,3 @@ class _Voice:
     rows = [score(self._generator, prompts, [self._tokenizer.encode(choice)] * len(prompts))
             for choice in feedback.CHOICES]
     return np.stack([[float(np.sum(r)) for r in row] for row in rows], axis=1)
-
-
-def _read_prompts(path, read):
-  """Returns what `read` makes of each line's object; raises ConfigError with all bad lines."""
-  made, problems = [], []
-  try:
-    lines = pathlib.Path(path).read_bytes().splitlines()
-  except OSError as e:
-    raise ConfigError([f'--prompts={path} cannot be read: {e.strerror}']) from e
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      made.append(read(json.loads(line)))
-    except (ValueError, RecursionError) as e:
-      problems.append(f'{path}:{number}: {config.one_line(e)}')
-  if len(problems) > BAD_LINES:
-    problems[BAD_LINES:] = [f'and {len(problems) - BAD_LINES} more lines of {path}']
-  if not made and not problems:
-    problems.append(f'--prompts={path} has no lines')
-  if problems:
-    raise ConfigError(problems)
-  return made
-

@@ -17,8 +17,9 @@ from llmjax import config
 from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.config import ConfigError
 from llmjax.data import stream
+from llmjax.data.conversations import read_prompt, read_records
 from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
-from llmjax.generate.spec import CHAT_TEMPLATE
+from llmjax.generate.spec import ANSWERS, CHAT_TEMPLATE
 from llmjax.generate.stops import TextStream
 from llmjax.loops.spec import LayoutSpec, PretrainSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
@@ -32,6 +33,7 @@ from llmjax.text.templates import TemplateError
 from llmjax.text.tokenizer import Tokenizer
 
 DIM, PLAIN = '\x1b[2m', '\x1b[0m'
+ROWS = 32  # Prompts of a file at a time.
 REASONS = {'end': 'the model ended the text', 'stop': 'stop text {!r}', '': 'max_new_tokens'}
 
 
@@ -49,7 +51,9 @@ def run(spec, options):
 def _generate(options):
   kept = (pathlib.Path(options.workdir) / 'tokenizer.model').exists()  # Then the corpus may be elsewhere.
   run_spec = of_run(LayoutSpec if kept else PretrainSpec, read_config(options.workdir))
-  prompt = _given_prompt(options)
+  asked = options.prompts and read_records(
+      options.prompts, lambda record: (read_prompt(record), record.get('answer', record.get('output'))))
+  prompt = None if asked else _given_prompt(options)
   enable_compilation_cache(run_spec.train.compilation_cache)
   generator, tokenizer, step = load_generator(options, run_spec)
   print(f'llmjax generate: step {step} of {options.workdir}', file=sys.stderr)
@@ -57,6 +61,9 @@ def _generate(options):
     sys.stdout.reconfigure(errors='replace')  # A terminal that cannot show a character shows '?'.
   key = jax.random.key(options.seed)
   with _conversation(options, tokenizer) as ask:
+    if asked:
+      _answer_file(generator, tokenizer, asked, options, key, ask, step)
+      return 0
     if prompt is not None:
       answer(generator, tokenizer, prompt, options, key, ask=ask)
       return 0
@@ -82,6 +89,10 @@ class Continuation:
     """Returns the ids that stand before the answer."""
     return np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(prompt)])
 
+  def encode_messages(self, messages):
+    """Returns the same of messages."""
+    return self.encode('\n\n'.join(message['content'] for message in messages))
+
   def went_on(self, prompt, answer):
     """Notes what was said."""
 
@@ -97,7 +108,10 @@ class Conversation(Continuation):
     self.chat.close()
 
   def encode(self, prompt):
-    return self.chat.prompt([*self.messages, {'role': 'user', 'content': prompt}])
+    return self.encode_messages([{'role': 'user', 'content': prompt}])
+
+  def encode_messages(self, messages):
+    return self.chat.prompt([*self.messages, *messages])
 
   def went_on(self, prompt, answer):
     self.messages += [{'role': 'user', 'content': prompt}, {'role': 'assistant', 'content': answer}]
@@ -192,6 +206,34 @@ def answer(generator, tokenizer, prompt, options, key, output=None, ask=None):
   print(f'{made} tokens, {made / max(seconds, 1e-9):.1f} tokens/s, stopped by: {reasons}',
         file=sys.stderr)
   return rows, texts
+
+
+def _answer_file(generator, tokenizer, asked, options, key, ask, step):
+  """Writes an answer to each of the prompts into the run's answers.jsonl, in one move.
+
+  asked: [(messages, the right answer or None)].
+  """
+  lines = []
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(asked)))  # Of its own, whatever stands beside it.
+  for first in range(0, len(asked), ROWS):
+    part = asked[first:first + ROWS]
+    try:
+      ids = [ask.encode_messages(messages) for messages, _ in part]
+    except (TemplateError, UnicodeEncodeError) as e:
+      raise ConfigError([f'--prompts={options.prompts}: {config.one_line(e)}']) from e
+    made = generator.generate(ids, options.max_new_tokens, options, keys[first:first + ROWS], ask.stop_ids)
+    for (messages, right), tokens, logprobs, length in zip(part, *made, strict=True):
+      row = TextStream(tokenizer, options.stop_texts, ask.stop_ids)
+      text = row.add(tokens[:length], logprobs[:length]) + row.finish()
+      lines.append({'prompt': messages[-1]['content'], 'text': text, 'right': right, 'tokens': len(row.tokens),
+                    'stopped': row.stopped or 'length', 'chat': options.chat, 'temperature': options.temperature,
+                    'step': step})
+  file = pathlib.Path(options.workdir) / ANSWERS
+  partial = file.with_suffix('.partial')
+  partial.write_text(''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines), encoding='utf-8')
+  os.replace(partial, file)
+  ended = sum(line['stopped'] == 'end' for line in lines)
+  print(f'{file}: {len(lines)} answers, {ended} ended by the model')
 
 
 def _record(prompt, text, row):

@@ -68,7 +68,8 @@ def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params):
              for p, tokens, n in zip(prompts, made.tokens, made.lengths, strict=True)]
   parts, raw, _ = rollout.judge(spec.rl, answers, score)
   return {'reward': float(raw.mean()), **{f'reward/{name}': float(np.mean(v)) for name, v in parts.items()},
-          'ended': float(np.mean([a.ended for a in answers])), 'tokens': float(made.lengths.mean())}
+          'ended': float(np.mean([a.ended for a in answers])), 'answers': len(answers),
+          'tokens': float(made.lengths.mean())}
 
 
 def reward_model(spec, mesh):

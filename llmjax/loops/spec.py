@@ -396,6 +396,14 @@ class PromptData(DataSpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswersSpec(PretrainSpec):
+  """A run's config where its answers to prompts are evaluated."""
+
+  data: PromptData = group(PromptData)
+  rl: RlSpec = group(RlSpec)
+
+
+@dataclasses.dataclass(frozen=True)
 class RlCommandSpec(FromRunSpec):
   """The config of `llmjax rl`: fine-tuning's, on prompts."""
 

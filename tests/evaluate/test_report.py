@@ -9,7 +9,7 @@ import re
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.evaluate import report
+from llmjax.evaluate import report, runs
 from llmjax.evaluate.spec import ReportOptions
 from llmjax.loops import report as report_loop
 
@@ -72,7 +72,8 @@ def run_folder(tmp_path):
       {'step': 40, 'prompt': 'def ', 'text': 'def late words'}])
   _write(folder, 'evaluation.json', {'validation': {
       'loss': 2.9912, 'perplexity': 19.91, 'bits_per_byte': 1.632, 'tokens': 412331,
-      'bytes': 1091234, 'gzip_bits_per_byte': 2.291, 'xz_bits_per_byte': 1.972, 'step': 40}})
+      'bytes': 1091234, 'gzip_bits_per_byte': 2.291, 'xz_bits_per_byte': 1.972, 'step': 40},
+      'validation:sums': {'reward': 0.625, 'ended': 0.875, 'answers': 320, 'tokens': 12.25, 'step': 40}})
   _write(folder, 'time.jsonl', [{'time': 1e9, 'step': s, 'seconds': {
       'init': 3.0, 'compile': 7.0, 'step': 2.0 * s, 'other': 10.0, 'eval': 0.0}} for s in (20, 40)])
   row = {'kind': 'TPU v5p', 'chips': 64, 'seconds': 7200.0, 'chip_hours': 128.0, 'kwh': 52.5, 'kg_co2': None,
@@ -102,7 +103,8 @@ def test_the_page_shows_the_numbers_of_the_files(run_folder):
       '80.0 %', 'Goodput 80.0 %', '19.910', '2.9912', '412,331', '1,834', '15 (12 empty, 3 invalid utf8)', '2.63',
       'dot.7', '62.5 %', 'jit(step)/dot_general', 'abc1234', '0.12.0', 'optimizer', '0.003',
       'llmjax pretrain --workdir=small', '1 × cpu',
-      '256 chip-hours', '105 kWh 376 W a chip (cost.chip_watts), PUE 1.09', '1,075 USD', '2 sittings, 4 h 0 min in all',
+      '256 chip-hours', '105 kWh 376 W a chip (cost.chip_watts), PUE 1.09', '1,075 USD',
+      'validation:sums 40 320 0.625 87.5% 12.2', '2 sittings, 4 h 0 min in all',
       'Carbon not known set cost.grid_grams_per_kwh'):
     assert shown in page.text, shown
   assert 'Not in this folder' not in page.text
@@ -192,12 +194,12 @@ def test_a_loss_that_is_not_finite_is_said_and_drawn_as_a_gap(run_folder):
 
 def test_an_empty_folder_still_makes_a_page_that_says_what_is_missing(tmp_path):
   page = _Reader(report.write_report(tmp_path).read_text())
-  for name in report.FILES:
+  for name in runs.FILES:
     assert name in page.text
   assert 'Not measured yet' in page.text
 
 
-@pytest.mark.parametrize('name', sorted(report.FILES))
+@pytest.mark.parametrize('name', sorted(runs.FILES))
 def test_any_file_may_be_absent_damaged_or_of_another_form(run_folder, name):
   for content in (None, '{"a": ', '[1, 2]', '{"x": null}', '{"model": 3, "validation": []}',
                   '{"step": 1, "train/loss": "a", "train/lr": [], "text": 1, "data": {}}',

@@ -13,6 +13,8 @@ import pytest
 
 from llmjax import main
 from llmjax.checkpoint.checkpoints import load_params
+from llmjax.data import stream
+from llmjax.rl import rewards
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ['--config.model.num_layers=1', '--config.model.d_model=16', '--config.model.num_heads=2',
@@ -141,6 +143,28 @@ def test_dynamic_sampling_draws_other_prompts(folder):
 
 
 @pytest.mark.slow
+def test_any_run_is_evaluated_on_prompts_as_its_answers_are_worth(folder, capsys):
+  held_out = [json.loads(text) for _, text in stream.read_documents('data/sums_prompts', 'validation')]
+  (folder / 'ask.jsonl').write_text('\n'.join(map(json.dumps, held_out)) + '\n\n')
+  for run, chat in (('runs/whole', ['--chat']), ('runs/sums', [])):  # Whose data these are, and a base of text.
+    assert not call('evaluate', f'--workdir={run}', '--sources=data/sums_prompts', '--max-new-tokens=4')
+    assert not call('generate', f'--workdir={run}', '--prompts=ask.jsonl', '--max-new-tokens=4', '--temperature=0',
+                    *chat)
+    found = json.loads((folder / run / 'evaluation.json').read_text())['validation:sums_prompts']
+    said = [json.loads(line) for line in (folder / run / 'answers.jsonl').read_text().splitlines()]
+    assert [a['prompt'] for a in said] == [r['prompt'][0]['content'] for r in held_out]
+    assert [a['right'] for a in said] == [r['answer'] for r in held_out]
+    right = [rewards.final_number(a['text']) == int(a['right']) for a in said]
+    assert found['reward'] == pytest.approx(sum(right) / len(right)) and found['answers'] == len(right) > 5
+    assert found['ended'] == pytest.approx(sum(a['stopped'] == 'end' for a in said) / len(said))
+    assert found['tokens'] == pytest.approx(sum(a['tokens'] for a in said) / len(said))
+  capsys.readouterr()
+  (folder / 'bad.jsonl').write_text('{"prompt": "1+1="}\n{"text": 1}\n[]\n')
+  assert call('generate', '--workdir=runs/whole', '--prompts=bad.jsonl') == 2
+  error = capsys.readouterr().err
+  assert 'bad.jsonl:2: no prompt' in error and 'bad.jsonl:3: no prompt' in error and error.count('\n') == 3
+
+
 def test_a_file_that_the_checkpoint_needs_is_missed(folder, capsys):
   assert not rl('lost', 5)
   (folder / 'runs/lost/rollouts/000001.jsonl').write_text('{}\n')

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The life of a model on real text: pretraining, fine-tuning on questions, a reward model, PPO and GRPO on word problems
+# whose answers can be checked, and one page about all of it.
+# Run again, it goes on where it was.  Arguments are overrides of every training config, such as --config.train.steps=20.
+#   WORKDIR  the folder of the runs, their data and the page (runs/lifecycle)
+#   BASE     a run of configs/pretrain/quickstart.py to begin from, in place of a new one
+#   DATA     a folder with your own chat.jsonl, pairs.jsonl and ask.jsonl, the questions that all stages are asked; without
+#            it, questions out of the docstrings of this Python
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/environment.sh
+install_llmjax .
+work=${WORKDIR:-runs/lifecycle}
+base=${BASE:-$work/base}
+questions=${DATA:-$work/text/questions}
+
+show() { printf '\n$ %s\n' "$*"; "$@"; }
+prepare() {  # FILE NAME KIND
+  show llmjax prepare --config=configs/data/chat.py --config.path="$1" --config.records="$3" \
+    --config.output="$work/data/$2" --config.tokenizer.path=data/python_docs/tokenizer.model \
+    --config.validation_fraction=0.15 --config.test_fraction=0
+}
+train() {  # COMMAND STAGE PARENT SOURCES [OVERRIDE ...]
+  local command=$1 stage=$2 parent=$3 sources=$4
+  show llmjax "$command" --config="configs/lifecycle/$stage.py" --workdir="$work/$stage" \
+    --config.train.init_from="$parent" --config.data.sources="$sources" "${@:5}"
+}
+
+show llmjax prepare --config=configs/data/python_docs.py
+[ -n "${DATA:-}" ] || [ -e "$questions/ask.jsonl" ] || show python experiments/finetune/make_questions.py "$questions"
+[ -e "$work/text/sums/ask.jsonl" ] || show python experiments/rl/make_sums.py "$work/text/sums" --worked=20
+prepare "$questions/chat.jsonl" questions chat
+prepare "$work/text/sums/chat.jsonl" sums chat
+prepare "$questions/pairs.jsonl" pairs pairs
+prepare "$work/text/sums/prompts.jsonl" problems prompts
+cat "$questions/ask.jsonl" "$work/text/sums/ask.jsonl" > "$work/ask.jsonl"
+
+[ -n "${BASE:-}" ] || show llmjax pretrain --config=configs/pretrain/quickstart.py --workdir="$base" \
+  --config.train.steps=600 "$@"
+train finetune sft "$base" "{'$work/data/questions': 0.4, '$work/data/sums': 0.4, 'data/python_docs': 0.2}" "$@"
+train reward reward "$work/sft" "$work/data/pairs" "$@"
+train rl ppo "$work/sft" "$work/data/problems" "$@"
+train rl grpo "$work/sft" "$work/data/problems" "$@"
+
+# The same measures and the same prompts of every stage that answers; the reward model's are those of its training.
+for run in "$base" "$work/sft" "$work/ppo" "$work/grpo"; do
+  show llmjax evaluate --workdir="$run" --seq-len=256 --limit=128 --max-new-tokens=20 \
+    --sources="data/python_docs,$work/data/questions,$work/data/sums,$work/data/problems"
+  chat=$([ ! -e "$run/chat_template.json" ] || echo --chat)
+  show llmjax generate --workdir="$run" --prompts="$work/ask.jsonl" --temperature=0 --max-new-tokens=40 ${chat:+"$chat"}
+done
+show llmjax report --workdir="$base" --compare="$work/sft,$work/reward,$work/ppo,$work/grpo" \
+  --output="$work/report.html"
+printf '\nopen %s/report.html\n' "$work"
