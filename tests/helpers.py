@@ -1,4 +1,4 @@
-"""What tests of whole commands share: a small prepared folder, and commands in this process or in one of their own."""
+"""What tests share: a small prepared folder, commands in this process or in one of their own, and when arrays agree."""
 
 import os
 import pathlib
@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from llmjax import main
@@ -50,3 +51,9 @@ def run_process(folder, *argv, timeout=None, **environment):
   """Runs a command in a process of its own, in the folder; returns the subprocess.CompletedProcess, with text."""
   return subprocess.run([sys.executable, '-m', 'llmjax', *argv], cwd=folder, env=environment_of(**environment),
                         text=True, capture_output=True, check=False, timeout=timeout)
+
+
+def close(got, expected):
+  """Asserts equality to 1e-5 of the values, and of the largest of them where values are near 0."""
+  expected = np.asarray(expected)
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6 * max(np.abs(expected).max(), 1e-30))

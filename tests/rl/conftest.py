@@ -27,9 +27,3 @@ def oracle():
     return arrays
 
   return load
-
-
-def close(got, expected):
-  """Asserts equality to 1e-5 of the values, and of the largest of them where values are near 0."""
-  expected = np.asarray(expected)
-  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6 * max(np.abs(expected).max(), 1e-30))

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close
 
 from llmjax.rl import distill
+from tests.helpers import close
 
 
 @pytest.mark.parametrize('beta', [0.0, 0.1, 0.5, 1.0])

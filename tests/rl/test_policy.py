@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close
 
 from llmjax.rl import advantages, kl, policy
 from llmjax.rl.spec import NAMED, PolicySpec
+from tests.helpers import close
 
 
 def named(name, **fields):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close
 
 from llmjax.ops import losses
 from llmjax.rl import preference, reward
 from llmjax.rl.spec import PAIR_LOSSES, PreferenceSpec
+from tests.helpers import close
 
 # Golden name -> the spec's fields.
 NEW = {
