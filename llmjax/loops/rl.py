@@ -12,7 +12,8 @@ from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.generate.decode import Generator
 from llmjax.loops import harness, start
-from llmjax.loops.adapters import checkpoint_of, load_initial
+from llmjax.loops.adapters import checkpoint_of, initial_checkpoint, load_initial
+from llmjax.loops.kept import Kept
 from llmjax.loops.sources import run_folder
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
@@ -43,7 +44,11 @@ def make_job(spec, mesh, prompts, workdir):
   scorer = rollout.Scorer(spec.model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
                           temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size)
   score = reward_model(spec, mesh) if 'model' in spec.rl.rewards else None
-  reference = load_initial(spec, mesh) if spec.rl.reference else None
+  reference = None
+  if spec.rl.reference:
+    kept = Kept(workdir / 'reference', 'reference', 'train.init_from', spec.train.init_from,
+                lambda: initial_checkpoint(spec.train.init_from))
+    reference = load_initial(spec, mesh, kept.checkpoint())
   source = RolloutSource(spec, mesh, prompts, tokenizer, workdir, stop_ids=stop_ids, scorer=scorer,
                          reference=reference, score=score)
   loss_fn = objective.make_policy_loss(
