@@ -202,9 +202,9 @@ def _rows(stages):
 
 
 def _named(name):
-  """Returns 'python_docs' for 'validation:python_docs'; a split by itself stays."""
+  """Returns 'docs' for 'validation:docs' and 'docs (train)' for 'train:docs'; a split by itself stays."""
   split, _, source = name.partition(':')
-  return source or split
+  return source + f' ({split})' * (split != 'validation') if source else split
 
 
 def _delta(value, before, form, better):
