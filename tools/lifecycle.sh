@@ -6,6 +6,7 @@
 #   BASE     a run of configs/pretrain/quickstart.py to begin from, in place of a new one
 #   DATA     a folder with your own chat.jsonl, pairs.jsonl and ask.jsonl, the questions that all stages are asked; without
 #            it, questions out of the docstrings of this Python
+#   LIMIT    rows that every stage is measured on, of each kind of data (128)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
@@ -44,7 +45,7 @@ train rl grpo "$work/sft" "$work/data/problems" "$@"
 
 # The same measures and the same prompts of every stage that answers; the reward model's are those of its training.
 for run in "$base" "$work/sft" "$work/ppo" "$work/grpo"; do
-  show llmjax evaluate --workdir="$run" --seq-len=256 --limit=128 --max-new-tokens=20 \
+  show llmjax evaluate --workdir="$run" --seq-len=256 --limit="${LIMIT:-128}" --max-new-tokens=20 \
     --sources="data/python_docs,$work/data/questions,$work/data/sums,$work/data/problems"
   chat=$([ ! -e "$run/chat_template.json" ] || echo --chat)
   show llmjax generate --workdir="$run" --prompts="$work/ask.jsonl" --temperature=0 --max-new-tokens=40 ${chat:+"$chat"}

@@ -45,11 +45,12 @@ class Stage:
   answers: list
 
   def curves(self):
-    """Returns {name of an evaluation while training: its name on the page}: always with the source that it is of.
+    """Returns {name of an evaluation: its name on the page}: always with the source that it is of.
 
     An evaluation of several sources together is left out where each has one of its own.
     """
-    names, sources = self.run.eval_names(), self.run.get('data', 'sources')
+    names = list(dict.fromkeys((*self.run.evaluation, *self.run.eval_names())))
+    sources = self.run.get('data', 'sources')
     sources = list(sources) if isinstance(sources, dict) else []
     shown = {}
     for name in names:
@@ -60,9 +61,14 @@ class Stage:
     return shown
 
   def measured(self, name, key):
-    """Returns a number of an evaluation: of evaluation.json, else the last one made while training."""
-    found = number(self.run.evaluation.get(name), key)
-    return self.run.last(f'eval/{name}/{key}')[1] if found is None else found
+    """Returns a number of an evaluation, by its name on the page; None where there is none.
+
+    Of evaluation.json, of the name itself first; else the last one made while training.
+    """
+    own = [name, *(n for n, shown in self.curves().items() if shown == name and n != name)]
+    found = (*(number(self.run.evaluation.get(n), key) for n in own),
+             *(self.run.last(f'eval/{n}/{key}')[1] for n in own))
+    return next((value for value in found if value is not None), None)
 
 
 def write_comparison(workdirs, output) -> pathlib.Path:
@@ -152,13 +158,12 @@ def _ends(run, key):
 
 def _evaluations(stages, key):
   """Returns the names of the evaluations that measured this, in any of the stages."""
-  return list(dict.fromkeys(name for s in stages for name in (*s.run.evaluation, *s.run.eval_names())
-                            if s.measured(name, key) is not None))
+  return list(dict.fromkeys(name for s in stages for name in s.curves().values() if s.measured(name, key) is not None))
 
 
 def _is_text(stages, name):
   """Says whether an evaluation is of plain text: compressors stand beside it."""
-  return any(number(s.run.evaluation.get(name), 'xz_bits_per_byte') is not None for s in stages)
+  return any(s.measured(name, 'xz_bits_per_byte') is not None for s in stages)
 
 
 def _rows(stages):
@@ -173,8 +178,8 @@ def _rows(stages):
           if s.kind in ('pretrain', 'finetune') else None for s in stages], count, 0)
   yield 'Wall time', 'start, compilation and evaluation included', [_seconds(s.run) for s in stages], duration, 0
   # A comparison is of what was measured in the same way: of evaluation.json before what training itself evaluated.
-  shared = [name for s in stages for name in s.run.evaluation]
-  for name in dict.fromkeys(shared or [n for s in stages for n in s.run.eval_names()]):
+  shared = [shown for s in stages for name, shown in s.curves().items() if name in s.run.evaluation]
+  for name in dict.fromkeys(shared or [n for s in stages for n in s.curves().values()]):
     if any(s.measured(name, 'loss') is not None for s in stages if not s.kind.startswith('reward')):
       text = _is_text(stages, name) or not shared
       key, unit = ('bits_per_byte', 'bits a byte') if text else ('loss', 'nats a token of the answers')
@@ -197,9 +202,9 @@ def _rows(stages):
 
 
 def _named(name):
-  """Returns 'python_docs' for 'validation:python_docs'; a split by itself stays."""
+  """Returns 'docs' for 'validation:docs' and 'docs (train)' for 'train:docs'; a split by itself stays."""
   split, _, source = name.partition(':')
-  return source or split
+  return source + f' ({split})' * (split != 'validation') if source else split
 
 
 def _delta(value, before, form, better):
@@ -241,7 +246,7 @@ def _headline(stages, index):
     for name in _evaluations([stage], 'reward'):
       return f'{stage.measured(name, "reward"):.1%}', f'right answers, {_named(name)}'
   for name in _evaluations([stage], 'accuracy'):
-    return f'{stage.measured(name, "accuracy"):.1%}', f'pairs ranked right, {_named(stage.curves().get(name, name))}'
+    return f'{stage.measured(name, "accuracy"):.1%}', f'pairs ranked right, {_named(name)}'
   names = _evaluations([stage], 'loss')
   trained = stage.run.get('data', 'sources')
   trained = [pathlib.PurePath(str(s)).name for s in sorted(
@@ -286,8 +291,9 @@ def _curves(stages, charts):
       else:
         rest += drawn
   if wide:
-    wide += ('<p class="soft small note">Losses of different kinds of stages are of different things: '
-             'of tokens, of pairs, of policies.</p>')
+    wide += ('<p class="soft small note">Losses of different kinds of stages are of different things: of tokens, of '
+             'pairs, of policies. Curves are what each run measured while training, on rows of its own making; the '
+             'table above measures all runs alike.</p>')
   return wide + (f'<div class="grid">{rest}</div>' if rest else '')
 
 

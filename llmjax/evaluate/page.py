@@ -187,7 +187,7 @@ function range(chart) {
   // A lone spike must not flatten the curve: it is cut off at the top, and said to be.
   const spread = at(.99) - at(.01);
   let cut = 0;
-  if (!chart.ylog && hi > at(.99) + 3 * spread && spread > 0) {
+  if (!chart.ylog && all.length > 20 && hi > at(.99) + 3 * spread && spread > 0) {
     hi = at(.99) + .6 * spread;
     cut = all.filter(v => v > hi).length;
   }
