@@ -117,6 +117,7 @@ def test_merged_equals_unmerged_equals_numpy(kind, model):
   assert np.abs(run(merged) - run(base)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_switched_off_is_the_base_to_the_bit():
   spec, base = AdapterSpec(kind='dora', rank=2), base_of('dense')
   adapters, specs = {'one': moved(spec, base)}, {'one': spec}

@@ -22,6 +22,7 @@ SETTINGS = {'model': {'num_layers': 2, 'd_model': 16, 'num_heads': 2, 'mlp_dim':
             'train': {'param_dtype': 'float32'}}
 
 
+@pytest.mark.slow
 def test_save_and_restore_on_another_mesh(tmp_path):
   tx, _ = make_optimizer(OptimizerSpec(), 10)
   mesh = make_mesh(MeshSpec(fsdp=8, data=1))

@@ -152,6 +152,7 @@ def test_one_program_for_a_bucket():
   assert [b - a for a, b in zip(before, sizes(), strict=True)] == [2, 1]
 
 
+@pytest.mark.slow
 def test_cache_grows(prompts, monkeypatch):
   want = make_generator('plain').generate(prompts, 60)
   monkeypatch.setattr(decode, 'MIN_CACHE', 8)

@@ -186,6 +186,7 @@ def test_rollback_leaves_batches_out_and_goes_on(tmp_path, mesh):
   assert json.loads((tmp_path / 'bad_steps/6.json').read_text())['batch'] == 5
 
 
+@pytest.mark.slow
 def test_rollbacks_have_a_limit(tmp_path, capsys):
   guard = {'policy': 'rollback', 'rollback_skip_batches': 0, 'max_bad_steps': 2}
   status, stream = train(tmp_path, bad=range(3, 50), checkpoint_every=2, guard=guard)
@@ -196,6 +197,7 @@ def test_rollbacks_have_a_limit(tmp_path, capsys):
   assert [b['details']['skipped_batches'] for b in backs] == [2, 3] and stream.seen[-1] >= 5
 
 
+@pytest.mark.slow
 def test_a_spike_is_found_and_a_resumed_run_finds_the_same(tmp_path):
   options = {'bad': {5, 12}, 'token': SPIKE, 'guard': {'policy': 'skip'}, 'log_every': 4}
   states, resumed = {}, {}
@@ -259,6 +261,7 @@ def test_patience_needs_something_to_watch():
   assert not list(PretrainSpec(train=TrainSpec(patience=2, eval_every=5)).problems())
 
 
+@pytest.mark.slow
 def test_a_count_of_patience_survives_a_restart(tmp_path):
   evaluators = {'validation': lambda params: {'loss': 1.0}}
   train(tmp_path, steps=2, evaluators=evaluators, eval_every=1, patience=3)

@@ -112,6 +112,7 @@ def test_the_run_folder(folder):
   assert 'is done: step 6 of 6' in pretrain(folder, 'whole', 6)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_bit(folder):
   pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
   # As after a kill between steps 3 and 6, whose lines ran ahead; and what is left of step 6 is not to be had.

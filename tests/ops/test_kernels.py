@@ -59,6 +59,7 @@ def test_kernels_match_the_definition(name, dtype, kv_heads, monkeypatch):
     np.testing.assert_allclose(ours.astype(np.float32) / scale, plain / scale, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_a_longer_row_takes_several_blocks_of_different_sizes():
   (q, k, v), ids = inputs(kv_heads=1, length=1536)
   q, k, v = (x[:1] for x in (q[:, :, :1], k, v))

@@ -82,6 +82,7 @@ def test_context_parallel_attention_is_that_of_one_device(kind, sizes, kv_heads,
   assert_near(found, expected(kv_heads, options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['ring', 'gather'])
 def test_context_parallel_attention_in_bfloat16(kind):
   with jax.set_mesh(make_mesh(MeshSpec(data=2, context=4))):
@@ -102,6 +103,7 @@ def test_kernels_are_divided_over_rows_and_heads(implementation, sizes, kv_heads
     assert_near(run(module.attention, *inputs, implementation=implementation), plain)
 
 
+@pytest.mark.slow
 def test_a_kernel_and_a_ring_run_inside_another_shard_map():
   """As in a pipeline, whose stages have rows of their own."""
   tensors, ids = draw()

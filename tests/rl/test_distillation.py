@@ -163,6 +163,7 @@ def test_meshes(params, teacher, batch, name, sizes):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=5e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_ordinary_one_and_the_teachers_distance(params, teacher, batch):
   lessons, tied = make_lessons(SPECS['jsd']), make_lessons(DistillSpec(teacher='t', top_k=WORDS))
   nats, (weight, aux) = jax.jit(lessons.evaluate)(params, batch, None, {'teacher': teacher})

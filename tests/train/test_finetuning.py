@@ -63,6 +63,7 @@ def test_loss_and_gradient_do_not_depend_on_rows_padding_or_microbatches(store):
     assert_same(found[1], expected[1], atol=5e-6)  # Sums in another order.
 
 
+@pytest.mark.slow
 def test_small_weights_divide_as_large_ones_do(store):
   batch = rows(store, 'best_fit', 16)
   small = {**batch, 'loss_mask': batch['loss_mask'] * np.float32(1e-3)}
