@@ -29,7 +29,9 @@ from llmjax.parallel.sharding import constrain, mesh_spec
 CHUNK = 64  # Most tokens made between two looks of the host; 64 host round trips become one.
 STREAM_CHUNK = 12  # Tokens between two looks when someone is reading along.
 MIN_BUCKET = 32  # Fewer slots than this save no time.
-MIN_CACHE = 256  # A cache starts no smaller, so that a short answer never meets a second compile.
+# The cache of a row that is alone starts no smaller, so that a short answer never meets a second compile; a cache of
+# many rows, whose every slot costs time, starts with as many in all.
+MIN_CACHE, MIN_CACHE_ROWS = 256, 8
 STOP_IDS = 8  # Stop token ids come in multiples of this, so that their number is no new program.
 
 
@@ -306,11 +308,12 @@ class Generator:
                                      self.place_rows(lengths), self.place_rows(keys), choice, **run)
     yield cut(token[:, None], logprob[:, None])
     made, slots = 1, padded.shape[1]
+    least = max(MIN_BUCKET, MIN_CACHE * MIN_CACHE_ROWS // max(rows, MIN_CACHE_ROWS))
     while made < max_new_tokens and not done.all():
       # The last token is never written into the cache.
       used, total = padded.shape[1] + made - 1, padded.shape[1] + max_new_tokens - 1
       if used == slots:
-        slots = bucket(max(min(total, 2 * used), MIN_CACHE))
+        slots = bucket(max(min(total, 2 * used), least))
         with self.on_mesh():
           state = state._replace(cache=_grow(state.cache, slots))
       steps = min(chunk, CHUNK, max_new_tokens - made, slots - used)

@@ -141,9 +141,9 @@ def sample(generator, prompts, group, spec, key, stop_ids):
 
 
 def disagreement(sampled, trained, mask):
-  """Returns the largest difference of log-probabilities [N, T] under the mask, relative to those above 1."""
-  gaps = np.abs(sampled - trained) / np.maximum(np.abs(trained), 1.0)
-  return float(np.max(np.where(mask != 0, gaps, 0.0), initial=0.0))
+  """Returns (mean, largest) difference of log-probabilities [N, T] under the mask, relative to those above 1."""
+  gaps = (np.abs(sampled - trained) / np.maximum(np.abs(trained), 1.0))[mask != 0]
+  return (float(gaps.mean()), float(gaps.max())) if gaps.size else (0.0, 0.0)
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import random
 import types
 
@@ -34,9 +35,9 @@ def folder(tmp_path_factory):
 
 def run(folder, *argv):
   """Returns (status, output, chaos.json or None)."""
-  # One device, and not the tests' eight.
-  done = run_process(folder, 'chaos', '--config=recipe.py', *argv, timeout=400,
-                     XLA_FLAGS='--xla_backend_optimization_level=1')
+  # One device, and not the tests' eight.  The time limit is for what hangs: a busy machine needs 30 s an event.
+  done = run_process(folder, 'chaos', '--config=recipe.py', *argv, timeout=1200,
+                     XLA_FLAGS=os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=1'))
   workdir = next(a.partition('=')[2] for a in argv if a.startswith('--workdir='))
   file = folder / workdir / 'chaos.json'
   return done.returncode, done.stdout + done.stderr, json.loads(file.read_text()) if file.exists() else None
@@ -61,12 +62,12 @@ def test_a_run_survives(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('processes', [1, 2])
-def test_a_run_survives_all_of_it(folder, processes):
-  status, out, found = run(folder, f'--workdir=full{processes}', '--kills=10', '--steps=200', '--seed=1',
+@pytest.mark.parametrize('processes, kills', [(1, 10), (2, 6)])
+def test_a_run_survives_all_of_it(folder, processes, kills):
+  status, out, found = run(folder, f'--workdir=full{processes}', f'--kills={kills}', '--steps=200', '--seed=1',
                            f'--processes={processes}')
   assert status == 0, out
-  assert found['passed'] and len(found['events']) == 10
+  assert found['passed'] and len(found['events']) == kills
 
 
 def test_a_recipe_that_fails_by_itself_is_told(folder):
