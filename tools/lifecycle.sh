@@ -6,7 +6,7 @@
 #   BASE     a run of configs/pretrain/quickstart.py to begin from, in place of a new one
 #   DATA     a folder with your own chat.jsonl, pairs.jsonl and ask.jsonl, the questions that all stages are asked; without
 #            it, questions out of the docstrings of this Python
-#   LIMIT    rows that every stage is measured on, of each kind of data (128)
+#   LIMIT    rows that every stage is measured on, of each kind of data (360)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
@@ -28,25 +28,29 @@ train() {  # COMMAND STAGE PARENT SOURCES [OVERRIDE ...]
 }
 
 show llmjax prepare --config=configs/data/python_docs.py
-[ -n "${DATA:-}" ] || [ -e "$questions/ask.jsonl" ] || show python experiments/finetune/make_questions.py "$questions"
-[ -e "$work/text/sums/ask.jsonl" ] || show python experiments/rl/make_sums.py "$work/text/sums" --worked=20
+[ -n "${DATA:-}" ] || [ -e "$questions/ask.jsonl" ] || show python experiments/lifecycle/make_questions.py "$questions"
+[ -e "$work/text/problems/ask.jsonl" ] || show python experiments/lifecycle/make_problems.py "$work/text/problems"
 prepare "$questions/chat.jsonl" questions chat
-prepare "$work/text/sums/chat.jsonl" sums chat
-prepare "$questions/pairs.jsonl" pairs pairs
-prepare "$work/text/sums/prompts.jsonl" problems prompts
-cat "$questions/ask.jsonl" "$work/text/sums/ask.jsonl" > "$work/ask.jsonl"
+prepare "$work/text/problems/chat.jsonl" worked chat
+prepare "$work/text/problems/prompts.jsonl" problems prompts
+cat "$questions/ask.jsonl" "$work/text/problems/ask.jsonl" > "$work/ask.jsonl"
 
 [ -n "${BASE:-}" ] || show llmjax pretrain --config=configs/pretrain/quickstart.py --workdir="$base" \
   --config.train.steps=600 "$@"
-train finetune sft "$base" "{'$work/data/questions': 0.4, '$work/data/sums': 0.4, 'data/python_docs': 0.2}" "$@"
+train finetune sft "$base" "{'$work/data/questions': 0.55, '$work/data/worked': 0.225, 'data/python_docs': 0.225}" "$@"
+if [ ! -e "$questions/pairs.jsonl" ]; then
+  show llmjax generate --workdir="$work/sft" --prompts="$questions/rest.jsonl" --chat --temperature=1 --max-new-tokens=48
+  show python experiments/lifecycle/make_pairs.py "$work/sft/answers.jsonl" "$questions/pairs.jsonl"
+fi
+prepare "$questions/pairs.jsonl" pairs pairs
 train reward reward "$work/sft" "$work/data/pairs" "$@"
 train rl ppo "$work/sft" "$work/data/problems" "$@"
 train rl grpo "$work/sft" "$work/data/problems" "$@"
 
 # The same measures and the same prompts of every stage that answers; the reward model's are those of its training.
 for run in "$base" "$work/sft" "$work/ppo" "$work/grpo"; do
-  show llmjax evaluate --workdir="$run" --seq-len=256 --limit="${LIMIT:-128}" --max-new-tokens=20 \
-    --sources="data/python_docs,$work/data/questions,$work/data/sums,$work/data/problems"
+  show llmjax evaluate --workdir="$run" --seq-len=256 --limit="${LIMIT:-360}" --max-new-tokens=16 \
+    --sources="data/python_docs,$work/data/questions,$work/data/worked,$work/data/problems"
   chat=$([ ! -e "$run/chat_template.json" ] || echo --chat)
   show llmjax generate --workdir="$run" --prompts="$work/ask.jsonl" --temperature=0 --max-new-tokens=40 ${chat:+"$chat"}
 done

@@ -5,12 +5,11 @@ from ml_collections import config_dict
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.data = dict(sources={'runs/lifecycle/data/problems': 1.0}, seq_len=56)
-  c.train = dict(init_from='runs/lifecycle/sft', steps=80, batch_size=64, log_every=2, eval_every=20,
-                 checkpoint_every=20, compute_dtype='float32')
-  c.optimizer = dict(lr=3e-4, schedule='linear', weight_decay=0.0)
-  # Rounding of 1.3 M parameters and 4096 words: sampler and trainer are up to 2e-5 apart.
-  c.rl = dict(prompts=128, group=1, max_new_tokens=20, rewards={'maths': 1.0}, tolerance=1e-4, kl_coef=0.005)
+  c.data = dict(sources={'runs/lifecycle/data/problems': 1.0}, seq_len=52)
+  c.train = dict(init_from='runs/lifecycle/sft', steps=160, batch_size=128, log_every=2, eval_every=40,
+                 checkpoint_every=40, compute_dtype='float32')
+  c.optimizer = dict(name='muon', lr=8e-4, warmup_steps=8, schedule='linear', weight_decay=0.0)
+  c.rl = dict(prompts=256, group=1, max_new_tokens=16, rewards={'maths': 1.0}, kl_coef=0.005)
   c.policy = dict(name='ppo', value_coef=0.5)
-  c.evaluate = dict(limit=128)
+  c.evaluate = dict(limit=360)
   return c

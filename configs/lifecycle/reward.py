@@ -1,4 +1,4 @@
-"""The third stage of tools/lifecycle.sh: a reward model that tells a question's answer from the answer to another."""
+"""The third stage of tools/lifecycle.sh: a reward model that tells right answers from spoilt and made up ones."""
 
 from ml_collections import config_dict
 
@@ -6,7 +6,7 @@ from ml_collections import config_dict
 def get_config():
   c = config_dict.ConfigDict()
   c.data = dict(sources={'runs/lifecycle/data/pairs': 1.0}, seq_len=64, long='drop')
-  c.train = dict(init_from='runs/lifecycle/sft', steps=150, batch_size=16, log_every=10, eval_every=50,
+  c.train = dict(init_from='runs/lifecycle/sft', steps=100, batch_size=16, log_every=10, eval_every=25,
                  checkpoint_every=50)
-  c.optimizer = dict(lr=3e-4, warmup_steps=15, schedule='cosine', weight_decay=0.0)
+  c.optimizer = dict(lr=6e-4, warmup_steps=10, schedule='cosine', weight_decay=0.0)
   return c

@@ -1,10 +1,10 @@
-"""Writes questions about Python's standard library, out of its own docstrings, and pairs of answers to them.
+"""Writes questions about Python's standard library, out of its own docstrings.
 
-    python experiments/finetune/make_questions.py data/questions
+    python experiments/lifecycle/make_questions.py data/questions
 
 An answer is what the first paragraph of a function's or class's docstring says, where that has 15 to 120 characters.
-chat.jsonl (prompt, completion) has two thirds of them; pairs.jsonl (prompt, chosen, rejected) the rest, each beside an
-answer about another module; ask.jsonl (prompt, answer) eight, of modules that the corpus python_docs holds out.
+chat.jsonl (prompt, completion) has two thirds of them; rest.jsonl (prompt, answer) the others; ask.jsonl eight, of
+modules that the corpus python_docs holds out.
 """
 
 import ast
@@ -48,19 +48,13 @@ def main(folder):
       seen.add(line)
       rows.append((split, name, line))
 
-  def another(name):
-    while True:
-      _, other, line = rng.choice(rows)
-      if other.split('.')[0] != name.split('.')[0]:
-        return line
-
   ask = lambda name: f'What does {name} do?'
   known, new = ([row[1:] for row in rows if (row[0] == 'train') == train] for train in (True, False))
   rng.shuffle(known)
   cut = 2 * len(known) // 3
   for file, records in (
       ('chat', [{'prompt': ask(name), 'completion': line} for name, line in known[:cut]]),
-      ('pairs', [{'prompt': ask(name), 'chosen': line, 'rejected': another(name)} for name, line in known[cut:]]),
+      ('rest', [{'prompt': ask(name), 'answer': line} for name, line in known[cut:]]),
       ('ask', [{'prompt': ask(name), 'answer': line} for name, line in rng.sample(new, ASKED)])):
     (folder / f'{file}.jsonl').write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records),
                                           encoding='utf-8')

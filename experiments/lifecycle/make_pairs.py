@@ -1,0 +1,29 @@
+"""Writes pairs of a better and a worse answer, out of what a run answered to questions whose right answers are known.
+
+    llmjax generate --workdir=runs/lifecycle/sft --prompts=data/questions/rest.jsonl --chat --temperature=1
+    python experiments/lifecycle/make_pairs.py runs/lifecycle/sft/answers.jsonl data/questions/pairs.jsonl
+
+The better one is the right one.  The worse ones are, in turn: what the run said, the first words of the right one, and
+its words in another order.  A question is in one pair only, so that no held-out answer has been trained on.
+"""
+
+import json
+import pathlib
+import random
+import sys
+
+
+def main(answers, pairs):
+  rng, records = random.Random(0), []
+  for i, line in enumerate(pathlib.Path(answers).read_text(encoding='utf-8').splitlines()):
+    answer = json.loads(line)
+    words = answer['right'].split()
+    worse = (answer['text'].strip(), ' '.join(words[:rng.randint(1, max(1, len(words) - 1))]),
+             ' '.join(rng.sample(words, len(words))))[i % 3]
+    if worse and worse != answer['right']:
+      records.append({'prompt': answer['prompt'], 'chosen': answer['right'], 'rejected': worse})
+  pathlib.Path(pairs).write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records), encoding='utf-8')
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
