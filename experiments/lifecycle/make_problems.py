@@ -2,8 +2,8 @@
 
     python experiments/lifecycle/make_problems.py data/problems
 
-Somebody has some things, and gets or loses some; there are never more than 10.  The working stands in the solution, then
-`#### answer`.  chat.jsonl (prompt, completion) has 300 problems, from which fine-tuning learns the form and some of the
+Somebody has some things, and gets or loses some; there are never more than 10.  The working stands in the solution,
+then `#### answer`.  chat.jsonl (prompt, completion) has 300 problems, from which fine-tuning learns the form and some of the
 sums; prompts.jsonl (prompt, answer) 2,400 others, and ask.jsonl four.  No problem is in two files; its sum may be, of
 someone else's things.
 """
@@ -21,7 +21,8 @@ TAUGHT, ASKED, PRACTISED = 300, 4, 2400
 
 def tell(name, things, start, change):
   """Returns the question."""
-  return f'{name} has {start} {things} and {"gets" if change > 0 else "loses"} {abs(change)}. How many {things} are left?'
+  happens = f'{"gets" if change > 0 else "loses"} {abs(change)}'
+  return f'{name} has {start} {things} and {happens}. How many {things} are left?'
 
 
 def solve(start, change):

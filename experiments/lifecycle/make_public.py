@@ -2,11 +2,11 @@
 
     python experiments/lifecycle/make_public.py tldr/pages instruction-data-with-preference.json data/public
 
-The first is the English pages of https://github.com/tldr-pages/tldr (CC BY 4.0), a folder of Markdown or a JSONL file with
-a `text` for each page: what a command line does becomes a question, the command its answer.  The second
-is a JSON list of `instruction`, `input`, `output`, `chosen` and `rejected`, as in chapter 7 of
-https://github.com/rasbt/LLMs-from-scratch (Apache-2.0).  chat.jsonl has both, pairs.jsonl the preferences of instructions
-that are not in chat.jsonl, ask.jsonl four of each that are in neither.
+The first is the English pages of https://github.com/tldr-pages/tldr (CC BY 4.0), a folder of Markdown or a JSONL file
+with a `text` for each page: what a command line does becomes a question, the command its answer.  The second is a JSON
+list of `instruction`, `input`, `output`, `chosen` and `rejected`, as in chapter 7 of
+https://github.com/rasbt/LLMs-from-scratch (Apache-2.0).  chat.jsonl has both, pairs.jsonl the preferences of
+instructions that are not in chat.jsonl, ask.jsonl four of each that are in neither.
 """
 
 import json

@@ -7,6 +7,8 @@ tells of a step is the target that follows its last token: the separator, or wha
 the store is 1 + label, and all other weights are 0; so a model reads a step to its last token and nothing beyond.
 """
 
+import re
+
 import numpy as np
 
 from llmjax.text.templates import TemplateError
@@ -136,3 +138,16 @@ def mark(tokenizer, ids, weights, steps):
     marks[inside[behind] if behind < len(inside) else end] = JUDGED + step['label']
     place += len(SEPARATOR.encode())
   return marks
+
+
+def find_ends(tokenizer, ids):
+  """Returns the places in an answer's ids of the tokens that follow its steps, as `mark` has them.
+
+  ids: int [n], without what ends the message; so the last place may be n.  Steps are what line breaks divide.
+  """
+  parts = [tokenizer.decode_bytes(i) for i in ids]
+  text, ends = b''.join(parts), np.cumsum([len(p) for p in parts], dtype=int)
+  said = text.rstrip()
+  breaks = [found.start() for found in re.finditer(rb'(?<=\S)\s*\n', said)]
+  last = int(np.searchsorted(ends, len(said))) + 1 if said else 0
+  return [int(np.searchsorted(ends, place, 'right')) for place in breaks] + [last]

@@ -43,7 +43,7 @@ def make_job(spec, mesh, prompts, workdir):
     stop_ids = chat.stop_ids
   scorer = rollout.Scorer(spec.model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
                           temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size)
-  score = reward_model(spec, mesh) if 'model' in spec.rl.rewards else None
+  score = reward_model(spec, mesh, tokenizer) if 'model' in spec.rl.rewards else None
   reference = None
   if spec.rl.reference:
     kept = Kept(workdir / 'reference', 'reference', 'train.init_from', spec.train.init_from,
@@ -77,16 +77,23 @@ def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params):
           'tokens': float(made.lengths.mean())}
 
 
-def reward_model(spec, mesh):
-  """Returns the function of Answers to the scores of the reward model in spec.rl.reward_model."""
+def reward_model(spec, mesh, tokenizer):
+  """Returns the function of Answers to what the reward model in spec.rl.reward_model, of answers or steps, scores."""
   path = checkpoint_of('rl.reward_model', spec.rl.reward_model)
-  judge = config.build(ModelSpec, read_config(run_folder(path))['model'])
+  settings = read_config(run_folder(path))
+  judge = config.build(ModelSpec, settings['model'])
   try:
     start.check_mesh(dataclasses.replace(spec, model=judge), mesh)
   except ConfigError as e:
     raise ConfigError([f'rl.reward_model={spec.rl.reward_model}: its {p}' for p in e.problems]) from e
   params, model, _, _ = load_params(
       run_folder(path), int(path.name), shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
-  scorer = rollout.EndScorer(model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
-                             length=spec.data.seq_len + 1)
-  return lambda answers: scorer(params, [a.ids for a in answers])
+  of_steps = settings['reward'].get('scores') == 'steps'
+  scorer = rollout.RewardScorer(model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
+                                length=spec.data.seq_len + 1, reduce=spec.rl.step_score if of_steps else '')
+
+  def score(answers):
+    places = [rollout.places_of_steps(tokenizer, a) for a in answers] if of_steps else None
+    return scorer(params, [a.ids for a in answers], places)
+
+  return score

@@ -42,18 +42,16 @@ def run_groups(run, names):
 
 
 def reward_problems(name, source, sources):
-  """Yields what is wrong with a reward model of answers.  name: of the setting.  sources: what else is tokenised."""
+  """Yields what is wrong with a reward model.  name: of the setting.  sources: what else is tokenised."""
   if not (run_folder(source) / 'config.json').is_file():
     yield f"{name}={source} is not a run's folder; give the --workdir of a reward model"
     return
   found = run_groups(source, ('reward',)).get('reward')
   if found is None:
     yield f'{name}={source} is no reward model; give the --workdir of a run of `llmjax reward`'
-  elif found.get('scores') == 'steps':
-    yield f'{name}={source} scores steps, and answers need one score each; give one that was trained on pairs'
   elif any(tokenizer_problems(sources, source)):
     folder = next(iter(sources))
-    yield (f'{name}={source} has another tokenizer than {folder}; give one that was trained on pairs prepared with '
+    yield (f'{name}={source} has another tokenizer than {folder}; give one whose data were prepared with '
            f'--config.tokenizer.path={prepared.tokenizer_path(folder)}')
 
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.data import steps
 from llmjax.generate.spec import SamplingSpec
 from llmjax.model import decoder
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
-from llmjax.rl import advantages, objective, rewards
+from llmjax.rl import advantages, objective, reward, rewards
 from llmjax.train.objectives import Forward
 
 
@@ -83,25 +84,38 @@ class _InParts:
     return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
 
 
-class EndScorer:
-  """What a reward model says of whole rows of tokens, read at each row's last one."""
+class RewardScorer:
+  """What a reward model says of whole rows of tokens, read at some of them: at the last one, or behind every step."""
 
-  def __init__(self, model, train, mesh, pipe, *, rows, length):
-    """rows: how many at a time.  length: tokens of the longest."""
+  def __init__(self, model, train, mesh, pipe, *, rows, length, reduce=''):
+    """rows: how many at a time.  length: tokens of the longest.  reduce: of steps, for `reward.process_score`."""
     forward = Forward(model, train, mesh.devices.flat[0].platform, pipe)
     unit = 2 * mesh.shape['context'] * mesh.shape['tensor']
     self._length = -(-length // unit) * unit
 
-    score = lambda params, batch: {'scores': objective.score_ends(forward, params, batch)[0]}
+    def score(params, batch):
+      batch = forward.order(batch)
+      values, places = decoder.token_values(params, forward(params, batch, None)[0]), batch['loss_mask']
+      scores = reward.process_score(values, places, reduce) if reduce else jnp.sum(values * places, axis=1)
+      return {'scores': scores}
+
     self._score = _InParts(score, mesh, rows, 0)
 
-  def __call__(self, params, rows):
-    """Returns float32 [N].  rows: token ids of each."""
+  def __call__(self, params, rows, places=None):
+    """Returns float32 [N].  rows: token ids of each.  places: where each is read; None: at its last token."""
     batch = {name: np.zeros((len(rows), self._length), np.int32) for name in ('tokens', 'segment_ids', 'positions')}
+    batch['loss_mask'] = np.zeros((len(rows), self._length), np.float32)
     for i, ids in enumerate(rows):
       batch['tokens'][i, :len(ids)], batch['segment_ids'][i, :len(ids)] = ids, 1
       batch['positions'][i, :len(ids)] = np.arange(len(ids))
+      batch['loss_mask'][i, [len(ids) - 1] if places is None else places[i]] = 1
     return self._score(params, batch)['scores']
+
+
+def places_of_steps(tokenizer, answer):
+  """Returns the places in an Answer's ids of the last token of each of its steps."""
+  first = len(answer.ids) - answer.tokens
+  return [first + end - 1 for end in steps.find_ends(tokenizer, answer.ids[first:len(answer.ids) - answer.ended])]
 
 
 class Scorer:

@@ -187,9 +187,9 @@ class RolloutSource:
       return {'truncated_logprob': float(gaps)}
     gap, largest = rollout.disagreement(sampled, trained, mask)
     if max(gap, largest / 100) > rl.tolerance and self.spec.train.compute_dtype == 'float32':
-      raise ConfigError([f'the log-probabilities of sampler and trainer differ by {gap:.2g} in the mean and {largest:.2g} '
-                         f'at most, more than rl.tolerance={rl.tolerance:g} or 100 times that: what is learnt would not '
-                         'be of what was drawn'])
+      raise ConfigError([f'the log-probabilities of sampler and trainer differ by {gap:.2g} in the mean and '
+                         f'{largest:.2g} at most, more than rl.tolerance={rl.tolerance:g} or 100 times that: what is '
+                         'learnt would not be of what was drawn'])
     return {'logprob_gap': gap, 'largest_logprob_gap': largest}
 
   def _path(self, number):

@@ -159,6 +159,8 @@ class RlSpec:
   length: int = setting(0, 'length: tokens of the ideal answer; the reward falls to 0 at none and at twice as many',
                         minimum=0)
   reward_model: str = setting('', "model: a reward model's run folder")
+  step_score: str = setting('min', 'model, where it scores steps: an answer is worth as much as its worst step, or the '
+                            'product of what all are', choices=('min', 'product'))
   overlong_tokens: int = setting(0, 'the last tokens before max_new_tokens, over which a reward falls by 1 (DAPO); 0: '
                                  'none', minimum=0)
   missing_eos_penalty: float = setting(0.0, 'taken from the reward of an answer without an end', minimum=0.0)

@@ -8,7 +8,7 @@ import pytest
 
 from llmjax import config
 from llmjax.config import ConfigError
-from llmjax.data import conversations, corpus, packing, prepared, stream, token_store
+from llmjax.data import conversations, corpus, packing, prepared, steps, stream, token_store
 from llmjax.data.spec import DataSpec, PrepareSpec, TokenizerSpec
 
 USER, SAID = {'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}
@@ -250,9 +250,23 @@ def test_what_follows_a_step_has_its_label(tmp_path, template):
     number = int(tokenizer.decode(ids[:ends[0]]).split()[-1])
     begins = np.append(0, ends[:-1])
     said = [tokenizer.decode(ids[a:b]) for a, b in zip(begins, ends, strict=True)]
+    first = 1 + max(i for i in range(ends[0]) if tokenizer.decode(ids[i:ends[0]]).strip().startswith('one'))
+    found = first - 1 + np.asarray(steps.find_ends(tokenizer, ids[first - 1:ends[-1]]))
+    assert set(ends) < set(found) and len(found) == 4  # A line in a step divides it.
     assert said[0].endswith(f'one é ▁ {number}') and f'q {number}' in said[0]
     assert said[1:] == [f'\ntwo\nlines {number}', '\nthree']
     assert ids[ends[-1]] in tokenizer.special_ids.values()  # What ends the message.
+
+
+@pytest.mark.parametrize('text, said', [
+    ('one 1\ntwo', ['one 1', 'one 1\ntwo']), ('\n one é \n\n two\n', ['one é', 'one é \n\n two']), ('one', ['one']),
+    ('a\nb\nc', ['a', 'a\nb', 'a\nb\nc']), ('', ['']), (' \n', [''])])
+def test_steps_of_an_answer(small_folder, text, said):
+  tokenizer = stream.load_tokenizer(DataSpec(sources={small_folder: 1.0}))
+  ids = tokenizer.encode(text)
+  places = steps.find_ends(tokenizer, ids)
+  assert [tokenizer.decode(ids[:place]).strip() for place in places] == said
+  assert all(tokenizer.decode(ids[place - 1:place]).strip() for place in places if place)  # Read at a word.
 
 
 def test_a_template_that_changes_what_is_said_has_no_ends_of_steps(tmp_path, small_folder):

@@ -171,9 +171,16 @@ def true_accuracy(workdir):
   return held_out.describe_margins(real[0::2] - real[1::2])['accuracy']
 
 
-@pytest.mark.slow
-def test_a_process_reward_model_finds_which_steps_are_good(folder):
+@pytest.fixture(scope='module')
+def judging_steps(folder):
+  """The folder with a reward model of steps in runs/steps."""
   assert train('reward', 'words_steps', 'runs/steps') == 0
+  return folder
+
+
+@pytest.mark.slow
+def test_a_process_reward_model_finds_which_steps_are_good(judging_steps):
+  folder = judging_steps
   metrics, found = last('runs/steps'), json.loads((folder / 'runs/steps/reward.json').read_text())['validation']
   assert found['steps'] == prepared.read_manifest('data/words_steps')['splits']['validation']['trained']
   assert found['accuracy'] == pytest.approx(metrics['eval/validation/accuracy'], abs=1e-6)
@@ -214,16 +221,22 @@ def test_grpo_on_a_trained_reward_model_says_what_is_preferred(judged):
 
 
 @pytest.mark.slow
+def test_grpo_on_a_model_that_judges_steps(judging_steps):
+  assert train('rl', 'words_grpo', 'runs/grpo_steps', '--config.rl.reward_model=runs/steps',
+               '--config.train.steps=20') == 0
+  rows = [json.loads(line) for line in (judging_steps / 'runs/grpo_steps/metrics.jsonl').read_text().splitlines()]
+  rewards = [row['rollout/reward'] for row in rows if 'rollout/reward' in row]
+  assert all(0 < r < 1 for r in rewards) and np.mean(rewards[-3:]) > rewards[0] + 0.1
+
+
+@pytest.mark.slow
 def test_a_wrong_reward_model_is_one_line(judged, capsys):
   said = {'nowhere': "is not a run's folder", 'words': 'is no reward model; give the --workdir',
-          'of_steps': 'scores steps, and answers need one score', 'foreign': 'has another tokenizer than data/words_',
+          'foreign': 'has another tokenizer than data/words_',
           'empty': "is neither a run's folder nor one of its checkpoints"}
-  for name in ('of_steps', 'foreign', 'empty'):
+  for name in ('foreign', 'empty'):
     shutil.copytree(judged / 'runs/reward', judged / 'runs' / name)
-  settings = read_config('runs/reward')
-  assert settings['reward']['scores'] == 'answers'
-  settings['reward']['scores'] = 'steps'
-  pathlib.Path('runs/of_steps/config.json').write_text(json.dumps(settings))
+  assert read_config('runs/reward')['reward']['scores'] == 'answers'
   with open('runs/foreign/tokenizer.model', 'ab') as f:
     f.write(b'x')
   shutil.rmtree('runs/empty/checkpoints')
@@ -235,15 +248,17 @@ def test_a_wrong_reward_model_is_one_line(judged, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_from_a_reward_model_as_one_does(judged):
+@pytest.mark.parametrize('policy', ['grpo', 'ppo'])
+def test_two_processes_learn_from_a_reward_model_as_one_does(judged, policy):
   def launch(processes):
-    workdir = f'runs/of_{processes}'
+    workdir = f'runs/{policy}_of_{processes}'
     subprocess.run(
         [sys.executable, '-m', 'llmjax', 'launch', 'local', f'--processes={processes}',
          f'--devices-per-process={2 // processes}', '--', 'rl', f'--config={ROOT}/configs/preference/words_grpo.py',
          f'--workdir={workdir}', '--config.logs.writers=', '--config.train.steps=4', '--config.train.log_every=1',
          '--config.rl.prompts=4', '--config.rl.group=4', '--config.train.batch_size=8', '--config.evaluate.limit=4',
-         '--config.mesh.data=2'], env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=True, timeout=500)
+         '--config.mesh.data=2', f'--config.policy.name={policy}'],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=True, timeout=500)
     rows = [json.loads(line) for line in (judged / workdir / 'metrics.jsonl').read_text().splitlines()]
     timed = ('seconds', 'per_second', 'mfu')
     found = {(row['step'], k): v for row in rows for k, v in row.items()

@@ -244,8 +244,13 @@ def test_a_reward_model_reads_the_last_token(params):
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
   rows = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
   for size, length in ((8, 14), (3, 31)):  # The batch and the padding change nothing.
-    scorer = rollout.EndScorer(SPEC, TRAIN, mesh, None, rows=size, length=length)
+    scorer = rollout.RewardScorer(SPEC, TRAIN, mesh, None, rows=size, length=length)
     np.testing.assert_allclose(scorer(params, rows), scores, rtol=1e-5, atol=1e-5)
+    places = [range(len(row)) for row in rows]  # As if every token ended a step.
+    each = np.array([scorer(params, [row[:i + 1] for i in range(len(row))]) for row in rows[:1]])
+    for reduce, expected in (('min', np.min), ('product', np.prod)):
+      of_steps = rollout.RewardScorer(SPEC, TRAIN, mesh, None, rows=size, length=length, reduce=reduce)
+      np.testing.assert_allclose(of_steps(params, rows, places)[0], expected(1 / (1 + np.exp(-each[0]))), rtol=1e-5)
   other = scorer(params, [np.append(r[:-1], (r[-1] + 1) % WORDS) for r in rows])
   assert np.abs(other - scores).min() > 1e-4
 
