@@ -3,9 +3,9 @@
     python experiments/lifecycle/make_problems.py data/problems
 
 Somebody has some things, and gets or loses some; there are never more than 10.  The working stands in the solution,
-then `#### answer`.  chat.jsonl (prompt, completion) has 300 problems, from which fine-tuning learns the form and some of the
-sums; prompts.jsonl (prompt, answer) 2,400 others, and ask.jsonl four.  No problem is in two files; its sum may be, of
-someone else's things.
+then `#### answer`.  chat.jsonl (prompt, completion) has 300 problems, from which fine-tuning learns the form and some
+of the sums; prompts.jsonl (prompt, answer) 2,400 others, and ask.jsonl four.  No problem is in two files; its sum may
+be, of someone else's things.
 """
 
 import json
