@@ -6,10 +6,10 @@ from ml_collections import config_dict
 def get_config():
   c = config_dict.ConfigDict()
   c.data = dict(sources={'runs/lifecycle/data/problems': 1.0}, seq_len=52)
-  c.train = dict(init_from='runs/lifecycle/sft', steps=80, batch_size=256, log_every=1, eval_every=20,
-                 checkpoint_every=20, compute_dtype='float32')
-  c.optimizer = dict(name='muon', lr=6e-4, warmup_steps=5, schedule='linear', weight_decay=0.0)
+  c.train = dict(init_from='runs/lifecycle/sft', steps=160, batch_size=128, log_every=2, eval_every=40,
+                 checkpoint_every=40, compute_dtype='float32')
+  c.optimizer = dict(name='muon', lr=8e-4, warmup_steps=8, schedule='linear', weight_decay=0.0)
   c.rl = dict(prompts=64, group=4, max_new_tokens=16, rewards={'maths': 1.0})
-  c.policy = dict(name='grpo', kl_coef=0.02)
+  c.policy = dict(name='grpo', kl_coef=0.01)
   c.evaluate = dict(limit=360)
   return c
