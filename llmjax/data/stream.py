@@ -340,7 +340,7 @@ def open_prompts(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'tr
   return BatchStream(spec, _Prompts(spec, split), batch_size, seed, split, blocks, block_count)
 
 
-def eval_pairs(spec: DataSpec, split: str, batch_size: int, limit: int | None = None, *,
+def eval_pairs(spec: DataSpec, split: str, batch_size: int, limit: int = 0, *,
                blocks=(0,), block_count: int = 1, columns=None):
   """Yields batches with every pair of a split exactly once, rows as of `open_pairs`; else as `eval_batches`.
 
@@ -365,12 +365,12 @@ def _require_kind(spec, kind):
       raise ConfigError([f'data.sources: {folder} holds {found}, not {kind}; prepare it with --config.records={kind}'])
 
 
-def eval_batches(spec: DataSpec, split: str, batch_size: int, limit: int | None = None, *,
+def eval_batches(spec: DataSpec, split: str, batch_size: int, limit: int = 0, *,
                  blocks=(0,), block_count: int = 1, columns=None):
   """Yields a process's blocks (see `open_stream`) of batches that hold every pair of a split exactly once.
 
   Rows come in order, source after source by name; rows of padding complete the last batch.  limit:
-  at most this many batches.  Documents lie in an order drawn by hash, so the first batches are a
+  at most this many rows, where it is not 0.  Documents lie in an order drawn by hash, so the first rows are a
   fair sample.  Every process yields the same number of batches.  columns: {name: numbers or a Table}, fields that
   batches are to have as well.
   """
@@ -387,10 +387,9 @@ def count_rows(spec: DataSpec, split: str) -> int:
 
 def _in_order(mixture, batch_size, limit, blocks, block_count):
   rows = _local_rows(batch_size, blocks, block_count, 'evaluate.batch_size')
-  count = -(-len(mixture) // batch_size)
-  for batch in range(count if limit is None else min(limit, count)):
-    numbers = [batch * batch_size + row for row in rows]
-    yield mixture.batch([n for n in numbers if n < len(mixture)], len(rows))
+  count = min(len(mixture), limit or len(mixture))
+  for first in range(0, count, batch_size):
+    yield mixture.batch([first + row for row in rows if first + row < count], len(rows))
 
 
 def folder_name(folder) -> str:

@@ -47,7 +47,7 @@ def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
 def read_split(spec, mesh, split, columns=None, limit=0):
   """Yields the batches, on the devices, with every pair of a split once; at most `limit` pairs where it is not 0."""
   size = start.eval_rows(spec, mesh)
-  for batch in stream.eval_pairs(spec.data, split, size, -(-limit // size) or None, blocks=batch_blocks(mesh),
+  for batch in stream.eval_pairs(spec.data, split, size, limit, blocks=batch_blocks(mesh),
                                  block_count=batch_shards(mesh), columns=columns):
     yield place_batch(mesh, batch)
 

@@ -53,8 +53,7 @@ def make_evaluators(spec, mesh, loss_fn=None, names=(), columns=lambda data, spl
     found = columns(data, split)
 
     def evaluate(params, *frozen):
-      limit = -(-spec.evaluate.limit // batch_size) or None  # Rows to batches.
-      batches = stream.eval_batches(data, split, batch_size, limit, blocks=batch_blocks(mesh),
+      batches = stream.eval_batches(data, split, batch_size, spec.evaluate.limit, blocks=batch_blocks(mesh),
                                     block_count=batch_shards(mesh), columns=found)
       return perplexity.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params,
                                  (place_batch(mesh, b) for b in batches), names)

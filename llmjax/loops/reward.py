@@ -79,6 +79,6 @@ def make_evaluator(spec, mesh, judge, split, workdir):
 def _read_rows(spec, mesh, split, limit=0):
   """Yields the batches, on the devices, with every row of a split once; at most `limit` rows where it is not 0."""
   size = start.eval_rows(spec, mesh)
-  for batch in stream.eval_batches(spec.data, split, size, -(-limit // size) or None, blocks=batch_blocks(mesh),
+  for batch in stream.eval_batches(spec.data, split, size, limit, blocks=batch_blocks(mesh),
                                    block_count=batch_shards(mesh)):
     yield place_batch(mesh, batch)

@@ -136,7 +136,16 @@ def test_eval_batches_hold_every_pair_once(spec, hosts, packed):
   assert len(expected) == stream.split_counts(spec, 'validation')['pairs']
   padding = np.concatenate([b['segment_ids'] for b in batches]) == 0
   assert not np.concatenate([b['loss_mask'] for b in batches])[padding].any()
-  assert len(list(stream.eval_batches(spec, 'validation', 6, limit=1))) == 1
+
+
+@pytest.mark.parametrize('size', [2, 6, 32])
+def test_a_limit_is_of_rows_whatever_their_number_in_a_batch(spec, size):
+  joined = lambda batches, name: np.concatenate([b[name] for b in batches])
+  whole = list(stream.eval_batches(spec, 'validation', 5))
+  cut = list(stream.eval_batches(spec, 'validation', size, limit=7))
+  assert len(cut) == -(-7 // size)
+  np.testing.assert_array_equal(joined(cut, 'tokens')[:7], joined(whole, 'tokens')[:7])
+  assert joined(cut, 'loss_mask')[:7].any(axis=1).all() and not joined(cut, 'loss_mask')[7:].any()
 
 
 def test_decoded_rows_are_the_documents(small_folder):
