@@ -96,7 +96,7 @@ class RewardScorer:
     def score(params, batch):
       batch = forward.order(batch)
       values, places = decoder.token_values(params, forward(params, batch, None)[0]), batch['loss_mask']
-      scores = reward.process_score(values, places, reduce) if reduce else jnp.sum(values * places, axis=1)
+      scores = reward.process_score(values, places, reduce) if reduce else reward.score_at_end(values, places)
       return {'scores': scores}
 
     self._score = _InParts(score, mesh, rows, 0)
