@@ -123,7 +123,7 @@ def assert_near(found, expected, tolerance):
 
 
 # Every kind of axis and schedule once; the rest is `slow`.
-QUICK = [('dense', 'data2 fsdp2 tensor2'), ('dense', 'stage2 fsdp2 tensor2')]
+QUICK = [('dense', 'data2 fsdp2 tensor2'), ('dense', 'context4 data2'), ('dense', 'stage2 fsdp2 tensor2')]
 
 
 @pytest.mark.parametrize(('kind', 'name'), [
