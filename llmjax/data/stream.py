@@ -348,9 +348,7 @@ def eval_pairs(spec: DataSpec, split: str, batch_size: int, limit: int = 0, *,
   """
   _require_kind(spec, 'pairs')
   mixture = _Mixture(spec, split, packing.PairRows)
-  for name, table in (columns or {}).items():
-    mixture.attach(name, table)
-  yield from _in_order(mixture, batch_size, limit, blocks, block_count)
+  yield from _batches_of(mixture, split, batch_size, limit, blocks, block_count, columns)
 
 
 def count_pairs(spec: DataSpec, split: str) -> int:
@@ -369,15 +367,20 @@ def eval_batches(spec: DataSpec, split: str, batch_size: int, limit: int = 0, *,
                  blocks=(0,), block_count: int = 1, columns=None):
   """Yields a process's blocks (see `open_stream`) of batches that hold every pair of a split exactly once.
 
-  Rows come in order, source after source by name; rows of padding complete the last batch.  limit:
-  at most this many rows, where it is not 0.  Documents lie in an order drawn by hash, so the first rows are a
-  fair sample.  Every process yields the same number of batches.  columns: {name: numbers or a Table}, fields that
-  batches are to have as well.
+  Sequences come in order, source after source by name; padding completes the last batch.  limit: at most this many
+  sequences, those of `sample_numbers`, where it is not 0.  Every process yields the same number of batches.  columns:
+  {name: numbers or a Table}, fields that batches are to have as well.
   """
-  mixture = _Mixture(spec, split)
-  for name, table in (columns or {}).items():
-    mixture.attach(name, table)
-  yield from _in_order(mixture, batch_size, limit, blocks, block_count)
+  yield from _batches_of(_Mixture(spec, split), split, batch_size, limit, blocks, block_count, columns)
+
+
+def eval_prompts(spec: DataSpec, split: str, limit: int = 0) -> list[dict]:
+  """Returns every prompt of a split once, items as of `open_prompts`, or the sample of them that `limit` leaves."""
+  _require_kind(spec, 'prompts')
+  prompts = _Prompts(spec, split)
+  if not len(prompts):
+    raise ConfigError([f'data.sources: {", ".join(prompts.folders)} has no prompts in its {split} split'])
+  return prompts.batch(sample_numbers(prompts, split, limit))
 
 
 def count_rows(spec: DataSpec, split: str) -> int:
@@ -385,11 +388,49 @@ def count_rows(spec: DataSpec, split: str) -> int:
   return len(_Mixture(spec, split))
 
 
-def _in_order(mixture, batch_size, limit, blocks, block_count):
+def _batches_of(mixture, split, batch_size, limit, blocks, block_count, columns):
+  for name, table in (columns or {}).items():
+    mixture.attach(name, table)
   rows = _local_rows(batch_size, blocks, block_count, 'evaluate.batch_size')
-  count = min(len(mixture), limit or len(mixture))
-  for first in range(0, count, batch_size):
-    yield mixture.batch([first + row for row in rows if first + row < count], len(rows))
+  numbers = sample_numbers(mixture, split, limit)
+  for first in range(0, len(numbers), batch_size):
+    yield mixture.batch([numbers[first + row] for row in rows if first + row < len(numbers)], len(rows))
+
+
+def sample_numbers(mixture, split, limit):
+  """Returns the numbers of the sequences to evaluate: all in order, or a fixed random sample of `limit` of them.
+
+  Each source gives as many as is its share of all sequences, and at least one where the limit allows.  Which ones
+  depends on the tokens alone: not on names, weights, training seed, mesh or process.  A source's sample of a smaller
+  limit is the beginning of that of a larger one.
+  """
+  import grain
+
+  sizes = np.diff([0, *mixture.ends])
+  if not limit or limit >= len(mixture):
+    return list(range(len(mixture)))
+  digests = [prepared.read_manifest(folder)['splits'][split]['tokens_sha256'] for folder in mixture.folders]
+  counts, numbers = _shares(sizes, limit, digests), []
+  for i in sorted(range(len(sizes)), key=lambda i: digests[i]):
+    order = grain.MapDataset.range(int(mixture.ends[i] - sizes[i]), int(mixture.ends[i])).shuffle(
+        seed=int(digests[i][:8], 16))
+    numbers += sorted(int(order[k]) for k in range(counts[i]))
+  return numbers
+
+
+def _shares(sizes, limit, names):
+  """Returns how many of each source make `limit` together: in proportion to sizes, by the largest remainder.
+
+  limit: below sum(sizes).  names: decide between equal remainders.
+  """
+  ideal = np.asarray(sizes) * (limit / sum(sizes))
+  least = np.minimum(sizes, 1 if limit >= np.count_nonzero(sizes) else 0)
+  counts = np.maximum(np.floor(ideal).astype(int), least)
+  while (gap := limit - counts.sum()):
+    step = 1 if gap > 0 else -1
+    free = [i for i in range(len(sizes)) if (counts[i] < sizes[i] if step > 0 else counts[i] > least[i])]
+    counts[max(free, key=lambda i: (step * (ideal[i] - counts[i]), names[i]))] += step
+  return counts.tolist()
 
 
 def folder_name(folder) -> str:

@@ -30,7 +30,7 @@ class EvaluateOptions:
   splits: tuple[str, ...] = setting(('validation',), 'what to evaluate on')
   step: int = setting(0, 'the checkpoint; 0: the latest', minimum=0)
   batch_size: int = setting(0, "rows at once; 0: the run's own", minimum=0)
-  limit: int = setting(0, 'rows to evaluate; 0: all', minimum=0)
+  limit: int = setting(0, 'sequences to evaluate, a fixed random sample of the split; 0: all', minimum=0)
   sources: tuple[str, ...] = setting((), 'prepared folders to evaluate on, each by itself, in place of those trained '
                                      'on: text, conversations, or prompts with right answers')
   seq_len: int = setting(0, "tokens of a row; 0: the run's own", minimum=0)

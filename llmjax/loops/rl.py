@@ -15,6 +15,7 @@ from llmjax.loops import harness, start
 from llmjax.loops.adapters import checkpoint_of, initial_checkpoint, load_initial
 from llmjax.loops.kept import Kept
 from llmjax.loops.sources import run_folder
+from llmjax.loops.spec import prompt_data
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.sharding import tree_shardings
@@ -30,10 +31,9 @@ def run(spec, options):
   return start.run(dataclasses.replace(spec, model=model, train=train), options, make_job, open_prompts)
 
 
-def open_prompts(spec, mesh, split='train', count=None):
-  """Returns the stream of the prompts of iterations, the same on every process; none leaves too little room."""
-  data = dataclasses.replace(spec.data, seq_len=spec.data.seq_len + 1 - spec.rl.max_new_tokens)
-  return stream.open_prompts(data, batch_size=count or spec.rl.prompts, seed=spec.train.seed, split=split)
+def open_prompts(spec, mesh):
+  """Returns the stream of the prompts of iterations, the same on every process."""
+  return stream.open_prompts(prompt_data(spec), batch_size=spec.rl.prompts, seed=spec.train.seed)
 
 
 def make_job(spec, mesh, prompts, workdir):
@@ -62,9 +62,8 @@ def make_job(spec, mesh, prompts, workdir):
 
 
 def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params):
-  """Returns the mean reward of the likeliest answers to a split's prompts, evaluate.limit of them."""
-  count = open_prompts(spec, mesh, split, 1).rows_per_epoch
-  prompts = next(open_prompts(spec, mesh, split, min(spec.evaluate.limit or count, count)))
+  """Returns the mean reward of the likeliest answers to a split's prompts, or to a sample of evaluate.limit."""
+  prompts = stream.eval_prompts(prompt_data(spec), split, spec.evaluate.limit)
   generator = Generator(spec.model, params, jnp.dtype(spec.train.compute_dtype), mesh,
                         vocab_size=tokenizer.vocab_size)
   made = generator.generate([np.asarray(p['ids'], np.int32) for p in prompts], spec.rl.max_new_tokens,

@@ -44,7 +44,8 @@ class EvaluateSpec:
 
   splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation')
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
-  limit: int = setting(0, 'rows of a split to use, the same ones each time; 0: all of them', minimum=0)
+  limit: int = setting(0, 'sequences of a split to use, a fixed random sample from all its sources; '
+                       '0: all of them', minimum=0)
   by_source: bool = setting(False, 'evaluate each source of the data by itself as well')
   also: tuple[str, ...] = setting((), 'prepared folders besides those trained on to evaluate on, such as the corpus '
                                   'that a fine-tuned model must not forget')
@@ -393,6 +394,11 @@ class PromptData(DataSpec):
   """The data group where sources hold prompts.  A row is a prompt and an answer."""
 
   kinds = ('prompts',)
+
+
+def prompt_data(spec):
+  """Returns the DataSpec of the prompts of an RlCommandSpec or AnswersSpec: none leaves too little room to complete."""
+  return dataclasses.replace(spec.data, seq_len=spec.data.seq_len + 1 - spec.rl.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -297,6 +298,12 @@ def test_prompts_come_with_their_answers(tmp_path, small_folder):
     number = int(item['answer']) - 1
     assert tokenizer.decode(item['ids']) == f'How much is {number} + 1?'
     assert item['ids'][-1] == tokenizer.special_ids['<|assistant|>']
+  # Held out: each prompt once, whatever the weights; a limit is a sample of every source.
+  shutil.copytree(folder, f'{folder}2')
+  both = DataSpec(sources={folder: 0.9, f'{folder}2': 0.1}, seq_len=64)
+  answers = lambda *args: sorted(p['answer'] for p in stream.eval_prompts(*args))
+  assert answers(both, 'validation') == sorted(2 * answers(spec, 'validation'))
+  assert len(answers(spec, 'train')) > 30 and answers(both, 'train', 4) == sorted(2 * answers(spec, 'train', 2))
 
 
 def test_replay_mixes_rows_of_both_kinds(chats, small_folder):

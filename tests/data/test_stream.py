@@ -1,12 +1,17 @@
 import collections
+import dataclasses
 import itertools
+import json
+import random
+import shutil
 
 import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data import packing, prepared, stream, token_store
-from llmjax.data.spec import DataSpec
+from llmjax.data import corpus, packing, prepared, stream, token_store
+from llmjax.data.spec import DataSpec, PrepareSpec, TokenizerSpec
+from tests.data.conftest import WORDS
 
 
 def draw(spec, count, **kwargs):
@@ -139,13 +144,69 @@ def test_eval_batches_hold_every_pair_once(spec, hosts, packed):
 
 
 @pytest.mark.parametrize('size', [2, 6, 32])
-def test_a_limit_is_of_rows_whatever_their_number_in_a_batch(spec, size):
+def test_a_limit_is_of_sequences_whatever_their_number_in_a_batch(spec, size):
   joined = lambda batches, name: np.concatenate([b[name] for b in batches])
-  whole = list(stream.eval_batches(spec, 'validation', 5))
+  one = list(stream.eval_batches(spec, 'validation', 1, limit=7))
   cut = list(stream.eval_batches(spec, 'validation', size, limit=7))
-  assert len(cut) == -(-7 // size)
-  np.testing.assert_array_equal(joined(cut, 'tokens')[:7], joined(whole, 'tokens')[:7])
+  assert len(cut) == -(-7 // size) and len(one) == 7
+  np.testing.assert_array_equal(joined(cut, 'tokens')[:7], joined(one, 'tokens'))
   assert joined(cut, 'loss_mask')[:7].any(axis=1).all() and not joined(cut, 'loss_mask')[7:].any()
+  if not size % 2:
+    halves = [list(stream.eval_batches(spec, 'validation', size, limit=7, blocks=(h,), block_count=2)) for h in (0, 1)]
+    both = [np.concatenate([a['tokens'], b['tokens']]) for a, b in zip(*halves, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(both), joined(cut, 'tokens'))
+
+
+@pytest.fixture(scope='module')
+def unequal(tmp_path_factory, small_folder):
+  """Prepared folders {name: path} with validation splits of very different sizes: `aa` and `zz`, and zz as `a0`."""
+  root, folders = tmp_path_factory.mktemp('unequal'), {}
+  for name, count in (('aa', 6), ('zz', 300)):
+    rng = random.Random(name)
+    (root / f'{name}.jsonl').write_text(''.join(
+        json.dumps({'text': ' '.join(rng.choices(WORDS, k=rng.randint(4, 60))) + f' {name}{i}'}) + '\n'
+        for i in range(count)))
+    folders[name] = str(root / name)
+    corpus.prepare(PrepareSpec(source='text_dir', path=str(root / f'{name}.jsonl'), output=folders[name],
+                               validation_fraction=0.5, test_fraction=0.0,
+                               tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model')))
+  folders['a0'] = str(root / 'a0')
+  shutil.copytree(folders['zz'], folders['a0'])
+  return folders
+
+
+def rows_of(spec, limit, **kwargs):
+  (batch,) = stream.eval_batches(spec, 'validation', 512, limit, **kwargs)
+  return [r.tobytes() for r, mask in zip(batch['tokens'], batch['loss_mask'], strict=True) if mask.any()]
+
+
+@pytest.mark.parametrize('packing', ['concat', 'best_fit', 'pad'])
+def test_a_limit_is_a_fair_sample_of_every_source(unequal, packing):
+  both = DataSpec(sources={unequal['zz']: 0.99, unequal['aa']: 0.01}, seq_len=64, packing=packing)
+  alone = {name: rows_of(dataclasses.replace(both, sources={unequal[name]: 1.0}), 0) for name in ('aa', 'zz')}
+  whole, found = sum(map(len, alone.values())), rows_of(both, 16)
+  assert len(found) == len(set(found)) == 16 and rows_of(both, 16) == found
+  of_aa = sum(row in alone['aa'] for row in found)
+  assert 1 <= of_aa <= 16 * len(alone['aa']) / whole + 1
+  # Another order of names and other weights of training change nothing.
+  turned = dataclasses.replace(both, sources={unequal['a0']: 0.5, unequal['aa']: 0.5})
+  assert rows_of(turned, 16) == found
+  # A source by itself has a sample of its own, of which the one of all sources is a part.
+  assert {row for row in found if row in alone['zz']} <= set(
+      rows_of(dataclasses.replace(both, sources={unequal['zz']: 1.0}), 16))
+  # Packing sorts by length, files are in order: the sample is of all places and of all lengths.
+  one = dataclasses.replace(both, sources={unequal['zz']: 1.0})
+  places = np.sort([alone['zz'].index(row) for row in rows_of(one, 24)]) / len(alone['zz'])
+  assert np.abs(places - (np.arange(24) + 0.5) / 24).max() < 0.25
+  assert rows_of(one, 10_000) == alone['zz']
+
+
+@pytest.mark.parametrize('sizes, limit, counts', [
+    ([1, 99], 10, [1, 9]), ([99, 1], 10, [9, 1]), ([50, 50], 5, [2, 3]), ([1, 1, 1], 2, [0, 1, 1]),
+    ([0, 10, 10], 3, [0, 1, 2]), ([1, 1, 98], 3, [1, 1, 1]), ([10, 20, 30], 6, [1, 2, 3]), ([2, 1000], 1, [0, 1]),
+    ([1, 1, 1, 1, 96], 50, [1, 1, 1, 1, 46])])
+def test_shares_of_a_limit(sizes, limit, counts):
+  assert stream._shares(sizes, limit, [str(i) for i in range(len(sizes))]) == counts
 
 
 def test_decoded_rows_are_the_documents(small_folder):
