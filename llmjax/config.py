@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import runpy
 import types
 import typing
@@ -39,9 +40,14 @@ def _printable_line(text):
   return text if len(text) <= 1200 else f'{text[:600]} ... {text[-500:]}'
 
 
-def setting(default, doc, *, choices=None, minimum=None, maximum=None):
-  """Returns a dataclass field with its documentation and simple bounds (inclusive)."""
-  metadata = {'doc': doc, 'choices': choices, 'minimum': minimum, 'maximum': maximum}
+def setting(default, doc, *, kind='', choices=None, minimum=None, maximum=None):
+  """Returns a dataclass field with its documentation, its choices and simple bounds (inclusive).
+
+  kind: 'path' of local files and folders, which may also be one of `choices`; 'text' where a comma is part of the
+  text, so that `parse_text` does not split at it.  Of a list the choices and bounds hold for each item, of a mapping
+  the choices for its names and the bounds for its numbers.
+  """
+  metadata = {'doc': doc, 'kind': kind, 'choices': choices, 'minimum': minimum, 'maximum': maximum}
   if isinstance(default, dict):
     return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
   return dataclasses.field(default=default, metadata=metadata)
@@ -65,6 +71,8 @@ def load_recipe(path: str) -> dict[str, Any]:
   `FILE.py:NAME` lays over it the fields of the file's `VARIANTS[NAME]`, nested dicts as well.
   Raises ConfigError when the file or the variant is missing, fails, or holds something else.
   """
+  if remote := remote_problem(path):
+    raise ConfigError([f'--config={shown(path)} {remote}'])
   variant = ''
   if not os.path.exists(path) and '.py:' in path:
     path, _, variant = path.partition('.py:')
@@ -174,12 +182,13 @@ def to_dict(spec) -> dict[str, Any]:
 
 
 def describe(spec_class, prefix='--config.'):
-  """Yields (flag, type, default, documentation) of every field, nested ones included."""
+  """Yields (flag, type, default, documentation, choices or None) of every field, nested ones included."""
   for field in dataclasses.fields(spec_class):
     if dataclasses.is_dataclass(field.type):
       yield from describe(field.type, f'{prefix}{field.name}.')
     else:
-      yield prefix + field.name, _type_name(field.type), _default(field), field.metadata['doc']
+      meta = field.metadata
+      yield prefix + field.name, _type_name(field.type, meta['kind']), _default(field), meta['doc'], meta['choices']
 
 
 def _default(field):
@@ -231,7 +240,7 @@ def _place(spec_class, values, path, text, name, problems, root):
     if isinstance(nested, dict):
       _place(field.type, nested, path[1:], text, name, problems, root)
   else:
-    values[path[0]] = parse_text(field.type, text)
+    values[path[0]] = parse_text(field.type, text, field.metadata['kind'])
 
 
 def _build(spec_class, values, prefix, problems, root):
@@ -263,42 +272,93 @@ def _build(spec_class, values, prefix, problems, root):
 
 def _check(field, value):
   """Returns the value; raises ValueError when it breaks the field's bounds."""
-  meta = field.metadata
-  if value is None:
-    return value
-  if meta['choices'] is not None and value not in meta['choices']:
-    near = difflib.get_close_matches(str(value)[:80], [str(c) for c in meta['choices']], n=1)
-    hint = f'; did you mean {near[0]}?' if near else ''
-    known = ', '.join(str(c) for c in meta['choices'] if c != '')
-    raise ValueError(f'must be one of {known}{", or empty" if "" in meta["choices"] else ""}{hint}')
-  if meta['minimum'] is not None and value < meta['minimum']:
-    raise ValueError(f'must be at least {meta["minimum"]}')
-  if meta['maximum'] is not None and value > meta['maximum']:
-    raise ValueError(f'must be at most {meta["maximum"]}')
+  meta, is_mapping = field.metadata, isinstance(value, dict)
+  many = is_mapping or isinstance(value, tuple)
+  for item in (value if many else () if value is None else (value,)):
+    if meta['choices'] is not None and item in meta['choices']:
+      continue
+    if meta['kind'] == 'path':
+      if remote := remote_problem(item):
+        raise ValueError(f'has {shown(item)}, which {remote}' if many else remote)
+    elif meta['choices'] is not None:
+      raise ValueError(_wrong_choice(item, meta['choices'], many))
+    number = value[item] if is_mapping else item
+    if meta['minimum'] is not None and number < meta['minimum']:
+      raise ValueError(f'must be at least {meta["minimum"]}')
+    if meta['maximum'] is not None and number > meta['maximum']:
+      raise ValueError(f'must be at most {meta["maximum"]}')
   return value
 
 
-def _type_name(annotation):
-  return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(
-      annotation) else str(annotation).replace('typing.', '')
+def _wrong_choice(value, choices, many):
+  """Returns what to say of a value that is none of the choices.  many: it is one item of a list or a mapping."""
+  near = difflib.get_close_matches(str(value)[:80], [str(c) for c in choices], n=1)
+  hint = f'; did you mean {near[0]}?' if near else ''
+  known = ', '.join(str(c) for c in choices if c != '')
+  if many:
+    return f'has {shown(value)}, which is not one of {known}{hint}'
+  return f'must be one of {known}{", or empty" if "" in choices else ""}{hint}'
 
 
-def parse_text(annotation, text):
-  """Returns the value that a command-line text stands for, or the text where it stands for none."""
+def remote_problem(path):
+  """Returns what to say of a path that is a URL such as gs://bucket/run, or '' for a local one."""
+  found = re.match(r'([A-Za-z][A-Za-z0-9+.-]+):/+', path)  # Also `gs:/bucket`, as path libraries shorten it.
+  if not found:
+    return ''
+  if found[1].lower() == 'file':
+    return f'is a URL; write the path itself, /{path[found.end():]}'
+  return 'is a URL: remote storage is not supported yet; give a path of this machine, such as a mounted bucket'
+
+
+def _type_name(annotation, kind=''):
+  """Returns a type as `--help` writes it: int, path, list[str], dict[str, float]."""
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+  if origin is tuple:
+    return f'list[{_type_name(arguments[0], kind)}]'
+  if origin is dict:
+    return f'dict[{_type_name(arguments[0], kind)}, {_type_name(arguments[1])}]'
+  if annotation is str and kind == 'path':
+    return kind
+  return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def parse_text(annotation, text, kind=''):
+  """Returns the value that a command-line text stands for, or the text where it stands for none.
+
+  A list is written as Python or JSON write it, ["a, b", "c"], or as names with commas between them, a,b.  Where the
+  field is of kind 'text' one text without brackets is one item, whatever commas and quotes are in it.  A mapping is
+  written as {"a": 0.7, "b": 0.3}, or as names alone, which count alike.
+  """
+  origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
   if annotation is str:
     return text
-  if typing.get_origin(annotation) is dict and not text.lstrip().startswith('{'):
-    return {text: 1.0} if text else {}  # Names and weights: one name alone has all of it.
+  if origin is dict and not text.lstrip().startswith('{'):
+    return dict.fromkeys(_split(text), 1.0)
+  if origin is tuple and arguments[0] is str:
+    value = _literal(text)
+    if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+      return tuple(value)
+    if kind == 'text':
+      return (text,) if text else ()
+    return (value,) if isinstance(value, str) and value != text else _split(text)
   lowered = text.strip().lower()
   if lowered in ('true', 'false'):
     return lowered == 'true'
   if lowered in ('none', 'null'):
     return None
+  value = _literal(text)
+  return _split(text) if origin is tuple and value is text else value
+
+
+def _split(text):
+  return tuple(part.strip() for part in text.split(',') if part.strip())
+
+
+def _literal(text):
+  """Returns the value of a Python literal; the text itself where it is none."""
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-    if typing.get_origin(annotation) is tuple:
-      return tuple(part for part in text.split(',') if part)
     return text
 
 

@@ -8,8 +8,10 @@ import dataclasses
 import difflib
 import importlib
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 
 from absl import flags
@@ -348,7 +350,7 @@ def _parse_flags(options_class, arguments, spec=None):
   spec: the command's, whose fields people forget to write as `--config.FIELD`.
   """
   values = flags.FlagValues()
-  for flag, kind, _, doc in config.describe(options_class, ''):
+  for flag, kind, _, doc, _ in config.describe(options_class, ''):
     define = flags.DEFINE_bool if kind == 'bool' else flags.DEFINE_string
     define(flag, None, doc, flag_values=values)
   known = [a for f in config.describe(options_class, '') for a in (f[0], f[0].replace('_', '-'))]
@@ -383,9 +385,9 @@ def _parse_flags(options_class, arguments, spec=None):
   if problems:
     raise config.ConfigError(problems)
   given = {f: values[f].value for f in values if values[f].present and values[f].value is not None}
-  types = {f.name: f.type for f in dataclasses.fields(options_class)}
-  found = {f: config.parse_text(types[f], v) if isinstance(v, str) else v
-           for f, v in given.items() if f in types}
+  fields = {f.name: f for f in dataclasses.fields(options_class)}
+  found = {f: config.parse_text(fields[f].type, v, fields[f].metadata['kind']) if isinstance(v, str) else v
+           for f, v in given.items() if f in fields}
   if words and rest:
     found[words] = tuple(config.parse_text(int, a) for a in rest)
   return found
@@ -438,19 +440,39 @@ def _overview(start=''):
   width = max(map(len, commands))
   lines = [f'llmjax {llmjax.__version__}: the whole life of a language model, in JAX.', '',
            f'usage: llmjax {start}<command> [--flag=value ...]', '']
-  lines += [f'  {name:<{width}}  {command.summary}' for name, command in commands.items()]
+  for name, command in commands.items():
+    lines += _wrapped(command.summary, ' ' * (width + 4), f'  {name:<{width}}  ')
   return '\n'.join(lines + ['', '`llmjax <command> --help` shows its flags and config fields.'])
 
 
 def _help(name, command):
-  def rows(entries):
-    for flag, kind, default, doc in entries:
-      yield f'  {flag} ({kind}, {default!r})'
-      yield f'      {doc}'
-
-  lines = [f'llmjax {name}: {command.summary}', '', f'example: {command.example}', '', 'flags:']
-  lines += rows(config.describe(_load(command.options), '--'))
+  """Returns a command's flags and config fields with their types, defaults, choices and meanings."""
+  lines = [*_wrapped(f'llmjax {name}: {command.summary}', '  '), '',
+           ' \\\n'.join(_wrapped(command.example, '    ', 'example: ', room=2)), '', 'flags:']
+  lines += _described(_load(command.options), '--')
   if command.spec:
-    lines += ['', '--config=FILE is a recipe; these override it:']
-    lines += rows(config.describe(_load(command.spec)))
+    lines += ['', '--config=FILE is a recipe; these override it:', *_described(_load(command.spec), '--config.'), '',
+              *_wrapped('A list is written as names with commas between them, a,b, or as a Python or JSON list, '
+                        '\'["a, b", "c"]\'; a dict as \'{"a": 0.7, "b": 0.3}\', or entry by entry: '
+                        '--config.data.sources.a=0.7.')]
   return '\n'.join(lines)
+
+
+def _described(spec_class, prefix):
+  """Yields the lines of `--help` about every field of a spec."""
+  for flag, kind, default, doc, choices in config.describe(spec_class, prefix):
+    default = list(default) if isinstance(default, tuple) else default
+    yield from _wrapped(f'{flag} ({kind}, {default!r})', '      ', '  ')
+    if choices is not None:
+      word = 'some' if kind.startswith(('list', 'dict')) else 'one'
+      names = ', '.join(str(choice) for choice in choices if choice != '')
+      yield from _wrapped(f'{word} of {names}' + ', or a path' * (kind == 'path') + ', or empty' * ('' in choices),
+                          '        ', '      ')
+    yield from _wrapped(doc, '      ', '      ')
+
+
+def _wrapped(text, indent='', first='', room=0):
+  """Returns a text in lines of the terminal's width, at most 80 columns, less `room`.  indent: from the second line."""
+  width = min(max(shutil.get_terminal_size().columns, 40), 80) - room
+  return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=indent, break_long_words=False,
+                       break_on_hyphens=False)

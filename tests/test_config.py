@@ -110,8 +110,66 @@ def test_variants_of_a_recipe(tmp_path):
     config.load_recipe(f'{tmp_path}/recip.py:wide')
 
 
+@dataclasses.dataclass(frozen=True)
+class Kinds:
+  file: str = setting('', 'a file', kind='path')
+  cache: str = setting('default', 'a folder, or a word', kind='path', choices=('default', 'none'))
+  folders: tuple[str, ...] = setting((), 'folders', kind='path')
+  shares: dict[str, float] = setting({}, 'shares of folders', kind='path', minimum=0.0)
+  texts: tuple[str, ...] = setting((), 'texts', kind='text')
+  names: tuple[str, ...] = setting((), 'names', choices=('a', 'b'))
+  counts: tuple[int, ...] = setting((), 'counts', minimum=1)
+
+
+@pytest.mark.parametrize('field', ['file', 'cache', 'folders', 'shares'])
+@pytest.mark.parametrize('url', ['gs://b/run', 's3://b/run', 'hf://o/m', 'https://h/x', 'gs:/b/run', 'GS://b', 'abfs+x://b'])
+def test_no_path_is_a_url(field, url):
+  for recipe, overrides in [({}, [(field, url)]), ({field: {url: 1} if field == 'shares' else url}, [])]:
+    with pytest.raises(config.ConfigError) as e:
+      config.build(Kinds, recipe, overrides)
+    assert len(e.value.problems) == 1
+    assert 'is a URL: remote storage is not supported yet' in str(e.value)
+
+
+def test_paths_that_are_no_urls():
+  for path in ('runs/a:b', './gs:/b', 'C:/x', 'a b/c', 'data/x=1', 'http', '//host/share'):
+    assert config.build(Kinds, {}, [('file', path), ('folders', path)]) == Kinds(file=path, folders=(path,))
+  assert config.build(Kinds, {}, [('cache', 'none')]).cache == 'none'
+  with pytest.raises(config.ConfigError, match=r"file='file:///tmp/a b' is a URL; write the path itself, /tmp/a b"):
+    config.build(Kinds, {'file': 'file:///tmp/a b'})
+  with pytest.raises(config.ConfigError, match="--config='gs://b/recipe.py' is a URL"):
+    config.load_recipe('gs://b/recipe.py')
+
+
+@pytest.mark.parametrize(('field', 'text', 'value'), [
+    ('texts', 'Once upon a time, there was', ('Once upon a time, there was',)),
+    ('texts', '["Once upon a time, there was", "b"]', ('Once upon a time, there was', 'b')),
+    ('texts', "('a,b', 'c')", ('a,b', 'c')), ('texts', '"Yes," she said', ('"Yes," she said',)), ('texts', '', ()),
+    ('texts', '"quoted"', ('"quoted"',)), ('texts', '[1, 2]', ('[1, 2]',)), ('texts', '3', ('3',)),
+    ('texts', 'true', ('true',)), ('texts', ',', (',',)),
+    ('texts', 'a\nb', ('a\nb',)), ('texts', '[""]', ('',)), ('texts', '{"a": 1}', ('{"a": 1}',)),
+    ('folders', 'x,y', ('x', 'y')), ('folders', 'x, y', ('x', 'y')), ('folders', '"x,y"', ('x,y',)),
+    ('folders', '["x,y", "z"]', ('x,y', 'z')), ('folders', '1', ('1',)), ('folders', 'true', ('true',)),
+    ('folders', '', ()),
+    ('counts', '1,2', (1, 2)), ('counts', '[1, 2]', (1, 2)), ('counts', '3', (3,)), ('counts', '', ())])
+def test_lists_on_the_command_line(field, text, value):
+  assert getattr(config.build(Kinds, {}, [(field, text)]), field) == value
+
+
+@pytest.mark.parametrize(('field', 'text', 'problem'), [
+    ('names', 'a,c', "names=a,c has 'c', which is not one of a, b"),
+    ('counts', '1,0', 'counts=(1, 0) must be at least 1'),
+    ('shares', "{'x': -1}", "shares={'x': -1} must be at least 0.0"),
+    ('counts', 'x,1', 'counts=x,1 must be a whole number')])
+def test_choices_and_bounds_hold_for_each_item(field, text, problem):
+  with pytest.raises(config.ConfigError) as e:
+    config.build(Kinds, {}, [(field, text)])
+  assert e.value.problems == [problem]
+
+
 @pytest.mark.parametrize(('text', 'value'), [
-    ('data/a', {'data/a': 1.0}), ("{'data/a': 0.7, 'data/b': 0.3}", {'data/a': 0.7, 'data/b': 0.3}),
+    ('data/a,data/b', {'data/a': 1.0, 'data/b': 1.0}), ('data/a', {'data/a': 1.0}),
+    ("{'data/a': 0.7, 'data/b': 0.3}", {'data/a': 0.7, 'data/b': 0.3}),
     ("{'data/a: 1}", "{'data/a: 1}"), ('', {})])
 def test_a_mapping_may_be_one_name(text, value):
   assert config.parse_text(dict[str, float], text) == value

@@ -1,5 +1,8 @@
 """The command line as its users meet it: quick help, and every mistake in one clear line."""
 
+import dataclasses
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,7 +20,7 @@ def test_overview_lists_every_command(capsys):
   assert status == 0
   for name, command in main.COMMANDS.items():
     assert f'  {name}' in out
-    assert command.summary in out
+    assert command.summary in ' '.join(out.split())
 
 
 @pytest.mark.parametrize('name', main.COMMANDS)
@@ -27,6 +30,64 @@ def test_help_shows_flags_and_fields(capsys, name):
   assert 'flags:' in out
   if name == 'pretrain':
     assert '--config.train.steps (int, 1000)' in out
+
+
+def fields_of(spec_class, prefix=''):
+  for field in dataclasses.fields(spec_class):
+    if dataclasses.is_dataclass(field.type):
+      yield from fields_of(field.type, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, field
+
+
+@pytest.mark.parametrize('name', main.COMMANDS)
+def test_help_says_type_default_choices_and_meaning_in_80_columns(capsys, monkeypatch, name):
+  monkeypatch.setenv('COLUMNS', '200')
+  _, out, _ = call_and_read(capsys, *name.split(), '--help')
+  assert max(map(len, out.splitlines())) <= 80
+  command, text = main.COMMANDS[name], ' '.join(out.split())
+  entries = [*fields_of(main._load(command.options), '--')]
+  entries += fields_of(main._load(command.spec), '--config.') if command.spec else []
+  for flag, field in entries:
+    entry = text.partition(f' {flag} (')[2].partition(' --')[0]
+    for choice in field.metadata['choices'] or ():
+      assert str(choice) in entry
+    assert ' '.join(field.metadata['doc'].split()) in text
+  example = out.partition('example: ')[2].partition('flags:')[0].replace('\\\n', ' ')
+  assert shlex.split(example) == shlex.split(command.example)
+
+
+@pytest.mark.parametrize('name', main.COMMANDS)
+def test_every_path_is_declared_as_one(name):
+  command = main.COMMANDS[name]
+  for spec_class in filter(None, (command.options, command.spec)):
+    for flag, field in fields_of(main._load(spec_class)):
+      doc, last = field.metadata['doc'], flag.rpartition('.')[2]
+      like_one = re.search('folder|file|director|JSONL|tokenizer.model', doc) or re.search(
+          '(dir|path|output|init_from|sources|compare|hlo|cache|peft|teacher|policy|_model)$', last)
+      if 'str' in str(field.type) and not field.metadata['choices'] and last not in (
+          'suffixes', 'base_name', 'text_key'):
+        assert (field.metadata['kind'] == 'path') == bool(like_one), flag
+
+
+def test_help_names_the_choices(capsys):
+  out = ' '.join(call_and_read(capsys, 'finetune', '--help')[1].split())
+  for entry in ("optimizer.schedule (str, 'cosine') one of cosine, linear, constant, wsd, rsqrt shape after the",
+                "optimizer.name (str, 'adamw') one of adamw, muon, lion, adafactor, sgd the update rule",
+                "adapter.kind (str, '') one of lora, rslora, dora, or empty train adapters",
+                "evaluate.splits (list[str], ['validation']) some of train, validation, test splits",
+                "logs.writers (list[str], ['tensorboard']) some of tensorboard, wandb, mlflow",
+                "data.sources (dict[path, float], {'data/python_docs': 1.0})",
+                "train.compilation_cache (path, 'default') one of default, none, or a path"):
+    assert f'--config.{entry}' in out
+  out = ' '.join(call_and_read(capsys, 'prepare', '--help')[1].split())
+  assert "--config.template (path, 'llmjax') one of llmjax, chatml, qwen, llama3, gemma, plain, or a path" in out
+
+
+def test_help_fits_a_narrow_terminal(capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '40')
+  _, out, _ = call_and_read(capsys, 'pretrain', '--help')
+  assert sum(len(line) > 40 for line in out.splitlines()) < 10  # Names that are longer are not broken.
 
 
 def test_help_needs_no_jax():

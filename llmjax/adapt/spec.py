@@ -48,7 +48,7 @@ class AdapterSpec:
 class AdapterShowOptions:
   """Flags of `llmjax adapter show`."""
 
-  workdir: str = setting('', "the folder of a run with adapter.kind")
+  workdir: str = setting('', "the folder of a run with adapter.kind", kind='path')
   step: int = setting(0, 'checkpoint; 0: the newest', minimum=0)
 
   def problems(self):
@@ -59,7 +59,7 @@ class AdapterShowOptions:
 class AdapterMergeOptions(AdapterShowOptions):
   """Flags of `llmjax adapter merge`."""
 
-  output: str = setting('', "a new run's folder for the merged weights")
+  output: str = setting('', "a new run's folder for the merged weights", kind='path')
 
   def problems(self):
     yield from super().problems()
@@ -70,7 +70,7 @@ class AdapterMergeOptions(AdapterShowOptions):
 class AdapterExportOptions(AdapterShowOptions):
   """Flags of `llmjax adapter export`."""
 
-  output: str = setting('', 'a new folder for adapter_config.json and adapter_model.safetensors')
+  output: str = setting('', 'a new folder for adapter_config.json and adapter_model.safetensors', kind='path')
   base_name: str = setting('', "base_model_name_or_path to write there; empty: the run's train.init_from")
 
   def problems(self):
@@ -82,9 +82,9 @@ class AdapterExportOptions(AdapterShowOptions):
 class AdapterImportOptions:
   """Flags of `llmjax adapter import`."""
 
-  peft: str = setting('', 'the folder that peft has written')
-  init_from: str = setting('', "the run that it is for, or one of its checkpoints")
-  workdir: str = setting('', "a new run's folder for the adapter")
+  peft: str = setting('', 'the folder that peft has written', kind='path')
+  init_from: str = setting('', "the run that it is for, or one of its checkpoints", kind='path')
+  workdir: str = setting('', "a new run's folder for the adapter", kind='path')
 
   def problems(self):
     yield from missing(self, 'peft', "the folder that peft has written")

@@ -51,7 +51,7 @@ def _workdir_problems(options):
 class ListOptions:
   """Flags of `llmjax checkpoint ls`."""
 
-  workdir: str = setting('', "the run's folder")
+  workdir: str = setting('', "the run's folder", kind='path')
   quick: bool = setting(False, 'look at names and sizes only, and read no contents')
 
   problems = _workdir_problems
@@ -62,7 +62,7 @@ class VerifyOptions:
   """Flags of `llmjax checkpoint verify`."""
 
   words = 'steps'  # The field that plain words of the command line fill.
-  workdir: str = setting('', "the run's folder")
+  workdir: str = setting('', "the run's folder", kind='path')
   steps: tuple[int, ...] = setting((), 'which; none: all')
 
   problems = _workdir_problems
@@ -83,7 +83,7 @@ class ShowOptions:
   """Flags of `llmjax checkpoint show`."""
 
   words = 'steps'
-  workdir: str = setting('', "the run's folder")
+  workdir: str = setting('', "the run's folder", kind='path')
   steps: tuple[int, ...] = setting((), 'which; none: the newest good one')
   optimizer: bool = setting(False, "list the optimizer's arrays too")
 
@@ -95,9 +95,9 @@ class DiffOptions:
   """Flags of `llmjax checkpoint diff`."""
 
   words = 'steps'
-  workdir: str = setting('', "the run's folder")
+  workdir: str = setting('', "the run's folder", kind='path')
   steps: tuple[int, ...] = setting((), 'two; or, with --other, one or two')
-  other: str = setting('', "another run's folder, which the second checkpoint is of")
+  other: str = setting('', "another run's folder, which the second checkpoint is of", kind='path')
 
   def problems(self):
     yield from _workdir_problems(self)
@@ -110,7 +110,7 @@ class DiffOptions:
 class PruneOptions:
   """Flags of `llmjax checkpoint prune`."""
 
-  workdir: str = setting('', "the run's folder")
+  workdir: str = setting('', "the run's folder", kind='path')
   keep: int = setting(0, "newest to keep; 0: what the run's config says", minimum=0)
   dry_run: bool = setting(False, 'only say what would be removed')
 

@@ -18,7 +18,7 @@ PACKINGS = ('concat', 'best_fit', 'pad')
 class TokenizerSpec:
   """How a SentencePiece tokenizer is trained, or which one is used."""
 
-  path: str = setting('', "a tokenizer.model to use; '': train one on the train split")
+  path: str = setting('', "a tokenizer.model to use; '': train one on the train split", kind='path')
   vocab_size: int = setting(4096, 'ids, special ones and 256 bytes included', minimum=300,
                             maximum=1_000_000)
   model_type: str = setting('unigram', 'unigram encodes five times faster; bpe trains faster on '
@@ -44,7 +44,7 @@ class DataSpec:
   kinds = ('text', 'chat')  # What the sources may hold.
 
   sources: dict[str, float] = setting(
-      {'data/python_docs': 1.0}, 'prepared folders and the share of rows each one gives')
+      {'data/python_docs': 1.0}, 'prepared folders and the share of rows each one gives', kind='path')
   seq_len: int = setting(512, 'targets in a row', minimum=2)
   packing: str = setting('concat', 'concat: rows are filled from consecutive documents, which may go on in the next '
                          'row; best_fit: whole documents, as many as fit; pad: one document a row', choices=PACKINGS)
@@ -52,7 +52,7 @@ class DataSpec:
                       'out (drop); text goes on in another row', choices=('error', 'truncate', 'drop'))
   workers: int = setting(0, 'processes that build batches; 0: the training process itself, which '
                          'suffices for token stores', minimum=0, maximum=256)
-  tokenizer: str = setting('', "a tokenizer.model; '': the sources' own")
+  tokenizer: str = setting('', "a tokenizer.model; '': the sources' own", kind='path')
 
   def problems(self):
     if not self.sources:
@@ -126,7 +126,7 @@ class PrepareSpec:
 
   source: str = setting('python_docs', "python_docs: the Python installation's own text; text_dir: "
                         'files of yours; tfds: a TensorFlow Datasets name', choices=SOURCES)
-  path: str = setting('', 'text_dir: a folder (searched recursively), a file or an archive')
+  path: str = setting('', 'text_dir: a folder (searched recursively), a file or an archive', kind='path')
   name: str = setting('', 'tfds: name of the dataset, such as lm1b or wikipedia/20230601.en')
   text_key: str = setting('', "field of JSONL, Parquet and TFDS records that holds the text; '': "
                           "text, or a TFDS dataset's only text field")
@@ -136,9 +136,9 @@ class PrepareSpec:
   records: str = setting('text', 'what a record is. text: text; chat: a conversation; pairs: a prompt with a chosen '
                          'and a rejected answer; prompts: a prompt and the right answer; steps: a prompt and a '
                          'solution whose steps are judged one by one', choices=RECORDS)
-  template: str = setting('llmjax', f'chat template of conversations: {", ".join(TEMPLATES[:-1])}; plain: the prompt '
-                          'and its completion, nothing else; or a file: Jinja, or a tokenizer_config.json')
-  output: str = setting('', "the prepared folder; '': data/<name of the source>")
+  template: str = setting('llmjax', 'chat template of conversations; plain: the prompt and its completion, nothing '
+                          'else; a file: Jinja, or a tokenizer_config.json', kind='path', choices=TEMPLATES)
+  output: str = setting('', "the prepared folder; '': data/<name of the source>", kind='path')
   validation_fraction: float = setting(0.05, 'share of bytes held out for evaluation while '
                                        'training', minimum=0.0, maximum=0.5)
   test_fraction: float = setting(0.05, 'share of bytes held out to the end', minimum=0.0,
@@ -207,5 +207,5 @@ def _near_path(path):
 class PrepareOptions:
   """Flags of `llmjax prepare`."""
 
-  text_dir: str = setting('', 'prepare the text files of this folder; needs no --config')
+  text_dir: str = setting('', 'prepare the text files of this folder; needs no --config', kind='path')
   force: bool = setting(False, 'prepare again what is already prepared')

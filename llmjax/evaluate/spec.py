@@ -26,13 +26,13 @@ def _run_problems(options):
 class EvaluateOptions:
   """Flags of `llmjax evaluate`."""
 
-  workdir: str = setting('', "the run's folder")
-  splits: tuple[str, ...] = setting(('validation',), 'what to evaluate on')
+  workdir: str = setting('', "the run's folder", kind='path')
+  splits: tuple[str, ...] = setting(('validation',), 'what to evaluate on', choices=prepared.SPLITS)
   step: int = setting(0, 'the checkpoint; 0: the latest', minimum=0)
   batch_size: int = setting(0, "rows at once; 0: the run's own", minimum=0)
   limit: int = setting(0, 'sequences to evaluate, a fixed random sample of the split; 0: all', minimum=0)
   sources: tuple[str, ...] = setting((), 'prepared folders to evaluate on, each by itself, in place of those trained '
-                                     'on: text, conversations, or prompts with right answers')
+                                     'on: text, conversations, or prompts with right answers', kind='path')
   seq_len: int = setting(0, "tokens of a row; 0: the run's own", minimum=0)
   reward: str = setting('maths', 'of sources with prompts: what the likeliest answers are worth',
                         choices=('maths', 'exact', 'doctest'))
@@ -57,10 +57,11 @@ class EvaluateOptions:
 class ReportOptions:
   """Flags of `llmjax report`."""
 
-  workdir: str = setting('', "the run's folder")
+  workdir: str = setting('', "the run's folder", kind='path')
   compare: tuple[str, ...] = setting((), 'folders of other runs, such as later stages of the same model: one page '
-                                     'about all of them, in this order')
-  output: str = setting('', "with --compare: the page to write; '': compare.html in the folder of --workdir")
+                                     'about all of them, in this order', kind='path')
+  output: str = setting('', "with --compare: the page to write; '': compare.html in the folder of --workdir",
+                        kind='path')
 
   def problems(self):
     yield from _workdir_problems(self)

@@ -40,16 +40,17 @@ class GenerateOptions(SamplingSpec):
                                minimum=0.0)
   top_p: float = setting(0.95, 'choose among the most likely tokens that hold this much '
                          'probability; 1: all', minimum=0.0, maximum=1.0)
-  workdir: str = setting('', 'folder of the run whose model speaks')
+  workdir: str = setting('', 'folder of the run whose model speaks', kind='path')
   step: int = setting(0, 'checkpoint to load; 0: the latest', minimum=0)
   prompt: str = setting('', 'text to go on from; without it: standard input, or a prompt line')
-  prompt_file: str = setting('', 'file with the text to go on from, UTF-8')
+  prompt_file: str = setting('', 'file with the text to go on from, UTF-8', kind='path')
   prompts: str = setting('', 'JSONL of prompts (objects with prompt, question or messages) to answer all of, once '
-                         "each: the answers go to answers.jsonl in the run's folder, for `llmjax report --compare`")
+                         "each: the answers go to answers.jsonl in the run's folder, for `llmjax report --compare`",
+                       kind='path')
   max_new_tokens: int = setting(200, 'tokens to make at most', minimum=1)
   stop: tuple[str, ...] = setting(
-      (), r"""texts that end the answer and are not printed: --stop='END,\n\n' or, where a text """
-      r"""has a comma, --stop='["a, b", "\n\n"]'""")
+      (), r"""text that ends the answer and is not printed, or a list of them: --stop=END, --stop='["END", "\n\n"]'""",
+      kind='text')
   chat: bool = setting(False, "ask as in the run's conversations: the prompt is what the user says, and each line "
                        'typed goes on with the conversation')
   system: str = setting('', 'with --chat: the message that stands before all others')

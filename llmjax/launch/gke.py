@@ -32,7 +32,7 @@ class GkeOptions:
   nodes: int = setting(0, 'GPU nodes; TPU slices have as many as their topology says', minimum=0)
   slices: int = setting(1, 'TPU slices', minimum=1)
   namespace: str = setting('default', 'Kubernetes namespace')
-  service_account: str = setting('', "its Kubernetes service account, for gs:// folders; '': the default one")
+  service_account: str = setting('', "its Kubernetes service account; '': the default one")
   setup: str = setting('', "shell commands before it, such as 'cd /llmjax'")
   save_seconds: int = setting(180, 'an evicted pod has so long to save', minimum=1)
   restart: int = setting(0, 'start all pods again when one fails or is evicted, at most so often', minimum=0)

@@ -21,7 +21,8 @@ class LocalOptions:
   processes: int = setting(2, 'processes to start', minimum=1, maximum=256)
   devices_per_process: int = setting(1, "emulated CPU devices of each; 0, with --processes=1: the machine's own "
                                      'devices', minimum=0, maximum=256)
-  logs: str = setting('', "folder for what processes other than the first print; '': shown only when one fails")
+  logs: str = setting('', "folder for what processes other than the first print; '': shown only when one fails",
+                      kind='path')
   restart: int = setting(0, 'start all again when one dies or hangs, at most so often without a new good '
                          'checkpoint in between', minimum=0)
   backoff: float = setting(1.0, 'seconds before the second restart in a row, doubled for each further one',

@@ -23,7 +23,7 @@ class SlurmOptions:
   partition: str = setting('', "partition; '': the default one")
   account: str = setting('', "account to charge; '': yours")
   name: str = setting('llmjax', "the job's name")
-  log: str = setting('llmjax-%j.log', 'file for its output; %j is the job')
+  log: str = setting('llmjax-%j.log', 'file for its output; %j is the job', kind='path')
   save_seconds: int = setting(180, 'the job is told so long before its time is up, and saves; 0: never',
                               minimum=0)
   restart: int = setting(0, 'start it again after a failure, at most so often; and back into the queue when it has '

@@ -42,25 +42,22 @@ CHAOS_EVENTS = {
 class EvaluateSpec:
   """Evaluation inside the loop."""
 
-  splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation')
+  splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation',
+                                    choices=prepared.SPLITS)
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
   limit: int = setting(0, 'sequences of a split to use, a fixed random sample from all its sources; '
                        '0: all of them', minimum=0)
   by_source: bool = setting(False, 'evaluate each source of the data by itself as well')
   also: tuple[str, ...] = setting((), 'prepared folders besides those trained on to evaluate on, such as the corpus '
-                                  'that a fine-tuned model must not forget')
-
-  def problems(self):
-    for split in self.splits:
-      if split not in prepared.SPLITS:
-        yield f'splits: {split!r} is not one; write some of {", ".join(prepared.SPLITS)}'
+                                  'that a fine-tuned model must not forget', kind='path')
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSpec:
   """Samples drawn while training: samples.jsonl, and the report."""
 
-  prompts: tuple[str, ...] = setting((), 'texts to go on from; none: no samples')
+  prompts: tuple[str, ...] = setting((), 'prompts to complete: one text, or a list of them such as '
+                                     '["Once upon a time, there was", "The end"]; none: no samples', kind='text')
   max_new_tokens: int = setting(128, 'tokens of a sample', minimum=1)
   temperature: float = setting(0.8, '0 takes the likeliest token', minimum=0.0)
   top_p: float = setting(0.95, 'smallest set of tokens with this probability', minimum=0.0, maximum=1.0)
@@ -70,20 +67,14 @@ class SampleSpec:
 class LogsSpec:
   """Where metrics go beside metrics.jsonl."""
 
-  writers: tuple[str, ...] = setting(('tensorboard',), 'mirrors of metrics.jsonl: tensorboard, wandb, '
-                                     'mlflow')
-
-  def problems(self):
-    for name in self.writers:
-      if name not in WRITERS:
-        yield f'writers: {name!r} is not one; write some of {", ".join(WRITERS)}'
+  writers: tuple[str, ...] = setting(('tensorboard',), 'mirrors of metrics.jsonl', choices=WRITERS)
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainOptions:
   """Flags of `llmjax pretrain`."""
 
-  workdir: str = setting('', "the run's folder; a run that is there already goes on")
+  workdir: str = setting('', "the run's folder; a run that is there already goes on", kind='path')
 
   def problems(self):
     if not self.workdir:
@@ -108,8 +99,8 @@ class PlanOptions:
   topology: str = setting('', 'chips of one slice, as v5p:4x4x4; with --fast also h100:8, the GPUs of one node')
   slices: int = setting(1, 'slices, or nodes of GPUs', minimum=1)
   fast: bool = setting(False, 'closed forms only: under two seconds, no compiler')
-  output: str = setting('', 'folder to write plan.json and plan.html to; empty: none')
-  hlo: str = setting('', "file to write the compiled program's text to; empty: none")
+  output: str = setting('', 'folder to write plan.json and plan.html to; empty: none', kind='path')
+  hlo: str = setting('', "file to write the compiled program's text to; empty: none", kind='path')
   search: bool = setting(False, 'find the best mesh, remat, accumulation and batch for these chips')
   jobs: int = setting(1, 'programs that --search compiles at once, each about two cores and 4 GB', minimum=1)
   rows_per_chip: tuple[int, ...] = setting((), "global batches that --search tries, in rows for each chip, as 1,2,4; "
@@ -127,18 +118,14 @@ class PlanOptions:
 class ChaosOptions:
   """Flags of `llmjax chaos`."""
 
-  workdir: str = setting('runs/chaos', 'a new folder for the two runs and chaos.json')
+  workdir: str = setting('runs/chaos', 'a new folder for the two runs and chaos.json', kind='path')
   kills: int = setting(20, 'how often to disturb the run', minimum=1, maximum=10_000)
   processes: int = setting(1, 'processes of the run', minimum=1, maximum=64)
   devices_per_process: int = setting(0, "emulated CPU devices of each; 0: the machine's own devices, or 1 each where "
                                      'there are several processes', minimum=0, maximum=256)
   steps: int = setting(0, "steps of the run; 0: the recipe's", minimum=0)
   seed: int = setting(0, 'of what happens when', minimum=0)
-  events: tuple[str, ...] = setting((), 'only these: kill, save, start, terminate, stop, damage, disk; none: all')
-
-  def problems(self):
-    if unknown := [name for name in self.events if name not in CHAOS_EVENTS]:
-      yield f'events: {", ".join(unknown)} is none; known: {", ".join(CHAOS_EVENTS)}'
+  events: tuple[str, ...] = setting((), 'only these; none: all', choices=tuple(CHAOS_EVENTS))
 
 
 @dataclasses.dataclass(frozen=True)

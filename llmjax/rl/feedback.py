@@ -45,11 +45,13 @@ class _FeedbackOptions(SamplingSpec):
 
   temperature: float = setting(0.8, 'divides the logits of sampled texts; 0 always takes the most likely token',
                                minimum=0.0)
-  workdir: str = setting('', 'folder of the run whose model gives the feedback; fine-tuned on conversations')
+  workdir: str = setting('', 'folder of the run whose model gives the feedback; fine-tuned on conversations',
+                         kind='path')
   step: int = setting(0, 'checkpoint to load; 0: the latest', minimum=0)
-  principles: str = setting('', 'file of principles (TOML), such as configs/feedback/principles.toml')
-  prompts: str = setting('', 'JSONL of prompts: objects with prompt, question or messages')
-  output: str = setting('', 'JSONL to write, a line for each prompt; what is there already is kept and gone on from')
+  principles: str = setting('', 'file of principles (TOML), such as configs/feedback/principles.toml', kind='path')
+  prompts: str = setting('', 'JSONL of prompts: objects with prompt, question or messages', kind='path')
+  output: str = setting('', 'JSONL to write, a line for each prompt; what is there already is kept and gone on from',
+                        kind='path')
   max_new_tokens: int = setting(256, 'tokens of a sampled text at most', minimum=1)
   batch_size: int = setting(16, 'prompts at a time', minimum=1)
   limit: int = setting(0, 'prompts to read; 0: all', minimum=0)
@@ -80,7 +82,7 @@ class PreferOptions(_FeedbackOptions):
   """Flags of `llmjax feedback prefer`."""
 
   policy: str = setting('', "folder of the run that samples two answers to each prompt; '': the prompts file has them, "
-                        'as responses, or as chosen and rejected')
+                        'as responses, or as chosen and rejected', kind='path')
   certainty: float = setting(1.0, 'labels stay between 1 - certainty and certainty', minimum=0.5, maximum=1.0)
 
   def problems(self):

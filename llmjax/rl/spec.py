@@ -153,12 +153,12 @@ class RlSpec:
                          maximum=1.0)
   top_k: int = setting(0, 'sample among this many most likely tokens; 0: all. As for top_p', minimum=0)
   rewards: dict[str, float] = setting(
-      {'maths': 1.0}, f'what an answer is worth, and with what weight: {", ".join(REWARDS)}')
+      {'maths': 1.0}, 'what an answer is worth, and with what weight', choices=REWARDS)
   pattern: str = setting('', 'regex: what must be found in the answer; {answer} stands for the right one')
   format: str = setting('', 'format: what the whole answer must match')
   length: int = setting(0, 'length: tokens of the ideal answer; the reward falls to 0 at none and at twice as many',
                         minimum=0)
-  reward_model: str = setting('', "model: a reward model's run folder")
+  reward_model: str = setting('', "model: a reward model's run folder", kind='path')
   step_score: str = setting('min', 'model, where it scores steps: an answer is worth as much as its worst step, or the '
                             'product of what all are', choices=('min', 'product'))
   overlong_tokens: int = setting(0, 'the last tokens before max_new_tokens, over which a reward falls by 1 (DAPO); 0: '
@@ -187,9 +187,6 @@ class RlSpec:
   def problems(self):
     if not self.rewards:
       yield f'rewards is empty; write some of {", ".join(REWARDS)}, such as rewards.maths=1'
-    for name in self.rewards:
-      if name not in REWARDS:
-        yield f'rewards: {name!r} is not one; write some of {", ".join(REWARDS)}'
     for name, field in (('regex', 'pattern'), ('format', 'format'), ('length', 'length'), ('model', 'reward_model')):
       value = getattr(self, field)
       if name in self.rewards and not value:
@@ -218,7 +215,8 @@ LAYER_CHOICES = ('', 'every_2nd', 'first', 'spread')
 class DistillSpec:
   """What a student learns from a teacher's distribution, and how it begins."""
 
-  teacher: str = setting('', "the teacher: a run's folder, or one checkpoint of it; empty: no distillation")
+  teacher: str = setting('', "the teacher: a run's folder, or one checkpoint of it; empty: no distillation",
+                         kind='path')
   loss: str = setting('forward_kl', 'forward_kl covers all that the teacher does, reverse_kl seeks its modes, jsd lies '
                       'between (GKD, arXiv:2306.13649); hinton adds the data: alpha T^2 forward_kl + (1 - alpha) '
                       'cross-entropy (arXiv:1503.02531)', choices=('forward_kl', 'reverse_kl', 'jsd', 'hinton'))

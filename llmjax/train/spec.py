@@ -39,7 +39,8 @@ class TrainSpec:
   eval_every: int = setting(0, 'steps between evaluations; 0: only at the end', minimum=0)
   checkpoint_every: int = setting(0, 'steps between checkpoints; 0: only at the end', minimum=0)
   sample_every: int = setting(0, 'steps between samples; 0: only at the end', minimum=0)
-  init_from: str = setting('', "a run's folder, or one checkpoint of it, whose parameters to start from")
+  init_from: str = setting('', "a run's folder, or one checkpoint of it, whose parameters to start from",
+                           kind='path')
   platform: str = setting('', 'refuse to start elsewhere; empty: whatever JAX finds',
                           choices=('', 'cpu', 'gpu', 'tpu'))
   deterministic: bool = setting(False, 'the same run gives the same bits. Promised for the same mesh, devices, '
@@ -50,7 +51,7 @@ class TrainSpec:
   stop_metric: str = setting('eval/validation/loss', 'what patience watches, such as '
                              'eval/validation/bits_per_byte; less is better')
   compilation_cache: str = setting('default', "folder of compiled programs: default is the user's cache "
-                                   'directory, none turns it off')
+                                   'directory, none turns it off', kind='path', choices=('default', 'none'))
 
   def problems(self):
     if self.batch_size % self.accumulation:
