@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 
 from llmjax import config
-from llmjax.data import steps
+from llmjax.data import splits, steps
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
 
@@ -227,6 +227,36 @@ def texts(document):
       yield value
     elif isinstance(value, list):
       yield from (part['text' if name == 'steps' else 'content'] for part in value)
+
+
+def prompts(document):
+  """Returns the prompts whose completions a document holds, as text: equal for equal prompts (see `splits.normal`).
+
+  Of a chat one for each trained message, unless no user asked for it.  document: JSON, as above.
+  """
+  record = json.loads(document)
+  if 'prompt' in record:
+    return [_normal(record['prompt'])]
+  messages = record['messages']
+  trained = [i for i, m in enumerate(messages) if m['role'] == 'assistant' and m.get('weight', 1)]
+  return [_normal(messages[:i]) for i in trained if any(m['role'] == 'user' for m in messages[:i])]
+
+
+def normal(document):
+  """Returns a document as text that is equal for copies (see `splits.normal`)."""
+  return _normal(json.loads(document))
+
+
+def _normal(value):
+  def even(value):
+    if isinstance(value, dict):
+      return {k: even(v) for k, v in value.items()}
+    return [even(v) for v in value] if isinstance(value, list) else (
+        splits.normal(value) if isinstance(value, str) else value)
+
+  if isinstance(value, list):  # Which messages of a prompt are trained makes no other prompt of it.
+    value = [{k: v for k, v in message.items() if k != 'weight'} for message in value]
+  return json.dumps(even(value), ensure_ascii=False, sort_keys=True)
 
 
 def note_of(kind, document):

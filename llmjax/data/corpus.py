@@ -165,11 +165,12 @@ def _swap(new, folder):
 class _Scan:
   """What a first reading of the input found; lists have one entry a document.
 
-  units: what must not be divided between splits, a hash of the file of plain text or of the record.
+  digests: of the text without white space and case that differ.  units: uint64 [n], equal for what must not be divided
+  between splits: the file of plain text, the prompt of completions, else the record.
   """
 
   digests: list = dataclasses.field(default_factory=list)
-  units: list = dataclasses.field(default_factory=list)
+  units: list | np.ndarray = dataclasses.field(default_factory=list)
   sizes: list = dataclasses.field(default_factory=list)
   fixed: list = dataclasses.field(default_factory=list)
   rejected: list = dataclasses.field(default_factory=list)
@@ -195,21 +196,33 @@ def _read(spec, found=None):
 
 
 def _scan(spec, progress):
-  """Reads the input once; keeps about 200 bytes of memory a document."""
-  scan = _Scan()
+  """Reads the input once; keeps about 500 bytes of memory a document."""
+  scan, keys = _Scan(), []
   for item in _read(spec, scan.found):
     if isinstance(item, Rejected):
       scan.rejected.append(item)
       continue
-    digest = splits.text_digest(item.text)
+    digest = _digest(spec, item)
     scan.digests.append(digest)
-    scan.units.append(_unit(digest if item.record else splits.text_digest(item.file)))
+    keys.append(_keys(spec, item, digest))
     scan.sizes.append(len(item.text.encode()))
     scan.fixed.append(item.split)
     scan.files.add(item.file)
     if len(scan.digests) % 64 == 0:
       progress('reading', len(scan.digests), None)
+  scan.units = splits.join_units(keys)
   return scan
+
+
+def _digest(spec, item):
+  """Returns 16 bytes that are equal for documents that count as copies."""
+  return splits.text_digest(splits.normal(item.text) if spec.records == 'text' else conversations.normal(item.text))
+
+
+def _keys(spec, item, digest):
+  """Returns the hashes of what a document must not be divided from, one or more."""
+  digests = [] if spec.records == 'text' else [splits.text_digest(p) for p in conversations.prompts(item.text)]
+  return tuple(_unit(d) for d in digests or [digest if item.record else splits.text_digest(item.file)])
 
 
 def _unit(digest):
@@ -225,13 +238,13 @@ def _write_documents(spec, folder, progress):
   if not scan.digests:
     raise ConfigError([_nothing_found(spec, scan)])
   counts = {'files': len(scan.files), 'ignored_files': dict(sorted(scan.found.ignored.items()))}
-  if spec.source == 'text_dir' and len(set(scan.units)) < _FEW_FILES:
+  if spec.source == 'text_dir' and spec.records == 'text' and len(set(scan.units.tolist())) < _FEW_FILES:
     # Whole files would be too coarse: cut them so that a few per cent are a few documents.
     size = max(1024, min(spec.document_bytes, sum(scan.sizes) // 40))
     if size != spec.document_bytes:
       spec = dataclasses.replace(spec, document_bytes=size)
       scan = _scan(spec, progress)
-    scan.units = [_unit(digest) for digest in scan.digests]
+    scan.units = np.array([_unit(digest) for digest in scan.digests], np.uint64)
   counts['document_bytes'] = spec.document_bytes
   codes = _assign(spec, scan)
   (folder / 'refused.jsonl').write_text(tokens.json_lines(scan.rejected), encoding='utf-8')
@@ -242,7 +255,7 @@ def _write_documents(spec, folder, progress):
   def select(name):
     documents = (item for item in _read(spec) if isinstance(item, Document))
     for number, item in enumerate(documents):
-      if number >= len(codes) or splits.text_digest(item.text) != scan.digests[number]:
+      if number >= len(codes) or _digest(spec, item) != scan.digests[number]:
         raise ConfigError([f'{item.file} changed while it was read; start again'])
       if codes[number] == splits.CODES[name]:
         progress('documents', next(written), total)
@@ -276,13 +289,14 @@ def _assign(spec, scan):
                for name, fraction in fractions.items()}
   if free.size:
     codes[free] = splits.choose_held_out(
-        np.array(scan.units, np.uint64)[free], np.array(scan.sizes, np.int64)[free],
+        scan.units[free], np.array(scan.sizes, np.int64)[free],
         fractions['validation'], fractions['test'])
-  codes = splits.drop_duplicates(codes, scan.digests)
+  codes = splits.drop_divided(splits.drop_duplicates(codes, scan.digests), scan.units)
   for name, fraction in fractions.items():
     if free.size and fraction and not np.any(codes == splits.CODES[name]):
       raise ConfigError([
-          f'too few different documents ({len(set(scan.digests))}) to hold some out for {name}; '
+          f'too few different {"documents" if spec.records == "text" else "prompts"} '
+          f'({len(set(scan.units.tolist()))}) to hold some out for {name}; '
           f'give more text, or write --config.{name}_fraction=0'])
   return codes
 

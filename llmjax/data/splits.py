@@ -13,10 +13,41 @@ def text_digest(text: str) -> bytes:
   return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def normal(text: str) -> str:
+  """Returns the text with one space for any white space, in one case: texts with the same are copies."""
+  return ' '.join(text.split()).casefold()
+
+
+def join_units(keys) -> np.ndarray:
+  """Returns uint64 [n], equal for items that share a key, also by way of other items.
+
+  keys: for each item one key or more, uint64, each a hash of what must not be divided between splits.
+  """
+  parent = {}
+
+  def root(key):
+    while (above := parent.setdefault(key, key)) != key:
+      parent[key] = key = parent[above]  # Halves the path, so that no chain becomes long.
+    return key
+
+  for first, *others in keys:
+    for other in others:
+      one, two = root(first), root(other)
+      parent[max(one, two)] = min(one, two)
+  joined = {root(key) for key, above in parent.items() if key != above}
+
+  def unit(key):
+    key = root(key)
+    # The least of many hashes would come early in the order of units: hash it again.
+    return key if key not in joined else int.from_bytes(hashlib.blake2b(key.to_bytes(8), digest_size=8).digest())
+
+  return np.array([unit(item[0]) for item in keys], np.uint64)
+
+
 def choose_held_out(units, sizes, validation_fraction, test_fraction):
   """Returns an int8 code [n] for n documents: TRAIN, VALIDATION or TEST.
 
-  units: uint64 [n], a hash of what must stay together (a file, or the document itself); a unit is
+  units: uint64 [n], a hash of what must stay together (a file, a prompt, or the document itself); a unit is
   never in two splits.  sizes: int64 [n] bytes.  Each held-out split takes units in the order of
   their hashes until it has its share of the bytes, and at least one where there are three or more.
   """
@@ -38,8 +69,17 @@ def choose_held_out(units, sizes, validation_fraction, test_fraction):
   return codes
 
 
+def drop_divided(codes, units):
+  """Returns the codes with LEAK for what is in train and shares a unit with what is held out.
+
+  Only where a source comes with splits of its own can that be.
+  """
+  held_out = units[(codes == VALIDATION) | (codes == TEST)]
+  return np.where((codes == TRAIN) & np.isin(units, held_out), LEAK, codes).astype(np.int8)
+
+
 def drop_duplicates(codes, digests):
-  """Returns the codes with exact copies marked: one document of each text stays.
+  """Returns the codes with copies marked: one document of each text stays.
 
   digests: bytes [n].  A copy in train of a held-out text is a LEAK; any other copy is a DUPLICATE.
   Where held-out splits share a text, test keeps it.

@@ -63,7 +63,7 @@ def describe(manifest, folder) -> str:
   if quarantine['byte_order_marks_removed']:
     lines.append(f'byte-order marks removed: {quarantine["byte_order_marks_removed"]:,}')
   if any(duplicates.values()):
-    lines.append(f'exact copies left out: {duplicates["repeated"]:,}, and from train '
+    lines.append(f'copies left out: {duplicates["repeated"]:,}, and from train '
                  f'{duplicates["train_copies_of_held_out"]:,} of held-out documents')
   if manifest['ignored_files']:
     ignored = ', '.join(f'{count} {suffix or "without suffix"}'

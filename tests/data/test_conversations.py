@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import random
+import re
 import shutil
 
 import numpy as np
@@ -197,12 +199,69 @@ def write_pairs(path, count=40):
                           for i in range(count)))
 
 
-def prepare_records(tmp_path, small_folder, records):
+def prepare_records(tmp_path, small_folder, records, **kwargs):
   spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records=records,
                      output=str(tmp_path / 'out'),
-                     tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
+                     tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'), **kwargs)
   corpus.prepare(spec)
   return str(tmp_path / 'out')
+
+
+def of_prompts(kind):
+  """Yields (record, number of its prompt): each prompt with several completions, written in several ways."""
+  for i in range(60):
+    for k in range(4):
+      text = f'How much is {i} + 1?'
+      text = (text, text.upper(), f' {text}\n', text.replace(' ', '\t'))[k]
+      said, other = f'It is {i + 1}, {k}', f'No idea {k}'
+      messages = [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': said}]
+      more = [{'role': 'user', 'content': f'And {k}?'}, {'role': 'assistant', 'content': 'Yes'}]
+      yield i, {
+          'chat': {'messages': messages + more * (k % 2)},
+          'pairs': {'prompt': text, 'chosen': said, 'rejected': other},
+          'prompts': {'question': text, 'answer': f'{i + 1}' + '.0' * k},
+          'steps': {'prompt': text, 'steps': [{'text': said, 'label': 1}, {'text': other, 'label': 0}]}}[kind]
+
+
+@pytest.mark.parametrize('kind', ['chat', 'pairs', 'prompts', 'steps'])
+def test_completions_of_a_prompt_are_in_one_split(tmp_path, small_folder, kind):
+  numbered = list(of_prompts(kind))
+  random.Random(0).shuffle(numbered)
+  (tmp_path / 'data.jsonl').write_text(''.join(json.dumps(record) + '\n' for _, record in numbered))
+  folder = prepare_records(tmp_path, small_folder, kind, validation_fraction=0.2, test_fraction=0.1)
+  found = {split: {int(re.search(r'how much is (\d+)', conversations.normal(text))[1])
+                   for _, text in stream.read_documents(folder, split)} for split in prepared.SPLITS}
+  assert sum(map(len, found.values())) == 60 and set().union(*found.values()) == set(range(60))
+  assert 6 <= len(found['validation']) <= 18 and 2 <= len(found['test']) <= 12
+  counts = prepared.read_manifest(folder)['splits']
+  assert sum(split['documents'] for split in counts.values()) == 240 * (2 if kind == 'pairs' else 1)
+
+
+def test_a_turn_that_is_not_trained_is_no_prompt_of_its_own(tmp_path, small_folder):
+  """Examples that begin every conversation must not join them all."""
+  shots = [{'role': 'user', 'content': 'Hello'}, {'role': 'assistant', 'content': 'Hi', 'weight': 0}]
+  chats = [[*shots, {'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': f'{i}!'}] for i in range(40)]
+  document = conversations.normaliser('chat')({'messages': chats[0]})
+  assert len(conversations.prompts(document)) == 1
+  alone = conversations.normaliser('chat')({'messages': [{'role': 'assistant', 'content': 'Welcome'}]})
+  assert conversations.prompts(alone) == []
+  (tmp_path / 'data.jsonl').write_text(''.join(json.dumps({'messages': c}) + '\n' for c in chats))
+  manifest = prepared.read_manifest(prepare_records(tmp_path, small_folder, 'chat', validation_fraction=0.1))
+  assert manifest['splits']['validation']['documents'] >= 2
+  (tmp_path / 'one').mkdir()
+  (tmp_path / 'one' / 'data.jsonl').write_text(''.join(
+      json.dumps({'prompt': 'Hello', 'completion': f'{i}'}) + '\n' for i in range(40)))
+  with pytest.raises(ConfigError, match=r'too few different prompts \(1\)'):
+    prepare_records(tmp_path / 'one', small_folder, 'chat', validation_fraction=0.1)
+
+
+def test_copies_differ_in_white_space_and_case(tmp_path, small_folder):
+  chats = [[{'role': 'user', 'content': f'Say {i}'}, {'role': 'assistant', 'content': f'It is\n{i} A'}]
+           for i in range(30)]
+  even = [[{**m, 'content': m['content'].replace('\n', ' ').lower()} for m in chat] for chat in chats]
+  (tmp_path / 'data.jsonl').write_text(''.join(json.dumps({'messages': c}) + '\n' for c in chats + even))
+  manifest = prepared.read_manifest(prepare_records(tmp_path, small_folder, 'chat'))
+  assert manifest['duplicates'] == {'repeated': 30, 'train_copies_of_held_out': 0}
 
 
 def test_pairs_stay_together(tmp_path, small_folder):

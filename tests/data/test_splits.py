@@ -42,3 +42,23 @@ def test_copies():
   digests = [b'a', b'b', b'b', b'a', b'c', b'c', b'd']
   assert splits.drop_duplicates(codes, digests).tolist() == [
       train, leak, validation, duplicate, test, duplicate, train]
+
+
+def test_units_that_share_a_key_are_joined_whatever_their_order():
+  keys = [(1, 2), (5,), (2, 3), (4,), (3,), (5,), (6, 4)]
+  units = splits.join_units(keys)
+  groups = lambda units: [[j for j, other in enumerate(units) if other == unit] for unit in units]
+  assert groups(units) == [[0, 2, 4], [1, 5], [0, 2, 4], [3, 6], [0, 2, 4], [1, 5], [3, 6]]
+  assert units.dtype == np.uint64 and units[1] == 5  # A key of its own stays what it is.
+  np.testing.assert_array_equal(splits.join_units([k[::-1] for k in keys[::-1]])[::-1], units)
+  # Units of many keys come no earlier than others, else they would be held out.
+  rng = np.random.default_rng(0)
+  many = [tuple(rng.integers(0, 2**64, 50, np.uint64).tolist()) for _ in range(200)]
+  assert abs(splits.join_units(many).astype(float).mean() / 2**63 - 1) < 0.15
+
+
+def test_what_a_source_divides_leaves_train():
+  train, validation, test, duplicate, leak = range(5)
+  codes = np.array([train, validation, train, test, train, duplicate], np.int8)
+  units = np.array([1, 1, 2, 3, 3, 2], np.uint64)
+  assert splits.drop_divided(codes, units).tolist() == [leak, validation, train, test, leak, duplicate]
