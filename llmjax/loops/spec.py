@@ -15,7 +15,7 @@ from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec, parse_steps
 from llmjax.loops.sources import distill_problems, reward_problems, run_groups, teacher_groups, tokenizer_problems
 from llmjax.model.spec import ModelSpec
-from llmjax.parallel.spec import DistributedSpec, MeshSpec, PipelineSpec
+from llmjax.parallel.spec import ROW_AXES, DistributedSpec, MeshSpec, PipelineSpec, indivisible
 from llmjax.plan.energy import CostSpec
 from llmjax.rl.spec import BATCH_LOSSES, DistillSpec, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
@@ -213,7 +213,7 @@ class PretrainSpec:
   def mesh_problems(self, mesh):
     """Yields a line for every size that the mesh does not divide, naming the nearest that it does."""
     model, size = self.model, mesh.size
-    heads, rows = ('tensor',), ('data', 'fsdp', 'expert', 'stage')
+    heads, rows = ('tensor',), ROW_AXES
     wholes = [('model.num_heads', model.num_heads, heads, 1, ''),
               ('model.num_kv_heads', model.kv_heads, heads, 1, ''),
               ('model.mlp_dim', model.mlp_dim, heads, 1, ''),
@@ -241,12 +241,7 @@ class PretrainSpec:
       wholes.append(('train.batch_size', self.train.batch_size, rows, microbatches,
                      f'{microbatches} microbatches'))
     for name, whole, axes, times, words in wholes:
-      parts = size(*axes) * times
-      if whole % parts:
-        below = whole // parts * parts
-        fits = ' or '.join(str(n) for n in (below, below + parts) if n)
-        text = ' x '.join([f'mesh.{a}={size(a)}' for a in axes if size(a) > 1] + [words] * (times > 1))
-        yield f'{name}={whole} is not divisible by {text}; write {name}={fits}, or change the mesh'
+      yield from indivisible(name, whole, axes, size, times, words)
 
 
 def _name(folder):

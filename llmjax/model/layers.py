@@ -8,7 +8,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
@@ -18,9 +17,9 @@ from llmjax.ops import moe
 from llmjax.ops.norms import rms_norm
 from llmjax.ops.products import dense, is_weight, project
 from llmjax.ops.rotary import apply_rope
-from llmjax.parallel.attention import attention, from_zigzag, to_zigzag, zigzag_order
+from llmjax.parallel.attention import attention
 from llmjax.parallel.chips import flops_per_byte
-from llmjax.parallel.experts import dropless
+from llmjax.parallel.experts import dropless, with_capacity
 from llmjax.parallel.sharding import WeightLayout, by_rows, constrain, mesh_size
 from llmjax.parallel.vocabulary import lookup
 
@@ -289,27 +288,12 @@ class MoeMlp(nn.Module):
     activation = getattr(nn, spec.activation)
     if spec.capacity_factor and context.aligned:
       size = moe.capacity(x.shape[1], e, k, spec.capacity_factor)
-      taken, slot = _slots(ids, mask, e, size, context.zigzag)
-      layout = ('expert_rows', 'experts', None, None)
-      rows = constrain(moe.gather_slots(constrain(x, 'batch', 'length', 'act_embed'), taken), *layout)
-      product = lambda a, w: jnp.einsum('BECX,EXY->BECY', a, w.astype(a.dtype))
-      hidden = constrain(activation(product(rows, gate)) * product(rows, up), *layout[:3], 'act_mlp')
-      y = moe.combine_slots(constrain(product(hidden, down), *layout), weights, slot)
+      y = with_capacity(x, weights, ids, mask, gate, up, down, activation, size, context.zigzag)
     else:
       y = dropless(x, weights, ids, gate, up, down, activation)
     if spec.shared_experts:
       y = y + GatedMlp(spec, self.param_dtype, spec.shared_experts, name='shared')(x)
     return y, aux
-
-
-def _slots(ids, mask, experts, size, zigzag):
-  """Returns `moe.slots`; tokens are served in the order of the text, in whatever order they lie."""
-  if not zigzag:
-    return moe.slots(ids, mask, experts, size)
-  taken, slot = moe.slots(from_zigzag(ids), from_zigzag(mask), experts, size)
-  length = ids.shape[1]
-  places = np.append(np.argsort(zigzag_order(length)), length)
-  return jnp.asarray(places)[taken], to_zigzag(slot)
 
 
 class Block(nn.Module):

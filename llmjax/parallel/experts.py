@@ -4,10 +4,12 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llmjax.ops import moe
-from llmjax.parallel.sharding import auto_axes, axes_of, constrain, mesh_size
+from llmjax.parallel.attention import from_zigzag, to_zigzag
+from llmjax.parallel.sharding import auto_axes, axes_of, constrain, mesh_size, row_layout
 
 WIDE, BACK = ('experts', 'expert_embed', 'mlp'), ('experts', 'mlp', 'expert_embed')
 
@@ -82,3 +84,60 @@ def dropless(x, weights, ids, gate, up, down, activation):
   gate, up, down = constrain(gate, *WIDE), constrain(up, *WIDE), constrain(down, *BACK)
   return jax.shard_map(run, in_specs=(rows, rows, rows, *specs), out_specs=rows, axis_names=set(names),
                        check_vma=False)(x, weights, ids, gate, up, down)
+
+
+def with_capacity(x, weights, ids, mask, gate, up, down, activation, size, zigzag=False):
+  """Returns each token's weighted sum over its experts, [B, T, D], where an expert has `size` slots for a sequence.
+
+  Shapes as in `dropless`.  mask: [B, T], 0 for padding.  zigzag: tokens are in zigzag order; slots are given in the
+  order of the text all the same.  See `ops.moe.slots`.
+  """
+  dispatch, combine = _exchange(x.shape, gate.shape[0], size, zigzag)
+  layout = ('expert_rows', 'experts', 'slots', None)
+  slots, slot = dispatch(x, ids, mask)
+  slots = constrain(slots, *layout)
+  product = lambda a, w: jnp.einsum('BECX,EXY->BECY', a, w.astype(a.dtype))
+  hidden = constrain(activation(product(slots, gate)) * product(slots, up), *layout[:3], 'act_mlp')
+  return combine(constrain(product(hidden, down), *layout), weights, slot)
+
+
+def _exchange(shape, experts, size, zigzag):
+  """Returns (dispatch, combine): from tokens to the slots of experts [B, E, C, D], and back.
+
+  Each device gathers its sequences along `context`, fills its part of every expert's slots, and exchanges slots of its
+  own sequences for slots of its own experts (all-to-all, arXiv:2006.16668, section 3.2).  In shard_maps: XLA aborts
+  where it partitions such gathers along `context` inside a pipeline stage.  shape: that of the tokens, [B, T, ...].
+  """
+  axes, (batch, length) = row_layout(shape[:2])
+  parts = math.prod(map(mesh_size, length or ()))
+  width = -(-size // parts)  # Slots of an expert on one device; some of the last may stay free.
+  exchanged = 'expert' in (batch or ())
+  tokens, sequences = PartitionSpec(batch, length), PartitionSpec(batch)
+  slots = PartitionSpec(tuple(a for a in batch or () if a != 'expert') or None, 'expert' if exchanged else None, length)
+  first_slot = lambda: jax.lax.axis_index(length) * width if length else 0
+
+  def whole(a):
+    a = jax.lax.all_gather(a, length, axis=1, tiled=True) if length else a
+    return from_zigzag(a) if zigzag else a
+
+  def dispatch(x, ids, mask):
+    taken, slot = moe.slots(whole(ids), whole(mask), experts, size)
+    taken = jnp.pad(taken, ((0, 0), (0, 0), (0, parts * width - size)), constant_values=shape[1])
+    taken = jax.lax.dynamic_slice_in_dim(taken, first_slot(), width, axis=2)
+    filled = moe.gather_slots(whole(x), taken)
+    return (jax.lax.all_to_all(filled, 'expert', 1, 0, tiled=True) if exchanged else filled), slot
+
+  def combine(y, weights, slot):
+    y = jax.lax.all_to_all(y, 'expert', 0, 1, tiled=True) if exchanged else y
+    place = slot % size - first_slot()
+    here = (slot < experts * size) & (place >= 0) & (place < width)
+    y = moe.combine_slots(y, whole(weights), jnp.where(here, slot // size * width + place, experts * width))
+    y = to_zigzag(y) if zigzag else y
+    return jax.lax.psum_scatter(y, length, scatter_dimension=1, tiled=True) if length else y
+
+  if not axes:
+    return dispatch, combine
+  on_mesh = lambda fn, ins, outs: jax.shard_map(
+      fn, in_specs=ins, out_specs=outs, axis_names=set(axes), check_vma=False)
+  return (on_mesh(dispatch, (tokens, tokens, tokens), (slots, sequences)),
+          on_mesh(combine, (slots, tokens, sequences), tokens))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from llmjax.config import ConfigError
 from llmjax.parallel.sharding import axes_of, mesh_spec
-from llmjax.parallel.spec import AXES, MeshSpec
+from llmjax.parallel.spec import AXES, ROW_AXES, MeshSpec, indivisible
 
 
 def make_mesh(spec, devices=None):
@@ -103,11 +103,16 @@ def batch_blocks(mesh):
 def place_batch(mesh, batch):
   """Returns device arrays [B, T], and [B] of what a row has one of.
 
-  batch: the whole rows of this process's `batch_blocks`, block after block.
+  batch: the whole rows of this process's `batch_blocks`, block after block.  Raises ConfigError where the mesh
+  does not divide them or their length.
   """
   blocks, count = batch_blocks(mesh), batch_shards(mesh)
 
   def place(rows):
+    wholes = zip(('train.batch_size', 'data.seq_len'), (len(rows) * count // len(blocks), *rows.shape[1:]),
+                 (ROW_AXES, axes_of('length')), strict=False)
+    if problems := [line for whole in wholes for line in indivisible(*whole, mesh.shape.__getitem__)]:
+      raise ConfigError(problems)
     size = len(rows) // len(blocks)
     sharding = NamedSharding(mesh, mesh_spec(('batch', 'length')[:rows.ndim]))
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from llmjax.parallel.sharding import mesh_size
+from llmjax.parallel.sharding import mesh_size, require_divisible
 
 AXIS = 'stage'
 
@@ -42,8 +42,9 @@ def forward(stage_fn, params, x, rows, *, microbatches, rounds=1):
   stage_fn(params, x [b, T, D], rows, index) -> (y [b, T, D], aux), aux a dict of float32 scalars that
   are sums over rows; its params are a group of L / (S R) layers.  params: leaves [L, ...], L over
   `stage`.  x: [B, T, D], B over `stage` first.  rows: dict of arrays [B, ...] without gradients that
-  every layer needs.  index: the microbatch's number.  B must divide by M, M by S, L by S R.
+  every layer needs.  index: the microbatch's number.  B must be divisible by M, M by S, L by S R; else ConfigError.
   """
+  _require_parts(params, x.shape[0], microbatches, rounds)
   stages = num_stages()
   slots = microbatches // stages  # Microbatches that are at home on each stage.
   cycle = stages * rounds  # Ticks in which one microbatch of every stage starts.
@@ -95,12 +96,14 @@ def forward_backward(first_fn, stage_fn, last_fn, params, rows, *, microbatches)
   first_fn(ends, rows) -> x [b, T, D].  stage_fn: as in `forward`; its aux may hold `penalty`, which is
   part of the loss.  last_fn(ends, y [b, T / S, D], rows) -> (loss, (weight, aux)), sums over a part of
   every row: the last stage's output is divided over all stages, so that none waits for the head.
-  totals: (loss, (weight, aux)).  T must divide by S, B by M.
+  totals: (loss, (weight, aux)).  T and L must be divisible by S, B by M, M by S; else ConfigError.
 
   Microbatch m is forward on stage s in tick m + s, and backward in tick m + 2 (S - 1) - s; in between
   only the stage's input is kept, of at most 2 S - 1 microbatches, and the backward pass runs the stage
   again from there.
   """
+  _require_parts(params[1], jax.tree.leaves(rows)[0].shape[0], microbatches)
+  require_divisible('data.seq_len', jax.tree.leaves(rows)[0].shape[1], (AXIS,))
   stages = num_stages()
   keep = 2 * stages - 1
 
@@ -180,6 +183,15 @@ def forward_backward(first_fn, stage_fn, last_fn, params, rows, *, microbatches)
       check_vma=False)(params, rows)
   add = lambda tree: jax.tree.map(lambda a: a.sum(0), tree)
   return add(totals), (add(d_ends), d_blocks)
+
+
+def _require_parts(blocks, sequences, microbatches, rounds=1):
+  """Raises ConfigError where stages and microbatches do not divide the layers and the sequences of a batch."""
+  require_divisible('pipeline.microbatches', microbatches, (AXIS,))
+  require_divisible('model.num_layers', jax.tree.leaves(blocks)[0].shape[0], (AXIS,), rounds,
+                    f'pipeline.rounds={rounds}')
+  turns = microbatches // num_stages()
+  require_divisible('train.batch_size', sequences, (AXIS,), turns, words=f'{turns} microbatches')
 
 
 def _with_penalty(outputs):

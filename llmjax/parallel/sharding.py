@@ -6,6 +6,9 @@ import math
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llmjax.config import ConfigError
+from llmjax.parallel.spec import ROW_AXES, indivisible
+
 # Weight axes (`embed`) and activation axes (`act_embed`) have their own names, so that one mesh axis
 # never appears twice in a spec.
 TRAIN_RULES = {
@@ -28,6 +31,7 @@ TRAIN_RULES = {
     'experts': 'expert',
     'expert_embed': 'fsdp',
     'expert_rows': ('stage', 'data', 'fsdp'),
+    'slots': 'context',
     'router': None,
     'rank': None,
     # Embedding and head belong to no stage: all of them share the matrices.
@@ -98,6 +102,12 @@ def row_shards():
   return math.prod(mesh_size(axis) for axis in axes_of('batch'))
 
 
+def require_divisible(name, whole, axes=ROW_AXES, times=1, words=''):
+  """Raises ConfigError where a number is not divisible by axes of the mesh that is set; see `spec.indivisible`."""
+  if problems := list(indivisible(name, whole, axes, mesh_size, times, words)):
+    raise ConfigError(problems)
+
+
 def mesh_size(axis):
   """Returns the size of an axis of the mesh that is set; 1 without one."""
   return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
@@ -113,6 +123,8 @@ def sum_over_rows(fn, weights, *rows):
   row = PartitionSpec(*layout)
   if not axes:
     return fn(weights, *rows)
+  for name, size, divided in zip(('train.batch_size', 'data.seq_len'), rows[0].shape, layout, strict=False):
+    require_divisible(name, size, divided or ())
   outputs = jax.shard_map(
       lambda *args: jax.tree.map(lambda y: y[None], fn(*args)), axis_names=set(axes), check_vma=False,
       in_specs=(PartitionSpec(), *(row for _ in rows)), out_specs=PartitionSpec(axes))(weights, *rows)

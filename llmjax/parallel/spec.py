@@ -6,6 +6,20 @@ import math
 from llmjax.config import setting
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
+ROW_AXES = ('data', 'fsdp', 'expert', 'stage')  # Those that the sequences of a batch are sharded over.
+
+
+def indivisible(name, whole, axes, size, times=1, words=''):
+  """Yields a line where a config field's number is not divisible by mesh axes, naming the nearest that is.
+
+  size: function of an axis to its size.  times, words: what else it must be divisible by, and the words for that.
+  """
+  parts = math.prod(map(size, axes)) * times
+  if whole % parts:
+    below = whole // parts * parts
+    fits = ' or '.join(str(n) for n in (below, below + parts) if n)
+    text = ' x '.join([f'mesh.{a}={size(a)}' for a in axes if size(a) > 1] + [words or str(times)] * (times > 1))
+    yield f'{name}={whole} is not divisible by {text}; write {name}={fits}, or change the mesh'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llmjax.parallel.sharding import require_divisible
 from llmjax.train.guard import judge
 
 
@@ -19,6 +20,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
   together: so many rows in order, such as a pair's two, stay in one microbatch.
   guard: GuardSpec; tx is then `guard.watched`.  A bad step counts, but parameters and optimizer state stay
   as they are, to the bit; its metrics have the verdict (see `guard.judge`) as well.
+  The step raises ConfigError where the mesh that is set and `accumulation` do not divide the batch.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -48,6 +50,8 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
     return jax.lax.scan(accumulate, zeros, (microbatches, jnp.arange(accumulation)))[0]
 
   def train_step(state, batch):
+    require_divisible('train.batch_size', jax.tree.leaves(batch)[0].shape[0] // together, times=accumulation,
+                      words=f'{accumulation} microbatches')
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     loss, weight, aux, grads = add_microbatches(state, batch, key)
     weight = jnp.where(weight > 0, weight, 1.0)  # A batch of padding alone must not divide 0 by 0.

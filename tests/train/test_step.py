@@ -9,13 +9,16 @@ import numpy as np
 import optax
 import pytest
 
+from llmjax.config import ConfigError
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
+from llmjax.parallel.mesh import make_mesh, place_batch
+from llmjax.parallel.spec import MeshSpec, PipelineSpec
 from llmjax.train import objectives
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.spec import OptimizerSpec, TrainSpec
 from llmjax.train.state import TrainState
-from llmjax.train.step import make_train_step
+from llmjax.train.step import lower_step, make_train_step
 
 MODEL = ModelSpec(num_layers=2, d_model=32, num_heads=2, mlp_dim=64, vocab_size=97)
 TRAIN = TrainSpec(compute_dtype='float32')
@@ -147,3 +150,31 @@ def test_learns_one_batch_by_heart():
   assert losses[0] > 4
   assert losses[-1] < 0.05
   assert int(state.step) == 80
+
+
+@pytest.mark.parametrize(('sequences', 'sizes', 'accumulation', 'said'), [
+    (4, dict(data=8), 1, 'train.batch_size=4 is not divisible by mesh.data=8; write train.batch_size=8'),
+    (12, dict(data=2, fsdp=4), 1, 'train.batch_size=12 is not divisible by mesh.data=2 x mesh.fsdp=4; write '
+     'train.batch_size=8 or 16'),
+    (8, dict(data=8), 2, 'train.batch_size=8 is not divisible by mesh.data=8 x 2 microbatches; write '
+     'train.batch_size=16'),
+    (6, dict(data=1, stage=2, tensor=4), 1, 'train.batch_size=6 is not divisible by mesh.stage=2 x 2 microbatches; '
+     'write train.batch_size=4 or 8')])
+def test_a_batch_that_the_mesh_does_not_divide_is_refused_as_by_the_command(sequences, sizes, accumulation, said):
+  mesh = make_mesh(MeshSpec(**sizes))
+  model, train = dataclasses.replace(MODEL, num_heads=4, vocab_size=96), TRAIN
+  batch = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in packed_batch(0, sequences).items()}
+  layout = jax.NamedSharding(mesh, jax.P())
+  state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout),
+                       jax.eval_shape(lambda: fresh_state(SGD, model)))
+  loss_fn = objectives.next_token(model, train, 'cpu', PipelineSpec(microbatches=4))
+  with jax.set_mesh(mesh), pytest.raises(ConfigError) as refused:
+    lower_step(make_train_step(loss_fn, SGD, lambda _: 1.0, accumulation), state, batch)
+  assert str(refused.value) == f'{said}, or change the mesh'
+
+
+def test_a_batch_that_cannot_be_placed_is_refused_and_no_sequence_left_out():
+  with pytest.raises(ConfigError, match='train.batch_size=10 is not divisible by mesh.data=8'):
+    place_batch(make_mesh(MeshSpec(data=8)), packed_batch(0, 10))
+  with pytest.raises(ConfigError, match='data.seq_len=18 is not divisible by mesh.context=4'):
+    place_batch(make_mesh(MeshSpec(data=2, context=4)), packed_batch(0, 2, 18))
