@@ -128,10 +128,11 @@ def _overlay(below, above):
   return {**below, **{key: _overlay(below.get(key), value) for key, value in above.items()}}
 
 
-def build(spec_class, recipe, overrides=()):
+def build(spec_class, recipe, overrides=(), elsewhere=False):
   """Returns the frozen spec that the recipe and then the overrides ask for.
 
-  recipe: nested mapping.  overrides: pairs ('train.steps', '200') of dotted name and text.
+  recipe: nested mapping.  overrides: pairs ('train.steps', '200') of dotted name and text.  elsewhere: another machine
+  will run it, so that `problems()`, which reads files, counts only where all paths exist on this one.
   Raises ConfigError with every problem: unknown fields, wrong types, bounds, and whatever the
   specs' own `problems()` find.
   """
@@ -140,11 +141,23 @@ def build(spec_class, recipe, overrides=()):
   for name, text in overrides:
     _place(spec_class, values, name.split('.'), text, name, problems, spec_class)
   spec = _build(spec_class, values, '', problems, spec_class)
-  if not problems:  # Checks between fields mean nothing while a field itself is wrong.
+  # Checks between fields mean nothing while a field itself is wrong.
+  if not problems and not (elsewhere and not all(map(os.path.exists, _paths(spec)))):
     problems = list(find_problems(spec))
   if problems:
     raise ConfigError(problems)
   return spec
+
+
+def _paths(spec):
+  """Yields every path that is set in a spec and the specs nested in it."""
+  for field in dataclasses.fields(spec):
+    value = getattr(spec, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _paths(value)
+    elif field.metadata['kind'] == 'path':
+      paths = value if isinstance(value, (tuple, dict)) else (value,)
+      yield from (path for path in paths if path and path not in (field.metadata['choices'] or ()))
 
 
 def _copy(value):

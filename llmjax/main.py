@@ -187,8 +187,7 @@ def _run(argv):
   if argv[0] in ('-V', '--version', 'version'):
     print(f'llmjax {llmjax.__version__}')
     sys.exit(0)
-  words = 2 if ' '.join(argv[:2]) in COMMANDS else 1
-  name, arguments = ' '.join(argv[:words]), argv[words:]
+  name, arguments = _split_command(argv)
   parts = [c.split()[1] for c in COMMANDS if c.startswith(f'{name} ')]
   if parts and arguments[:1] in ([], ['-h'], ['--help'], ['help']):
     if not arguments:
@@ -214,6 +213,12 @@ def _run(argv):
   sys.exit(status or 0)
 
 
+def _split_command(argv):
+  """Returns (the command's name, of one word or of two, what stands behind it)."""
+  words = 2 if ' '.join(argv[:2]) in COMMANDS else 1
+  return ' '.join(argv[:words]), argv[words:]
+
+
 def _no_command(argv):
   """Returns the line for a command line that begins with no command."""
   first, two = config.shown(argv[0]), ' '.join(argv[:2]).lower()
@@ -229,8 +234,11 @@ def _no_command(argv):
       f'did you mean `llmjax {near[0]}`?' if near else f'known: {_names()}')
 
 
-def parse(command, arguments):
-  """Returns (spec or None, options) of a command line; raises ConfigError with all problems."""
+def parse(command, arguments, elsewhere=False):
+  """Returns (spec or None, options) of a command line; raises ConfigError with all problems.
+
+  elsewhere: another machine will run it; see `config.build`.
+  """
   if command.launches:
     return _parse_launch(command, arguments)
   problems, recipe, recipe_path, overrides, plain = [], {}, None, [], []
@@ -262,7 +270,7 @@ def parse(command, arguments):
     problems.append(_needs_value(waiting))
   options_class, options = _load(command.options), None
   try:
-    options = _build_options(options_class, plain, command.spec)
+    options = _build_options(options_class, plain, command.spec, elsewhere)
   except config.ConfigError as e:
     problems += e.problems
   if command.spec is None:
@@ -281,7 +289,7 @@ def parse(command, arguments):
     if other := _recipe_of(command, recipe):
       _raise([*problems, f'--config={recipe_path} is a recipe of `llmjax {other}`; for example {command.example}'])
   try:
-    spec = config.build(_load(command.spec), recipe, overrides)
+    spec = config.build(_load(command.spec), recipe, overrides, elsewhere)
   except config.ConfigError as e:
     # Without a recipe, what the defaults lack is no mistake of the user's; what was typed may be.
     problems += [p for p in e.problems if not missing or any(key in p for key, _ in overrides)]
@@ -298,21 +306,28 @@ def _recipe_of(command, recipe):
 
 
 def _parse_launch(command, arguments):
-  """Returns (what stands after `--`, options)."""
+  """Returns (what stands after `--`, options); what stands there is checked as far as this machine can know."""
   end = arguments.index('--') if '--' in arguments else len(arguments)
   launched, problems, options = arguments[end + 1:], [], None
+  options_class = _load(command.options)
   try:
-    options = _build_options(_load(command.options), arguments[:end])
+    options = _build_options(options_class, arguments[:end])
   except config.ConfigError as e:
     problems = list(e.problems)
-  if not launched or launched[0] not in COMMANDS or COMMANDS[launched[0]].launches:
-    known = [c for c in COMMANDS if not COMMANDS[c].launches and ' ' not in c]
-    near = difflib.get_close_matches(launched[0], known, n=1) if launched else []
-    if launched and launched[0] in [name.split()[0] for name, c in COMMANDS.items() if c.launches]:
+  name, rest = _split_command(launched)
+  if name not in COMMANDS or COMMANDS[name].launches:
+    known = [c for c in COMMANDS if not COMMANDS[c].launches]
+    near = difflib.get_close_matches(name, known, n=1) if launched else []
+    if launched and launched[0] in [c.split()[0] for c in COMMANDS if COMMANDS[c].launches]:
       problems.append(f'what stands after `--` cannot be {launched[0]!r} again; for example {command.example}')
     else:
       problems.append('the command to start stands after `--`' + (
           f', and {launched[0]!r} is none; did you mean {near[0]}?' if near else f'; for example {command.example}'))
+  elif getattr(options or options_class, 'check', False):  # Processes of this machine say it themselves.
+    try:
+      parse(COMMANDS[name], rest, elsewhere=True)
+    except config.ConfigError as e:
+      problems += [f'{name}: {p}' for p in e.problems]
   _raise(problems)
   return launched, options
 
@@ -335,11 +350,11 @@ def _needs_value(name):
   return f'--config.{name} needs a value: write --config.{name}=VALUE'
 
 
-def _build_options(options_class, arguments, spec=None):
+def _build_options(options_class, arguments, spec=None, elsewhere=False):
   """Returns the options that the flags say; raises ConfigError with all problems.  spec: see `_parse_flags`."""
   given = _parse_flags(options_class, arguments, spec)
   try:
-    return config.build(options_class, given)
+    return config.build(options_class, given, elsewhere=elsewhere)
   except config.ConfigError as e:
     raise config.ConfigError(['--' + p for p in e.problems]) from e
 

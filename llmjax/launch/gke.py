@@ -36,6 +36,7 @@ class GkeOptions:
   setup: str = setting('', "shell commands before it, such as 'cd /llmjax'")
   save_seconds: int = setting(180, 'an evicted pod has so long to save', minimum=1)
   restart: int = setting(0, 'start all pods again when one fails or is evicted, at most so often', minimum=0)
+  check: bool = setting(True, 'check the command here first; --nocheck where only the image has the recipe')
   dry_run: bool = setting(False, 'print the manifest and submit nothing')
 
   def problems(self):

@@ -30,6 +30,7 @@ class SlurmOptions:
                          'saved because its time is up', minimum=0)
   setup: str = setting('', "shell commands before it, such as 'source .venv/bin/activate'")
   sbatch: tuple[str, ...] = setting((), 'more options of sbatch, such as --qos=high,--exclusive')
+  check: bool = setting(True, 'check the command here first; --nocheck where only the cluster has the recipe')
   dry_run: bool = setting(False, 'print the script and submit nothing')
 
 

@@ -22,6 +22,7 @@ class TpuVmOptions:
   worker: str = setting('all', 'hosts to start it on')
   setup: str = setting('cd ~/llmjax && source .venv/bin/activate', 'shell commands before it on each host')
   detach: bool = setting(False, 'let it run on when the connection ends; its output goes to ~/llmjax.log')
+  check: bool = setting(True, 'check the command here first; --nocheck where only the TPU VM has the recipe')
   dry_run: bool = setting(False, 'print the command and run nothing')
 
   def problems(self):

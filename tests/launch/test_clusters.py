@@ -47,6 +47,24 @@ def test_text(name, capsys):
   assert out == (GOLDEN / name).read_text()
 
 
+@pytest.mark.parametrize('cluster', ['slurm.sh', 'gke_tpu.yaml', 'tpu_vm.txt'])
+def test_a_command_is_checked_as_far_as_this_machine_can_know(capsys, cluster):
+  here, there = 'configs/pretrain/quickstart.py', '/shared/recipes/mine.py'
+  start = lambda *command, flag=(): launch(capsys, *CASES[cluster], '--dry-run', *flag, '--', *command)[::2]
+  assert start('pretrain', f'--config={here}', '--workdir=/shared/a', '--config.data.sources=/shared/text') == (0, '')
+  assert start('finetune', f'--config={here}', '--workdir=x', '--config.train.init_from=/shared/a',
+               '--config.mesh.tensor=64') == (0, '')  # Whose heads are as many as /shared/a has.
+  assert start('evaluate', '--workdir=/shared/a') == (0, '')
+  assert start('checkpoint', 'ls', '--workdir=/shared/a') == (0, '')
+  assert start('pretrain', f'--config={there}', '--workdir=/shared/a', flag=['--nocheck']) == (0, '')
+  for command, problem in [(('pretrain', f'--config={there}', '--workdir=x'), f'{there}: there is no such file'),
+                           (('pretrain', f'--config={here}'), '--workdir=DIR is missing'),
+                           (('evaluate', '--workdir=/shared/a', '--limit=-1'), '--limit=-1 must be at least 0'),
+                           (('checkpoint', 'lss'), "'checkpoint' is none; did you mean checkpoint ls?")]:
+    status, err = start(*command)
+    assert status == 2 and problem in err and err.count('\n') == 1
+
+
 def test_a_manifest_that_restarts_does_so_but_for_wrong_settings():
   jobset = yaml.safe_load((GOLDEN / 'gke_restart.yaml').read_text())
   assert jobset['spec']['failurePolicy'] == {
