@@ -142,22 +142,22 @@ def build(spec_class, recipe, overrides=(), elsewhere=False):
     _place(spec_class, values, name.split('.'), text, name, problems, spec_class)
   spec = _build(spec_class, values, '', problems, spec_class)
   # Checks between fields mean nothing while a field itself is wrong.
-  if not problems and not (elsewhere and not all(map(os.path.exists, _paths(spec)))):
+  if not problems and not (elsewhere and not all(os.path.exists(path) for _, path in paths(spec))):
     problems = list(find_problems(spec))
   if problems:
     raise ConfigError(problems)
   return spec
 
 
-def _paths(spec):
-  """Yields every path that is set in a spec and the specs nested in it."""
+def paths(spec, prefix=''):
+  """Yields (dotted name, path) of every path that is set in a spec and the specs nested in it."""
   for field in dataclasses.fields(spec):
-    value = getattr(spec, field.name)
+    value, name = getattr(spec, field.name), prefix + field.name
     if dataclasses.is_dataclass(value):
-      yield from _paths(value)
+      yield from paths(value, f'{name}.')
     elif field.metadata['kind'] == 'path':
-      paths = value if isinstance(value, (tuple, dict)) else (value,)
-      yield from (path for path in paths if path and path not in (field.metadata['choices'] or ()))
+      several = value if isinstance(value, (tuple, dict)) else (value,)
+      yield from ((name, path) for path in several if path and path not in (field.metadata['choices'] or ()))
 
 
 def _copy(value):

@@ -138,14 +138,14 @@ COMMANDS = {
     'launch tpu-vm': Command(
         'start a command on all hosts of a Cloud TPU VM', 'llmjax.launch.tpu_vm',
         'llmjax.launch.tpu_vm:TpuVmOptions', None,
-        'llmjax launch tpu-vm --name=NAME --zone=ZONE -- pretrain --config=FILE --workdir=DIR', launches=True),
+        'llmjax launch tpu-vm --name=pod --zone=us-east5-b -- pretrain --config=FILE --workdir=DIR', launches=True),
     'launch slurm': Command(
         'submit a command to Slurm', 'llmjax.launch.slurm', 'llmjax.launch.slurm:SlurmOptions', None,
         'llmjax launch slurm --nodes=4 --gpus-per-node=8 -- pretrain --config=FILE --workdir=DIR',
         launches=True),
     'launch gke': Command(
         'submit a command to Kubernetes as a JobSet', 'llmjax.launch.gke', 'llmjax.launch.gke:GkeOptions', None,
-        'llmjax launch gke --name=NAME --image=IMAGE --accelerator=tpu-v6e-slice --topology=4x4 -- '
+        'llmjax launch gke --name=run --image=IMAGE --accelerator=tpu-v6e-slice --topology=4x4 -- '
         'pretrain --config=FILE --workdir=DIR', launches=True),
 }
 
