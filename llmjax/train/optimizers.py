@@ -1,19 +1,20 @@
 """Optimizers and schedules: one row of a table each, all from Optax."""
 
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from llmjax.config import ConfigError
 from llmjax.train.rounding import keep_moments
 
 # Whether weight decay applies, by the last part of a parameter's path; the first pattern that matches.
 DECAY = (
-    (r'(^|/)(scale|magnitude)$', False),
-    (r'(^|/)(table|kernel|query|key|value|out|gate|up|down|router|a|b)$', True),
+    (r'(^|/)(scale|magnitude|bias|table)$', False),
+    (r'(^|/)(kernel|query|key|value|out|gate|up|down|router|a|b)$', True),
 )
 
 # The axes of a matrix inside a block that its input runs over, and its output's: what Muon makes
@@ -26,12 +27,17 @@ MATRICES = (
 
 
 def make_schedule(spec, steps):
-  """Returns step -> learning rate (float32).  The rate reaches its end on the last of `steps` steps.
+  """Returns the schedule, a function of the number of steps done before (0 for the first) to a float32 rate.
+
+  With w warm-up steps of N, step k (from 1) of the warm-up uses lr k / w, step w + 1 the peak again, and step N, the
+  last, lr * final_lr_fraction (cosine, linear, wsd).  A run of one step uses the peak.
 
   cosine: arXiv:1608.03983, eq. 5.  wsd (warm-up, stable, decay): arXiv:2404.06395, section 4.2.
   rsqrt: arXiv:1706.03762, eq. 3, after the warm-up.
   """
-  rest = max(steps - spec.warmup_steps, 1)
+  warmup = spec.warmup_steps
+  start = min(warmup, max(steps - 2, 0))  # A fall needs two steps; both ends of it are steps of the run.
+  rest = max(steps - 1 - start, 1)
   end = spec.lr * spec.final_lr_fraction
   if spec.schedule == 'cosine':
     body = optax.cosine_decay_schedule(spec.lr, rest, alpha=spec.final_lr_fraction)
@@ -44,16 +50,16 @@ def make_schedule(spec, steps):
     body = optax.join_schedules([optax.constant_schedule(spec.lr),
                                  optax.linear_schedule(spec.lr, end, fall)], [rest - fall])
   elif spec.schedule == 'rsqrt':
-    offset = max(spec.warmup_steps, 1)
-    # join_schedules asks for steps before the boundary too, counted from it: they are below zero.
+    offset = max(warmup, 1)
+    # Evaluated before the boundary too, where the count is below zero.
     body = lambda step: spec.lr * jnp.sqrt(offset / (offset + jnp.maximum(step, 0)))
   else:
     raise ConfigError([f'optimizer.schedule={spec.schedule!r} is not known'])
-  if not spec.warmup_steps:
+  if not warmup:
     return body
   # The first step already moves: rates are lr/w, 2 lr/w, ..., lr.
-  rise = lambda step: spec.lr * (step + 1) / spec.warmup_steps
-  return optax.join_schedules([rise, body], [spec.warmup_steps])
+  rise = lambda step: spec.lr * (step + 1) / warmup
+  return lambda step: jnp.where(step < warmup, rise(step), body(step - start))
 
 
 def _by_name(rows, params, missing):
@@ -84,24 +90,38 @@ def matrix_axes(params):
   return _by_name(rows, params, lambda name: None)
 
 
+def _muon(spec):
+  """Returns Muon for the matrices of the blocks and Adam for the other parameters."""
+  label = lambda params: _by_name([(pattern, 'muon') for pattern, _ in MATRICES], params, lambda name: 'adam')
+
+  def match_adam(update, axes):
+    # arXiv:2502.16982, eq. 4: updates as large as AdamW's, so that lr and decay serve both.
+    return 0.2 * math.sqrt(max(math.prod(update.shape[axis] for axis in side) for side in axes)) * update
+
+  matrices = optax.chain(
+      scale_by_muon(beta=spec.momentum, eps=spec.epsilon, weight_dimension_numbers=matrix_axes),
+      optax.stateless(lambda updates, _: jax.tree.map(match_adam, updates, matrix_axes(updates))))
+  return optax.partition({'muon': matrices, 'adam': optax.scale_by_adam(spec.b1, spec.b2, spec.epsilon)}, label)
+
+
+# The direction of each rule's update.  `make_rule` adds the weight decay and the learning rate, for all of them alike.
 OPTIMIZERS = {
     # arXiv:1711.05101, algorithm 2.
-    'adamw': lambda s, lr: optax.adamw(lr, s.b1, s.b2, s.epsilon, weight_decay=s.weight_decay,
-                                       mask=decay_mask),
+    'adamw': lambda s: optax.scale_by_adam(s.b1, s.b2, s.epsilon),
     # arXiv:2302.06675, program 1.
-    'lion': lambda s, lr: optax.lion(lr, s.b1, s.b2, weight_decay=s.weight_decay, mask=decay_mask),
+    'lion': lambda s: optax.scale_by_lion(s.b1, s.b2),
     # arXiv:1804.04235, algorithm 4, with the learning rate given.
-    'adafactor': lambda s, lr: optax.adafactor(
-        lr, weight_decay_rate=s.weight_decay or None, weight_decay_mask=decay_mask,
-        multiply_by_parameter_scale=False),
-    # arXiv:2502.16982, eq. 4: updates as large as AdamW's, so that lr and decay serve both.
-    'muon': lambda s, lr: muon(
-        lr, beta=s.momentum, weight_decay=s.weight_decay, weight_decay_mask=decay_mask,
-        adam_b1=s.b1, adam_b2=s.b2, eps=s.epsilon, adam_weight_decay=s.weight_decay,
-        muon_weight_dimension_numbers=matrix_axes, consistent_rms=0.2),
-    'sgd': lambda s, lr: optax.chain(optax.add_decayed_weights(s.weight_decay, decay_mask),
-                                     optax.sgd(lr, momentum=s.b1 or None)),
+    'adafactor': lambda s: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    'muon': _muon,
+    # arXiv:1711.05101, algorithm 1.
+    'sgd': lambda s: optax.trace(s.b1) if s.b1 else optax.identity(),
 }
+
+
+def make_rule(spec, schedule):
+  """Returns the update -lr (direction + weight_decay * parameter): decoupled weight decay (arXiv:1711.05101)."""
+  return optax.chain(OPTIMIZERS[spec.name](spec), optax.add_decayed_weights(spec.weight_decay, decay_mask),
+                     optax.scale_by_learning_rate(schedule))
 
 
 def find_frozen(patterns, params):
@@ -147,15 +167,17 @@ def scale_rates(rates, layer_decay):
       if not any(re.search(pattern, name) for name in names):
         raise ConfigError([f'optimizer.rates: no trained parameter matches {pattern!r}; there are {", ".join(names)}'])
     factors = _by_name(rows, updates, lambda name: 1.0)
+    # An adapter's factors are beneath its name and have the paths of what they adapt.
+    part = lambda name, part: re.search(f'(^|/){part}/', name)
     layers = max([u.shape[0] for name, u in zip(names, jax.tree.leaves(updates), strict=True)
-                  if name.startswith('blocks/')], default=0)
+                  if part(name, 'blocks')], default=0)
 
     def scale(path, u, factor):
       name = _name(path)
-      if name.startswith('blocks/'):
+      if part(name, 'blocks'):
         depth = jnp.arange(layers - 1, -1, -1, dtype=u.dtype).reshape(-1, *[1] * (u.ndim - 1))
       else:
-        depth = layers if name.startswith('embed/') else 0
+        depth = layers if part(name, 'embed') else 0
       return u * (factor * layer_decay ** depth)
 
     return jax.tree_util.tree_map_with_path(scale, updates, factors)
@@ -184,7 +206,7 @@ def make_optimizer(spec, steps, seed=0):
   schedule = make_schedule(spec, steps)
   clip = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
   rates = [scale_rates(spec.rates, spec.layer_decay)] if spec.rates or spec.layer_decay != 1 else []
-  tx = keep_moments(optax.chain(*clip, OPTIMIZERS[spec.name](spec, schedule), *rates), spec.moment_dtype, seed)
+  tx = keep_moments(optax.chain(*clip, make_rule(spec, schedule), *rates), spec.moment_dtype, seed)
   if spec.freeze:
     labels = lambda params: jax.tree.map(lambda f: 'frozen' if f else 'trained', find_frozen(spec.freeze, params))
     tx = optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)

@@ -91,13 +91,14 @@ class OptimizerSpec:
 
   name: str = setting('adamw', 'the update rule', choices=('adamw', 'muon', 'lion', 'adafactor', 'sgd'))
   lr: float = setting(3e-4, 'peak learning rate', minimum=0.0)
-  warmup_steps: int = setting(0, 'steps of linear rise from 0 to lr', minimum=0)
+  warmup_steps: int = setting(0, 'steps of linear rise to lr: the first uses lr / warmup_steps', minimum=0)
   schedule: str = setting('cosine', 'shape after the warm-up', choices=SCHEDULES)
-  final_lr_fraction: float = setting(0.1, 'learning rate at the last step, as a part of lr', minimum=0.0,
-                                     maximum=1.0)
-  decay_fraction: float = setting(0.2, 'wsd: part of the run in which the rate falls', minimum=0.0,
-                                  maximum=1.0)
-  weight_decay: float = setting(0.1, 'decoupled; matrices only, not norms', minimum=0.0)
+  final_lr_fraction: float = setting(0.1, 'cosine, linear, wsd: learning rate of the last step, as a part of lr',
+                                     minimum=0.0, maximum=1.0)
+  decay_fraction: float = setting(0.2, 'wsd: part of the steps after the warm-up in which the rate falls',
+                                  minimum=0.0, maximum=1.0)
+  weight_decay: float = setting(0.1, 'decoupled, times the learning rate, whatever the rule; of matrices: norms, biases '
+                                'and the embedding table keep their size', minimum=0.0)
   b1: float = setting(0.9, 'decay of the first moment', minimum=0.0, maximum=1.0)
   b2: float = setting(0.95, 'decay of the second moment', minimum=0.0, maximum=1.0)
   momentum: float = setting(0.95, "Muon's decay of the gradient", minimum=0.0, maximum=1.0)
