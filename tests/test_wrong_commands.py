@@ -55,6 +55,8 @@ def fill(folder):
       'data/prompts/manifest.json': json.dumps({**MANIFEST, 'records': 'prompts'}),
       'run/config.json': json.dumps({'model': {'num_layers': 2, 'd_model': 64, 'num_heads': 4, 'mlp_dim': 128},
                                      'data': {'seq_len': 64}}),
+      'small_run/config.json': json.dumps({'model': {'num_layers': 2, 'd_model': 64, 'num_heads': 4, 'mlp_dim': 128,
+                                                     'vocab_size': 384}, 'data': {'seq_len': 64}, 'reward': {}}),
       'data/empty/x': '', 'hub/config.json': '{}', 'hub/pytorch_model.bin': 'x'}.items():
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -135,6 +135,8 @@ class Loop:
     self.profiler = Profiler(workdir, self.spec.profile.steps,
                              say=self.progress.say if distributed.is_first() else None)
     self.heart = distributed.start_heartbeat(self.spec.distributed, workdir, first, self.writers.close)
+    for line in self.spec.optimizer.warnings(self.total):
+      self.progress.say(line)
     for line in checkpoints.passed_over:
       self.progress.say(line)
       self.writers.event(first, 'damaged_checkpoint', reason=line)

@@ -29,6 +29,22 @@ def tokenizer_problems(sources, run):
              f'--config.tokenizer.path={tokenizer}')
 
 
+def vocabulary_problems(name, model, sources, run=''):
+  """Yields a line for every prepared folder whose tokenizer has more ids than a model.
+
+  name: of the model's vocab_size.  run: the run that the model is of, or ''.
+  """
+  for folder in sources if model.vocab_size else ():
+    try:
+      ids = prepared.read_manifest(folder)['tokenizer']['vocab_size']
+    except ValueError:
+      continue  # The data group says so.
+    if ids > model.vocab_size:
+      remedy = (f'prepare it again with --force --config.tokenizer.path={run_folder(run) / "tokenizer.model"}' if run
+                else f'write {name}={ids} or more, or leave it out')
+      yield f'{name}={model.vocab_size} is less than the {ids} ids of the tokenizer of {folder}; {remedy}'
+
+
 def run_groups(run, names):
   """Returns those groups of a run's config, of data only how long its rows are; nothing where there is no run."""
   try:
@@ -53,6 +69,16 @@ def reward_problems(name, source, sources):
     folder = next(iter(sources))
     yield (f'{name}={source} has another tokenizer than {folder}; give one whose data were prepared with '
            f'--config.tokenizer.path={prepared.tokenizer_path(folder)}')
+  elif model := _run_model(source):
+    yield from vocabulary_problems(f'{name}={source}: its model.vocab_size', model, sources, source)
+
+
+def _run_model(source):
+  """Returns the ModelSpec of a run, or None where its config has none."""
+  try:
+    return config.build(ModelSpec, run_groups(source, ('model',))['model'])
+  except (KeyError, config.ConfigError):
+    return None
 
 
 # What two models may differ in although one begins with the other's layers.
@@ -82,13 +108,13 @@ def distill_problems(spec):
   if refused := weights.refusal(source):
     yield f'distill.teacher={refused}'
     return
-  found = run_groups(source, ('model',))
-  try:
-    teacher = config.build(ModelSpec, found['model'])
-  except (KeyError, config.ConfigError):
+  teacher = _run_model(source)
+  if teacher is None:
     yield f"distill.teacher={source} is not a run's folder; give the --workdir of a run, such as runs/big"
     return
   yield from tokenizer_problems(spec.data.sources, source)
+  yield from vocabulary_problems(f'distill.teacher={source}: its model.vocab_size', teacher, spec.data.sources,
+                                 source)
   if model.vocab_size and model.vocab_size != teacher.vocab_size:
     yield (f'model.vocab_size={model.vocab_size} is not that of distill.teacher={source}; write '
            f'model.vocab_size={teacher.vocab_size}')

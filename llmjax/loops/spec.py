@@ -13,7 +13,14 @@ from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec, parse_steps
-from llmjax.loops.sources import distill_problems, reward_problems, run_groups, teacher_groups, tokenizer_problems
+from llmjax.loops.sources import (
+  distill_problems,
+  reward_problems,
+  run_groups,
+  teacher_groups,
+  tokenizer_problems,
+  vocabulary_problems,
+)
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.spec import ROW_AXES, DistributedSpec, MeshSpec, PipelineSpec, indivisible
 from llmjax.plan.energy import CostSpec
@@ -177,6 +184,7 @@ class PretrainSpec:
     if self.adapter.kind and self.pipeline.schedule == '1f1b':
       yield ('pipeline.schedule=1f1b makes gradients of all weights, and adapters leave theirs frozen; write '
              'pipeline.schedule=gpipe')
+    yield from vocabulary_problems('model.vocab_size', self.model, (*self.data.sources, *self.evaluate.also), source)
     yield from distill_problems(self)
     traced = None if list(self.profile.problems()) else parse_steps(self.profile.steps)
     if traced and traced[0] > self.train.steps:

@@ -123,3 +123,9 @@ class OptimizerSpec:
     for pattern, factor in self.rates.items():
       if factor < 0:
         yield f'rates[{pattern}]={factor:g}: a factor must be at least 0; to keep parameters as they are, use freeze'
+
+  def warnings(self, steps):
+    """Yields what is probably not meant in a run of so many steps."""
+    if 0 < steps <= self.warmup_steps:
+      yield (f'warning: optimizer.warmup_steps={self.warmup_steps} is all of train.steps={steps}, so the learning rate '
+             f'never falls; write optimizer.warmup_steps={steps // 10} for a tenth')

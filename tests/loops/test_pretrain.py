@@ -92,6 +92,7 @@ def test_the_run_folder(folder):
   losses = rows(run, 'train/loss')
   assert list(losses) == [1, 2, 3, 4, 5, 6]
   assert losses[6] < losses[1]
+  assert [round(lr, 7) for lr in rows(run, 'train/lr').values()][::5] == [0.005, 0.001]  # Warm-up of 2; a tenth at the end.
   for key in ('train/grad_norm', 'train/lr', 'train/tokens_per_second', 'train/mfu',
               'train/step_seconds', 'train/data_wait_seconds'):
     assert set(rows(run, key)) == set(losses)
@@ -162,8 +163,9 @@ def test_other_data_in_the_same_folder_is_refused(folder):
 
 @pytest.mark.slow
 def test_starting_from_another_run(folder):
-  pretrain(folder, 'second', 1, '--config.train.init_from=whole', '--config.model.dropout=0.0',
-           '--config.optimizer.warmup_steps=0')
+  out = pretrain(folder, 'second', 1, '--config.train.init_from=whole', '--config.model.dropout=0.0',
+                 '--config.optimizer.warmup_steps=1')
+  assert 'warning: optimizer.warmup_steps=1 is all of train.steps=1' in out
   assert rows(folder / 'second', 'train/loss')[1] < rows(folder / 'whole', 'train/loss')[4]
 
 

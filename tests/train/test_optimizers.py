@@ -58,6 +58,14 @@ def test_first_warmup_end_and_last_rate_of_a_run(name, warmup):
                                abs=1e-7)
 
 
+@pytest.mark.parametrize('steps, warmup, warns', [(100, 99, False), (100, 100, True), (100, 200, True), (0, 10, False),
+                                                  (1, 0, False), (1, 1, True)])
+def test_a_warmup_as_long_as_the_run_warns(steps, warmup, warns):
+  lines = list(OptimizerSpec(warmup_steps=warmup).warnings(steps))
+  assert len(lines) == warns
+  assert all(f'optimizer.warmup_steps={warmup}' in line and f'train.steps={steps}' in line for line in lines)
+
+
 def test_no_warmup_starts_at_the_peak():
   assert float(make_schedule(dataclasses.replace(SPEC, warmup_steps=0), 100)(0)) == pytest.approx(0.1)
 
