@@ -97,8 +97,8 @@ class OptimizerSpec:
                                      minimum=0.0, maximum=1.0)
   decay_fraction: float = setting(0.2, 'wsd: part of the steps after the warm-up in which the rate falls',
                                   minimum=0.0, maximum=1.0)
-  weight_decay: float = setting(0.1, 'decoupled, times the learning rate, whatever the rule; of matrices: norms, biases '
-                                'and the embedding table keep their size', minimum=0.0)
+  weight_decay: float = setting(0.1, 'decoupled, times the learning rate, with every optimizer; of matrices: norms, '
+                                'biases and the embedding table keep their size', minimum=0.0)
   b1: float = setting(0.9, 'decay of the first moment', minimum=0.0, maximum=1.0)
   b2: float = setting(0.95, 'decay of the second moment', minimum=0.0, maximum=1.0)
   momentum: float = setting(0.95, "Muon's decay of the gradient", minimum=0.0, maximum=1.0)

@@ -92,7 +92,8 @@ def test_the_run_folder(folder):
   losses = rows(run, 'train/loss')
   assert list(losses) == [1, 2, 3, 4, 5, 6]
   assert losses[6] < losses[1]
-  assert [round(lr, 7) for lr in rows(run, 'train/lr').values()][::5] == [0.005, 0.001]  # Warm-up of 2; a tenth at the end.
+  # Half of the rate in the first of two steps of warm-up; a tenth in the last step.
+  assert [round(lr, 7) for lr in rows(run, 'train/lr').values()][::5] == [0.005, 0.001]
   for key in ('train/grad_norm', 'train/lr', 'train/tokens_per_second', 'train/mfu',
               'train/step_seconds', 'train/data_wait_seconds'):
     assert set(rows(run, key)) == set(losses)
