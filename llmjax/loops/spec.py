@@ -323,6 +323,10 @@ class FinetuneSpec(FromRunSpec):
       if preference.loss == 'kto' and preference.reference == 'precomputed':
         yield ('preference.loss=kto needs the reference at hand, for answers to other prompts; write '
                'preference.reference=copy, or adapters_off where adapters are trained')
+      for name, size in (('train', self.train.batch_size), ('evaluate', self.evaluate.batch_size)):
+        if preference.loss == 'kto' and size == 1:
+          yield (f'{name}.batch_size=1 leaves preference.loss=kto without completions of other prompts, from which its '
+                 f'reference point comes; write {name}.batch_size=2 or more')
       if preference.loss in BATCH_LOSSES and self.train.accumulation > 1:
         yield (f'preference.loss={preference.loss} looks at all pairs of a batch together, so that it would depend on '
                'train.accumulation; write train.accumulation=1')

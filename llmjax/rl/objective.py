@@ -65,17 +65,24 @@ def make_pair_loss(spec, model, train, platform, pipe=None, vocab_size=None):
     batch = forward.order(batch)
     scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
     sums, lengths = preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch))
-    raw, _ = preference.sum_logprobs(scores.logprobs, batch['loss_mask'])
     reference = batch.get('ref_logprobs', jnp.zeros_like(sums))
     halves = lambda a: (a[0::2], a[1::2])
     pairs = preference.Pairs(*halves(sums), *halves(reference), *halves(lengths))
     weights = (jnp.minimum(*halves(lengths)) > 0).astype(jnp.float32)
     loss, weight, aux = preference.pair_loss(spec, pairs, weights, _of_pairs(batch, 'probability'))
-    aux['chosen_logprob'] = jax.lax.stop_gradient(jnp.sum(weights * raw[0::2]))
-    aux['rejected_logprob'] = jax.lax.stop_gradient(jnp.sum(weights * raw[1::2]))
+    aux |= _logged_logprobs(scores.logprobs, batch, weights)
     return _with_penalty(loss, weight, scores.aux, batch), (weight, {**aux, **scores.aux})
 
   return loss_fn
+
+
+def _logged_logprobs(logprobs, batch, weights):
+  """Returns the sums over pairs of `chosen_logprob` and `rejected_logprob`: of whole completions, nats.
+
+  The same for every loss: each token counts once, whatever weight the loss gives it.  weights: [P], 0 for padding.
+  """
+  sums, _ = preference.sum_logprobs(jax.lax.stop_gradient(logprobs), batch['loss_mask'] != 0)
+  return {'chosen_logprob': jnp.sum(weights * sums[0::2]), 'rejected_logprob': jnp.sum(weights * sums[1::2])}
 
 
 # The reference's sums over the answers of `mismatch`, a field of KTO's batches.
@@ -93,7 +100,11 @@ def make_unpaired_loss(spec, model, train, platform, pipe=None, vocab_size=None)
   def sums(params, batch, key):
     batch = forward.order(batch)
     scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
-    return *preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch)), scores.aux
+    found = preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch))
+    pairs = (jnp.minimum(found[1][0::2], found[1][1::2]) > 0).astype(jnp.float32)
+    # Divided by the number of completions, which is twice that of pairs.
+    logged = {name: 2.0 * total for name, total in _logged_logprobs(scores.logprobs, batch, pairs).items()}
+    return *found, {**scores.aux, **logged}
 
   def loss_fn(params, batch, key):
     logprobs, lengths, model_aux = sums(params, batch, key)
@@ -111,16 +122,19 @@ def make_unpaired_loss(spec, model, train, platform, pipe=None, vocab_size=None)
 def mismatch(batch):
   """Returns the batch with each row's prompt before the answer of the row two further on: to another prompt.
 
-  What a row cannot hold is cut off.  Source: KTO, arXiv:2402.01306, section 4.1.
+  What a row cannot hold is cut off; padding stays padding.  Source: KTO, arXiv:2402.01306, section 4.1.  Raises
+  ValueError where the batch holds a single pair, for then there is no other prompt.
   """
-  length = batch['tokens'].shape[1]
+  rows, length = jnp.shape(batch['tokens'])
+  if rows <= 2:
+    raise ValueError('loss kto needs completions of other prompts: two pairs or more in a batch')
   place = jnp.arange(length)
   # A target belongs to the answer from here on; the input before it is the last one of the prompt.
   first = jnp.argmax(batch['loss_mask'] != 0, axis=1)[:, None]
   ends = jnp.max(jnp.where(batch['segment_ids'] != 0, place + 1, 0), axis=1)[:, None]
   other = lambda a: jnp.roll(a, -2, axis=0)
   source = place - first + other(first)  # Where an answer's place lies in the other row.
-  answers = place >= first
+  answers = (place >= first) & jnp.any(batch['loss_mask'] != 0, axis=1)[:, None]
   inside = (source >= 0) & (source < jnp.minimum(other(ends), length))
   take = lambda a: jnp.take_along_axis(other(a), jnp.clip(source, 0, length - 1), axis=1)
   real = jnp.where(answers, inside, True)

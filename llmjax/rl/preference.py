@@ -236,7 +236,7 @@ def unpaired_loss(spec, logprobs, ref_logprobs, desirable, kl=0.0, weights=None)
   losses = jnp.where(good, spec.desirable_weight * sigmoid(-spec.beta * (ratio - reference)),
                      spec.undesirable_weight * sigmoid(-spec.beta * (reference - ratio)))
   aux = {'desirable': good, 'reward': spec.beta * ratio, 'accuracy': (ratio > reference) == good,
-         'chosen_logprob': jnp.where(good, logprobs, 0.0), 'kl': jnp.broadcast_to(reference, logprobs.shape)}
+         'kl': jnp.broadcast_to(reference, logprobs.shape)}
   return masked_sum(losses, weights), jnp.sum(weights), _sums(weights, aux)
 
 

@@ -23,6 +23,7 @@ from llmjax.loops import pairs, reward
 from llmjax.loops.spec import FinetuneSpec, RewardSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.rl import feedback, objective
+from llmjax.rl.spec import PreferenceSpec
 from llmjax.text.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -319,3 +320,18 @@ def test_wrong_settings(folder):
   assert 'some hold pairs and some steps' in problems(
       RewardSpec, data={'sources': {'data/words_pairs': 1.0, 'data/words_steps': 1.0}, 'packing': 'best_fit'})
   assert 'write packing=best_fit' in problems(RewardSpec, data={'sources': {'data/words_steps': 1.0}})
+
+
+def test_kto_needs_completions_of_other_prompts(monkeypatch):
+  monkeypatch.setattr(FinetuneSpec, 'prefers', True)
+
+  def problems(**groups):
+    spec = FinetuneSpec(preference=PreferenceSpec(loss='kto', reference='copy'))
+    spec = dataclasses.replace(spec, **{k: dataclasses.replace(getattr(spec, k), **v) for k, v in groups.items()})
+    return ' '.join(spec.problems())
+
+  assert 'write train.batch_size=2 or more' in problems(train={'batch_size': 1})
+  assert 'write evaluate.batch_size=2 or more' in problems(evaluate={'batch_size': 1})
+  assert 'write train.accumulation=1' in problems(train={'batch_size': 8, 'accumulation': 4})
+  assert 'kto' not in problems(train={'batch_size': 2})
+  assert 'kto' not in problems(train={'batch_size': 1}, preference={'loss': 'sigmoid'})

@@ -14,7 +14,7 @@ from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import MeshSpec
 from llmjax.rl import objective, rollout
-from llmjax.rl.spec import NAMED, PolicySpec, PreferenceSpec, RlSpec
+from llmjax.rl.spec import NAMED, UNPAIRED_LOSSES, PolicySpec, PreferenceSpec, RlSpec
 from llmjax.train.objectives import Forward
 from llmjax.train.spec import TrainSpec
 from llmjax.train.state import TrainState
@@ -277,3 +277,35 @@ def test_the_first_step_of_an_iteration_is_on_policy(params):
   _, (weight, aux) = jax.jit(loss_fn)(params, batch, None)
   assert aux['clip_fraction'] == 0
   np.testing.assert_allclose(aux['ratio'] / weight, 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize('loss', ['sigmoid', 'ipo', 'orpo', 'kto', 'apo_zero_unpaired'])
+def test_every_loss_logs_the_same_log_probabilities(params, loss):
+  """Means over pairs of the sums over whole completions, whatever the loss weighs, divides or counts."""
+  batch = {k: jnp.asarray(v) for k, v in wider(pair_batch(), 0, 0, rows=2).items()}  # With a pair of padding.
+  batch['loss_mask'] *= 0.5
+  batch[objective.MISMATCHED] = batch['ref_logprobs']
+  make = objective.make_unpaired_loss if loss in UNPAIRED_LOSSES else objective.make_pair_loss
+  spec = PreferenceSpec(loss=loss, length_weight=0.5)
+  _, (weight, aux) = jax.jit(make(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS))(params, batch, None)
+  logprobs = target_logprobs(params, batch)
+  sums = np.where(np.asarray(batch['loss_mask']) > 0, logprobs, 0).sum(1)
+  for name, half in (('chosen', sums[:8:2]), ('rejected', sums[1:8:2])):
+    np.testing.assert_allclose(aux[f'{name}_logprob'] / weight, half.mean(), rtol=1e-5)
+
+
+def target_logprobs(params, batch):
+  """Returns log p(target) of each place, [B, T]."""
+  forward = Forward(SPEC, TRAIN, 'cpu')
+  return np.asarray(objective.score_tokens(forward, params, batch, vocab_size=WORDS).logprobs)
+
+
+def test_mismatched_completions_are_of_other_prompts():
+  batch = {k: jnp.asarray(v) for k, v in pair_batch(3).items()}
+  completions = lambda b: [b['targets'][i][b['loss_mask'][i] > 0].tolist() for i in range(len(b['targets']))]
+  assert completions(objective.mismatch(batch)) == (lambda own: own[2:] + own[:2])(completions(batch))
+  # A pair of padding neither gives a completion nor gets one.
+  padded = {k: jnp.concatenate([v[:2], jnp.zeros_like(v[2:])]) for k, v in batch.items()}
+  assert completions(objective.mismatch(padded)) == [[]] * 6
+  with pytest.raises(ValueError, match='two pairs or more'):
+    objective.mismatch({k: v[:2] for k, v in batch.items()})
