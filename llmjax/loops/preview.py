@@ -9,6 +9,7 @@ import numpy as np
 from llmjax.config import ConfigError
 from llmjax.data import prepared, stream
 from llmjax.data.steps import JUDGED
+from llmjax.loops.spec import prompt_data
 from llmjax.text.chat import stretches
 
 # On a terminal what is trained is green, and control tokens are as they are written.
@@ -25,6 +26,9 @@ def run(spec, options):
     raise ConfigError([f'data.sources: {", ".join(f"{f} holds {k}" for f, k in kinds.items())}; look at one at a time'])
   colour = output.isatty() and 'NO_COLOR' not in os.environ
   marks = (TRAINED, PLAIN) if colour else MARKS
+  print(f'sequences of {data.seq_len} targets, data.packing={data.packing}' if kind != 'prompts' else
+        f'sequences of {data.seq_len} targets, rl.max_new_tokens={spec.rl.max_new_tokens} of them for completions',
+        file=output)
   _print_sources(data, kinds, options.split, output)
   if kind == 'prompts':
     _print_prompts(spec, options, output)
@@ -80,8 +84,8 @@ def _print_sources(data, kinds, split, output):
 
 
 def _print_prompts(spec, options, output):
-  tokenizer = stream.load_tokenizer(spec.data)
-  with stream.open_prompts(spec.data, batch_size=options.rows, seed=spec.train.seed, split=options.split) as prompts:
+  tokenizer, data = stream.load_tokenizer(spec.data), prompt_data(spec)
+  with stream.open_prompts(data, batch_size=options.rows, seed=spec.train.seed, split=options.split) as prompts:
     for item in next(prompts):
       text = ''.join(t for t, _ in stretches(tokenizer, np.asarray(item['ids'])))
       print(f'--- {len(item["ids"])} tokens\n{_safe(text, output)}\nanswer: {_safe(item["answer"], output)}',

@@ -458,12 +458,26 @@ class AnyData(DataSpec):
 
 @dataclasses.dataclass(frozen=True)
 class PreviewSpec(PretrainSpec):
-  """The config of `llmjax preview`: a recipe for training, of which it looks at the data alone."""
+  """The config of `llmjax preview`: a recipe of any training command, of which it looks at the data alone."""
 
   data: AnyData = group(AnyData)
+  preference: PreferenceSpec = group(PreferenceSpec)
+  reward: RewardModelSpec = group(RewardModelSpec)
+  rl: RlSpec = group(RlSpec)
+  policy: PolicySpec = group(PolicySpec)
+
+  @classmethod
+  def base(cls, values):
+    """Returns what the command that trains takes from the run it starts from, data.seq_len above all."""
+    train = values.get('train')
+    starts = isinstance(train, dict) and train.get('init_from')
+    return (FromRunSpec if starts or {'preference', 'reward', 'rl'} & set(values) else PretrainSpec).base(values)
 
   def problems(self):
-    return ()
+    source = self.train.init_from
+    if source and '://' not in source and 'data' not in run_groups(source, ('data',)):
+      yield (f'train.init_from={source}: there is no such run, and training takes data.seq_len from it; give a run\'s '
+             'folder, or write --config.train.init_from= and --config.data.seq_len=NUMBER')
 
 
 def of_run(spec_class, settings):

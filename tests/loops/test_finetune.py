@@ -1,5 +1,6 @@
 """Fine-tuning from a run: data, rows, replay, resuming to the bit, answers that end, messages."""
 
+import itertools
 import json
 import pathlib
 import random
@@ -8,7 +9,10 @@ import shlex
 import numpy as np
 import pytest
 
+from llmjax import config
 from llmjax.checkpoint.checkpoints import load_params
+from llmjax.data import stream
+from llmjax.loops.spec import FinetuneSpec
 from tests import helpers
 
 TINY = ('--config.model.num_layers=2 --config.model.d_model=32 --config.model.num_heads=2 --config.model.mlp_dim=64 '
@@ -46,7 +50,7 @@ def folder(tmp_path_factory):
   with open('chat.jsonl', 'w') as f:
     for i in range(240):
       word = rng.choice(list(ANSWERS))
-      f.write(json.dumps({'messages': [{'role': 'user', 'content': f'{word}' + ' ' * (i % 7)},
+      f.write(json.dumps({'messages': [{'role': 'user', 'content': f'{word}' + '?' * (i % 7)},
                                        {'role': 'assistant', 'content': ANSWERS[word]}], 'id': i}) + '\n')
       f.write(json.dumps({'prompt': f'{word} {i}', 'completion': ANSWERS[word]}) + '\n')
   pathlib.Path('chat.py').write_text(RECIPE)
@@ -115,9 +119,26 @@ def test_preview_shows_what_is_trained(folder, capsys):
        '--config.data.seq_len=48')
   out = capsys.readouterr().out
   assert '[[a small animal<|end|>]]' in out or '[[water that moves<|end|>]]' in out or '[[a place' in out
-  table = {line.split()[0]: line.split() for line in out.splitlines()[1:3]}
+  table = {line.split()[0]: line.split() for line in out.splitlines()[2:4]}
   assert table['chat'][1] == 'chat' and float(table['chat'][-1].rstrip('%')) > 97
   assert 'of 48 places' in out
+
+
+@pytest.mark.parametrize('more', ['', "'preference': {'beta': 0.2}", "'rl': {'group': 4}, 'policy': {}"])
+def test_preview_has_the_sequences_of_the_command_that_trains(folder, capsys, more):
+  pathlib.Path('from_base.py').write_text(
+      RECIPE.replace("'train': {'batch_size': 8}", "'train': {'batch_size': 8, 'init_from': 'base'}").replace(
+          "}}\n", f"}}, {more}}}\n"))
+  call("preview --config=from_base.py --rows=1 --config.data.sources=chat")
+  out = capsys.readouterr().out
+  assert 'of 48 places' in out and 'sequences of 48 targets, data.packing=best_fit' in out
+  spec = config.build(FinetuneSpec, {'data': {'sources': {'chat': 1.0}, 'packing': 'best_fit'},
+                                     'train': {'init_from': 'base'}})
+  with stream.open_stream(spec.data, batch_size=1, seed=spec.train.seed) as batches:
+    (batch,) = itertools.islice(batches, 1)
+  assert f'{int((batch["segment_ids"] > 0).sum())} of {spec.data.seq_len} places' in out
+  call("preview --config=from_base.py --config.data.sources=chat --config.train.init_from=nowhere", status=2)
+  assert 'train.init_from=nowhere: there is no such run, and training takes data.seq_len' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
