@@ -163,7 +163,7 @@ def test_transformations_agree():
   np.testing.assert_allclose(mapped[0], expected, atol=1e-4)
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason='needs 4 devices')
+@pytest.mark.devices(4)
 def test_rows_and_heads_may_be_sharded():
   mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2,
                        devices=jax.devices()[:4])

@@ -94,10 +94,11 @@ def test_token_logprobs_and_gradients(vocab_axis, chunk, soft_cap, temperature, 
 
 def test_logprobs_never_hold_the_logits_of_the_batch():
   shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (
-      ((4, 1024, 32), jnp.float32), ((32, 4096), jnp.float32), ((4, 1024), jnp.int32))]
+      ((4, 8192, 32), jnp.float32), ((32, 4096), jnp.float32), ((4, 8192), jnp.int32))]
   total = lambda *a: sum(map(jnp.sum, losses.token_logprobs(*a, chunk=64, entropy=True)))
   compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 24 * 2**20  # All of them are 64 MiB.
+  # All of them are 512 MiB.  A GPU's matrix products have 32 MiB of their own to work in.
+  assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2**20
 
 
 def test_masked_targets_change_nothing():
@@ -133,13 +134,13 @@ def test_bfloat16_products_and_float32_sums():
 
 
 def test_logits_of_the_batch_are_never_held():
-  """[B, T, V] in float32 would be 64 MiB here; the program's temporaries are a quarter of it."""
+  """[B, T, V] in float32 would be 512 MiB here; the program's temporaries are a quarter of it at most."""
   shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (
-      ((4, 1024, 32), jnp.float32), ((32, 4096), jnp.float32), ((4, 1024), jnp.int32),
-      ((4, 1024), jnp.float32))]
+      ((4, 8192, 32), jnp.float32), ((32, 4096), jnp.float32), ((4, 8192), jnp.int32),
+      ((4, 8192), jnp.float32))]
   total = lambda *a: losses.chunked_cross_entropy(*a, chunk=64)[0]
   compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*shapes).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2**20
+  assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2**20
 
 
 def test_no_gradient_is_made_unless_asked():
@@ -149,7 +150,7 @@ def test_no_gradient_is_made_unless_asked():
   assert count(total) == 1 and count(jax.grad(total, argnums=(0, 1))) == 3
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason='needs 4 devices')
+@pytest.mark.devices(4)
 @pytest.mark.parametrize('names', [('data', None, None), ('data', 'tensor', None)])
 def test_sharded_rows_and_vocabulary(names):
   mesh = jax.make_mesh((2, 2), ('data', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 2,

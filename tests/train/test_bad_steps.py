@@ -70,6 +70,7 @@ def flip(x, device, element, bit):
   return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize('name', ['whole', 'narrow', 'half'])
 def test_a_flipped_bit_names_its_device(held, name):
   mesh, params, replicas = held
@@ -81,6 +82,7 @@ def test_a_flipped_bit_names_its_device(held, name):
     assert replicas.compare(replicas.sums(wrong)) == ([device], [name], True)
 
 
+@pytest.mark.devices(8)
 def test_two_copies_name_both_and_what_has_no_copy_is_left_out(held):
   mesh, params, replicas = held
   device = mesh.devices[1, 0, 1] if mesh.devices.ndim == 3 else mesh.devices.flat[5]

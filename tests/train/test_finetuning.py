@@ -145,6 +145,7 @@ def test_frozen_parameters_stay_to_the_bit_and_have_no_state(store, name):
   assert moments == (2 * trained_size if name == 'adamw' else trained_size + sizes['head/kernel'])
 
 
+@pytest.mark.devices(8)
 def test_a_frozen_state_lies_on_a_mesh():
   tx, _ = make_optimizer(OptimizerSpec(freeze=FREEZE), 10)
   mesh = make_mesh(MeshSpec(data=2, fsdp=2, tensor=2))

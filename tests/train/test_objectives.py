@@ -32,6 +32,7 @@ def test_the_kernel_of_another_platform_is_an_error():
 
 
 @pytest.mark.slow
+@pytest.mark.devices(8)
 def test_the_kernel_does_not_change_the_loss():
   model = ModelSpec(num_layers=1, d_model=64, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=32,
                     vocab_size=40, window=50)

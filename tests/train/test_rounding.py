@@ -116,6 +116,7 @@ def test_a_second_moment_follows_its_closed_form():
   assert float(state.inner.nu['w'].astype(jnp.float32).mean()) == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_every_optimizer_keeps_its_moments_narrow_and_all_else_as_it_is(name):
   model = ModelSpec(num_layers=2, d_model=32, num_heads=4, mlp_dim=64, vocab_size=96)
@@ -143,6 +144,7 @@ def test_every_optimizer_keeps_its_moments_narrow_and_all_else_as_it_is(name):
 
 
 @pytest.mark.slow
+@pytest.mark.devices(8)
 def test_the_bits_do_not_depend_on_the_mesh():
   tx = keep_moments(optax.scale_by_adam(), 'bfloat16', 5)
   params = {'a': jnp.zeros((16, 8)), 'b': jnp.zeros((32,))}

@@ -152,6 +152,7 @@ def test_learns_one_batch_by_heart():
   assert int(state.step) == 80
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(('sequences', 'sizes', 'accumulation', 'said'), [
     (4, dict(data=8), 1, 'train.batch_size=4 is not divisible by mesh.data=8; write train.batch_size=8'),
     (12, dict(data=2, fsdp=4), 1, 'train.batch_size=12 is not divisible by mesh.data=2 x mesh.fsdp=4; write '
@@ -173,6 +174,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused_as_by_the_command(sequ
   assert str(refused.value) == f'{said}, or change the mesh'
 
 
+@pytest.mark.devices(8)
 def test_a_batch_that_cannot_be_placed_is_refused_and_no_sequence_left_out():
   with pytest.raises(ConfigError, match='train.batch_size=10 is not divisible by mesh.data=8'):
     place_batch(make_mesh(MeshSpec(data=8)), packed_batch(0, 10))
