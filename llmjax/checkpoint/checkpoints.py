@@ -5,6 +5,8 @@
   stream     the data stream's state, one number, and the fingerprint of its data
   spec       the resolved config of the run
   seal.json  size and SHA-256 of every file: see seal.py; a checkpoint without damage is called good
+
+A save writes `<step>.partial` and renames it when it is sealed.
 """
 
 import collections
@@ -34,7 +36,7 @@ from llmjax.adapt import lora
 from llmjax.adapt.quantize import quantize_tree
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import bases, seal, weights
-from llmjax.checkpoint.arrays import read_json
+from llmjax.checkpoint.arrays import Arrays, read_json
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model import decoder
@@ -94,10 +96,21 @@ class Checkpoints:
         barrier_sync_fn=lambda *, key, timeout_ms: self._meeting.wait(key, timeout_ms)))
 
   def latest(self):
-    """Returns the newest good step, or None; `passed_over` then says what is newer and why it is not good."""
+    """Returns the newest good step, None where there is no checkpoint; `passed_over` says which newer ones are damaged.
+
+    Raises ConfigError where a run must neither resume nor start anew, which would replace what is there: where no
+    checkpoint is good, or whether the newest one is cannot be found out.
+    """
     self._join()
-    step, self.passed_over = newest_good(self.folder)
+    step, self.passed_over = newest_good(self.folder, strict=True)
     return step
+
+  def set_aside(self):
+    """Renames the folder of checkpoints, so that the run starts anew; returns its new path.  One process calls it."""
+    for number in itertools.count(1):
+      path = self.folder.with_name(f'{self.folder.name}.{number}')
+      if not os.path.lexists(path):
+        return self.folder.rename(path)
 
   def save(self, step, state, stream, spec, metrics=None, metrics_step=None):
     """Starts to save; the state may be donated to the next step at once.
@@ -118,7 +131,7 @@ class Checkpoints:
       if names := find_nonfinite({'params': state.params, 'optimizer': rest}):
         raise SaveError(f'{names[0]} is not finite' + f', nor are {len(names) - 1} more' * (len(names) > 1))
       self._prepare()
-      self._orbax.save(self.folder / str(step), force=True, args=ocp.args.Composite(
+      self._orbax.save(self._partial(step), force=True, args=ocp.args.Composite(
           params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(rest),
           stream=ocp.args.JsonSave(stream), spec=ocp.args.JsonSave(spec)))
       task, arguments = self._seal, (step, metrics, metrics_step, time.perf_counter() - begin)
@@ -143,9 +156,13 @@ class Checkpoints:
     return saves
 
   def restore(self, step, abstract):
-    """Returns (state, stream) as saved.  abstract: the TrainState of shapes, dtypes and shardings."""
+    """Returns (state, stream) as saved.  abstract: the TrainState of shapes, dtypes and shardings.
+
+    Raises ConfigError when the checkpoint holds other arrays.
+    """
     self._join()
     rest = {'step': abstract.step, 'opt_state': abstract.opt_state, 'key': abstract.key}
+    _require_fit(self.folder / str(step), {'params': abstract.params, 'optimizer': rest})
     handlers = ocp.CompositeCheckpointHandler(
         params=_make_reader(abstract.params), optimizer=_make_reader(rest), stream=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handlers) as orbax:
@@ -180,6 +197,9 @@ class Checkpoints:
     problem = next((p for p in _gather(save.problem) if p), '')
     self._finished.append(save if save.problem == problem else dataclasses.replace(save, problem=problem))
 
+  def _partial(self, step):
+    return self.folder / f'{step}.partial'
+
   def _prepare(self):
     """Makes the folder and removes what interrupted saves left; OSError, on all processes, when it cannot."""
     code = 0
@@ -196,11 +216,15 @@ class Checkpoints:
 
   def _seal(self, step, metrics, metrics_step, seconds):
     """Waits for Orbax to commit, seals, and applies the retention.  Runs in a thread of its own."""
-    path, first = self.folder / str(step), jax.process_index() == 0
+    path, partial, first = self.folder / str(step), self._partial(step), jax.process_index() == 0
     try:
       self._wait_for_orbax()
-      seal.write_seal(path, step, metrics, metrics_step, jax.process_index(), jax.process_count())
-      size = self._wait_for_seals(path).size if first else 0
+      seal.write_seal(partial, step, metrics, metrics_step, jax.process_index(), jax.process_count())
+      size = self._wait_for_seals(partial).size if first else 0
+      if first:
+        if path.exists():
+          remove_checkpoint(path)
+        partial.rename(path)
     except Exception as e:  # As in save.
       self._fail(step, e)
       return
@@ -279,8 +303,6 @@ class Checkpoints:
         try:
           for left in seal.find_temporaries(self.folder):
             left.rmtree()
-          if path.exists() and seal.find_damage(path, contents=False):
-            remove_checkpoint(path)
         except OSError:
           pass  # It is no good checkpoint either way.
         time.sleep(0.05)  # Orbax's other writers may still be at work there, and make it anew.
@@ -295,34 +317,81 @@ def checkpoints_folder(workdir):
   return folder if '://' in str(workdir) else folder.absolute()  # Orbax takes no relative paths.
 
 
-def newest_good(folder):
+def newest_good(folder, strict=False):
   """Returns (the newest good step or None, one line for each newer checkpoint that is passed over).
 
-  All processes call it: each reads its share of the files, and they agree.  Raises ConfigError for the
-  checkpoints of a version without seals, which are not to be taken for damage.
+  All processes call it: each reads its share of the files, and they agree.  strict: raises ConfigError where a run
+  that saves here would replace checkpoints that may be of use, see `Checkpoints.latest`.  Raises ConfigError for
+  the checkpoints of a version without seals, which are not to be taken for damage, and where listing fails.
   """
-  passed = [f'{p} is passed over: its save was cut off' for p in seal.find_temporaries(folder)
-            if 'orbax' in p.name]
-  steps = _gather(seal.find_steps(folder))[0]
+  steps, passed = _gather_list(folder)
+  unsealed, first = 0, ''
   for step in reversed(steps):
-    damage = seal.find_damage(folder / str(step), process=jax.process_index(), processes=jax.process_count())
-    damage = list(dict.fromkeys(line for lines in _gather(damage) for line in lines))
-    if not damage:
+    path = folder / str(step)
+    problems = seal.find_problems(path, process=jax.process_index(), processes=jax.process_count())
+    problems = list(dict.fromkeys((line, damaged) for part in _gather(problems) for line, damaged in part))
+    if not problems:
       return step, passed
-    more = f', and {len(damage) - 1} more' if len(damage) > 1 else ''
-    passed.append(f'{folder / str(step)} is passed over: {damage[0]}{more}')
-  # A kill between a first save and its seal leaves one checkpoint without a seal, never several.
-  if len(steps) > 1 and not any((folder / str(step) / 'seal.json').exists() for step in steps):
-    raise ConfigError([f'no checkpoint in {folder} has a seal: they are of an llmjax before seals. Seal what you '
-                       f'trust: llmjax checkpoint seal {steps[-1]} --workdir={folder.parent}'])
+    unknown = [line for line, damaged in problems if not damaged]
+    if strict and unknown:
+      raise ConfigError([f'{path} may be good and cannot be checked: {unknown[0]}. Make it readable, or move it away '
+                         f'to resume from an older one; {_start_anew(folder)}'])
+    more = f', and {len(problems) - 1} more' if len(problems) > 1 else ''
+    damage = problems[0][0] + more
+    passed.append(f'{path} is passed over: {damage}')
+    unsealed, first = unsealed + (damage == 'seal.json is missing'), first or damage
+  if steps and unsealed == len(steps):
+    raise ConfigError([f'no checkpoint in {folder} has a seal: they are of an llmjax before seals, or damaged. Seal '
+                       f'what you trust: llmjax checkpoint seal {steps[-1]} --workdir={folder.parent}; '
+                       f'{_start_anew(folder)}'])
+  if strict and steps:
+    raise ConfigError([f'no checkpoint in {folder} can be loaded, of {len(steps)} ({steps[-1]}: {first}). Look at '
+                       f'them: llmjax checkpoint verify --workdir={folder.parent}; {_start_anew(folder)}'])
   return None, passed
+
+
+def _start_anew(folder):
+  return (f'to start anew give another --workdir, or --config.checkpoint.fresh_start=true, which renames {folder.name} '
+          'and removes nothing')
+
+
+def _gather_list(folder):
+  """Returns (steps, lines on saves that were cut off) as all processes see them; ConfigError when one cannot."""
+  try:
+    steps, error = seal.find_steps(folder), ''
+    cut = [f'{p} is passed over: its save was cut off' for p in seal.find_temporaries(folder)
+           if not p.name.endswith('.deleted')]
+  except OSError as e:
+    steps, cut, error = [], [], e.strerror or str(e)
+  found = _gather([steps, cut, error])
+  if error := next((e for _, _, e in found if e), ''):
+    raise ConfigError([f'{folder} cannot be listed: {error}. It may hold checkpoints: make it readable, or give '
+                       'another --workdir'])
+  return found[0][:2]
+
+
+def _require_fit(checkpoint, tree):
+  """Raises ConfigError when a checkpoint holds other arrays than the tree of shapes."""
+  saved, wanted = Arrays(checkpoint).shapes, _named_leaves(tree)
+  lines = [f'{name} is not in it' for name in wanted if name not in saved]
+  lines += [f'{name} has the shape {list(saved[name].shape)} and not {list(wanted[name].shape)}'
+            for name in wanted if name in saved and saved[name].shape != wanted[name].shape]
+  lines += [f'{name} has no place' for name in saved if name not in wanted]
+  if lines:
+    raise ConfigError([f'{checkpoint} holds other arrays than this model and optimizer have: {lines[0]}'
+                       + f', and {len(lines) - 1} more' * (len(lines) > 1) + '. It is of another run, or of other '
+                       'settings: give another --workdir'])
+
+
+def _named_leaves(tree):
+  """Returns {path as text: array}."""
+  return {'/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path): x
+          for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def find_nonfinite(tree):
   """Returns the names of the arrays that hold a NaN or an infinity; looked for on the devices."""
-  leaves = {'/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k)))) for k in path): x
-            for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
-            if jnp.issubdtype(x.dtype, jnp.inexact)}
+  leaves = {name: x for name, x in _named_leaves(tree).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
   finite = np.asarray(_all_finite(list(leaves.values()))) if leaves else ()
   return [name for name, good in zip(leaves, finite, strict=True) if not good]
 

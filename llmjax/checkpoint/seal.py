@@ -1,9 +1,9 @@
 """The seal of a checkpoint: size and SHA-256 of each of its files, so that damage is seen before it is loaded.
 
-A checkpoint is good when its folder holds exactly the sealed files, with the sealed contents.  The seal
-is written last, by renaming, so a folder that a kill left half done has none.  `seal.json` is the first
-process's; process k of several writes `seal.<k>.json`, and each lists the files whose names fall to it.
-Every seal has the SHA-256 of its own text, so damage to it is seen too.  No JAX here.
+A checkpoint is good when its folder holds exactly the sealed files, with the sealed contents.  It is written as
+`<step>.partial` and gets its name once its seal is written, so a folder with a step's name and no seal is damaged.
+`seal.json` is the first process's; process k of several writes `seal.<k>.json`, and each lists the files whose names
+fall to it.  Every seal, of every version, has the SHA-256 of its own text, so damage to it is seen too.  No JAX here.
 
 Orbax itself loads files with flipped bits, and takes an empty folder for a checkpoint.
 """
@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import time
 import zlib
@@ -21,7 +22,7 @@ from etils import epath
 
 VERSION = 1
 STEP = re.compile('0|[1-9][0-9]*')
-TEMPORARY = re.compile(r'[0-9]+\.(orbax-checkpoint-tmp.*|deleted)')
+TEMPORARY = re.compile(r'[0-9]+\.(partial.*|orbax-checkpoint-tmp.*|deleted)')
 SEAL = re.compile(r'seal(\.[1-9][0-9]*)?\.json(\.tmp)?')
 BLOCK_BYTES = 1 << 22
 # A reader has nothing else to do; more threads than this would wait for the disk.
@@ -30,6 +31,10 @@ READERS = 4
 
 class SealError(Exception):
   """There is no whole seal.  The text is one line: the file and the reason."""
+
+
+class UnreadableError(SealError):
+  """Whether a checkpoint is damaged cannot be found out: it cannot be read, or a newer version has written it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +59,24 @@ class Seal:
 
 
 def find_steps(folder):
-  """Returns the steps that have a checkpoint in the folder, good or not, in order."""
-  folder = epath.Path(folder)
-  return sorted(int(p.name) for p in folder.iterdir() if STEP.fullmatch(p.name)) if folder.is_dir() else []
+  """Returns the steps that have a checkpoint in the folder, good or not, in order; OSError when it cannot be listed."""
+  return sorted(int(p.name) for p in _list(folder) if STEP.fullmatch(p.name))
 
 
 def find_temporaries(folder):
-  """Returns the paths of what interrupted saves and removals left in the folder."""
+  """Returns the paths of what interrupted saves and removals left in the folder; OSError as in find_steps."""
+  return sorted(p for p in _list(folder) if TEMPORARY.fullmatch(p.name))
+
+
+def _list(folder):
+  """Returns the paths in a folder, none where there is no folder.  `is_dir` would take a failing disk for that."""
   folder = epath.Path(folder)
-  return sorted(p for p in folder.iterdir() if TEMPORARY.fullmatch(p.name)) if folder.is_dir() else []
+  try:
+    return list(folder.iterdir())
+  except (FileNotFoundError, NotADirectoryError):
+    if os.path.islink(folder):  # To a disk that is not mounted, perhaps.
+      raise
+    return []
 
 
 def write_seal(checkpoint, step, metrics=None, metrics_step=None, process=0, processes=1):
@@ -84,8 +98,6 @@ def write_seal(checkpoint, step, metrics=None, metrics_step=None, process=0, pro
 def read_seal(checkpoint):
   """Returns the Seal of a checkpoint, of all processes; raises SealError when it is not whole."""
   checkpoint = epath.Path(checkpoint)
-  if not checkpoint.is_dir():
-    raise SealError('it is not a folder')
   first = _read_part(checkpoint, 0, None)
   files = dict(first['files'])
   for process in range(1, first['processes']):
@@ -99,35 +111,40 @@ def find_damage(checkpoint, contents=True, process=0, processes=1):
 
   contents: False looks at names and sizes only.  process, processes: whose share of the contents to read.
   """
+  return [line for line, _ in find_problems(checkpoint, contents, process, processes)]
+
+
+def find_problems(checkpoint, contents=True, process=0, processes=1):
+  """Returns [(line, damaged)] as `find_damage`; not damaged: whether it is cannot be found out now and here."""
   checkpoint = epath.Path(checkpoint)
   try:
     seal, found = read_seal(checkpoint), _list_files(checkpoint)
   except SealError as e:
-    return [str(e)]
+    return [(str(e), not isinstance(e, UnreadableError))]
   except OSError as e:
-    return [f'it cannot be read ({e.strerror or e})']
+    return [(f'it cannot be read ({e.strerror or e})', False)]
   if STEP.fullmatch(checkpoint.name) and seal.step != int(checkpoint.name):
-    return [f'seal.json is of step {seal.step}']
+    return [(f'seal.json is of step {seal.step}', True)]
   seals = {_seal_name(k) for k in range(seal.processes)}
-  extra = [f'{name} is no file of this checkpoint' for name in sorted(found)
+  extra = [(f'{name} is no file of this checkpoint', True) for name in sorted(found)
            if name not in seal.files and name not in seals and not name.endswith('.json.tmp')]
 
   def look(name):
     size, digest = seal.files[name]
     try:
       if name not in found:
-        return f'{name} is missing'
+        return f'{name} is missing', True
       length = found[name].stat().length
       if length != size:
-        return f'{name} is empty' if not length else f'{name} has {length} bytes instead of {size}'
+        return f'{name} is empty' if not length else f'{name} has {length} bytes instead of {size}', True
       if contents and _share(name, processes) == process and hash_file(found[name])[1] != digest:
-        return f'{name} has other contents than were saved (SHA-256)'
+        return f'{name} has other contents than were saved (SHA-256)', True
     except OSError as e:
-      return f'{name} cannot be read ({e.strerror or e})'
+      return f'{name} cannot be read ({e.strerror or e})', False
     return None
 
   with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-    return [line for line in pool.map(look, sorted(seal.files)) if line] + extra
+    return [problem for problem in pool.map(look, sorted(seal.files)) if problem] + extra
 
 
 def hash_file(path):
@@ -177,15 +194,17 @@ def _read_part(checkpoint, process, first):
     if _render(fields) != text:
       raise ValueError
   except FileNotFoundError as e:
-    if not process and not any(checkpoint.iterdir()):
+    if not process and checkpoint.is_dir() and not any(checkpoint.iterdir()):
       raise SealError('it is an empty folder') from e
-    raise SealError(f'{file.name} is missing: the save was cut off before its end') from e
+    raise SealError(f'{file.name} is missing') from e
+  except NotADirectoryError as e:
+    raise SealError('it is not a folder') from e
   except OSError as e:
-    raise SealError(f'{file.name} cannot be read ({e.strerror or e})') from e
+    raise UnreadableError(f'{file.name} cannot be read ({e.strerror or e})') from e
   except (ValueError, TypeError, RecursionError) as e:
     raise SealError(f'{file.name} is damaged') from e
   if fields['version'] != VERSION:
-    raise SealError(f'{file.name} has version {fields["version"]}; this llmjax reads version {VERSION}')
+    raise UnreadableError(f'{file.name} has version {fields["version"]}; this llmjax reads version {VERSION}')
   if fields['process'] != process or (
       first and any(fields[k] != first[k] for k in ('step', 'processes'))):
     raise SealError(f'{file.name} is of another save')

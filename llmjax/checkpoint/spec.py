@@ -24,6 +24,8 @@ class CheckpointSpec:
                            choices=('', 'min', 'max'))
   on_error: str = setting('stop', 'when a checkpoint cannot be written: stop, so that no work is lost unseen, '
                           'or continue to the next one', choices=('stop', 'continue'))
+  fresh_start: bool = setting(False, 'start anew in a folder with checkpoints, which are renamed to checkpoints.1 and '
+                              'so on; what was started so is resumed as ever')
 
   def best_steps(self, metrics):
     """Returns the `keep_best` best steps.  metrics: step -> {name: value} of the good checkpoints."""

@@ -53,6 +53,8 @@ class DataSpec:
   workers: int = setting(0, 'processes that build batches; 0: the training process itself, which '
                          'suffices for token stores', minimum=0, maximum=256)
   tokenizer: str = setting('', "a tokenizer.model; '': the sources' own", kind='path')
+  allow_mismatch: bool = setting(False, 'read sources that were prepared with another tokenizer or chat template than '
+                                 'the run that training starts from, its teacher or its reward model has')
 
   def problems(self):
     if not self.sources:

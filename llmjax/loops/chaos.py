@@ -1,7 +1,8 @@
 """`llmjax chaos`: a run is disturbed again and again, and compared bit for bit with one that was not.
 
 The recipe runs once in peace, the reference.  Then it runs again, is killed, stopped, its checkpoints are
-damaged and its disk is filled, and each time it is started again.  Every metric that either run logged,
+damaged and its disk is filled, and each time it is started again.  Where no checkpoint is good, the start must be
+refused and nothing replaced; the checkpoints are then put back.  Every metric that either run logged,
 those of steps that were lost included, and the final state must be the same to the bit.  No JAX here: the
 accelerators belong to the runs.
 """
@@ -35,7 +36,7 @@ from llmjax.loops.supervise import Group, Policy, start_processes
 
 # Twenty events in the shares that the kinds have; the first few are of different kinds, for short trials.
 ORDER = ('kill', 'damage', 'terminate', 'save', 'kill', 'stop', 'start', 'disk', 'kill', 'save',
-         'damage', 'kill', 'kill', 'terminate', 'damage', 'save', 'kill', 'start', 'kill', 'kill')
+         'damage', 'refuse', 'kill', 'terminate', 'damage', 'save', 'kill', 'start', 'kill', 'kill')
 DAMAGES = ('flip', 'truncate', 'delete')
 # Metrics that depend on the clock or the machine's other work, not on the run.
 TIMED = re.compile(r'seconds|second$|mfu|memory|time')
@@ -76,7 +77,10 @@ def run(spec, options):
   workdir.mkdir(parents=True, exist_ok=True)
   recipe = make_recipe(spec, options.steps)
   (workdir / 'recipe.json').write_text(json.dumps(recipe, indent=2) + '\n')
-  chaos = Chaos(recipe, options, Screen())
+  chaos, every = Chaos(recipe, options, Screen()), recipe['train']['checkpoint_every']
+  if every != spec.train.checkpoint_every:
+    chaos.screen.say(f'train.checkpoint_every={spec.train.checkpoint_every} would leave no checkpoint before the end '
+                     f'of {recipe["train"]["steps"]} steps: {every} is taken')
   before = {s: signal.signal(s, _interrupted) for s in (signal.SIGTERM, signal.SIGHUP)}
   try:
     return chaos.run()
@@ -87,12 +91,12 @@ def run(spec, options):
 
 
 def make_recipe(spec, steps=0):
-  """Returns the recipe as nested dicts: so many steps, each one logged, and checkpoints often enough."""
+  """Returns the recipe as nested dicts: so many steps, each one logged, checkpoints as asked or 20 where none are."""
   recipe = to_dict(spec)
   steps = steps or spec.train.steps
   every = spec.train.checkpoint_every
   recipe['train'].update(steps=steps, log_every=1,
-                         checkpoint_every=every if 0 < every <= steps // 4 else max(steps // 20, 1))
+                         checkpoint_every=every if 0 < every < steps else max(steps // 20, 1))
   recipe['optimizer']['warmup_steps'] = min(spec.optimizer.warmup_steps, steps)
   recipe['logs']['writers'] = []
   return recipe
@@ -263,7 +267,7 @@ class Chaos:
       return
     if event.kind == 'save':  # A first save takes longest: somewhere within it, or just after.
       time.sleep(moment * min(0.3, 10 * self.step_seconds))
-    elif event.kind in ('kill', 'damage'):
+    elif event.kind in ('kill', 'damage', 'refuse'):
       time.sleep(moment * self.step_seconds)
     child = group.children[event.rank]
     if child.poll() is not None:
@@ -283,7 +287,7 @@ class Chaos:
     if event.kind == 'save':
       return bool(seal.find_temporaries(self._checkpoints)) or any(
           not (self._checkpoints / str(step) / 'seal.json').exists() for step in seal.find_steps(self._checkpoints))
-    if event.kind in ('damage', 'disk'):
+    if event.kind in ('damage', 'refuse', 'disk'):
       return self._saved() > 0
     return True
 
@@ -329,6 +333,26 @@ class Chaos:
       event.detail = damage(self._checkpoints / str(good), self.random)
       if not seal.find_damage(self._checkpoints / str(good)):
         self.problems.append(f'the damage is not seen: {event.detail}')
+    if event.kind == 'refuse' and good:
+      event.detail = self._require_refusal()
+
+  def _require_refusal(self):
+    """Damages all checkpoints, starts the run, which must refuse and keep them, and puts them back; returns words."""
+    kept = self.workdir / 'kept'
+    shutil.copytree(self._checkpoints, kept)
+    steps = seal.find_steps(self._checkpoints)
+    for step in steps:
+      damage(self._checkpoints / str(step), self.random)
+    before = _contents(self._checkpoints)
+    end = self._start('run').wait(lambda: None)
+    told = ' '.join(end.tail)
+    if end.status != 2 or 'fresh_start' not in told:
+      self.problems.append(f'all checkpoints were damaged, and the run was not refused: process {end.rank} {end.text}')
+    if _contents(self._checkpoints) != before:
+      self.problems.append('all checkpoints were damaged, and the run changed them')
+    shutil.rmtree(self._checkpoints)
+    kept.rename(self._checkpoints)
+    return f'{len(steps)} damaged, kept'
 
   def _note_resumption(self, last, expected):
     """Notes where the run went on after an event, and what that lost."""
@@ -405,6 +429,11 @@ class Chaos:
 def newest_good(folder):
   """Returns the newest step whose checkpoint is as it was sealed, or 0."""
   return next((s for s in reversed(seal.find_steps(folder)) if not seal.find_damage(pathlib.Path(folder) / str(s))), 0)
+
+
+def _contents(folder):
+  """Returns {path: SHA-256} of the files in a folder."""
+  return {str(p): seal.hash_file(p) for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 def damage(checkpoint, generator):

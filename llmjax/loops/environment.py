@@ -12,13 +12,13 @@ from llmjax.data import prepared
 from llmjax.loops import doctor
 
 
-def describe_environment(mesh):
-  """Returns versions, devices, the host's CPU, the code's git commit and the command."""
+def describe_environment(mesh, workdir):
+  """Returns versions, devices, the host's CPU, the code's git commit, the command and the run's folder."""
   device = mesh.devices.flat[0]
   versions = {name: v for name, v in doctor.installed_versions().items() if v}
   return {
       'command': secrets.hide(shlex.join(['llmjax', *map(secrets.hide, sys.argv[1:])])),
-      'device_kind': device.device_kind, 'device_count': int(mesh.devices.size),
+      'workdir': str(pathlib.Path(workdir).absolute()), 'device_kind': device.device_kind, 'device_count': int(mesh.devices.size),
       'mesh': {axis: size for axis, size in mesh.shape.items() if size > 1},
       'host_cpu': _cpu_model(), 'host_cpus': doctor.available_cpus(),
       'python': platform.python_version(), 'system': platform.platform(),

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 
-from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.checkpoint.arrays import read_json
+from llmjax.checkpoint.recorded import absolute_paths
 from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
 from llmjax.loops.adapters import Adapting, initial_checkpoint, restore_initial
+from llmjax.loops.changes import Change, describe_jump
 from llmjax.loops.energy import EnergyLog
 from llmjax.loops.ledger import Ledger
 from llmjax.loops.patience import Patience
@@ -24,6 +26,7 @@ from llmjax.loops.progress import Progress
 from llmjax.loops.recovery import Recovery
 from llmjax.loops.stragglers import Stragglers
 from llmjax.loops.window import Speed, Window
+from llmjax.loops.workdir import begin_attempt
 from llmjax.loops.writers import LogError, open_writers
 from llmjax.model import counts
 from llmjax.parallel import distributed
@@ -65,14 +68,15 @@ class Job:
   ledger: Ledger | None = None  # `start.run` supplies it.
 
 
-def train(job, workdir):
+def train(job, workdir, attempt=None):
   """Runs the job to its last step; returns the exit status.
 
+  attempt: of `workdir.claim_workdir`.
   0: done.  1: a lost run.  130: stopped by Ctrl-C.  75: stopped by SIGTERM, saved, to be started again.
   """
   total, train = job.spec.train.steps, job.spec.train
-  checkpoints = Checkpoints(workdir, job.spec.checkpoint)
-  first = checkpoints.latest() or 0
+  attempt = attempt or begin_attempt(workdir, job.spec)
+  checkpoints, first = attempt.checkpoints, attempt.first
   patience = Patience(train.patience, train.stop_metric, workdir, first)
   if first and (first >= total or patience.is_over()):
     checkpoints.close()
@@ -82,7 +86,7 @@ def train(job, workdir):
             else f'{workdir} is done at step {first} of {total}: {patience.reason()}')
     return 0
   try:
-    return _sit(Loop(job, workdir, checkpoints, first))
+    return _sit(Loop(job, workdir, attempt))
   except LogError as e:
     # No checkpoint was lost by this, and none could be written now.
     raise SystemExit(f'stopped: {e}; make room, and the same command goes on from the last checkpoint') from None
@@ -114,13 +118,15 @@ def _sit(loop):
 
 
 class Loop:
-  """One sitting of a run, from step `first` to the last."""
+  """One attempt of a run, from the step that it resumes from to the last."""
 
-  def __init__(self, job, workdir, checkpoints, first):
+  def __init__(self, job, workdir, attempt):
     self.job, self.spec, self.ledger, self.workdir = job, job.spec, job.ledger, workdir
+    checkpoints, first = attempt.checkpoints, attempt.first
     self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
     self.done = self.saved = first
     self.metrics, self.metrics_step = {}, None  # Of the latest evaluation.
+    self.data_change = []  # Of what the data holds, where that was allowed.
     self.finished, self.slow, self.recovery = False, {}, Recovery(self.spec.guard)
     self.energy = EnergyLog(workdir, self.spec.cost, list(job.mesh.devices.flat), jax.process_count())
     rule, self.schedule = make_optimizer(self.spec.optimizer, self.total, self.spec.train.seed)
@@ -135,16 +141,28 @@ class Loop:
     self.profiler = Profiler(workdir, self.spec.profile.steps,
                              say=self.progress.say if distributed.is_first() else None)
     self.heart = distributed.start_heartbeat(self.spec.distributed, workdir, first, self.writers.close)
-    for line in self.spec.optimizer.warnings(self.total):
+    for line in (*self.spec.optimizer.warnings(self.total), *attempt.notes):
       self.progress.say(line)
     for line in checkpoints.passed_over:
       self.progress.say(line)
       self.writers.event(first, 'damaged_checkpoint', reason=line)
-    self.writers.event(first, 'start', lost_seconds=round(lost, 3))
+    self.writers.event(first, 'start', lost_seconds=round(lost, 3), config=attempt.config)
     if first:
       self.progress.say(f'going on from step {first} of {workdir}')
+      self._tell_changes(attempt)
     elif self.spec.train.init_from:
       self.progress.say(f'starting from the parameters of {self.spec.train.init_from}')
+
+  def _tell_changes(self, attempt):
+    """Prints and records what is another setting than before step `first`."""
+    found = [*attempt.changes, *self.data_change]
+    for change in found:
+      self.progress.say(f'changed at step {self.first}: {change}')
+    if jump := describe_jump(attempt.before, self.spec, self.first):
+      self.progress.say(f'warning: {jump}')
+    if found:
+      self.writers.event(self.first, 'config_change', changes={c.field: [c.old, c.new] for c in found},
+                         **{'learning_rate': jump} if jump else {})
 
   def _load_state(self, step):
     """Returns (state, batches drawn) of this run's checkpoint; of init_from, or fresh, at step 0.
@@ -157,14 +175,11 @@ class Loop:
       trained = self.adapting and self.adapting.trained()
       state, stream = self.checkpoints.restore(
           step, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero, trained))
-      if stream['fingerprint'] != self.job.batches.fingerprint:
-        raise ConfigError([f'the data is not what steps 1 to {step} read: a folder of data.sources was '
-                           'prepared again, with other text or another tokenizer. Put it back, or start a new '
-                           f'run from these weights: --workdir=NEW --config.train.init_from={self.workdir}'])
-      self.job.batches.restore(stream['batches'])
+      drawn = self._drawn(step, stream)
+      self.job.batches.restore(drawn)
       if self.adapting:
         self.adapting.base = stream['base']
-      return state.replace(frozen=self._load_frozen()), stream['batches']
+      return state.replace(frozen=self._load_frozen()), drawn
     frozen = self._load_frozen()
     trained = self.adapting and self.adapting.trained(frozen)
     state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh,
@@ -178,6 +193,23 @@ class Loop:
       state = state.replace(params=self.job.initial(state.params))
     self.job.batches.restore(0)
     return state, 0
+
+  def _drawn(self, step, stream):
+    """Returns how many batches of the run's data a checkpoint's steps have read; ConfigError when that is other data.
+
+    With train.allow_changes it may be; the number of sequences that were read stays then.
+    """
+    before, now = stream['fingerprint'], self.job.batches.fingerprint
+    if not self.spec.train.allow_changes:
+      if before != now:
+        raise ConfigError([f'the data is not what steps 1 to {step} read: a folder of data.sources was '
+                           'prepared again, with other text or another tokenizer. Put it back, allow it with '
+                           '--config.train.allow_changes=true, or start a new run from these weights: --workdir=NEW '
+                           f'--config.train.init_from={self.workdir}'])
+      return stream['batches']
+    self.data_change = [Change('data', before, now)] if before != now else []
+    size = read_json(self.checkpoints.folder / str(step), 'spec').get('train', {}).get('batch_size', 0)
+    return -(-stream['batches'] * (size or self.spec.train.batch_size) // self.spec.train.batch_size)
 
   def go_back(self, skipped, position):
     """Takes the newest checkpoint's state and logs, and the stream on from a position, at least `skipped` batches on.
@@ -404,7 +436,8 @@ class Loop:
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
       if self.adapting:
         stream['base'] = self.adapting.base
-      self.checkpoints.save(self.done, self.state, stream, to_dict(self.spec), self.metrics, self.metrics_step)
+      self.checkpoints.save(self.done, self.state, stream, absolute_paths(to_dict(self.spec)), self.metrics,
+                            self.metrics_step)
     self.recovery.saved()
     self.account()
 

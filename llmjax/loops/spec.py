@@ -41,6 +41,7 @@ CHAOS_EVENTS = {
     'terminate': 'SIGTERM (preemption)',
     'stop': 'SIGSTOP (hang)',
     'damage': 'kill -9, newest checkpoint damaged',
+    'refuse': 'kill -9, all checkpoints damaged: refused',
     'disk': 'disk full',
 }
 

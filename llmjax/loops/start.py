@@ -43,20 +43,21 @@ def _train(spec, options, ledger, make_job, open_batches):
     enable_compilation_cache(spec.train.compilation_cache)
     require_platform(spec.train.platform)
     spec = resolve(spec)
-    workdir = claim_workdir(options.workdir, spec)
+    attempt = claim_workdir(options.workdir, spec)
+    workdir = attempt.workdir
     mesh = make_mesh(spec.mesh)
     check_mesh(spec, mesh)
     objectives.require_remat(spec.train.remat, mesh.devices.flat[0])
     if distributed.is_first():
-      for name, content in (('environment', describe_environment(mesh)),
+      for name, content in (('environment', describe_environment(mesh, workdir)),
                             ('data', describe_data(spec.data))):
         (workdir / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
-      if not (any((workdir / 'checkpoints').glob('[0-9]*')) and (workdir / 'tokenizer.model').exists()):
+      if not (attempt.first and (workdir / 'tokenizer.model').exists()):
         shutil.copyfile(stream.load_tokenizer(spec.data).path, workdir / 'tokenizer.model')
     batches = open_batches(spec, mesh)
   job = dataclasses.replace(make_job(spec, mesh, batches, workdir), ledger=ledger)
   with jax.set_mesh(mesh):
-    return harness.train(job, workdir)
+    return harness.train(job, workdir, attempt)
 
 
 def _open_rows(spec, mesh):

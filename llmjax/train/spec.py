@@ -41,6 +41,8 @@ class TrainSpec:
   sample_every: int = setting(0, 'steps between samples; 0: only at the end', minimum=0)
   init_from: str = setting('', "a run's folder, or one checkpoint of it, whose parameters to start from",
                            kind='path')
+  allow_changes: bool = setting(False, 'resume with other settings of data, optimizer, batch size or loss than the '
+                                'checkpoint was trained with, after which logged numbers mean something else')
   platform: str = setting('', 'refuse to start elsewhere; empty: whatever JAX finds',
                           choices=('', 'cpu', 'gpu', 'tpu'))
   deterministic: bool = setting(False, 'the same run gives the same bits. Promised for the same mesh, devices, '

@@ -177,8 +177,78 @@ def test_checkpoints_from_before_seals_are_not_taken_for_damage(workdir):
     (workdir / f'checkpoints/{step}/seal.json').unlink()
   with pytest.raises(ConfigError, match='llmjax checkpoint seal 6 --workdir='):
     Checkpoints(workdir).latest()
-  shutil.rmtree(workdir / 'checkpoints/3')  # As a kill in the first save leaves it.
+  shutil.rmtree(workdir / 'checkpoints/3')
+  with pytest.raises(ConfigError, match='llmjax checkpoint seal 6 --workdir='):
+    Checkpoints(workdir).latest()
+  # A save that was cut off never has a step's name, so a kill during the first one leaves nothing to resume.
+  (workdir / 'checkpoints/6').rename(workdir / 'checkpoints/6.partial')
   assert Checkpoints(workdir).latest() is None
+
+
+def test_a_folder_without_a_good_checkpoint_is_refused_and_kept(workdir):
+  """Where nothing can be loaded, or it cannot be found out whether it can, a run must not start anew on top of it."""
+  folder = workdir / 'checkpoints'
+  for step in (3, 6):
+    file = folder / f'{step}/params/_METADATA'
+    file.write_bytes(flip(file.read_bytes(), 4, 1))
+  before = {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+  with pytest.raises(ConfigError) as e:
+    Checkpoints(workdir).latest()
+  line, = e.value.problems
+  for words in ('no checkpoint in', '6: params/_METADATA has other contents', 'llmjax checkpoint verify --workdir=',
+                '--config.checkpoint.fresh_start=true', 'another --workdir'):
+    assert words in line
+  assert before == {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+  checkpoints = Checkpoints(workdir)
+  aside = checkpoints.set_aside()
+  assert aside.name == 'checkpoints.1' and seal.find_steps(aside) == [3, 6]
+  assert checkpoints.latest() is None
+  folder.mkdir()
+  assert checkpoints.set_aside().name == 'checkpoints.2'
+
+
+def test_what_cannot_be_checked_is_neither_passed_over_nor_replaced(workdir, monkeypatch):
+  file = workdir / 'checkpoints/6/seal.json'
+  fields = json.loads(file.read_text())
+  file.write_text(seal._render({**fields, 'version': 2}))
+  with pytest.raises(ConfigError, match='checkpoints/6 may be good and cannot be checked: seal.json has version 2'):
+    Checkpoints(workdir).latest()
+  assert find_step(workdir) == 3  # To read an older one harms nothing.
+  file.write_text(seal._render(fields))
+  real, hidden = seal.hash_file, workdir / 'checkpoints/6/stream/metadata'
+
+  def refuse(path):
+    if path == hidden:
+      raise PermissionError(13, 'Permission denied')
+    return real(path)
+
+  monkeypatch.setattr(seal, 'hash_file', refuse)
+  with pytest.raises(ConfigError, match='cannot be checked: stream/metadata cannot be read .Permission denied'):
+    Checkpoints(workdir).latest()
+  monkeypatch.setattr(seal, 'hash_file', real)
+  assert Checkpoints(workdir).latest() == 6
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(workdir, monkeypatch):
+  def fail(path):
+    raise OSError(5, 'Input/output error')
+
+  monkeypatch.setattr(type(seal.epath.Path(workdir)), 'iterdir', fail)
+  with pytest.raises(ConfigError, match='checkpoints cannot be listed: Input/output error'):
+    Checkpoints(workdir).latest()
+  monkeypatch.undo()
+  (workdir / 'checkpoints').rename(workdir / 'elsewhere')
+  (workdir / 'checkpoints').symlink_to(workdir / 'not mounted')
+  with pytest.raises(ConfigError, match='checkpoints cannot be listed: No such file'):
+    Checkpoints(workdir).latest()
+
+
+def test_a_checkpoint_with_other_arrays_is_one_line(workdir):
+  state = make_state(6)
+  other = state.replace(opt_state=optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(state.params))
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), other)
+  with pytest.raises(ConfigError, match='checkpoints/6 holds other arrays .* optimizer/opt_state/1/0/count is not in it'):
+    Checkpoints(workdir).restore(6, abstract)
 
 
 def test_several_processes_each_seal_their_share(workdir):

@@ -11,7 +11,8 @@ import pytest
 
 from llmjax.checkpoint import seal
 from llmjax.loops import chaos
-from llmjax.loops.spec import CHAOS_EVENTS
+from llmjax.loops.spec import CHAOS_EVENTS, PretrainSpec
+from llmjax.train.spec import TrainSpec
 from tests.helpers import prepare_words, run_process
 
 RECIPE = """def get_config():
@@ -45,15 +46,17 @@ def run(folder, *argv):
 
 @pytest.mark.slow
 def test_a_run_survives(folder):
-  status, out, found = run(folder, '--workdir=short', '--kills=2', '--events=damage,terminate')
+  status, out, found = run(folder, '--workdir=short', '--kills=3', '--events=damage,terminate,refuse')
   assert status == 0, out
   assert found['passed'] and not found['bits_differing'] and not found['problems']
-  assert sorted(e['kind'] for e in found['events']) == ['damage', 'terminate']
+  assert sorted(e['kind'] for e in found['events']) == ['damage', 'refuse', 'terminate']
   # Something was done to it, and something was lost and done again.
   assert all(e['step'] >= 1 and e['compared'] > 0 for e in found['events'])
   (damaged,) = (e for e in found['events'] if e['kind'] == 'damage')
   assert damaged['lost'] >= 1 and damaged['detail']
   assert next(e['lost'] for e in found['events'] if e['kind'] == 'terminate') == 0
+  assert next(e['detail'] for e in found['events'] if e['kind'] == 'refuse').endswith(' damaged, kept')
+  assert found['checkpoint_every'] == 5
   rows = [json.loads(line) for line in (folder / 'short/run/metrics.jsonl').read_text().splitlines()]
   assert [row['step'] for row in rows if 'train/loss' in row] == list(range(1, 61))
   assert '│ all' in out and 'to the bit' in out
@@ -75,6 +78,12 @@ def test_a_recipe_that_fails_by_itself_is_told(folder):
   assert status == 1
   assert 'the recipe does not run in peace: process 0 ended with status 2' in out
   assert 'tpu' in out.splitlines()[-1]
+
+
+def test_the_checkpoint_interval_is_the_one_that_was_asked_for():
+  for asked, steps, taken in ((5, 60, 5), (59, 60, 59), (400, 200, 10), (0, 60, 3), (2, 5, 2)):
+    spec = PretrainSpec(train=TrainSpec(steps=1000, checkpoint_every=asked))
+    assert chaos.make_recipe(spec, steps)['train']['checkpoint_every'] == taken
 
 
 def test_events():
