@@ -69,10 +69,11 @@ def find_changes(before, now):
 
 def require_allowed(changes, allowed, workdir):
   """Raises ConfigError for the changes that cannot be, or that need train.allow_changes."""
-  fixed = [f'{c.field} was {config.shown(c.old)} in {workdir} and is {config.shown(c.new)} now, which its checkpoints do '
-           'not fit; keep it, or give a new --workdir' for c in changes if c.kind == FIXED]
-  meaning = [f'{c.field} was {config.shown(c.old)} in {workdir} and is {config.shown(c.new)} now; keep it, give a new '
-             '--workdir, or allow it with --config.train.allow_changes=true' for c in changes if c.kind == MEANING]
+  told = lambda c: f'{c.field} was {config.shown(c.old)} in {workdir} and is {config.shown(c.new)} now'
+  fixed = [f'{told(c)}, which its checkpoints do not fit; keep it, or give a new --workdir'
+           for c in changes if c.kind == FIXED]
+  meaning = [f'{told(c)}; keep it, give a new --workdir, or allow it with --config.train.allow_changes=true'
+             for c in changes if c.kind == MEANING]
   if fixed or (meaning and not allowed):
     raise ConfigError([*fixed, *(() if allowed else meaning)])
 
@@ -89,7 +90,8 @@ def describe_jump(before, spec, step):
   new = float(make_schedule(spec.optimizer, spec.train.steps)(step))
   if abs(new - old) <= max(new, old) / 20:
     return ''
-  shape = f'; optimizer.schedule={spec.optimizer.schedule} spans train.steps, which was {steps} and is {spec.train.steps}'
+  shape = (f'; optimizer.schedule={spec.optimizer.schedule} spans train.steps, which was {steps} and is '
+           f'{spec.train.steps}')
   return (f'the learning rate jumps at step {step}: {new:.3g}, where it would have been {old:.3g}'
           + shape * (steps != spec.train.steps))
 

@@ -35,8 +35,8 @@ from llmjax.loops.spec import CHAOS_EVENTS
 from llmjax.loops.supervise import Group, Policy, start_processes
 
 # Twenty events in the shares that the kinds have; the first few are of different kinds, for short trials.
-ORDER = ('kill', 'damage', 'terminate', 'save', 'kill', 'stop', 'start', 'disk', 'kill', 'save',
-         'damage', 'refuse', 'kill', 'terminate', 'damage', 'save', 'kill', 'start', 'kill', 'kill')
+ORDER = ('kill', 'damage', 'terminate', 'save', 'refuse', 'stop', 'start', 'disk', 'kill', 'save',
+         'damage', 'kill', 'kill', 'terminate', 'damage', 'save', 'kill', 'start', 'kill', 'kill')
 DAMAGES = ('flip', 'truncate', 'delete')
 # Metrics that depend on the clock or the machine's other work, not on the run.
 TIMED = re.compile(r'seconds|second$|mfu|memory|time')

@@ -18,7 +18,8 @@ def describe_environment(mesh, workdir):
   versions = {name: v for name, v in doctor.installed_versions().items() if v}
   return {
       'command': secrets.hide(shlex.join(['llmjax', *map(secrets.hide, sys.argv[1:])])),
-      'workdir': str(pathlib.Path(workdir).absolute()), 'device_kind': device.device_kind, 'device_count': int(mesh.devices.size),
+      'workdir': str(pathlib.Path(workdir).absolute()),
+      'device_kind': device.device_kind, 'device_count': int(mesh.devices.size),
       'mesh': {axis: size for axis, size in mesh.shape.items() if size > 1},
       'host_cpu': _cpu_model(), 'host_cpus': doctor.available_cpus(),
       'python': platform.python_version(), 'system': platform.platform(),

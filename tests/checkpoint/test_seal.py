@@ -247,7 +247,7 @@ def test_a_checkpoint_with_other_arrays_is_one_line(workdir):
   state = make_state(6)
   other = state.replace(opt_state=optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(state.params))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), other)
-  with pytest.raises(ConfigError, match='checkpoints/6 holds other arrays .* optimizer/opt_state/1/0/count is not in it'):
+  with pytest.raises(ConfigError, match='6 holds other arrays .* optimizer/opt_state/1/0/count is not in it'):
     Checkpoints(workdir).restore(6, abstract)
 
 
