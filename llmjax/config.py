@@ -71,8 +71,8 @@ def load_recipe(path: str) -> dict[str, Any]:
   `FILE.py:NAME` lays over it the fields of the file's `VARIANTS[NAME]`, nested dicts as well.
   Raises ConfigError when the file or the variant is missing, fails, or holds something else.
   """
-  if remote := remote_problem(path):
-    raise ConfigError([f'--config={shown(path)} {remote}'])
+  if problem := path_problem(path):
+    raise ConfigError([f'--config={shown(path)} {problem}'])
   variant = ''
   if not os.path.exists(path) and '.py:' in path:
     path, _, variant = path.partition('.py:')
@@ -291,8 +291,8 @@ def _check(field, value):
     if meta['choices'] is not None and item in meta['choices']:
       continue
     if meta['kind'] == 'path':
-      if remote := remote_problem(item):
-        raise ValueError(f'has {shown(item)}, which {remote}' if many else remote)
+      if problem := path_problem(item):
+        raise ValueError(f'has {shown(item)}, which {problem}' if many else problem)
     elif meta['choices'] is not None:
       raise ValueError(_wrong_choice(item, meta['choices'], many))
     number = value[item] if is_mapping else item
@@ -313,8 +313,12 @@ def _wrong_choice(value, choices, many):
   return f'must be one of {known}{", or empty" if "" in choices else ""}{hint}'
 
 
-def remote_problem(path):
-  """Returns what to say of a path that is a URL such as gs://bucket/run, or '' for a local one."""
+def path_problem(path):
+  """Returns what to say of a path that no file of this machine can have, such as gs://bucket/run; '' for others."""
+  if max(map(len, os.fsencode(path).split(b'/'))) > 255 or len(path) > 4000:
+    return 'is too long for a path: a name has 255 bytes at most, and a path 4,000'
+  if '\0' in path:
+    return 'has a zero byte, which no path may have'
   found = re.match(r'([A-Za-z][A-Za-z0-9+.-]+):/+', path)  # Also `gs:/bucket`, as path libraries shorten it.
   if not found:
     return ''
@@ -346,7 +350,8 @@ def parse_text(annotation, text, kind=''):
   if annotation is str:
     return text
   if origin is dict and not text.lstrip().startswith('{'):
-    return dict.fromkeys(_split(text), 1.0)
+    # Without quotes a shell makes of {'a':0.7,'b':0.3} one a:0.7 and one b:0.3, which are not two names.
+    return text if re.search(r':\s*[0-9.]+$', text) else dict.fromkeys(_split(text), 1.0)
   if origin is tuple and arguments[0] is str:
     value = _literal(text)
     if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):

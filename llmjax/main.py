@@ -153,6 +153,8 @@ COMMANDS = {
 def main(argv=None):
   """Runs a command and exits: 0 done, 1 the command failed, 2 the command line is wrong."""
   if argv is None:  # A process of our own; elsewhere the streams are the caller's.
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+      stream.reconfigure(errors='backslashreplace')  # Of what the terminal's encoding does not have.
     secrets.hide_output()
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
@@ -181,6 +183,8 @@ def _import(module):
 
 
 def _run(argv):
+  if argv[:1] == ['help'] and len(argv) > 1:
+    argv = [*argv[1:], '--help']
   if not argv or argv[0] in ('-h', '--help', 'help'):
     print(_overview())
     sys.exit(0)
@@ -241,18 +245,19 @@ def parse(command, arguments, elsewhere=False):
   """
   if command.launches:
     return _parse_launch(command, arguments)
-  problems, recipe, recipe_path, overrides, plain = [], {}, None, [], []
+  problems, recipe, recipes, overrides, plain = [], {}, [], [], []
   waiting = None  # A `--config.a.b`, or '' for `--config` itself, whose value is the next argument.
   for argument in arguments:
     if waiting is not None and argument.startswith('--'):
       problems.append(_needs_value(waiting))
       waiting = None
     if waiting == '':  # Of a `--config` without a file so far.
-      recipe_path, waiting = argument, None
+      recipes.append(argument)
+      waiting = None
     elif waiting is not None:
       overrides.append((waiting, argument))
       waiting = None
-    elif argument == '--config':
+    elif argument in ('-config', '--config'):
       waiting = ''
     elif argument.lstrip('-').startswith('config.') and argument.startswith('-'):
       key, equals, text = argument.lstrip('-').removeprefix('config.').partition('=')
@@ -262,12 +267,15 @@ def parse(command, arguments, elsewhere=False):
         overrides.append((key, text))
       else:
         waiting = key
-    elif argument.startswith('--config='):
-      recipe_path = argument.removeprefix('--config=')
+    elif argument.startswith(('-config=', '--config=')):
+      recipes.append(argument.partition('=')[2])
     else:
       plain.append(argument)
   if waiting is not None:
     problems.append(_needs_value(waiting))
+  if len(recipes) > 1:
+    problems.append(f'--config is there {len(recipes)} times; give one recipe, and its changes as --config.FIELD=VALUE')
+  recipe_path = recipes[-1] if recipes else None
   options_class, options = _load(command.options), None
   try:
     options = _build_options(options_class, plain, command.spec, elsewhere)

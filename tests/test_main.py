@@ -12,7 +12,7 @@ import time
 import pytest
 
 from llmjax import main
-from tests.helpers import call_and_read
+from tests.helpers import call_and_read, run_process
 
 
 def test_overview_lists_every_command(capsys):
@@ -172,6 +172,19 @@ def test_a_reader_that_has_had_enough_gets_no_traceback():
   command.stdout.close()
   assert 'Traceback' not in command.stderr.read()
   command.wait()
+
+
+def test_output_in_an_encoding_that_lacks_a_character(tmp_path):
+  arguments = ('launch', 'slurm', '--dry-run', '--nocheck', '--', 'pretrain', '--config=\u00e9.py', '--workdir=x')
+  done = run_process(tmp_path, *arguments, PYTHONIOENCODING='ascii')
+  assert (done.returncode, done.stderr) == (0, '')
+  assert "--config='\\xe9.py'" in done.stdout
+
+
+@pytest.mark.parametrize('argv', [['help', 'checkpoint', 'ls'], ['checkpoint', 'ls', '-h']])
+def test_help_of_a_command_by_either_order(capsys, argv):
+  status, out, _ = call_and_read(capsys, *argv)
+  assert status == 0 and out.startswith("llmjax checkpoint ls: a run's checkpoints")
 
 
 def test_ctrl_c_while_a_module_is_imported(tmp_path, monkeypatch, request):
