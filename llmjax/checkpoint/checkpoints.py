@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from llmjax import config
 from llmjax.adapt import lora
@@ -459,12 +458,7 @@ def _not_left_over(record):
 
 def _gather(value):
   """Returns every process's value, in order; a value is anything of JSON."""
-  if jax.process_count() == 1:
-    return [value]
-  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.array(len(text)))
-  rows = multihost_utils.process_allgather(np.pad(text, (0, max(sizes) - len(text))))
-  return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
+  return distributed.gather(value, 'looked at the checkpoints')
 
 
 def read_config(workdir):

@@ -3,6 +3,8 @@
 import jax
 import numpy as np
 
+from llmjax.parallel import in_flight
+
 BINS = 10
 
 
@@ -12,10 +14,10 @@ def evaluate(eval_step, params, batches, unit='pairs'):
   eval_step: a jitted loss_fn(params, batch) -> (sum, (weight, aux)).  Sums are added in float64 and divided once, so
   padding and batch size do not matter.
   """
-  pending = [eval_step(params, batch) for batch in batches]
-  if not pending:
+  parts = list(in_flight.results(eval_step(params, batch) for batch in batches))
+  if not parts:
     return {'loss': 0.0, unit: 0}
-  loss, (weight, aux) = jax.tree.map(lambda *x: float(np.sum(np.asarray(x, np.float64))), *pending)
+  loss, (weight, aux) = jax.tree.map(lambda *x: float(np.sum(np.asarray(x, np.float64))), *parts)
   divided = {name: total / max(weight, 1.0) for name, total in aux.items()}
   return {'loss': loss / max(weight, 1.0), unit: int(weight), **divided}
 

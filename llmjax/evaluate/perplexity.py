@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.parallel import in_flight
+
 
 def make_eval_step(loss_fn, token_bytes, names=()):
   """Returns step(params, batch, ...) -> float32 [3 + n]: summed nats, targets, and UTF-8 bytes the targets are.
@@ -31,8 +33,9 @@ def evaluate(eval_step, params, batches, names=()):
   Sums are added in float64 and divided once, so padding and batch size do not matter.  loss is nats a
   target; bits_per_byte counts the end-of-document targets' bits too, as a compressor must.
   """
-  pending = [eval_step(params, batch) for batch in batches]
-  sums = np.sum([np.asarray(p, np.float64) for p in pending], axis=0) if pending else np.zeros(3 + len(names))
+  sums = np.zeros(3 + len(names))
+  for part in in_flight.results(eval_step(params, batch) for batch in batches):
+    sums += np.asarray(part, np.float64)
   nats, tokens, size, *more = (float(s) for s in sums)
   loss = nats / max(tokens, 1.0)
   return {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)),

@@ -23,6 +23,7 @@ from llmjax.generate.spec import SamplingSpec
 from llmjax.model import decoder
 from llmjax.ops import sampling as sampling_ops
 from llmjax.ops.products import is_weight
+from llmjax.parallel import in_flight
 from llmjax.parallel.mesh import batch_shards
 from llmjax.parallel.sharding import constrain, mesh_spec
 
@@ -360,7 +361,7 @@ class Generator:
     """Returns a host array; on a mesh over several processes every one of them gets all rows."""
     if self.mesh and not x.is_fully_addressable:
       x = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(x)
-    return np.asarray(x)
+    return np.asarray(in_flight.wait(x))
 
 
 @functools.partial(jax.jit, static_argnames=('compute_dtype',))

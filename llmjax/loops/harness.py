@@ -30,7 +30,9 @@ from llmjax.loops.workdir import begin_attempt
 from llmjax.loops.writers import LogError, open_writers
 from llmjax.model import counts
 from llmjax.parallel import distributed
+from llmjax.parallel.heartbeat import Heartbeat
 from llmjax.parallel.host import keep_freed_memory
+from llmjax.parallel.in_flight import InFlight
 from llmjax.parallel.mesh import place_batch
 from llmjax.train.guard import watched
 from llmjax.train.optimizers import make_optimizer, stop_frozen
@@ -65,7 +67,8 @@ class Job:
   sees_frozen: bool = False
   load_frozen: Callable | None = None
   initial: Callable | None = None
-  ledger: Ledger | None = None  # `start.run` supplies it.
+  ledger: Ledger | None = None  # `start.run` supplies these.
+  heart: Heartbeat | None = None
 
 
 def train(job, workdir, attempt=None):
@@ -131,6 +134,8 @@ class Loop:
     self.energy = EnergyLog(workdir, self.spec.cost, list(job.mesh.devices.flat), jax.process_count())
     rule, self.schedule = make_optimizer(self.spec.optimizer, self.total, self.spec.train.seed)
     self.tx = watched(rule, self.spec.guard.window)
+    self.heart = job.heart or distributed.start_heartbeat(self.spec.distributed, workdir)
+    self.heart.begin(first)
     with self.ledger.charge('init'):
       self.state, _ = self._load_state(first)
       if job.mesh.devices.flat[0].platform == 'cpu':
@@ -140,7 +145,7 @@ class Loop:
     self.progress = Progress(self.total, first, enabled=distributed.is_first())
     self.profiler = Profiler(workdir, self.spec.profile.steps,
                              say=self.progress.say if distributed.is_first() else None)
-    self.heart = distributed.start_heartbeat(self.spec.distributed, workdir, first, self.writers.close)
+    self.heart.flush = lambda: self.writers.close()
     for line in (*self.spec.optimizer.warnings(self.total), *attempt.notes):
       self.progress.say(line)
     for line in checkpoints.passed_over:
@@ -170,6 +175,7 @@ class Loop:
     The stream goes to where it was at that step.
     """
     spec, mesh = self.spec, self.job.mesh
+    self.heart.beat(step, 'restore' if step else 'init')
     self.adapting = Adapting(spec, mesh) if spec.adapter.kind else None
     if step:
       trained = self.adapting and self.adapting.trained()
@@ -245,7 +251,7 @@ class Loop:
 
   def _refill(self, step):
     """Lets a stream that is made with the model sample what comes after this step."""
-    self.heart.beat(step, 'sample')
+    self.heart.beat(step, 'rollout')
     with self.ledger.charge('rollout'):
       begin = time.perf_counter()
       metrics = self.job.batches.refill(self._parameters())
@@ -274,6 +280,7 @@ class Loop:
       self._refill(self.first)
     with ledger.charge('data_wait'):
       batch, position = self._next_batch()
+    self.heart.beat(self.first, 'compile')
     with ledger.charge('compile'):
       step_fn = self._compile(batch)
       recovery.prepare(self)
@@ -284,7 +291,7 @@ class Loop:
     what = self.adapting.describe(self.state) if self.adapting else ''
     progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile'], what))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
-    window, step, turn = Window(), self.first, self.first
+    window, in_flight, step, turn = Window(), InFlight(), self.first, self.first
     if stop(self.first):
       return self.interrupt()
     while step < self.total:
@@ -295,10 +302,10 @@ class Loop:
         self.state, metrics = step_fn(self.state, batch)
         self.done, self.position = step, position
         window.add(step, position, metrics)
-        recovery.add_sums(self, step)
+        waited = in_flight.add((metrics, recovery.add_sums(self, step))) is not None
         if step < self.total:
           if getattr(self.job.batches, 'is_due', False):
-            jax.block_until_ready(metrics)
+            in_flight.drain()
             with window.paused():
               self._refill(step)
           begin = time.perf_counter()
@@ -309,8 +316,8 @@ class Loop:
             window.data_wait += spent
             ledger.seconds['data_wait'] += spent
         if logs or pausing:
+          in_flight.drain()
           rows = window.wait()
-          recovery.wait()
       with window.paused():
         self.profiler.after(step)
       verdict = recovery.inspect(self, rows) if logs or pausing else None
@@ -334,7 +341,7 @@ class Loop:
           self._save()
       if not self.settle():
         return 1
-      self.heart.beat(step, waited=logs or pausing, saved=self.saved)
+      self.heart.beat(step, waited=waited or logs or pausing, saved=self.saved)
       if self.patience.is_over() and step < self.total:
         return self._stop_early()
       if stop(turn) and step < self.total:
@@ -345,6 +352,7 @@ class Loop:
     """Saves what is done after Ctrl-C; returns the exit status."""
     self.progress.say(f'interrupted after step {self.done}')
     self.writers.event(self.done, 'interrupted')
+    self.heart.beat(self.done, 'save')
     self.settle(wait=True)
     if self.done > self.saved:
       self._save()

@@ -13,7 +13,7 @@ import numpy as np
 from llmjax.checkpoint import bases
 from llmjax.config import ConfigError
 from llmjax.data import stream
-from llmjax.parallel import distributed
+from llmjax.parallel import distributed, in_flight
 
 
 class Kept:
@@ -61,7 +61,7 @@ class Kept:
       with jax.set_mesh(mesh):
         step, params, batches = make()
         step = jax.jit(step, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-        _write(files, fields, shape, (step(params, batch) for batch in batches))
+        _write(files, fields, shape, in_flight.results(step(params, batch) for batch in batches))
       distributed.wait_for_all(f'wrote what the {self._role} said of {split}')
     return {field: stream.Table(file) for field, file in files.items()}
 

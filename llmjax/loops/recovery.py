@@ -8,8 +8,6 @@ import dataclasses
 import json
 import pathlib
 
-import jax
-
 from llmjax.parallel import distributed
 from llmjax.train.guard import explain
 from llmjax.train.replicas import Replicas
@@ -46,14 +44,12 @@ class Recovery:
       self.replicas = Replicas(loop.state.params, loop.job.mesh)
 
   def add_sums(self, loop, step):
-    """Starts the checksums of a step's parameters, where they are due."""
+    """Starts the checksums of a step's parameters, where they are due; returns them, on the devices, or None."""
     often = (self.guard.checksum_every, loop.spec.train.checkpoint_every)
-    if self.replicas and any(loop.due(every, step) for every in often):
-      self.sums.append((step, self.replicas.sums(loop.state.params)))
-
-  def wait(self):
-    """Waits for the checksums."""
-    jax.block_until_ready(self.sums)
+    if not self.replicas or not any(loop.due(every, step) for every in often):
+      return None
+    self.sums.append((step, self.replicas.sums(loop.state.params)))
+    return self.sums[-1][1]
 
   def saved(self):
     """Notes that there is a newer checkpoint to go back to."""
@@ -128,6 +124,7 @@ class Recovery:
 
   def give_up(self, loop, verdict):
     """Says why the run stops; returns the exit status."""
+    loop.heart.beat(loop.done, 'save')
     loop.settle(wait=True)
     loop.progress.say(f'stopped: {verdict.reason}; the last checkpoint is step {loop.saved}. {verdict.advice}')
     loop.writers.event(loop.done, 'stopped', reason=verdict.reason, checkpoint=loop.saved)
@@ -136,6 +133,7 @@ class Recovery:
   def roll_back(self, loop, verdict):
     """Goes back to the newest checkpoint, and on behind the bad batch; returns the step."""
     lost = loop.done
+    loop.heart.beat(lost, 'save')
     loop.settle(wait=True)
     target, drawn, position = loop.go_back(self.guard.rollback_skip_batches, verdict.position)
     seconds = loop.ledger.go_back(target)

@@ -1,5 +1,6 @@
 """What every command that trains does before its first step: processes, folder, mesh, data."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -31,20 +32,21 @@ def run(spec, options, make_job, open_batches=None):
     determinism.require()
   if not doctor.accelerator_present():
     share_arena()
-  with distributed.together(spec.distributed), hold_workdir(options.workdir):
-    status = _train(spec, options, ledger, make_job, open_batches or _open_rows)
+  with distributed.together(spec.distributed), hold_workdir(options.workdir), contextlib.ExitStack() as stack:
+    status = _train(spec, options, ledger, make_job, open_batches or _open_rows, stack)
     if status == 1:  # After a save that failed, threads may wait for what it lacked.
       distributed.leave_alone(status)
     return status
 
 
-def _train(spec, options, ledger, make_job, open_batches):
+def _train(spec, options, ledger, make_job, open_batches, stack):
   with ledger.charge('init'):
     enable_compilation_cache(spec.train.compilation_cache)
     require_platform(spec.train.platform)
     spec = resolve(spec)
     attempt = claim_workdir(options.workdir, spec)
     workdir = attempt.workdir
+    heart = stack.enter_context(distributed.start_heartbeat(spec.distributed, workdir))
     mesh = make_mesh(spec.mesh)
     check_mesh(spec, mesh)
     objectives.require_remat(spec.train.remat, mesh.devices.flat[0])
@@ -55,7 +57,7 @@ def _train(spec, options, ledger, make_job, open_batches):
       if not (attempt.first and (workdir / 'tokenizer.model').exists()):
         shutil.copyfile(stream.load_tokenizer(spec.data).path, workdir / 'tokenizer.model')
     batches = open_batches(spec, mesh)
-  job = dataclasses.replace(make_job(spec, mesh, batches, workdir), ledger=ledger)
+  job = dataclasses.replace(make_job(spec, mesh, batches, workdir), ledger=ledger, heart=heart)
   with jax.set_mesh(mesh):
     return harness.train(job, workdir, attempt)
 

@@ -38,7 +38,7 @@ class Window:
     self._pending.append((step, position, metrics))
 
   def wait(self):
-    """Returns when the devices have done every step so far, with the metrics of those not returned before."""
+    """Waits for the devices to finish every step so far; returns the metrics of those not returned before."""
     found = [{'step': step, 'position': position, **metrics}
              for step, position, metrics in jax.device_get(self._pending)]
     self._pending, self._rows = [], self._rows + found

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import selectors
@@ -21,7 +22,8 @@ import time
 import jax
 
 from llmjax.config import ConfigError
-from llmjax.parallel import heartbeat
+from llmjax.parallel import heartbeat, in_flight
+from llmjax.parallel.spec import DistributedSpec
 
 PORT = 8476
 SAY_SECONDS = 10.0
@@ -30,6 +32,10 @@ SETTLE_SECONDS = 0.5
 TWICE_SECONDS = 1.0  # Two signals within this time count as one.
 MEETING_SECONDS = 0.05  # Between two looks for the other processes.
 SLACK_SECONDS = 30.0  # A process waits so much longer than process 0 may, and then takes it for dead.
+SLICE_SECONDS = 1.0  # A wait inside JAX's client is this long at most, so that Ctrl-C is heard between two of them.
+
+
+_limits = {'start_timeout_seconds': DistributedSpec().start_timeout_seconds}  # Of this process's run.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,7 @@ def initialize(spec):
   place = find_place(spec)
   if place is None:
     return False
+  _limits['start_timeout_seconds'] = spec.start_timeout_seconds
   host, port = place.coordinator
   bind = spec.bind or (host if host.startswith('127.') or host == 'localhost' else _all_interfaces())
   meet(place, bind, spec.start_timeout_seconds, functools.partial(print, flush=True))
@@ -272,6 +279,9 @@ def together(spec):
   initialize(spec)
   try:
     yield
+  except AbsentError as e:
+    leave_alone(1)
+    raise SystemExit(f'llmjax: {e}') from None
   except BaseException as e:
     leave_alone(2 if isinstance(e, ConfigError) else 130 if isinstance(e, KeyboardInterrupt) else 1)
     raise
@@ -381,28 +391,89 @@ def is_first():
 
 
 def wait_for_all(name):
-  """Returns when every process has come here.  name: says where."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-    multihost_utils.sync_global_devices(name)
+  """Returns when every process has called this.  name: what they have done.  Raises AbsentError as `gather`."""
+  gather(None, name)
 
 
-def start_heartbeat(spec, workdir, first=0, flush=None):
+_gathered = itertools.count()  # All processes count alike.
+
+
+def gather(value, name):
+  """Returns every process's value, in order, once all have called this; a value is anything of JSON.
+
+  It goes through JAX's coordination service, not the devices, whose collectives wait without a limit.  name: what the
+  processes have done, for messages.  Raises AbsentError, on all processes, where some do not come within the
+  start_timeout_seconds that `initialize` was given.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  from jax._src import distributed
+  client, number, seconds = distributed.global_state.client, next(_gathered), _limits['start_timeout_seconds']
+  here, result = f'llmjax/gather/{number}/here/', f'llmjax/gather/{number}/result'
+  begin = time.monotonic()
+  client.key_value_set(f'{here}{jax.process_index()}', json.dumps(value))
+  if is_first():
+    found = _collect(client, here, name, begin, seconds)
+    client.key_value_set(result, json.dumps(found))
+    if number:  # All have read the last result, or they would not be here.
+      client.key_value_delete(f'llmjax/gather/{number - 1}/')
+  else:
+    text = _read_key(client, result, begin + seconds + SLACK_SECONDS)
+    found = json.loads(text) if text else {'absent': (
+        f'process {jax.process_index()}: no word from process 0 within {seconds} s at: {name}; look at what it '
+        'printed; --config.distributed.start_timeout_seconds waits longer')}
+  if 'absent' in found:
+    raise AbsentError(found['absent'])
+  return found['values']
+
+
+def _collect(client, here, name, begin, seconds):
+  """Returns {'values': those of all processes}, or {'absent': why not, in one line}.  For process 0."""
+  values, count, said = [], jax.process_count(), False
+  while len(values) < count:
+    text = _read_key(client, f'{here}{len(values)}', time.monotonic() + SLICE_SECONDS)
+    if text:
+      values.append(json.loads(text))
+      continue
+    waited = time.monotonic() - begin
+    if not said and waited > SAY_SECONDS or waited > seconds:
+      present = {int(key.rpartition('/')[2]) for key, _ in client.key_value_dir_get(here)}
+      line = f'{_who_is_here(count, present)} at: {name}'
+      if waited > seconds:
+        return {'absent': f'{line}: gave up after {seconds} s; look at what it printed; '
+                          '--config.distributed.start_timeout_seconds waits longer'}
+      said = True
+      print(f'llmjax: {line}', file=sys.stderr, flush=True)
+  return {'values': values}
+
+
+def _read_key(client, key, deadline):
+  """Returns a key's value once there is one, or None at the deadline (of time.monotonic)."""
+  while (left := deadline - time.monotonic()) > 0:
+    try:
+      return client.blocking_key_value_get(key, max(int(1000 * min(left, SLICE_SECONDS)), 1))
+    except jax.errors.JaxRuntimeError as e:
+      if 'DEADLINE_EXCEEDED' not in str(e):
+        raise
+  return None
+
+
+def start_heartbeat(spec, workdir):
   """Returns this process's Heartbeat, which watches its loop.  spec: a DistributedSpec.  workdir: for stacks.
 
-  Where a supervisor or spec.hang_seconds sets a limit, a loop that stands still ends its process.
+  A loop that makes no progress for spec.hang_seconds ends its process; under a supervisor its limit holds.
   """
   supervisor, limit = os.environ.get(heartbeat.FOLDER, ''), os.environ.get(heartbeat.LIMIT, '')
-  processes = jax.process_count()
+  processes, seconds = jax.process_count(), float(limit or 0)
   folder = supervisor or (os.path.join(workdir, 'heartbeats') if processes > 1 else None)
   return heartbeat.Heartbeat(
-      jax.process_index(), processes, first, folder=folder, stacks=os.path.join(workdir, 'stacks'),
-      hang_seconds=spec.hang_seconds or float(limit or 0), leave=bool(limit or spec.hang_seconds),
-      flush=flush, pulse=heartbeat.SUPERVISED_PULSE if supervisor else heartbeat.PULSE)
+      jax.process_index(), processes, folder=folder, stacks=os.path.join(workdir, 'stacks'), hang_seconds=seconds,
+      leave=bool(limit), end_seconds=0.0 if seconds else spec.hang_seconds, progress=in_flight.finished,
+      pulse=heartbeat.SUPERVISED_PULSE if supervisor else heartbeat.PULSE)
 
 
 class AbsentError(Exception):
-  """A process does not come to a meeting; the text is its reason, in one line."""
+  """A process does not come to where the others wait; the text is one line that says which or why."""
 
 
 class Meeting:

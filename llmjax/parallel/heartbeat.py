@@ -23,7 +23,7 @@ PREEMPTED = 75
 HUNG = 76
 
 FILE_BYTES = 512  # Overwritten in one write, so that a reader sees one record or the other.
-FLOOR_SECONDS = 60.0  # A limit that is found is never shorter.
+FLOOR_SECONDS = 300.0  # A limit that is found is never shorter: storage and data readers may stall for minutes.
 TIMES_LONGEST = 10.0
 START_SECONDS = 1800.0  # For what is not a step: starting, compiling, evaluating, saving.
 SUPERVISED_PULSE, PULSE = 0.25, 5.0  # Seconds.  A file on a shared disk is not written more often than it must.
@@ -37,8 +37,8 @@ LINGER_SECONDS = 1.5
 class Beat:
   """What is in a file.  first: the step that this sitting went on from.  saved: the last good checkpoint.
 
-  phase: starting, step, or what the loop does between steps.  beats, pulses: how often the loop and the
-  thread wrote.  longest: seconds between two waits for the devices.
+  phase: starting, step, or what the loop does between steps, such as compile, evaluate or save.  beats, pulses: how
+  often the loop and the thread wrote.  longest: seconds between two waits for the devices.
   """
 
   rank: int = 0
@@ -71,18 +71,23 @@ class Heartbeat:
 
   folder: of the files; None keeps the beats in memory.  stacks: folder for `<rank>.txt` when the loop
   stands still.  hang_seconds: see hang_limit.  leave: whether the watchdog then ends the process, with
-  status HUNG, after `flush` (5 s at most).  say: prints a line.
+  status HUNG, after `flush` (5 s at most).  end_seconds: it is also ended when its steps, and no other phase, stand
+  still so long; 0: never.  progress: function to a number that grows whenever the devices finish a program, also
+  where the loop does not beat.  say: prints a line.
   """
 
   def __init__(self, rank=0, processes=1, first=0, *, folder=None, stacks=None, hang_seconds=0.0,
-               start_seconds=START_SECONDS, leave=False, flush=None, say=None, pulse=PULSE):
-    self.now = Beat(rank, step=first, first=first, saved=first)
+               start_seconds=START_SECONDS, leave=False, end_seconds=0.0, progress=None, flush=None, say=None,
+               pulse=PULSE):
+    self.now, self.flush = Beat(rank, step=first, first=first, saved=first), flush
     self._folder, self._stacks = folder and pathlib.Path(folder), stacks and pathlib.Path(stacks)
-    self._processes, self._flush, self._leave, self._pulse = processes, flush, leave, pulse
-    self._limits = hang_seconds, start_seconds
+    self._processes, self._pulse = processes, pulse
+    self._limits, self._leave, self._end_seconds = (hang_seconds, start_seconds), leave, end_seconds
+    self._progress, self._finished = progress or (lambda: 0), 0
     self._say = say or (lambda text: print(f'llmjax: {text}', file=sys.stderr, flush=True))
     self._loop = threading.get_ident()
     self._changed, self._waited, self._told = time.monotonic(), None, -1
+    self._stepped = False  # Whether the devices have done a step.
     self._lock, self._closed, self._file = threading.Lock(), threading.Event(), None
     if self._folder:
       self._folder.mkdir(parents=True, exist_ok=True)
@@ -91,8 +96,12 @@ class Heartbeat:
     self._thread = threading.Thread(target=self._watch, name='heartbeat', daemon=True)
     self._thread.start()
 
+  def begin(self, first):
+    """Notes the step that the loop continues from."""
+    self._write(step=first, first=first, saved=first)
+
   def beat(self, step, phase='step', *, waited=False, saved=None):
-    """Says that the loop has come so far.  waited: the devices have done the step, and not only got it.
+    """Notes how far the loop is.  waited: the devices have done a step, and not only got it.
 
     Steps are watched from the first such beat on: how long a step takes is not known before.
     """
@@ -103,8 +112,8 @@ class Heartbeat:
     elif waited:
       if self._waited is not None:
         longest = max(longest, now - self._waited)
-      self._waited = now
-    elif old.phase == 'starting':
+      self._waited, self._stepped = now, True
+    elif not self._stepped:
       phase = 'starting'
     self._changed = now
     self._write(step=step, phase=phase, beats=old.beats + 1, longest=round(longest, 3),
@@ -133,18 +142,24 @@ class Heartbeat:
 
   def _watch(self):
     while not self._closed.wait(self._pulse):
-      self._write()
+      if (finished := self._progress()) != self._finished:
+        self._finished, self._changed = finished, time.monotonic()
+        self._write(beats=self.now.beats + 1)
+      else:
+        self._write()
       beat, silent = self.now, time.monotonic() - self._changed
-      if silent > hang_limit(beat, *self._limits) and self._told != beat.beats:
+      late = silent > hang_limit(beat, *self._limits)
+      ends = late and self._leave or beat.phase == 'step' and 0 < self._end_seconds < silent
+      if ends or late and self._told != beat.beats:
         self._told = beat.beats  # Once for each standstill.
         self._report(beat, silent)
-        if self._leave:
-          self._closed.wait(LINGER_SECONDS)
-          self._end()
+      if ends:
+        self._closed.wait(LINGER_SECONDS)
+        self._end()
 
   def _report(self, beat, silent):
     place = _place_of(self._loop)
-    lines = [f'rank {beat.rank} has stood still for {silent:.0f} s after step {beat.step} ({beat.phase})'
+    lines = [f'rank {beat.rank} has made no progress for {silent:.0f} s after step {beat.step} ({beat.phase})'
              + f', in {place}' * bool(place)]
     if self._folder and self._processes > 1:
       lines.append(describe_others(*self._look_twice(), beat.rank))
@@ -168,8 +183,8 @@ class Heartbeat:
     return after, {k for k in after if k != self.now.rank and before[k] == after[k]}
 
   def _end(self):
-    if self._flush:  # In a thread: a mirror's server may hang, too.
-      flush = threading.Thread(target=self._flush, daemon=True)
+    if self.flush:  # In a thread: a mirror's server may hang, too.
+      flush = threading.Thread(target=self.flush, daemon=True)
       flush.start()
       flush.join(FLUSH_SECONDS)
     with contextlib.suppress(OSError, ValueError):
@@ -203,12 +218,15 @@ def describe_others(beats, silent, rank):
 
 
 def _place_of(thread):
-  """Returns 'run at harness.py:180: window.wait()' of a thread's innermost frame in this package, or ''."""
+  """Returns 'run at harness.py:180: window.wait()' of a thread's innermost frame in this package, or ''.
+
+  in_flight.py waits for every program; which one it is, its caller's line says.
+  """
   import linecache
   frame, package = sys._current_frames().get(thread), os.path.dirname(os.path.dirname(__file__))
   while frame is not None:
     file = frame.f_code.co_filename
-    if file.startswith(package):
+    if file.startswith(package) and os.path.basename(file) != 'in_flight.py':
       text = linecache.getline(file, frame.f_lineno).strip()
       return f'{frame.f_code.co_name} at {os.path.basename(file)}:{frame.f_lineno}: {text}'
     frame = frame.f_back

@@ -94,11 +94,12 @@ class DistributedSpec:
                       '8476', minimum=0, maximum=65535)
   bind: str = setting('', "address of the interface that process 0 listens on; '': all interfaces")
   heartbeat_seconds: int = setting(30, 'a process that was silent so long is lost, and the run ends', minimum=2)
-  hang_seconds: float = setting(0.0, 'a process whose loop stands still so long says where and who is late, and '
-                                'ends with status 76; must be more than log_every steps take. 0: it says so after '
-                                '10 times the longest wait, a minute at least, and only a supervisor ends it',
-                                minimum=0.0)
-  start_timeout_seconds: int = setting(300, 'how long processes wait for one another at the start', minimum=1)
+  hang_seconds: float = setting(1800.0, 'a process whose steps make no progress for so long ends with status 76; '
+                                'must be more than a step takes, with its wait for data. It says before where it '
+                                'waits and who is late: after 10 times its longest step, 5 minutes at least. '
+                                '0: only a supervisor ends it', minimum=0.0)
+  start_timeout_seconds: int = setting(300, 'how long processes wait for one another, at the start and wherever they '
+                                       'agree on something', minimum=1)
 
   def problems(self):
     if self.processes == 0:

@@ -16,6 +16,7 @@ import numpy as np
 from llmjax.data import steps
 from llmjax.generate.spec import SamplingSpec
 from llmjax.model import decoder
+from llmjax.parallel import in_flight
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.rl import advantages, objective, reward, rewards
 from llmjax.train.objectives import Forward
@@ -72,15 +73,17 @@ class _InParts:
     self._function = jax.jit(function, static_argnums=tuple(range(2, 2 + static)), out_shardings=whole)
 
   def __call__(self, params, batch, *static):
-    count, parts = len(batch['tokens']), []
-    shards = batch_shards(self._mesh)
-    size = self._rows // shards
+    count = len(batch['tokens'])
+    size = self._rows // batch_shards(self._mesh)
     own = np.concatenate([np.arange(b * size, (b + 1) * size) for b in batch_blocks(self._mesh)])
-    for start in range(0, count, self._rows):
+
+    def score(start):
       rows = np.minimum(start + own, count - 1)  # What is over repeats the last row and is cut off.
       placed = place_batch(self._mesh, {name: a[rows] for name, a in batch.items()})
       with jax.set_mesh(self._mesh):
-        parts.append(jax.device_get(self._function(params, placed, *static)))
+        return self._function(params, placed, *static)
+
+    parts = list(in_flight.results(score(start) for start in range(0, count, self._rows)))
     return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
 
 

@@ -233,7 +233,6 @@ def get_config():
                      '--config=hang.py', '--workdir=x', timeout=90)
   assert done.returncode == 76, done.stdout + done.stderr
   stacks = (folder / 'hung/stacks/0.txt').read_text()
-  assert 'in wait_for_all at distributed.py:' in stacks
   assert 'rank 1 last seen at step 41 (step); rank 0 waits at step 42' in stacks
-  assert 'sync_global_devices' in stacks  # Of the loop's thread, and not only the watchdog's.
-  assert 'rank 1 has stood still' in (folder / 'hung/stacks/1.txt').read_text()
+  assert 'in _read_key' in stacks  # Of the loop's thread, and not only the watchdog's.
+  assert 'rank 1 has made no progress' in (folder / 'hung/stacks/1.txt').read_text()
