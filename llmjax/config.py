@@ -31,6 +31,9 @@ class ConfigError(Exception):
     self.problems = [_printable_line(problem) for problem in problems]
     super().__init__('\n'.join(self.problems))
 
+  def __reduce__(self):  # As processes hand errors to one another.
+    return type(self), (self.problems,)
+
 
 def _printable_line(text):
   """Returns what a terminal shows safely in one line, whatever names and values are within."""
@@ -43,14 +46,17 @@ def _printable_line(text):
 def setting(default, doc, *, kind='', choices=None, minimum=None, maximum=None):
   """Returns a dataclass field with its documentation, its choices and simple bounds (inclusive).
 
-  kind: 'path' of local files and folders, which may also be one of `choices`; 'text' where a comma is part of the
-  text, so that `parse_text` does not split at it.  Of a list the choices and bounds hold for each item, of a mapping
-  the choices for its names and the bounds for its numbers.
+  kind: 'path' of local files and folders that are read, 'file' or 'folder' of one that is written; each may also be
+  one of `choices`.  'text' where a comma is part of the text, so that `parse_text` does not split at it.  Of a list the
+  choices and bounds hold for each item, of a mapping the choices for its names and the bounds for its numbers.
   """
   metadata = {'doc': doc, 'kind': kind, 'choices': choices, 'minimum': minimum, 'maximum': maximum}
   if isinstance(default, dict):
     return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
   return dataclasses.field(default=default, metadata=metadata)
+
+
+PATHS = ('path', 'file', 'folder')  # Kinds of `setting` whose values are paths.
 
 
 def group(spec_class):
@@ -142,22 +148,40 @@ def build(spec_class, recipe, overrides=(), elsewhere=False):
     _place(spec_class, values, name.split('.'), text, name, problems, spec_class)
   spec = _build(spec_class, values, '', problems, spec_class)
   # Checks between fields mean nothing while a field itself is wrong.
-  if not problems and not (elsewhere and not all(os.path.exists(path) for _, path in paths(spec))):
-    problems = list(find_problems(spec))
+  if not problems and not (elsewhere and not all(os.path.exists(path) for *_, path in paths(spec, kinds=('path',)))):
+    problems = [] if elsewhere else [f'{name}={path} {problem}' for name, kind, path in paths(spec)
+                                     if (problem := write_problem(kind, path))]
+    problems += find_problems(spec)
   if problems:
     raise ConfigError(problems)
   return spec
 
 
-def paths(spec, prefix=''):
-  """Yields (dotted name, path) of every path that is set in a spec and the specs nested in it."""
+def paths(spec, prefix='', kinds=PATHS):
+  """Yields (dotted name, kind, path) of every path that is set in a spec and the specs nested in it."""
   for field in dataclasses.fields(spec):
-    value, name = getattr(spec, field.name), prefix + field.name
+    value, name, kind = getattr(spec, field.name), prefix + field.name, field.metadata.get('kind')
     if dataclasses.is_dataclass(value):
-      yield from paths(value, f'{name}.')
-    elif field.metadata['kind'] == 'path':
+      yield from paths(value, f'{name}.', kinds)
+    elif kind in kinds:
       several = value if isinstance(value, (tuple, dict)) else (value,)
-      yield from ((name, path) for path in several if path and path not in (field.metadata['choices'] or ()))
+      yield from ((name, kind, path) for path in several if path and path not in (field.metadata['choices'] or ()))
+
+
+def write_problem(kind, path):
+  """Returns why a file or folder cannot be written at a path, or ''; of a path that is read, ''."""
+  if kind == 'folder' and os.path.lexists(path) and not os.path.isdir(path):
+    return 'is no folder; name a folder'
+  if kind == 'file' and os.path.isdir(path):
+    return 'is a folder; name a file'
+  if kind == 'path':
+    return ''
+  place = path
+  while not os.path.lexists(place):
+    place = os.path.dirname(place.rstrip('/')) or '.'
+  if place != path and not os.path.isdir(place):
+    return f'cannot be written: {place} is no folder'
+  return '' if os.access(place, os.W_OK) else f'cannot be written: {place} is read-only for you'
 
 
 def _copy(value):
@@ -290,7 +314,7 @@ def _check(field, value):
   for item in (value if many else () if value is None else (value,)):
     if meta['choices'] is not None and item in meta['choices']:
       continue
-    if meta['kind'] == 'path':
+    if meta['kind'] in PATHS:
       if problem := path_problem(item):
         raise ValueError(f'has {shown(item)}, which {problem}' if many else problem)
     elif meta['choices'] is not None:
@@ -334,8 +358,8 @@ def _type_name(annotation, kind=''):
     return f'list[{_type_name(arguments[0], kind)}]'
   if origin is dict:
     return f'dict[{_type_name(arguments[0], kind)}, {_type_name(arguments[1])}]'
-  if annotation is str and kind == 'path':
-    return kind
+  if annotation is str and kind in PATHS:
+    return 'path'
   return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 

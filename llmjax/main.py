@@ -214,6 +214,10 @@ def _run(argv):
     status = _import(command.module).run(spec, options)
   except config.ConfigError as e:
     _fail(2, _listed(name, e))
+  except OSError as e:  # The file and the system's reason say it all; python -X dev shows where.
+    if e.filename is None or sys.flags.dev_mode:
+      raise
+    _fail(1, f'llmjax {name}: {config.shown(str(e.filename), quote=False)}: {e.strerror}')
   sys.exit(status or 0)
 
 

@@ -1,6 +1,7 @@
 """Every wrong setting is reported, all together, in words that say what to write."""
 
 import dataclasses
+import pickle
 
 import pytest
 
@@ -139,6 +140,39 @@ def test_paths_that_are_no_urls():
     config.build(Kinds, {'file': 'file:///tmp/a b'})
   with pytest.raises(config.ConfigError, match="--config='gs://b/recipe.py' is a URL"):
     config.load_recipe('gs://b/recipe.py')
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+  page: str = setting('', 'a file', kind='file')
+  run: str = setting('', 'a folder', kind='folder')
+  source: str = setting('', 'what is read', kind='path')
+
+
+def test_outputs_can_be_written(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'loop').symlink_to('loop')
+  for fine in ({'page': 'file', 'run': 'folder'}, {'page': 'new/page', 'run': 'new/run'}, {'source': 'nowhere'}):
+    assert config.build(Outputs, fine) == Outputs(**fine)
+  with pytest.raises(config.ConfigError) as e:
+    config.build(Outputs, {'page': 'folder', 'run': 'file'})
+  assert e.value.problems == ['page=folder is a folder; name a file', 'run=file is no folder; name a folder']
+  for below in ('file/x', 'file/x/y', 'loop/x'):
+    with pytest.raises(config.ConfigError) as e:
+      config.build(Outputs, {'page': below, 'run': below})
+    place = below.partition('/')[0]
+    assert e.value.problems == [f'{name}={below} cannot be written: {place} is no folder' for name in ('page', 'run')]
+  assert config.build(Outputs, {'run': 'file', 'source': 'nowhere'}, elsewhere=True)  # Another machine's files.
+  monkeypatch.setattr(config.os, 'access', lambda place, mode: False)
+  with pytest.raises(config.ConfigError, match='run=new/x cannot be written: . is read-only for you'):
+    config.build(Outputs, {'run': 'new/x'})
+
+
+def test_errors_go_from_process_to_process():
+  error = pickle.loads(pickle.dumps(config.ConfigError(['one', 'two'])))
+  assert (type(error), error.problems) == (config.ConfigError, ['one', 'two'])
 
 
 @pytest.mark.parametrize(('field', 'text', 'value'), [

@@ -16,8 +16,6 @@ from tests.helpers import ROOT, call_and_read
 from tests.test_wrong_commands import MANIFEST
 
 DOCUMENTS = ['README.md', *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('experiments/*/README.md'))]
-# What a command writes; every other path is read.  `--workdir` is written where a recipe is trained.
-WRITTEN = ('output', 'hlo', 'logs', 'log', 'compilation_cache')
 MAKES = {'tools/quickstart.sh': ('data/python_docs', 'runs/quickstart'), 'tools/lifecycle.sh': ('runs/lifecycle',)}
 
 
@@ -42,26 +40,23 @@ def typed_lines(text):
 
 
 def parse(words):
-  """Returns (command, spec or None, options) of what stands behind `llmjax`; raises ConfigError."""
+  """Returns (spec or None, options) of what stands behind `llmjax`; raises ConfigError."""
   name, arguments = main._split_command(words)
   assert name in main.COMMANDS, words
   command = main.COMMANDS[name]
   if command.launches:
     launched, _ = main.parse(command, arguments)
     return parse(launched)
-  return command, *main.parse(command, arguments, elsewhere=True)
+  return main.parse(command, arguments, elsewhere=True)
 
 
-def paths_of(command, spec, options):
+def paths_of(spec, options):
   """Returns (paths that a command reads, paths that it writes)."""
   read, written = [], []
   for group in filter(None, (spec, options)):
-    for name, path in config.paths(group):
-      last = name.rpartition('.')[2]
-      if name == 'data.sources' and isinstance(spec, LayoutSpec):
-        continue  # Only shapes matter there.
-      trains = last == 'workdir' and (command.spec or hasattr(options, 'peft'))
-      (written if last in WRITTEN or trains else read).append(path)
+    for name, kind, path in config.paths(group):
+      if not (name == 'data.sources' and isinstance(spec, LayoutSpec)):  # Only shapes matter there.
+        (read if kind == 'path' else written).append(path)
   return read, written + ([spec.folder] if hasattr(spec, 'folder') else [])
 
 
@@ -74,8 +69,8 @@ def test_commands_are_right_and_read_what_was_made_before(document, monkeypatch)
       assert (ROOT / words[1]).is_file(), words
       made += [*MAKES.get(words[1], ()), *(word for word in words[2:] if not word.startswith('-'))]
       continue
-    command, spec, options = parse(words[1:])
-    read, written = paths_of(command, spec, options)
+    spec, options = parse(words[1:])
+    read, written = paths_of(spec, options)
     for path in read:
       there = any(pathlib.Path(path).is_relative_to(folder) for folder in made)
       stands_for_yours = re.fullmatch(r'[A-Z]+(\..*)?', pathlib.Path(path).name)

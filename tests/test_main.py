@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from llmjax import main
+from llmjax import config, main
 from tests.helpers import call_and_read, run_process
 
 
@@ -67,7 +67,7 @@ def test_every_path_is_declared_as_one(name):
           '(dir|path|output|init_from|sources|compare|hlo|cache|peft|teacher|policy|_model)$', last)
       if 'str' in str(field.type) and not field.metadata['choices'] and last not in (
           'suffixes', 'base_name', 'text_key'):
-        assert (field.metadata['kind'] == 'path') == bool(like_one), flag
+        assert (field.metadata['kind'] in config.PATHS) == bool(like_one), flag
 
 
 def test_help_names_the_choices(capsys):
@@ -179,6 +179,15 @@ def test_output_in_an_encoding_that_lacks_a_character(tmp_path):
   done = run_process(tmp_path, *arguments, PYTHONIOENCODING='ascii')
   assert (done.returncode, done.stderr) == (0, '')
   assert "--config='\\xe9.py'" in done.stdout
+
+
+def test_a_file_that_fails_while_a_command_runs(capsys, monkeypatch):
+  def fail(module):
+    raise PermissionError(13, 'Permission denied', 'runs/x/config.json')
+
+  monkeypatch.setattr(main, '_import', fail)
+  status, _, err = call_and_read(capsys, 'doctor')
+  assert (status, err) == (1, 'llmjax doctor: runs/x/config.json: Permission denied\n')
 
 
 @pytest.mark.parametrize('argv', [['help', 'checkpoint', 'ls'], ['checkpoint', 'ls', '-h']])

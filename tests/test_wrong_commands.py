@@ -61,6 +61,7 @@ def fill(folder):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+  (folder / 'loop').symlink_to('loop')
   (folder / 'model.pt').write_bytes(pickle.dumps({'weight': 1}))
 
 

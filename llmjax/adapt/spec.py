@@ -59,7 +59,7 @@ class AdapterShowOptions:
 class AdapterMergeOptions(AdapterShowOptions):
   """Flags of `llmjax adapter merge`."""
 
-  output: str = setting('', "a new run's folder for the merged weights", kind='path')
+  output: str = setting('', "a new run's folder for the merged weights", kind='folder')
 
   def problems(self):
     yield from super().problems()
@@ -70,7 +70,7 @@ class AdapterMergeOptions(AdapterShowOptions):
 class AdapterExportOptions(AdapterShowOptions):
   """Flags of `llmjax adapter export`."""
 
-  output: str = setting('', 'a new folder for adapter_config.json and adapter_model.safetensors', kind='path')
+  output: str = setting('', 'a new folder for adapter_config.json and adapter_model.safetensors', kind='folder')
   base_name: str = setting('', "base_model_name_or_path to write there; empty: the run's train.init_from")
 
   def problems(self):
@@ -84,7 +84,7 @@ class AdapterImportOptions:
 
   peft: str = setting('', 'the folder that peft has written', kind='path')
   init_from: str = setting('', "the run that it is for, or one of its checkpoints", kind='path')
-  workdir: str = setting('', "a new run's folder for the adapter", kind='path')
+  workdir: str = setting('', "a new run's folder for the adapter", kind='folder')
 
   def problems(self):
     yield from missing(self, 'peft', "the folder that peft has written")

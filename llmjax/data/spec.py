@@ -140,7 +140,7 @@ class PrepareSpec:
                          'solution whose steps are judged one by one', choices=RECORDS)
   template: str = setting('llmjax', 'chat template of conversations; plain: the prompt and its completion, nothing '
                           'else; a file: Jinja, or a tokenizer_config.json', kind='path', choices=TEMPLATES)
-  output: str = setting('', "the prepared folder; '': data/<name of the source>", kind='path')
+  output: str = setting('', "the prepared folder; '': data/<name of the source>", kind='folder')
   validation_fraction: float = setting(0.05, 'share of bytes held out for evaluation while '
                                        'training', minimum=0.0, maximum=0.5)
   test_fraction: float = setting(0.05, 'share of bytes held out to the end', minimum=0.0,

@@ -61,15 +61,17 @@ class ReportOptions:
   compare: tuple[str, ...] = setting((), 'folders of other runs, such as later stages of the same model: one page '
                                      'about all of them, in this order', kind='path')
   output: str = setting('', "with --compare: the page to write; '': compare.html in the folder of --workdir",
-                        kind='path')
+                        kind='file')
 
   def problems(self):
     yield from _workdir_problems(self)
     folders = (self.workdir, *self.compare)
     if self.compare:
-      for folder in folders:
-        yield from (p.replace('workdir', 'compare', 1) if folder is not self.workdir else p
-                    for p in weights.no_run(folder))
+      yield from weights.no_run(self.workdir)
+      for folder in self.compare:
+        if refused := weights.refusal(folder):
+          yield f'compare={refused}'
+        yield from (p.replace('workdir', 'compare', 1) for p in weights.no_run(folder))
       if twice := sorted({f for f in folders if [os.path.normpath(g) for g in folders].count(os.path.normpath(f)) > 1}):
         yield f'compare: {", ".join(twice)} is there twice; name every run once'
       if self.output and not self.output.endswith('.html'):

@@ -22,7 +22,7 @@ class LocalOptions:
   devices_per_process: int = setting(1, "emulated CPU devices of each; 0, with --processes=1: the machine's own "
                                      'devices', minimum=0, maximum=256)
   logs: str = setting('', "folder for what processes other than the first print; '': shown only when one fails",
-                      kind='path')
+                      kind='folder')
   restart: int = setting(0, 'start all again when one dies or hangs, at most so often without a new good '
                          'checkpoint in between', minimum=0)
   backoff: float = setting(1.0, 'seconds before the second restart in a row, doubled for each further one',

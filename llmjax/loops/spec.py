@@ -82,13 +82,11 @@ class LogsSpec:
 class PretrainOptions:
   """Flags of `llmjax pretrain`."""
 
-  workdir: str = setting('', "the run's folder; a run that is there already goes on", kind='path')
+  workdir: str = setting('', "the run's folder; a run that is there already goes on", kind='folder')
 
   def problems(self):
     if not self.workdir:
       yield 'workdir=DIR is missing: where should the run be kept? For example --workdir=runs/first'
-    elif os.path.isfile(self.workdir):
-      yield f"workdir={self.workdir} is a file; name a folder to keep the run in, such as runs/first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +105,8 @@ class PlanOptions:
   topology: str = setting('', 'chips of one slice, as v5p:4x4x4; with --fast also h100:8, the GPUs of one node')
   slices: int = setting(1, 'slices, or nodes of GPUs', minimum=1)
   fast: bool = setting(False, 'closed forms only: under two seconds, no compiler')
-  output: str = setting('', 'folder to write plan.json and plan.html to; empty: none', kind='path')
-  hlo: str = setting('', "file to write the compiled program's text to; empty: none", kind='path')
+  output: str = setting('', 'folder to write plan.json and plan.html to; empty: none', kind='folder')
+  hlo: str = setting('', "file to write the compiled program's text to; empty: none", kind='file')
   search: bool = setting(False, 'find the best mesh, remat, accumulation and batch for these chips')
   jobs: int = setting(1, 'programs that --search compiles at once, each about two cores and 4 GB', minimum=1)
   rows_per_chip: tuple[int, ...] = setting((), "global batches that --search tries, in rows for each chip, as 1,2,4; "
@@ -118,6 +116,8 @@ class PlanOptions:
   def problems(self):
     if not self.topology:
       yield 'topology=NAME is missing: for which chips? For example --topology=v5p:4x4x4'
+    if self.hlo and self.fast:
+      yield 'hlo is of the compiled program, and --fast compiles none; leave one out'
     if self.search and self.fast:
       yield 'search and --fast exclude one another: a search ranks by closed forms and then compiles'
 
@@ -126,7 +126,7 @@ class PlanOptions:
 class ChaosOptions:
   """Flags of `llmjax chaos`."""
 
-  workdir: str = setting('runs/chaos', 'a new folder for the two runs and chaos.json', kind='path')
+  workdir: str = setting('runs/chaos', 'a new folder for the two runs and chaos.json', kind='folder')
   kills: int = setting(20, 'how often to disturb the run', minimum=1, maximum=10_000)
   processes: int = setting(1, 'processes of the run', minimum=1, maximum=64)
   devices_per_process: int = setting(0, "emulated CPU devices of each; 0: the machine's own devices, or 1 each where "

@@ -51,7 +51,7 @@ class _FeedbackOptions(SamplingSpec):
   principles: str = setting('', 'file of principles (TOML), such as configs/feedback/principles.toml', kind='path')
   prompts: str = setting('', 'JSONL of prompts: objects with prompt, question or messages', kind='path')
   output: str = setting('', 'JSONL to write, a line for each prompt; what is there already is kept and gone on from',
-                        kind='path')
+                        kind='file')
   max_new_tokens: int = setting(256, 'tokens of a sampled text at most', minimum=1)
   batch_size: int = setting(16, 'prompts at a time', minimum=1)
   limit: int = setting(0, 'prompts to read; 0: all', minimum=0)

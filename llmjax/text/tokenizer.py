@@ -14,6 +14,8 @@ import pathlib
 
 import numpy as np
 
+from llmjax.config import ConfigError
+
 PAD_ID, EOS_ID, UNK_ID, BOS_ID = 0, 1, 2, 3
 CHAT_MARKERS = ('<|system|>', '<|user|>', '<|assistant|>', '<|tool|>', '<|end|>')
 # SentencePiece writes spaces as U+2581 inside, and would give a U+2581 of the text back as a space.
@@ -53,6 +55,10 @@ def _pieces(line):
     yield line[start:start + _MAX_LINE_BYTES]
 
 
+class TokenizerError(ConfigError, ValueError):
+  """A file that is no tokenizer of ours."""
+
+
 class Tokenizer:
   """Text to ids and back.  The model file is read at first use, so instances pickle small."""
 
@@ -78,12 +84,12 @@ class Tokenizer:
     try:
       processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
     except RuntimeError as e:
-      raise ValueError(f'{self.path} is not a SentencePiece model') from e
+      raise TokenizerError([f'{self.path} is not a SentencePiece model']) from e
     expected = {'pad': PAD_ID, 'eos': EOS_ID, 'unk': UNK_ID, 'bos': BOS_ID}
     found = {name: getattr(processor, f'{name}_id')() for name in expected}
     if found != expected:
-      raise ValueError(f'{self.path} has the special ids {found}, not {expected}: it was not made '
-                       'by `llmjax prepare`')
+      raise TokenizerError([f'{self.path} has the special ids {found}, not {expected}: it was not made '
+                            'by `llmjax prepare`'])
     return processor
 
   @functools.cached_property
