@@ -16,7 +16,7 @@ from llmjax import secrets
 from llmjax.evaluate import metrics, page
 from llmjax.evaluate.runs import Run, count, duration, number, parameters, read_run, steps_done
 from llmjax.generate.spec import ANSWERS
-from llmjax.rl.rewards import final_number
+from llmjax.rl import maths
 
 PROMPTS, CHARACTERS = 24, 900  # Of answers side by side, so that the page stays small.
 COLORS = 8
@@ -337,11 +337,11 @@ def _answers(stages):
 
 
 def _is_right(text, right):
-  """Says whether an answer is the right one: the same final number, or the same text."""
+  """Says whether an answer is the right one: the same final answer, or the same text."""
   if right is None:
     return False
   if '####' in right:
-    return final_number(right) is not None and final_number(text) == final_number(right)
+    return maths.equal(text, right)
   return ' '.join(text.split()).casefold() == ' '.join(right.split()).casefold()
 
 

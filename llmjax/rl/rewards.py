@@ -5,12 +5,12 @@ A reward sees text and never runs it.
 
 import dataclasses
 import doctest
-import fractions
 import re
 
-# Numbers as people write them: -1,234.5, .5, 3/4, 1e3.
-_NUMBER = re.compile(r'-?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][+-]?\d{1,3})?(?:\s*/\s*\d+)?')
-_BOXED = re.compile(r'\\boxed\{([^{}]*)\}')
+from llmjax.rl import maths
+from llmjax.rl.maths import final_number
+
+__all__ = ['TABLE', 'Answer', 'final_number', 'judge', 'total']
 _OUTPUT = doctest.OutputChecker()
 
 
@@ -29,28 +29,9 @@ class Answer:
   ids: tuple = ()
 
 
-def final_number(text):
-  """Returns the number that a solution ends with, as a Fraction, or None.
-
-  What stands after the last `####`, in the last `\\boxed{}`, or else the last number of the text: the conventions of
-  GSM8K (arXiv:2110.14168) and MATH (arXiv:2103.03874).
-  """
-  boxed = _BOXED.findall(text)
-  if '####' in text:
-    text = text.rpartition('####')[2]
-    found = _NUMBER.findall(text)[:1]
-  else:
-    found = _NUMBER.findall(boxed[-1] if boxed else text)[-1:]
-  try:
-    return fractions.Fraction(re.sub(r'[,\s]', '', found[0])) if found else None
-  except (ValueError, ZeroDivisionError):
-    return None
-
-
 def _maths(answer, spec):
-  """1 where the final numbers are equal in value."""
-  right = final_number(answer.reference)
-  return float(right is not None and final_number(answer.text) == right)
+  """1 where the final answers are equal in value."""
+  return float(maths.equal(answer.text, answer.reference))
 
 
 def _exact(answer, spec):
