@@ -2,6 +2,7 @@
 
 import pytest
 
+from llmjax import config
 from llmjax.rl import rewards
 from llmjax.rl.spec import RlSpec
 
@@ -50,8 +51,10 @@ def test_weighted_sum():
 
 
 def test_problems():
-  spec = RlSpec(rewards={'math': 1.0, 'regex': 1.0}, format='(', kl_target=1.0, overlong_tokens=100)
+  spec = RlSpec(rewards={'regex': 1.0}, format='(', kl_target=1.0, overlong_tokens=100)
   found = ' '.join(spec.problems())
-  for part in ("'math' is not one", 'pattern is missing', 'format has no part', 'no regular expression',
+  with pytest.raises(config.ConfigError, match="has 'math', which is not one of maths"):
+    config.build(RlSpec, {'rewards': {'math': 1.0}})
+  for part in ('pattern is missing', 'format has no part', 'no regular expression',
                'kl_coef to begin', 'write 16 for a quarter'):
     assert part in found
