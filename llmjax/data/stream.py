@@ -57,6 +57,22 @@ def fingerprint(spec: DataSpec, split: str = 'train') -> str:
   return digest.hexdigest()
 
 
+def describe_evaluation(spec: DataSpec, split: str, limit: int = 0, *more) -> dict:
+  """Returns what an evaluation is of, as its record holds it: split, limit, and fingerprints of data and tokenizer.
+
+  Two evaluations of as many sequences are of the same ones where both fingerprints and the limit are equal: names of
+  folders, weights and batches do not count.  more: whatever else decides the numbers, such as a reward.
+  """
+  digest = hashlib.sha256(repr((split, spec.seq_len, spec.packing, *more)).encode())
+  manifests = [prepared.read_manifest(folder) for folder in spec.sources]
+  for found in sorted((m['splits'].get(split, {}) for m in manifests), key=lambda s: s.get('tokens_sha256', '')):
+    digest.update(repr([found.get(f'{part}_sha256', '') for part in ('tokens', 'weights', 'notes')]).encode())
+    if 'weights_sha256' in found:
+      digest.update(spec.long.encode())
+  return {'split': split, 'limit': limit, 'data_fingerprint': digest.hexdigest()[:16],
+          'tokenizer_sha256': prepared.file_sha256(load_tokenizer(spec).path)[:16]}
+
+
 def read_documents(folder, split):
   """Yields (name, text) of a prepared folder's documents, in the order of its token store."""
   from llmjax.data import builders

@@ -10,7 +10,7 @@ from llmjax.parallel import in_flight
 
 
 def make_eval_step(loss_fn, token_bytes, names=()):
-  """Returns step(params, batch, ...) -> float32 [3 + n]: summed nats, targets, and UTF-8 bytes the targets are.
+  """Returns step(params, batch, ...) -> float32 [4 + n]: summed nats, targets, their UTF-8 bytes, and sequences.
 
   loss_fn: as for training, called without a key, so without dropout.  token_bytes: int [V], the bytes
   that each token id stands for.  names: of n sums in the loss's aux that come behind.  What else the step gets goes
@@ -22,22 +22,25 @@ def make_eval_step(loss_fn, token_bytes, names=()):
     loss, (weight, aux) = loss_fn(params, batch, None, *more)
     # Ids above the tokenizer's are padding of the vocabulary and never targets.
     size = jnp.take(token_bytes, batch['targets'], mode='clip')
-    return jnp.stack([loss, weight, jnp.sum(size * (batch['loss_mask'] > 0)), *(aux[name] for name in names)])
+    sequences = jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # The others pad the batch.
+    return jnp.stack([loss, weight, jnp.sum(size * (batch['loss_mask'] > 0)), sequences.astype(jnp.float32),
+                      *(aux[name] for name in names)])
 
   return jax.jit(eval_step)
 
 
 def evaluate(eval_step, params, batches, names=()):
-  """Returns {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes'} over all batches, and the means of `names`.
+  """Returns {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'sequences'} and the means of `names`.
 
   Sums are added in float64 and divided once, so padding and batch size do not matter.  loss is nats a
   target; bits_per_byte counts the end-of-document targets' bits too, as a compressor must.
   """
-  sums = np.zeros(3 + len(names))
+  sums = np.zeros(4 + len(names))
   for part in in_flight.results(eval_step(params, batch) for batch in batches):
     sums += np.asarray(part, np.float64)
-  nats, tokens, size, *more = (float(s) for s in sums)
+  nats, tokens, size, sequences, *more = (float(s) for s in sums)
   loss = nats / max(tokens, 1.0)
   return {'loss': loss, 'perplexity': math.exp(min(loss, 700.0)),
           'bits_per_byte': nats / math.log(2) / max(size, 1.0), 'tokens': int(tokens),
-          'bytes': int(size), **{name: s / max(tokens, 1.0) for name, s in zip(names, more, strict=True)}}
+          'bytes': int(size), 'sequences': int(sequences),
+          **{name: s / max(tokens, 1.0) for name, s in zip(names, more, strict=True)}}

@@ -11,15 +11,26 @@ import statistics
 
 from llmjax import secrets
 from llmjax.evaluate import metrics, page, rollouts
-from llmjax.evaluate.runs import count, duration, held_out, number, parameters, read_run, steps_done
+from llmjax.evaluate.runs import count, duration, held_out, is_of_pairs, number, parameters, read_run, steps_done
 
 SAMPLE_STEPS, SAMPLE_CHARACTERS = 24, 3000  # So that long runs stay below a megabyte.
 EVENTS = 100  # Of the newest, so that a run in trouble does not fill the page.
 EVENT_NAMES = {'start': 'start', 'bad_step': 'bad step', 'rollback': 'rollback', 'corruption': 'corruption',
                'straggler': 'slow process', 'early_stop': 'no more progress', 'stopped': 'stopped',
                'interrupted': 'interrupted', 'done': 'done'}
-# Of an evaluation's answers to prompts: measure, and how it is written.
-ANSWERS = (('step', '{:,}'), ('answers', '{:,}'), ('reward', '{:.3f}'), ('ended', '{:.1%}'), ('tokens', '{:.1f}'))
+# Tables of evaluations: title, the measure that tells them (None: no other one does), columns (measure, head, format).
+EVALUATIONS = (
+    ('held-out text', None, (
+        ('step', 'step', '{:,}'), ('loss', 'loss, nats a token', '{:.4f}'), ('perplexity', 'perplexity', '{:.3f}'),
+        ('bits_per_byte', 'bits/byte', '{:.4f}'), ('xz_bits_per_byte', 'xz -9', '{:.4f}'),
+        ('gzip_bits_per_byte', 'gzip -9', '{:.4f}'), ('sequences', 'sequences', '{:,}'), ('tokens', 'tokens', '{:,}'),
+        ('bytes', 'bytes', '{:,}'))),
+    ('answers to prompts', 'reward', (
+        ('step', 'step', '{:,}'), ('answers', 'prompts', '{:,}'), ('reward', 'mean reward', '{:.3f}'),
+        ('ended', 'ended', '{:.1%}'), ('tokens', 'tokens each', '{:.1f}'))),
+    ('held-out pairs or steps', 'accuracy', (
+        ('step', 'step', '{:,}'), ('pairs', 'pairs', '{:,}'), ('steps', 'steps', '{:,}'),
+        ('accuracy', 'ranked right', '{:.1%}'), ('margin', 'margin', '{:.3f}'), ('loss', 'loss', '{:.4f}'))))
 COMPRESSORS = (('xz_bits_per_byte', 'xz -9'), ('gzip_bits_per_byte', 'gzip -9'))
 
 
@@ -93,12 +104,14 @@ HEADLINES = (('reward', 'Reward of held-out answers', '{:.3f}'),
 
 
 def _headline(run):
-  split, values = held_out(run)
-  own = number(values, 'bits_per_byte')
-  other = next(((form.format(value), title, name) for key, title, form in HEADLINES for name in run.eval_names()
-                for _, value in [run.last(f'eval/{name}/{key}')] if value is not None), None)
+  found = held_out(run)
+  own, values = (found.measure('bits_per_byte'), found.values) if found else (None, {})
+  other = next(((form.format(e.measure(key)), title, e) for key, title, form in HEADLINES for name in run.eval_names()
+                for e in run.evaluations(name, key)[:1]), None)
   if other:
-    card = (f'<div class="card alone"><h3>{other[1]}</h3><div class="big">{other[0]}<i>{_e(other[2])}</i></div></div>')
+    figure, title, found = other
+    card = (f'<div class="card alone"><h3>{title}</h3><div class="big">{figure}<i>{_e(found.name)}</i></div>'
+            f'<p class="soft small">{_e(found.of())}.</p></div>')
   elif own is None:
     card = ('<div class="card alone"><h3>Held-out bits per byte</h3><p class="soft">Not measured '
             'yet: <code>llmjax evaluate</code> does, beside gzip and xz.</p></div>')
@@ -117,8 +130,8 @@ def _headline(run):
         for label, v, kind in bars if not kind) or (
             'Less is better. <code>llmjax evaluate</code> sets gzip and xz beside it.')
     card = (f'<div class="card{"" if rows else " alone"}"><h3>Held-out bits per byte</h3>'
-            f'<div class="big">{own:.3f}<i>{_e(split)}</i></div>'
-            f'<p class="soft small">{compared}</p>'
+            f'<div class="big">{own:.3f}<i>{_e(found.name)}</i></div>'
+            f'<p class="soft small">{_e(found.of())}. {compared}</p>'
             f'{rows and f"<div class=bars>{rows}</div>"}</div>')
   tiles = ''.join(
       f'<div class="card tile"><span>{_e(label)}</span><b>{_valued(value)}</b>'
@@ -142,18 +155,25 @@ def _tiles(run):
   tokens = None
   rows, length = run.number('train', 'batch_size'), run.number('data', 'seq_len')
   if done is not None and rows and length:
+    rows *= 2 if is_of_pairs(run) else 1
     tokens = done * rows * length
-  yield 'Tokens seen', count(tokens), f'{count(rows * length)} a step' if tokens else ''
+  padded = run.get('data', 'packing') in ('best_fit', 'pad') or 'rl' in run.config or is_of_pairs(run)
+  yield ('Tokens seen', count(tokens),
+         f'{count(rows * length)} a step{", padding included" * padded}' if tokens else '')
   speed = _median(run, 'train/tokens_per_second')
   yield 'Tokens a second', count(speed), 'median of the log' if speed else ''
-  mfu = _median(run, 'train/mfu')
+  # A peak that was exceeded was measured on a busy machine: no part of it means anything.
+  exceeded = any(value > 1 for value in run.curve('train/mfu')[1])
+  mfu = None if exceeded else _median(run, 'train/mfu')
   yield ('Model FLOPs used', '–' if mfu is None else f'{100 * mfu:.3g} %',
-         '' if mfu is None else 'of the peak (MFU)')
+         'the measured peak was too low' if exceeded else '' if mfu is None else 'of the peak (MFU)')
   seconds = sum(v for v in map(lambda k: number(run.time, k), run.time) if v)
   yield 'Wall time', duration(seconds or None), 'all of it, start to end' if seconds else ''
   step, loss = run.last('train/loss')
+  before = [s for s in run.curve('train/loss')[0] if step is not None and s < step]
+  steps = step and step - (before[-1] if before else 0)
   yield ('Training loss', '–' if loss is None else f'{loss:.3f}',
-         '' if step is None else f'step {step:,}')
+         '' if step is None else f'step {step:,}' + f', mean of {steps:,} steps' * (steps > 1))
 
 
 def _layers_note(run):
@@ -185,9 +205,9 @@ def _curves(run, charts):
       for i, name in enumerate(names[:6])],
       height=340, switches=['ylog', 'xlog'],
       bad=[s for s, v in zip(steps, losses, strict=True) if not math.isfinite(v)][:200])
-  _, best = held_out(run)
-  rules = [metrics.series(label, 'rule', 5 + i, [0], [number(best, key)])
-           for i, (key, label) in enumerate(COMPRESSORS) if number(best, key) is not None]
+  best = held_out(run)
+  rules = [metrics.series(f'{label}, all of {best.name}', 'rule', 5 + i, [0], [best.measure(key)])
+           for i, (key, label) in enumerate(COMPRESSORS) if best and best.measure(key) is not None]
   add('bits', 'Held-out bits per byte', [
       metrics.series(name, 'dots', 1 + i, *run.curve(f'eval/{name}/bits_per_byte'))
       for i, name in enumerate(names[:4])] + rules)
@@ -381,40 +401,26 @@ def _clipped(text):
 
 
 def _evaluation(run):
-  columns = (('step', '{:,}'), ('loss', '{:.4f}'), ('perplexity', '{:.3f}'),
-             ('bits_per_byte', '{:.4f}'), ('xz_bits_per_byte', '{:.4f}'),
-             ('gzip_bits_per_byte', '{:.4f}'), ('tokens', '{:,}'), ('bytes', '{:,}'))
-  table = {split: values for split, values in run.evaluation.items() if isinstance(values, dict)}
-  answers = [split for split, values in table.items() if number(values, 'reward') is not None]
-  asked = [[split, *('–' if number(table[split], key) is None else form.format(number(table[split], key))
-                     for key, form in ANSWERS)] for split in answers]
-  table, note = {split: values for split, values in table.items() if split not in answers}, ''
-  if not table:
-    for name in run.eval_names():
-      step, loss = run.last(f'eval/{name}/loss')
-      table[name] = {'step': step, 'loss': loss}
-      for key in ('perplexity', 'bits_per_byte', 'tokens', 'bytes'):
-        value = run.last(f'eval/{name}/{key}')[1]
-        is_count = key in ('tokens', 'bytes') and value is not None
-        table[name][key] = int(value) if is_count else value
-    note = '<p class="soft small note">The last evaluation made while training.</p>'
-  if not table and not asked:
-    return ''
-  rows, best = [], []
-  for r, (split, values) in enumerate(table.items()):
-    rows.append([split, *(
-        '–' if number(values, key) is None else form.format(number(values, key))
-        for key, form in columns)])
-    in_bits = {c: number(values, key) for c, (key, _) in enumerate(columns, 1)
-               if key.endswith('bits_per_byte') and number(values, key) is not None}
-    if in_bits:
-      best.append((r, min(in_bits, key=in_bits.get)))
-  header = ['split', 'step', 'loss, nats', 'perplexity', 'bits/byte', 'xz -9', 'gzip -9', 'tokens',
-            'bytes']
-  shown = [page.table(header, rows, best)] if rows else []
-  if asked:
-    shown.append(page.table(['answers to prompts', 'step', 'prompts', 'mean reward', 'ended', 'tokens'], asked))
-  return page.section('Evaluation', ''.join(f'<div class="card">{table}</div>' for table in shown) + note)
+  """Returns the tables of the evaluations: those of evaluation.json, and the last ones of training that it lacks."""
+  records = {name: values for name, values in run.evaluation.items() if isinstance(values, dict)}
+  for name in run.eval_names():
+    for key in ('reward', 'accuracy', 'loss'):
+      for found in run.evaluations(name, key)[:0 if name in records else 1]:
+        records.setdefault(f'{name}, in training', found.values)
+  tables = []
+  for title, of, columns in EVALUATIONS:
+    shown = {name: values for name, values in records.items()
+             if (of in values if of else not {'reward', 'accuracy'} & set(values))}
+    rows = [[name, *('–' if (v := number(values, key)) is None else form.format(v) for key, _, form in columns)]
+            for name, values in shown.items()]
+    bits = [c for c, (key, *_) in enumerate(columns) if key.endswith('bits_per_byte')]
+    best = []
+    for r, values in enumerate(shown.values()):
+      found = {c + 1: v for c in bits if (v := number(values, columns[c][0])) is not None}
+      best += [(r, min(found, key=found.get))] if len(found) > 1 else []  # One alone is the best of nothing.
+    if rows:
+      tables.append(f'<div class="card">{page.table([title, *(head for _, head, _ in columns)], rows, best)}</div>')
+  return page.section('Evaluation', ''.join(tables))
 
 
 def _data(run):

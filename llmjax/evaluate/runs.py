@@ -62,10 +62,77 @@ class Run:
     return next(((s, v) for s, v in zip(reversed(steps), reversed(values), strict=True)
                  if math.isfinite(v)), (None, None))
 
+  @property
+  def last_step(self):
+    """The newest checkpoint's step, or the last one logged where there is no checkpoint; None without either."""
+    saved = [int(path.name) for path in self.folder.glob('checkpoints/[0-9]*') if path.name.isdigit()]
+    return max(saved, default=steps_done(self))
+
+  def evaluations(self, name, key):
+    """Returns the Evaluations of a name that measured `key`: of evaluation.json, and the last one made in training."""
+    prefix, found = f'eval/{name}/', [self.evaluation.get(name)]
+    row = next((row for row in reversed(self.rows) if number(row, prefix + key) is not None), {})
+    measured = {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+    found.append({**measured, 'step': row.get('step')})
+    return [Evaluation(name, values, self.last_step) for values in found if number(values, key) is not None]
+
   def eval_names(self):
     """Returns the names of the evaluations in the metrics, in the order they first appear."""
     return list(dict.fromkeys(key.split('/')[1] for row in self.rows for key in row
                               if key.startswith('eval/') and key.count('/') == 2))
+
+
+# What evaluations count: field of the record, and what it is called.
+COUNTED = (('sequences', 'sequences'), ('pairs', 'pairs'), ('steps', 'solution steps'), ('answers', 'prompts'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """The record of an evaluation: its name, its measures and what they are of.  last_step: see `Run.last_step`."""
+
+  name: str
+  values: dict
+  last_step: int | None
+
+  def measure(self, key):
+    return number(self.values, key)
+
+  @property
+  def step(self):
+    return number(self.values, 'step')
+
+  @property
+  def count(self):
+    """How many sequences, pairs or prompts it is of, or None in records that lack it."""
+    return next((n for key, _ in COUNTED if (n := number(self.values, key)) is not None), None)
+
+  @property
+  def is_sample(self):
+    """Whether evaluate.limit left sequences of the split out, or may have."""
+    limit = number(self.values, 'limit')
+    return limit is None or 0 < limit <= (self.count or 0)
+
+  @property
+  def identity(self):
+    """What must be the same for two evaluations to be compared, or None where the record lacks it.
+
+    Split, data, sequences and tokenizer; and the step, unless both are of the last checkpoints of their runs.
+    """
+    found = [self.values.get(key) for key in ('split', 'data_fingerprint', 'tokenizer_sha256')]
+    if None in (*found, self.count, self.step):
+      return None
+    last = self.last_step is None or self.step >= self.last_step
+    return (*found, self.count, self.is_sample and number(self.values, 'limit'), 'last' if last else self.step)
+
+  def of(self):
+    """Returns what its figures are of: 'step 40, all 355 sequences'."""
+    step = 'step not recorded' if self.step is None else f'step {self.step:,}'
+    if self.step is not None and self.last_step is not None and self.step < self.last_step:
+      step += f' of {self.last_step:,}'
+    if self.count is None:
+      return f'{step}, number of sequences not recorded'
+    unit = next(unit for key, unit in COUNTED if number(self.values, key) is not None)
+    return f'{step}, {"a sample of" if self.is_sample else "all"} {self.count:,} {unit}'
 
 
 def read_run(workdir):
@@ -138,20 +205,20 @@ def number(mapping, key):
   return value if is_number and math.isfinite(value) else None
 
 
+def is_of_pairs(run):
+  """Says whether a sample of the run's batches is a pair: two sequences."""
+  return any(isinstance(source, dict) and source.get('records') == 'pairs' for source in run.data.values())
+
+
 def steps_done(run):
   return max((row['step'] for row in run.rows), default=None)
 
 
-def held_out(run):
-  """Returns (split, {metrics}) of the run's headline evaluation, or (None, {})."""
-  for split in ('test', 'validation', *run.evaluation):
-    if number(run.evaluation.get(split), 'bits_per_byte') is not None:
-      return split, run.evaluation[split]
-  for name in run.eval_names():  # Without evaluation.json, the last one made while training.
-    step, value = run.last(f'eval/{name}/bits_per_byte')
-    if value is not None:
-      return name, {'bits_per_byte': value, 'step': step}
-  return None, {}
+def held_out(run, key='bits_per_byte'):
+  """Returns the Evaluation whose figure stands for the run, or None: of evaluation.json before those of training."""
+  names = [n for n in ('test', 'validation', *run.evaluation) if number(run.evaluation.get(n), key) is not None]
+  found = (run.evaluations(name, key) for name in (*names, *run.eval_names()))
+  return next((evaluations[0] for evaluations in found if evaluations), None)
 
 
 def parameters(run):

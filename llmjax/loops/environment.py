@@ -27,13 +27,14 @@ def describe_environment(mesh, workdir):
 
 
 def describe_data(spec):
-  """Returns {source: counts of its documents, tokens, bytes and quarantined records}."""
+  """Returns {source: what its records are, counts of documents, tokens, bytes and quarantined records}."""
   described = {}
   for folder in spec.sources:
     manifest = prepared.read_manifest(folder)
     totals = {name: sum(split[name] for split in manifest['splits'].values())
               for name in ('documents', 'tokens', 'bytes')}
-    described[folder] = {**totals, 'quarantined': manifest['quarantine']['reasons']}
+    described[folder] = {'records': prepared.kind(manifest), **totals,
+                         'quarantined': manifest['quarantine']['reasons']}
   return secrets.hide_within(described)
 
 

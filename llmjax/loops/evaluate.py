@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from llmjax import config
+from llmjax import config, secrets
 from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.data import prepared, stream
 from llmjax.evaluate.compressors import compressor_bits_per_byte
@@ -42,7 +42,7 @@ def _evaluate(options):
         shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
     for source, spec in specs.items():
       for name, measured in _measure(spec, mesh, params):
-        results[f'{name}:{source}' if source else name] = {**measured, 'step': step}
+        results[f'{name}:{source}' if source else name] = {**measured, 'step': step, 'seq_len': spec.data.seq_len}
   if not distributed.is_first():
     return 0
   file = workdir / 'evaluation.json'
@@ -95,11 +95,17 @@ def _measure(spec, mesh, params):
     with stream.chat_format(spec.data) as chat:
       stop_ids = chat.stop_ids
     for split in spec.evaluate.splits:
-      yield split, rl.evaluate(spec, mesh, tokenizer, stop_ids, None, split, params)
+      yield split, {**rl.evaluate(spec, mesh, tokenizer, stop_ids, None, split, params),
+                    'sources': secrets.hide_within(list(spec.data.sources))}
     return
   evaluations = spec.evaluations()
   for name, evaluate in make_evaluators(spec, mesh).items():
-    yield name, {**evaluate(params), **_baselines(*evaluations[name])}
+    split, sources = evaluations[name]
+    measured = evaluate(params)
+    # A compressor gets the whole split, so it stands beside a model that was given the whole split alone.
+    whole = not spec.evaluate.limit or measured['sequences'] < spec.evaluate.limit
+    yield name, {**measured, **(_baselines(split, sources) if whole else {}),
+                 'sources': secrets.hide_within(list(sources))}
 
 
 def _baselines(split, sources):
@@ -118,10 +124,10 @@ def _table(results):
   """Returns the results as aligned text; likelihoods and answers have columns of their own."""
   tables = []
   for head, key, cells in (
-      (('split', 'step', 'tokens', 'bytes', 'perplexity', 'bits/byte', 'gzip -9', 'xz -9'), 'loss', lambda r: (
-          f'{r["tokens"]:,}', f'{r["bytes"]:,}', f'{r["perplexity"]:.2f}', f'{r["bits_per_byte"]:.3f}',
+      (('split', 'step', 'sequences', 'tokens', 'perplexity', 'bits/byte', 'gzip -9', 'xz -9'), 'loss', lambda r: (
+          f'{r["sequences"]:,}', f'{r["tokens"]:,}', f'{r["perplexity"]:.2f}', f'{r["bits_per_byte"]:.3f}',
           *(f'{r[k]:.3f}' if k in r else '-' for k in ('gzip_bits_per_byte', 'xz_bits_per_byte')))),
-      (('split', 'step', 'answers', 'reward', 'ended', 'tokens'), 'reward', lambda r: (
+      (('split', 'step', 'answers', 'reward', 'ended', 'tokens each'), 'reward', lambda r: (
           f'{r["answers"]:,}', f'{r["reward"]:.3f}', f'{r["ended"]:.1%}', f'{r["tokens"]:.1f}'))):
     rows = [(split, str(r['step']), *cells(r)) for split, r in results.items() if key in r]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]

@@ -33,9 +33,12 @@ def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
   eval_step = jax.jit(lambda params, batch, *frozen: loss_fn(params, batch, None, *frozen))
 
   def evaluator(split):
+    described = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
+
     def evaluate(params, *frozen):
       found = read_split(spec, mesh, split, (columns or {}).get(split), spec.evaluate.limit)
-      return pairs.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params, found)
+      values = pairs.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params, found)
+      return {**values, **described}
 
     return evaluate
 

@@ -38,7 +38,7 @@ def make_job(spec, mesh, batches, workdir):
 
 
 def make_evaluators(spec, mesh, loss_fn=None, names=(), columns=lambda data, split: None):
-  """Returns {name of an evaluation: function of the parameters to perplexity and bits per byte}.
+  """Returns {name of an evaluation: function of the parameters to perplexity, bits per byte, and what they are of}.
 
   loss_fn: whose sum is the targets' negative log-likelihood; what else an evaluation gets it gets, too.  names: of
   sums in its aux whose means are reported.  columns: function of the DataSpec and split to fields of their batches.
@@ -51,12 +51,14 @@ def make_evaluators(spec, mesh, loss_fn=None, names=(), columns=lambda data, spl
   def evaluator(split, sources):
     data = dataclasses.replace(spec.data, sources=sources)
     found = columns(data, split)
+    described = stream.describe_evaluation(data, split, spec.evaluate.limit)
 
     def evaluate(params, *frozen):
       batches = stream.eval_batches(data, split, batch_size, spec.evaluate.limit, blocks=batch_blocks(mesh),
                                     block_count=batch_shards(mesh), columns=found)
-      return perplexity.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params,
-                                 (place_batch(mesh, b) for b in batches), names)
+      values = perplexity.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params,
+                                   (place_batch(mesh, b) for b in batches), names)
+      return {**values, **described}
 
     return evaluate
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmjax.data import stream
@@ -46,14 +47,17 @@ def make_job(spec, mesh, batches, workdir):
 def make_evaluator(spec, mesh, judge, split, workdir):
   """Returns the function of the parameters to a split's metrics, which writes what the report plots as well."""
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  step = jax.jit(lambda params, batch: judge(params, batch, None), out_shardings=whole)
+  count = lambda batch: jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # Sequences that do not pad the batch.
+  step = jax.jit(lambda params, batch: (*judge(params, batch, None), count(batch)), out_shardings=whole)
   unit = 'steps' if spec.judges_steps else 'pairs'
+  described = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
 
   def evaluate(params):
-    parts = []
+    parts, counts = [], []
 
     def judged(params, batch):
-      sums, each = step(params, batch)
+      sums, each, sequences = step(params, batch)
+      counts.append(int(sequences))
       parts.append({name: np.asarray(a).ravel() for name, a in each.items()})
       return sums
 
@@ -66,12 +70,12 @@ def make_evaluator(spec, mesh, judge, split, workdir):
     values |= {'calibration_error': found['error'], 'mean_score': float(each['score'].mean())}
     if spec.judges_steps:
       found |= held_out.describe_steps(each['margin'], each['good'], each['place'])
-      values['base_accuracy'] = found['base']
+      values |= {'base_accuracy': found['base'], 'sequences': sum(counts)}
     if distributed.is_first():
       file = workdir / MARGINS
       before = json.loads(file.read_text()) if file.exists() else {}
       file.write_text(json.dumps({**before, split: found}, indent=1) + '\n')
-    return values
+    return {**values, **described}
 
   return evaluate
 

@@ -73,7 +73,14 @@ def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params):
   parts, raw, _ = rollout.judge(spec.rl, answers, score)
   return {'reward': float(raw.mean()), **{f'reward/{name}': float(np.mean(v)) for name, v in parts.items()},
           'ended': float(np.mean([a.ended for a in answers])), 'answers': len(answers),
-          'tokens': float(made.lengths.mean())}
+          'tokens': float(made.lengths.mean()),
+          **stream.describe_evaluation(prompt_data(spec), split, spec.evaluate.limit, *_reward_settings(spec.rl))}
+
+
+def _reward_settings(rl):
+  """Returns what decides the reward of a greedy completion."""
+  return (sorted(rl.rewards.items()), rl.max_new_tokens, rl.pattern, rl.format, rl.length, rl.reward_model,
+          rl.step_score, rl.missing_eos_penalty)
 
 
 def reward_model(spec, mesh, tokenizer):

@@ -145,15 +145,19 @@ class Writer:
       self._thread.start()
 
   def write(self, step, values):
-    """Writes {key: int, float or None} at a step.  Arrays are read, which waits for them."""
+    """Writes {key: int, float or None} at a step.  Arrays are read, which waits for them.
+
+    Texts, which say what the numbers are of, go to `metrics.jsonl` alone.
+    """
     if self._metrics is None:
       return
     now = time.time()
+    texts = {key: v for key, v in values.items() if isinstance(v, str)}
     values = {key: v if v is None or isinstance(v, (int, float)) else float(v)
-              for key, v in values.items()}
+              for key, v in values.items() if key not in texts}
     row = {'step': int(step), 'time': round(now, 3)}
     row.update((key, encode_number(v)) for key, v in values.items())
-    self._metrics.append(row)
+    self._metrics.append(row | texts)
     scalars = {key: float(v) for key, v in values.items() if v is not None}
     self._queue.put(('scalars', int(step), now, scalars))
 

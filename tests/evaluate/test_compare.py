@@ -26,6 +26,12 @@ def rows(**metrics):
           for s in range(count)]
 
 
+def of(data, step=3, limit=0, sequences=100, **measures):
+  """Returns the record of an evaluation on all of some data at the last step."""
+  return {**measures, **({} if 'answers' in measures else {'sequences': sequences}), 'step': step, 'limit': limit,
+          'split': 'validation', 'data_fingerprint': data, 'tokenizer_sha256': 'one'}
+
+
 def answers(*texts, chat=True):
   asked = [('2 and 3?', '2 + 3 = 5\n#### 5'), ('What does f do?', 'Return it.')]
   return [{'prompt': p, 'right': r, 'text': t, 'stopped': 'end', 'temperature': 0.0, 'chat': chat}
@@ -49,13 +55,14 @@ def life(tmp_path):
     if said:
       write(life / name, 'answers.jsonl', said)
 
-  text = lambda bits: {'loss': 3.0, 'bits_per_byte': bits, 'xz_bits_per_byte': 1.9}
-  right = lambda reward: {'reward': reward, 'ended': 0.5, 'answers': 8, 'tokens': 9.0}
+  text = lambda bits: of('docs', loss=3.0, bits_per_byte=bits, xz_bits_per_byte=1.9)
+  chats = lambda loss, bits: of('chats', loss=loss, bits_per_byte=bits)
+  right = lambda reward: {**of('sums', reward=reward, ended=0.5, answers=80, tokens=9.0), 'reward/maths': reward}
   run('base', {}, rows(train__loss=[5.0, 4.0, 3.5], train__target_tokens=[1000, 1000, 1000]),
-      {'validation:docs': text(2.0), 'validation:chats': {'loss': 4.5, 'bits_per_byte': 3.0},
+      {'validation:docs': text(2.0), 'validation:chats': chats(4.5, 3.0),
        'validation:sums': right(0.0)}, answers('of 2 and 3', EVIL, chat=False))
   run('sft', {'preference': {}}, rows(train__loss=[4.0, 2.0, 1.5], train__target_tokens=[500, 500, 500]),
-      {'validation:docs': text(2.25), 'validation:chats': {'loss': 1.25, 'bits_per_byte': 1.0},
+      {'validation:docs': text(2.25), 'validation:chats': chats(1.25, 1.0),
        'validation:sums': right(0.25)}, answers('2 + 3 = 6\n#### 6', 'return  it.'), str(life / 'base'))
   run('judge', {'preference': {}, 'reward': {}}, rows(train__loss=[0.7, 0.6, 0.5], eval__validation__accuracy=[
       0.5, 0.6, 0.875]), source=str(life / 'sft' / 'checkpoints' / '3'))
@@ -106,20 +113,101 @@ def test_each_stage_has_its_measures_and_what_it_changed(life):
   assert page.rows['Began from'] == ['–', 'base', 'sft', 'sft']
   assert page.rows['Steps'] == ['3', '3', '3', '3']
   assert page.rows['Wall time'] == ['1 min 2 s'] * 4
-  assert page.rows['Rows trained on'] == ['24'] * 4
+  assert page.rows['Samples trained on'] == ['24'] * 4
   assert page.rows['Tokens trained on'] == ['3,000', '1,500', '–', '–']
   assert page.rows['docs'] == ['2.000', '2.250|+0.250', '–', '2.250|±0']
   assert page.rows['chats'] == ['4.500', '1.250|−3.250', '–', '–']
   assert page.rows['Right answers, sums'] == ['0.0%', '25.0%|+25.0%', '–', '75.0%|+50.0%']
-  assert page.rows['Pairs ranked right'] == ['–', '–', '87.5%', '–']
-  assert page.rows['Reward of sampled answers, before'][3] == '0.250'
-  assert page.rows['Reward of sampled answers, after'][3] == '0.750'
+  assert page.rows['Pairs ranked right, docs'] == ['–', '–', '87.5%', '–']
+  assert page.rows['Reward of sampled completions, before'][3] == '0.250'
+  assert page.rows['Reward of sampled completions, after'][3] == '0.750'
   assert page.rows['KL from the run it began from'][3] == '1.50'
   # Less likelihood is worse, fewer nats and more right answers are better; what stayed is neither.
   assert [c for c in page.classes if c in ('up', 'down', 'same')][:5] == ['down', 'same', 'up', 'up', 'up']
-  for shown in ('4 runs · 4 min 8 s in all · cpu', 'rl, GRPO', 'reward model', '75.0%right answers, sums',
-                '2.000bits per byte, docs', '87.5%pairs ranked right'):
+  for shown in ('4 runs · 4 min 8 s in all · cpu', 'rl, GRPO', 'reward model',
+                '75.0%right answers, sumsstep 3, all 80 prompts',
+                '2.000bits per byte, docsstep 3, all 100 sequences',
+                'reward of greedy completions of held-out prompts, step 3, all 80 prompts',
+                '87.5%pairs ranked right, docsstep 3, number of sequences not recorded'):
     assert shown in page.text, shown
+
+
+@pytest.fixture
+def sweep(tmp_path):
+  """A function that writes two runs that began from nothing: {name: (evaluation.json, last one in training)}."""
+  def make(runs, rewards=None):
+    for i, (name, (evaluation, trained)) in enumerate(runs.items()):
+      folder = tmp_path / 'sweep' / name
+      write(folder, 'config.json', {
+          'model': MODEL, 'data': {'sources': {'data/docs': 1.0}, 'seq_len': 64},
+          'optimizer': {'lr': 0.1 * (i + 1)}, 'train': {'steps': 400, 'batch_size': 8}})
+      trained = {f'eval/validation/{k}': v for k, v in (trained or {}).items() if k != 'step'}
+      write(folder, 'metrics.jsonl', [{'step': 400, 'train/loss': 2.0}, {'step': 400, **trained}])
+      write(folder, 'evaluation.json', evaluation or {})
+      write(folder, 'data.json', {'data/docs': {'records': 'text'}})
+    return tmp_path / 'sweep'
+
+  return make
+
+
+def test_an_evaluation_of_all_sequences_is_not_compared_to_one_of_a_sample(sweep):
+  whole = of('docs', 400, sequences=355, loss=2.1, bits_per_byte=2.073)
+  sample = of('docs', 400, 64, 64, loss=2.0, bits_per_byte=2.054)
+  folder = sweep({'a': ({'validation': whole}, None), 'b': (None, sample)})
+  text, page, _ = read(folder, 'a', 'b')
+  assert page.rows['docs'] == ['2.073|step 400, all 355 sequences', '2.054|step 400, a sample of 64 sequences']
+  assert page.classes.count('up') == page.classes.count('down') == 1  # The legend's.
+  flags = '--sources=data/docs --splits=validation --seq-len=64'
+  commands = re.search('<pre>(llmjax evaluate.*?)</pre>', text, re.S)[1].splitlines()
+  assert commands == [f'llmjax evaluate --workdir={folder}/a {flags}', f'llmjax evaluate --workdir={folder}/b {flags}',
+                      f'llmjax report --workdir={folder}/a --compare={folder}/b']
+  # With what all runs measured on the same sequences, that is what is compared: here the sign is another one.
+  folder = sweep({'a': ({'validation': whole}, {**sample, 'bits_per_byte': 2.05}), 'b': (None, sample)})
+  _, page, _ = read(folder, 'a', 'b')
+  assert page.rows['docs'] == ['2.050', '2.054|+0.004'] and 'is not compared' not in page.text
+  assert 'docs is compared on a sample; these compare all of it' in page.text
+  assert page.classes.count('down') == 1  # Of a sample: told without a colour; the one is the legend's.
+  worse = {**whole, 'bits_per_byte': 2.086}
+  folder = sweep({'a': ({'validation': whole}, sample), 'b': ({'validation': worse}, sample)})
+  _, page, _ = read(folder, 'a', 'b')
+  assert page.rows['docs'] == ['2.073', '2.086|+0.013'] and page.classes.count('down') == 2
+
+
+@pytest.mark.parametrize('other', [
+    {'split': 'test'}, {'data_fingerprint': 'others'}, {'tokenizer_sha256': 'two'}, {'sequences': 354}, {'step': 200},
+    {'data_fingerprint': None}])
+def test_nothing_but_equal_evaluations_is_compared(sweep, other):
+  first = of('docs', 400, loss=2.0, bits_per_byte=2.0)
+  second = {k: v for k, v in {**first, 'bits_per_byte': 1.5, **other}.items() if v is not None}
+  folder = sweep({'a': ({'validation:docs': first}, None), 'b': ({'validation:docs': second}, None)})
+  _, page, _ = read(folder, 'a', 'b')
+  assert page.classes.count('up') == 1 and 'docs is not compared: ' in page.text
+  if 'step' in other:
+    assert 'b: step 200 of 400, all 100 sequences' in page.text
+
+
+def test_a_share_is_better_only_beyond_two_standard_errors(sweep):
+  right = lambda reward, n: {**of('sums', 400, answers=n, reward=reward), 'reward/maths': reward}
+  for n, classes in ((50, 1), (5000, 2)):  # sqrt(0.24 / n + 0.25 / n) is 0.099 and 0.0099.
+    folder = sweep({'a': ({'validation:sums': right(0.4, n)}, None), 'b': ({'validation:sums': right(0.5, n)}, None)})
+    _, page, _ = read(folder, 'a', 'b')
+    assert page.rows['Right answers, sums'] == ['40.0%', '50.0%|+10.0%'] and page.classes.count('up') == classes
+
+
+def test_a_reward_that_is_no_share_is_no_percentage(sweep):
+  score = lambda reward: {**of('sums', 400, answers=9, reward=reward), 'reward/model': reward}
+  folder = sweep({'a': ({'validation:sums': score(-1.5)}, None), 'b': ({'validation:sums': score(2.5)}, None)})
+  assert read(folder, 'a', 'b')[1].rows['Reward, sums'] == ['-1.500', '2.500|+4.000']
+
+
+def test_runs_side_by_side_are_no_stages(sweep, life):
+  folder = sweep({name: ({}, None) for name in 'abc'})
+  _, page, _ = read(folder, 'a', 'b', 'c')
+  assert 'The runs side by side' in page.text and 'each stage changed' not in page.text
+  assert 'Began from' not in page.rows and page.rows['optimizer.lr'] == ['0.1', '0.2', '0.30000000000000004']
+  assert 'the difference from a' in page.text
+  _, page, _ = read(life, 'base', 'sft')
+  assert 'What each stage changed' in page.text and 'train.init_from' not in page.rows
 
 
 def test_curves_of_one_metric_are_one_chart(life):

@@ -123,7 +123,7 @@ def test_curves_are_the_metrics(run_folder):
   assert logged['y'] == pytest.approx([7.0 - s / 10 for s in range(1, 41)])
   assert (evaluated['x'], evaluated['y']) == ([20, 40], pytest.approx([4.05, 4.025]))
   levels = {s['label']: s['y'] for s in charts['bits']['series'] if s['kind'] == 'rule'}
-  assert levels == {'xz -9': [1.972], 'gzip -9': [2.291]}
+  assert levels == {'xz -9, all of validation': [1.972], 'gzip -9, all of validation': [2.291]}
   assert charts['lr']['series'][0]['y'][:2] == pytest.approx([1e-3, 2e-3])
 
 
@@ -253,5 +253,5 @@ def test_before_llmjax_evaluate_the_last_evaluation_of_the_run_is_shown(run_fold
   (run_folder / 'evaluation.json').unlink()
   text = _Reader(report.write_report(run_folder).read_text()).text
   assert '2.025 validation' in text  # 2 + 1 / 40.
-  assert 'The last evaluation made while training' in text
+  assert 'validation, in training 40 4.0250 – 2.0250' in text
   assert 'evaluation.json' in text
