@@ -210,6 +210,7 @@ def _scan(spec, progress):
     scan.files.add(item.file)
     if len(scan.digests) % 64 == 0:
       progress('reading', len(scan.digests), None)
+  progress('reading', len(scan.digests), None)
   scan.units = splits.join_units(keys)
   return scan
 

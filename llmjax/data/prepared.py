@@ -15,6 +15,7 @@ import pathlib
 
 FORMAT = 1
 SPLITS = ('train', 'validation', 'test')
+TOKENIZER = 'tokenizer.model'  # In a prepared folder and in a run's.
 
 
 def manifest_path(folder):
@@ -22,7 +23,7 @@ def manifest_path(folder):
 
 
 def tokenizer_path(folder):
-  return pathlib.Path(folder) / 'tokenizer.model'
+  return pathlib.Path(folder) / TOKENIZER
 
 
 def tokens_path(folder, split):

@@ -3,14 +3,16 @@ import io
 import json
 import lzma
 import pathlib
+import shlex
 
 import pytest
 
-from llmjax import config
+from llmjax import config, main
 from llmjax.data import corpus, prepared, stream, token_store, tokens
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec, TokenizerSpec
 from llmjax.loops import prepare, progress
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / 'shared' / 'data'
 LINES = [f'The {word} of number {i} is written here, in one line of text.' for i in range(300)
          for word in ('value', 'name', 'place', 'colour')]
@@ -47,6 +49,57 @@ def test_text_dir_flag_prints_counts_and_the_next_command(texts, tmp_path, capsy
   assert prepare.run(spec, options) == 0
   assert 'is prepared already; --force prepares it again' in capsys.readouterr().out
   assert not output.with_name('out.unfinished').exists()
+
+
+RECORDS = {
+    'chat': {'messages': [{'role': 'user', 'content': 'a?'}, {'role': 'assistant', 'content': 'b'}]},
+    'pairs': {'prompt': 'a?', 'chosen': 'b', 'rejected': 'c'}, 'prompts': {'prompt': 'a?', 'answer': 'b'},
+    'steps': {'prompt': 'a?', 'steps': [{'text': 'b', 'label': 1}, {'text': 'c', 'label': 0}]}}
+
+
+@pytest.mark.parametrize('kind, commands', [
+    ('chat', ['finetune --config=configs/finetune/chat.py']),
+    ('pairs', ['finetune --config=configs/preference/dpo.py', 'reward --config=configs/reward/pairs.py']),
+    ('prompts', ['rl --config=configs/rl/grpo.py']), ('steps', ['reward --config=configs/reward/steps.py'])])
+def test_the_next_commands_fit_the_records_and_can_be_pasted(kind, commands, tmp_path, monkeypatch, texts):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+  records = [json.loads(json.dumps(RECORDS[kind]).replace('a?', f'{i} and {i}?')) for i in range(60)]
+  (tmp_path / 'records.jsonl').write_text('\n'.join(map(json.dumps, records)))
+  corpus.prepare(spec_for(texts, 'data/text'))
+  settings = {'records': kind, 'template': 'llmjax'}
+  own, _ = corpus.prepare(spec_for('records.jsonl', 'data/own', tokenizer=TokenizerSpec(vocab_size=300), **settings))
+  assert 'RUN/tokenizer.model' in prepare.next_steps(own, 'data/own')[0] or kind == 'chat'
+  run = tmp_path / 'runs/base'  # Of which only what a command looks at before JAX is there.
+  (run / 'checkpoints/3').mkdir(parents=True)
+  (run / 'tokenizer.model').write_bytes((tmp_path / 'data/text/tokenizer.model').read_bytes())
+  (run / 'config.json').write_text(json.dumps({
+      'model': {'num_layers': 1, 'd_model': 32, 'num_heads': 2, 'mlp_dim': 64, 'vocab_size': 512},
+      'data': {'seq_len': 96, 'sources': {'data/text': 1.0}}, 'train': {}}))
+  tokenizer = TokenizerSpec(path='runs/base/tokenizer.model')
+  manifest, _ = corpus.prepare(spec_for('records.jsonl', 'data/mine', tokenizer=tokenizer, validation_fraction=0.0,
+                                        **settings))
+  found = prepare.next_steps(manifest, 'data/mine')
+  assert [line.split(' --workdir')[0] for line in found] == [f'llmjax {command}' for command in commands]
+  for line in found:
+    _, command, *arguments = shlex.split(line)
+    spec, options = main.parse(main.COMMANDS[command], arguments)
+    assert (options.workdir, spec.train.init_from, list(spec.data.sources)) == (
+        'runs/mine', 'runs/base', ['data/mine'])
+    assert spec.evaluate.splits == () and spec.data.seq_len == 96
+  assert kind != 'prompts' or spec.rl.max_new_tokens == 48
+  # What another tokenizer made must be prepared again, for the run that is there.
+  assert kind == 'chat' or prepare.next_steps(own, 'data/own')[0].endswith(
+      '--force --config.tokenizer.path=runs/base/tokenizer.model')
+
+
+def test_the_next_command_of_text_names_a_workdir_that_is_free(texts, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  manifest, _ = corpus.prepare(spec_for(texts, 'data/mine'))
+  command = 'llmjax pretrain --config=configs/pretrain/quickstart.py --workdir=runs/{} --config.data.sources=data/mine'
+  assert prepare.next_steps(manifest, 'data/mine') == [command.format('mine')]
+  (tmp_path / 'runs/mine').mkdir(parents=True)
+  assert prepare.next_steps(manifest, 'data/mine') == [command.format('mine_2')]
 
 
 @pytest.mark.parametrize('error', [
