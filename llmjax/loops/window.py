@@ -16,13 +16,20 @@ class Speed:
   """Turns tokens per second into the part of the devices' peak that the model's own FLOPs use."""
 
   def __init__(self, spec, mesh):
-    peak = chips.peak_flops(mesh.devices.flat[0])
+    device = mesh.devices.flat[0]
+    peak, self._is_measured = chips.peak_flops(device), device.platform == 'cpu'
     self._flops = counts.train_flops_per_token(spec.model, spec.data.seq_len, frozen=bool(spec.adapter.kind))
     self._peak = peak and peak * mesh.devices.size
 
   def mfu(self, tokens_per_second):
-    """Returns the fraction, or None for a device whose peak is unknown."""
-    return self._peak and tokens_per_second * self._flops / self._peak
+    """Returns the fraction, or None for a device whose peak is unknown.
+
+    A measured peak that is exceeded was none: the machine was busy then.  It is unknown from there on.
+    """
+    used = self._peak and tokens_per_second * self._flops / self._peak
+    if used and used > 1 and self._is_measured:
+      self._peak = used = None
+    return used
 
 
 class Window:

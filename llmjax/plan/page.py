@@ -29,7 +29,8 @@ def render(plan):
           '<div class="grid">' + ''.join(f'<div class="card tile"><b>{value}</b><span>{html.escape(what)}</span></div>'
                                          for value, what in tiles) + '</div>']
   body += _section('Memory of one device', _stack(
-      [(words.MEMORY[k], memory[k]) for k in words.MEMORY], memory['limit'], lambda n: f'{words.gib(n)} GiB'))
+      [(words.MEMORY[k], memory[k]) for k in words.MEMORY], memory['limit'], lambda n: f'{words.gib(n)} GiB',
+      memory['total'] - memory['limit']))
   large = plan['kept'] + plan['largest']
   if large:
     body.append(table(('GiB', 'number', 'type', 'of'), [
@@ -64,15 +65,21 @@ def _section(title, content):
   return [f'<h2>{html.escape(title)}</h2>', f'<div class="card scroll">{content}</div>']
 
 
-def _stack(parts, whole, text):
-  """Returns one bar of parts and its legend.  whole: what the full width stands for."""
+def _stack(parts, whole, text, over=0):
+  """Returns one bar of parts and its legend, with the share of `whole` of each.
+
+  whole: what the full width stands for.  over: by how much the parts exceed it; there are no shares then.
+  """
   bars, legend = [], []
   for i, (name, value) in enumerate(p for p in parts if p[1]):
     color = f'var(--c{i % 8})'
     bars.append(f'<div style="width:{100 * value / max(whole, sum(v for _, v in parts)):.2f}%;background:{color}" '
                 f'title="{html.escape(name)}"></div>')
     legend.append(f'<div><s style="background:{color}"></s><span>{html.escape(name)}</span><b>{text(value)}</b>'
-                  f'<span>{value / whole:.1%}</span></div>')
+                  f'<span>{"" if over > 0 else f"{value / whole:.1%}"}</span></div>')
+  if over > 0:
+    legend.append(f'<div><s style="background:var(--bad)"></s><span>over the limit of {text(whole)}</span>'
+                  f'<b>{text(over)}</b><span></span></div>')
   return f'<div class="stack">{"".join(bars)}</div><div class="legend">{"".join(legend)}</div>'
 
 

@@ -69,9 +69,11 @@ def memory_lines(plan):
   """Yields the table of one device's memory and its largest tensors."""
   memory = plan['hbm_bytes']
   rows = [('memory of one device', 'GiB', '')]
-  rows += [(words, gib(memory[name]), _bar(memory[name] / memory['limit'])) for name, words in MEMORY.items()]
+  over = memory['total'] - memory['limit']
+  whole = max(memory['limit'], memory['total'])  # Of what does not fit the bars are of all that is asked for.
+  rows += [(words, gib(memory[name]), _bar(memory[name] / whole)) for name, words in MEMORY.items()]
   rows.append(('total', gib(memory['total']), f'of {gib(memory["limit"])}: '
-               + ('fits' if plan['fits'] else 'DOES NOT FIT')))
+               + ('fits' if plan['fits'] else 'DOES NOT FIT' + (f', {gib(over)} GiB over' if over > 0 else ''))))
   yield table(rows, right=(1,))
   large = sorted(plan['kept'] + plan['largest'], key=lambda t: -t['bytes'] * t['count'])[:6]
   if not plan['fits'] and plan.get('arrays'):
