@@ -8,15 +8,19 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shlex
+import time
 
 import jax
 import numpy as np
 
 from llmjax.checkpoint.checkpoints import checkpoints_folder, read_config
 from llmjax.config import ConfigError
+from llmjax.data import prepared
 from llmjax.data.conversations import read_answers, read_prompt, read_records
 from llmjax.evaluate.metrics import read_lines
 from llmjax.generate.score import score
+from llmjax.loops.compiling import compile_clock
 from llmjax.loops.generate import load_chat, load_generator
 from llmjax.loops.progress import Stages
 from llmjax.loops.spec import LayoutSpec, of_run
@@ -63,8 +67,11 @@ def run(spec, options):
     print(f'{len(made)} preferences; the judge: place A {found["mean_bias"]:+.1%} above even on average, '
           f'{found["mean_absolute_bias"]:.1%} off in either direction; '
           f'{found["inconsistent"]:.1%} named another answer when the answers changed places')
-  print(f'{options.output}: llmjax prepare --config=configs/data/chat.py --config.path={options.output} '
-        f'--config.records={"pairs" if prefers else "chat"} makes it ready for training')
+  learner = options.policy if prefers and options.policy else options.workdir
+  command = ['llmjax', 'prepare', '--config=configs/data/chat.py', f'--config.path={options.output}',
+             f'--config.records={"pairs" if prefers else "chat"}',
+             f'--config.tokenizer.path={pathlib.Path(learner) / prepared.TOKENIZER}']
+  print(f'next: {shlex.join(command)}')
   return 0
 
 
@@ -81,7 +88,9 @@ def _write_records(options, prompts, make, origin):
   try:
     output.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(asked, indent=1) + '\n')
-    show = Stages(unit='prompts')
+    compiled = compile_clock()
+    show = Stages(unit='prompts', clock=lambda: time.monotonic() - compiled.seconds)
+    show('feedback', 0, len(prompts) - done)
     with contextlib.closing(Lines(output)) as file:
       # Batches lie where they would without an interruption.
       for first in range(done, len(prompts), options.batch_size):
@@ -90,7 +99,7 @@ def _write_records(options, prompts, make, origin):
           record['provenance'].update(origin, record=number)
           file.append(record)
         show('feedback', first + len(batch) - done, len(prompts) - done)
-    show.finish()
+    show.finish(f'; compiled in {compiled.seconds:.1f} s' if compiled.seconds >= 0.05 else '')
   except (OSError, LogError) as e:
     raise ConfigError([f'--output={output}: {e}']) from e
   except TemplateError as e:

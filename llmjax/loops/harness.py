@@ -18,6 +18,7 @@ from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.report import write_report
 from llmjax.loops.adapters import Adapting, initial_checkpoint, restore_initial
 from llmjax.loops.changes import Change, describe_jump
+from llmjax.loops.compiling import charged
 from llmjax.loops.energy import EnergyLog
 from llmjax.loops.ledger import Ledger
 from llmjax.loops.patience import Patience
@@ -252,12 +253,12 @@ class Loop:
   def _refill(self, step):
     """Lets a stream that is made with the model sample what comes after this step."""
     self.heart.beat(step, 'rollout')
-    with self.ledger.charge('rollout'):
-      begin = time.perf_counter()
+    with charged(self.ledger, 'rollout') as watch:
       metrics = self.job.batches.refill(self._parameters())
+      seconds = watch.seconds
     # They belong to the step that learns from them: a run that goes on from this one makes them again.
     self.writers.write(step + 1, {f'rollout/{name}': value for name, value in metrics.items()})
-    self.progress.rollout(step + 1, metrics, time.perf_counter() - begin)
+    self.progress.rollout(step + 1, metrics, seconds, watch.compiling)
 
   def _next_batch(self):
     """Returns a batch on the devices, and the stream's state once it is used up."""
@@ -421,20 +422,21 @@ class Loop:
   def _evaluate(self, step):
     self.heart.beat(step, 'evaluate')
     for name, evaluator in self.job.evaluators.items():
-      begin = time.perf_counter()
-      with self.ledger.charge('eval'):
+      with charged(self.ledger, 'eval') as watch:
         values = evaluator(self._parameters(), *[self.state.frozen] * self.job.sees_frozen)
+        seconds = watch.seconds
       metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
-      self.metrics, self.metrics_step = {**self.metrics, **metrics}, step
       self.writers.write(step, metrics)
+      numbers = {k: v for k, v in metrics.items() if not isinstance(v, str)}  # The rest says what they are of.
+      self.metrics, self.metrics_step = {**self.metrics, **numbers}, step
       if self.patience.metric in metrics:
         self.patience.add(step, float(metrics[self.patience.metric]))
-      self.progress.evaluated(step, name, values, time.perf_counter() - begin)
+      self.progress.evaluated(step, name, values, seconds, watch.compiling)
 
   def _sample(self, step):
     self.heart.beat(step, 'sample')
     if self.job.sample is not None:
-      with self.ledger.charge('sample'):
+      with charged(self.ledger, 'sample'):
         for prompt, text in self.job.sample(self._parameters()):
           self.writers.write_sample(step, prompt, text)
 

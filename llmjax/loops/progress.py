@@ -4,12 +4,14 @@
   eval  200/1000  validation  loss 3.301  ppl 27.1  1.921 bits/byte  0.9s
   save  200/1000  checkpoints/200  702 MB  0.4s
 
-On a terminal a live line counts the steps between these; on a pipe there are only whole lines.
+On a terminal a live line counts the steps between these, and lines are kept within its width: what matters least is
+left out, and sentences are wrapped between words.  On a pipe there are only whole lines.
 """
 
 import math
 import shutil
 import sys
+import textwrap
 import time
 
 # At most ten repaints a second: a terminal over SSH must not slow short steps down.
@@ -74,7 +76,7 @@ class Progress:
     """Prints the step's line.  metrics: keys such as `train/loss`; what is missing is left out.  note: its end."""
     now = self._clock()
     self._note_pace(step, now, metrics.get('train/step_seconds'))
-    parts = [self._head('step', step), f'{self._percent(step)}%']
+    parts = [self._head('step', step), percent := f'{self._percent(step)}%']
     loss = metrics.get('train/loss')
     if loss is not None:
       self._loss = f'loss {loss:.3f}'
@@ -90,7 +92,9 @@ class Progress:
     if wait is not None and seconds:
       parts.append(f'wait {100 * wait / seconds:.1f}%')
     parts.append(f'eta {format_duration(self.seconds_left(step))}')
-    self._print('  '.join(parts + [note] * bool(note)))
+    self._print(self._fit(parts, ('wait', 'lr', percent, 'gnorm', 'mfu')))
+    if note:
+      self.say(f'      {note}')
 
   def tick(self, step):
     """Repaints the live line after a step that is not logged; does nothing on a pipe."""
@@ -102,14 +106,16 @@ class Progress:
     self._painted = now
     parts = [self._head('step', step), f'{self._percent(step)}%', self._loss,
              f'eta {format_duration(self.seconds_left(step))}' if self._pace else '']
-    # One column less than the width: a full line would wrap and stay behind.
-    text = '  '.join(p for p in parts if p)[:shutil.get_terminal_size().columns - 1]
+    text = '  '.join(p for p in parts if p)[:self._width]
     self._stream.write('\r' + text.ljust(self._live_length))
     self._stream.flush()
     self._live_length = len(text)
 
-  def evaluated(self, step, name, metrics, seconds=None):
-    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`, `accuracy`, ..."""
+  def evaluated(self, step, name, metrics, seconds=None, compiling=0.0):
+    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`, `accuracy`, ...
+
+    seconds: without those of `compiling`.
+    """
     parts = [self._head('eval', step), name]
     for key, form in (('loss', 'loss {:.3f}'), ('perplexity', 'ppl {:.4g}'),
                       ('bits_per_byte', '{:.3f} bits/byte'), ('accuracy', 'accuracy {:.1%}'),
@@ -118,24 +124,45 @@ class Progress:
       value = metrics.get(key, metrics.get(f'eval/{name}/{key}'))
       if value is not None:
         parts.append(form.format(value))
-    self._print('  '.join(parts + ([format_duration(seconds)] if seconds is not None else [])))
+    self._print(self._fit(parts + _took(seconds, compiling), ('compiled', 'ppl', 'margin', 'log p', 'loss')))
 
-  def rollout(self, step, metrics, seconds):
-    """Prints the line of a rollout.  metrics: `reward`, `tokens`, `ended` and perhaps `kl` (nats an answer)."""
+  def rollout(self, step, metrics, seconds, compiling=0.0):
+    """Prints the line of a rollout.  metrics: `reward`, `tokens`, `ended` and perhaps `kl` (nats a completion).
+
+    seconds: without those of `compiling`.
+    """
     parts = [self._head('roll', step)] + [f'{key} {metrics[key]:.4g}' for key in ('reward', 'tokens', 'ended', 'kl')
                                           if key in metrics]
-    self._print('  '.join([*parts, format_duration(seconds)]))
+    self._print(self._fit(parts + _took(seconds, compiling), ('compiled', 'ended', 'tokens')))
 
   def saved(self, step, path, seconds=None, size=None):
     """Prints a checkpoint's line.  seconds: what the loop waited.  size: bytes."""
     parts = [self._head('save', step), str(path)]
     parts += [format_bytes(size)] if size is not None else []
-    parts += [format_duration(seconds)] if seconds is not None else []
+    parts += _took(seconds)
+    over = len('  '.join(parts)) - self._width
+    if over > 0:  # The end of a path tells most of it.
+      parts[1] = '…' + parts[1][over + 1:]
     self._print('  '.join(parts))
 
   def say(self, text):
-    """Prints any other line, without tearing the live one."""
+    """Prints any other line, without tearing the live one; tables, which are several lines, as they are."""
+    if len(text) > self._width and '\n' not in text:
+      text = textwrap.fill(text, int(self._width), subsequent_indent='      ', break_long_words=False,
+                           break_on_hyphens=False)
     self._print(text)
+
+  @property
+  def _width(self):
+    """Characters of a line: one less than a terminal has, for a full line would wrap; a pipe has no end."""
+    return max(shutil.get_terminal_size().columns - 1, 20) if self._live else math.inf
+
+  def _fit(self, parts, spare):
+    """Returns the parts as a line within the width.  spare: beginnings of those to leave out, the first one first."""
+    for start in spare:
+      if len('  '.join(parts)) > self._width:
+        parts = [part for part in parts if not part.startswith(start)]
+    return '  '.join(parts)
 
   def seconds_left(self, step):
     """Returns the seconds to the last step at the present pace, or None before the first log."""
@@ -184,20 +211,27 @@ def _percentage(fraction):
   return f'{percent:.0f}%' if percent >= 9.95 or percent == 0 else f'{percent:.1f}%'
 
 
+def _took(seconds, compiling=0.0):
+  """Returns the parts of a line that say how long something took, and how long its program was compiled before."""
+  return [format_duration(seconds)] * (seconds is not None) + [f'compiled in {format_duration(compiling)}'] * (
+      compiling >= 0.05)
+
+
 class Stages:
   """Prints the stages of a job: one line each, rewritten in a terminal, at most every 10 s elsewhere.
 
-  unit: what is counted.  Call it with the stage, how much is done, and of how much (None: unknown).
+  unit: what is counted.  clock: seconds.  Call it with the stage, how much is done, and of how much (None: unknown):
+  first when it begins, with 0 done, so that its time is measured from there.
   """
 
-  def __init__(self, stream=None, unit='documents'):
-    self._stream, self._unit = stream or sys.stderr, unit
+  def __init__(self, stream=None, unit='documents', clock=time.monotonic):
+    self._stream, self._unit, self._clock = stream or sys.stderr, unit, clock
     self._terminal = self._stream.isatty()
     self._step, self._start, self._shown = None, 0.0, 0.0
     self._line = self._summary = ''  # While a step runs, and when it is over.
 
   def __call__(self, step, done, total):
-    now = time.monotonic()
+    now = self._clock()
     if step != self._step:
       self.finish()
       self._step, self._start, self._shown = step, now, now
@@ -215,10 +249,10 @@ class Stages:
       self._shown = now
       self._write(self._line, final=False)
 
-  def finish(self):
-    """Ends the line of the step with how long it took."""
+  def finish(self, note=''):
+    """Ends the line of the step with how long it took.  note: what follows."""
     if self._step is not None:
-      self._write(f'{self._summary}, {time.monotonic() - self._start:.1f} s', final=True)
+      self._write(f'{self._summary}, {self._clock() - self._start:.1f} s{note}', final=True)
       self._step = None
 
   def _write(self, line, final):

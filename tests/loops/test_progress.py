@@ -114,3 +114,44 @@ def test_durations(seconds, text):
     (58_470_000, '58.5M'), (702e6, '702M'), (1.5e9, '1.5G'), (3e12, '3.0T')])
 def test_counts(value, text):
   assert progress.format_count(value) == text
+
+
+LONG = {**METRICS, 'train/loss': 13.4119, 'train/data_wait_seconds': 0.0001}
+
+
+@pytest.mark.parametrize('columns, left_out', [
+    (80, ('wait', 'lr')), (120, ()), (75, ('wait', 'lr', ' 95%')), (60, ('wait', 'lr', ' 95%', 'gnorm', 'mfu'))])
+def test_lines_stay_within_a_terminal(columns, left_out, monkeypatch):
+  monkeypatch.setenv('COLUMNS', str(columns))
+  stream = Terminal()
+  p = progress.Progress(16000, stream=stream)
+  p.log(15200, LONG)
+  line = stream.getvalue().rstrip('\n')
+  assert len(line) < columns and line.startswith('step  15200/16000') and 'loss 13.412' in line and 'eta' in line
+  for part in ('wait', 'lr', ' 95%', 'gnorm', 'mfu'):
+    assert (part in line) != (part in left_out), part
+  p.evaluated(15200, 'validation', {'loss': 3.301, 'perplexity': 27.139, 'bits_per_byte': 1.9206}, 0.9, 7.1)
+  p.saved(15200, 'a/folder/with/a/long/name/runs/quickstart/checkpoints/15200', 0.41, 702_000_000)
+  p.say('1.31 M parameters, 0.05 M of them trained, 1024 tokens a step, 8 x cpu (data 2 x tensor 4), compiled in 7s')
+  lines = stream.getvalue().splitlines()
+  assert max(map(len, lines)) < columns
+  assert '1.921 bits/byte' in stream.getvalue() and '/15200  702 MB' in stream.getvalue()
+  assert ('compiled in 7.1s' in stream.getvalue()) == (columns == 120)
+
+
+def test_a_pipe_gets_lines_in_full():
+  stream = io.StringIO()
+  p = progress.Progress(16000, stream=stream)
+  p.log(15200, LONG)
+  p.say('a ' * 100)
+  assert 'wait' in stream.getvalue() and len(stream.getvalue().splitlines()) == 2
+
+
+def test_a_stage_is_timed_from_its_beginning_by_its_own_clock():
+  stream, clock = io.StringIO(), Clock()
+  show = progress.Stages(stream, 'prompts', clock)
+  show('feedback', 0, 8)
+  clock.now += 30.0
+  show('feedback', 8, 8)
+  show.finish('; compiled in 4.0 s')
+  assert stream.getvalue().splitlines()[-1] == 'feedback: 8 prompts, 30.0 s; compiled in 4.0 s'
