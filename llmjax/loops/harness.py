@@ -282,6 +282,7 @@ class Loop:
     with ledger.charge('data_wait'):
       batch, position = self._next_batch()
     self.heart.beat(self.first, 'compile')
+    before = ledger.seconds['compile']  # Of a rollout's programs.
     with ledger.charge('compile'):
       step_fn = self._compile(batch)
       recovery.prepare(self)
@@ -290,7 +291,7 @@ class Loop:
       self.stragglers = Stragglers(self.spec.guard.straggler_deviations)
     self.account()
     what = self.adapting.describe(self.state) if self.adapting else ''
-    progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile'], what))
+    progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile'] - before, what))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
     window, in_flight, step, turn = Window(), InFlight(), self.first, self.first
     if stop(self.first):

@@ -131,9 +131,10 @@ class Progress:
 
     seconds: without those of `compiling`.
     """
-    parts = [self._head('roll', step)] + [f'{key} {metrics[key]:.4g}' for key in ('reward', 'tokens', 'ended', 'kl')
-                                          if key in metrics]
-    self._print(self._fit(parts + _took(seconds, compiling), ('compiled', 'ended', 'tokens')))
+    parts = [self._head('roll', step)] + [form.format(metrics[key]) for key, form in (
+        ('reward', 'reward {:.3f}'), ('tokens', '{:.1f} tokens each'), ('ended', '{:.0%} ended'),
+        ('kl', 'kl {:.3g} nats')) if key in metrics]
+    self._print(self._fit(parts + _took(seconds, compiling), ('compiled',)))
 
   def saved(self, step, path, seconds=None, size=None):
     """Prints a checkpoint's line.  seconds: what the loop waited.  size: bytes."""
