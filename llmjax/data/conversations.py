@@ -1,24 +1,32 @@
 """Records of conversations: every usual form of them as one form, and that form as tokens with loss weights.
 
-    chat     {"messages": [{"role", "content", "weight"?}, ...]}
-    pairs    {"prompt": [messages], "chosen": [messages], "rejected": [messages], "margin"?, "probability"?}
-    prompts  {"prompt": [messages], "answer": text}
-    steps    {"prompt": [messages], "steps": [{"text", "label"}, ...]}
+    chat     {"messages": [{"role", "content", "weight"?, ...}, ...], "tools"?}
+    pairs    {"prompt": [messages], "chosen": [messages], "rejected": [messages], "margin"?, "probability"?, "tools"?}
+    prompts  {"prompt": [messages], "answer": text, "tools"?}
+    steps    {"prompt": [messages], "steps": [{"text", "label"}, ...], "tools"?}
 
 A prepared folder keeps that form, as JSON, in `documents/`.  Tokens: a chat is one document of the store; a pair
 is two, the chosen one at an even number and the rejected one behind it; a prompt is one without a trained token; a
-solution of steps is one whose weights are labels (see `steps`).
+solution of steps is one whose weights are labels (see `steps`).  For messages see `messages`.
+
+A field that changes what is said or what is trained is used as its source format means it, or the record is refused
+with a line that names the field; other fields are not used, and counted by name.
 """
 
+import functools
+import itertools
 import json
+import os
 import pathlib
 
 import numpy as np
 
 from llmjax import config
-from llmjax.data import splits, steps
+from llmjax.data import messages, splits, steps
+from llmjax.data.documents import field_names
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
+from llmjax.text.unrendered import REASONING_NAMES
 
 # What a pair may say of itself: how far its scores are to be apart, and how sure it is that the chosen answer is the
 # better one (a soft label); the least, the most, and what is meant where nothing is said.
@@ -31,35 +39,74 @@ FORMS = {
     'steps': steps.FORMS,
 }
 BAD_LINES = 20  # Shown of a file at most.
-_ROLES = {'human': 'user', 'gpt': 'assistant'}  # As ShareGPT calls them.
+MESSAGE_LISTS = ('messages', 'conversations', 'conversation')
+PROMPTS = ('prompt', 'question', 'instruction', 'query', 'problem', 'input')
+COMPLETIONS = ('completion', 'output', 'response')
+REFERENCES = ('answer', 'output', 'solution', 'ground_truth')
+SYSTEMS = ('system', 'system_prompt', 'system_message')
+LABELS = ('label', 'kto_tag')  # Of TRL's and LLaMA-Factory's unpaired preferences.
+REPEATED_WORDS = 3  # From so many words on, two answers that begin with the prompt repeat it.
+# Text that would be lost if it were left over.
+_PROMPT_FIELDS = (*MESSAGE_LISTS, *PROMPTS, *SYSTEMS, 'context', 'history', 'tools', 'functions')
+_ANSWER_FIELDS = (*COMPLETIONS, *REASONING_NAMES)
+_REFUSED = {'mask': 'of a record is not supported; write train at its messages',
+            'weight': 'of a record is not supported; write weight at its messages',
+            'train_detail': 'is not supported', 'assistant_masks': 'is not supported; write train at the messages',
+            'completion_mask': 'is not supported; write train at the messages',
+            'chat_template_kwargs': 'are not supported; write a template that needs none',
+            **dict.fromkeys(messages.MEDIA, 'is not text; only text can be trained')}
 
 
-def normaliser(kind):
-  """Returns a function of a record to its text in the form above; it raises ValueError with a reason."""
-  make = {'chat': _chat, 'pairs': _pair, 'prompts': _prompt, 'steps': _steps}[kind]
+def normaliser(kind, ignored=None, train_history=False):
+  """Returns a function of a record to its text in the form above; it raises ValueError with a reason.
+
+  ignored: a Counter that gains the names of a record's fields that hold something and change nothing.  train_history:
+  the assistant's earlier turns, which a record gives as its prompt or history, are trained, too.
+  """
+  make = {'chat': functools.partial(_chat, train_history), 'pairs': _pair, 'prompts': _prompt, 'steps': _steps}[kind]
 
   def normal(record):
     if not isinstance(record, dict):
       raise ValueError('the record is no object')
-    made = make({k: v for k, v in _plain(record).items() if v is not None})
+    fields, unused = {k: v for k, v in _plain(record).items() if v is not None}, {}
+    if kind != 'steps':
+      _check_label(fields)
+    made = make(fields, unused)
     if made is None:
-      raise ValueError(f'no {FORMS[kind]} (found: {", ".join(str(k)[:40] for k in list(record)[:8])})')
+      raise ValueError(f'no {FORMS[kind]} (found: {field_names(record)})')
+    names = [*unused, *_check_rest(kind, fields, made)]
     try:
-      return json.dumps(made, ensure_ascii=False, sort_keys=True, allow_nan=False)
+      text = json.dumps(made, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as e:
       raise ValueError(f'the messages are not plain JSON: {str(e)[:100]}') from e
+    if ignored is not None:
+      ignored.update(names)
+    return text
 
   return normal
 
 
+def _check_rest(kind, fields, made):
+  """Returns the names of the fields that were not read; raises ValueError for one that has a meaning."""
+  fields = {name: value for name, value in fields.items() if not messages.is_empty(value)}
+  messages.refuse_fields(fields, _REFUSED)
+  if kept := [name for name in (*_PROMPT_FIELDS, *(_ANSWER_FIELDS if kind == 'chat' else ())) if name in fields]:
+    said = '\n'.join(texts(json.dumps(made)))
+    for name in kept:
+      if not all(text.strip() in said for text in _strings(fields[name])):
+        raise ValueError(f'{name} is no part of what the other fields say; leave it out, or put it into them')
+  return [field_names([name]) for name in fields]
+
+
 def read_prompt(record):
   """Returns the messages that a record asks with, in any of its forms; raises ValueError."""
-  made = None
   if isinstance(record, dict):
-    made = _messages(record['messages']) if 'messages' in record else _prompt_of(record)
-  if made is None:
-    raise ValueError(f'no prompt: the record must be an object with {FORMS["prompts"].rsplit(" and ", 1)[0]}')
-  return made
+    fields = {k: v for k, v in record.items() if v is not None}
+    if _tools(fields):
+      raise ValueError('tools have no place in a prompt here; leave them out')
+    if made := _asked(fields, {}):
+      return made
+  raise ValueError(f'no prompt: the record must be an object with {FORMS["prompts"].rsplit(" and ", 1)[0]}')
 
 
 def read_answers(record):
@@ -109,38 +156,107 @@ def _plain(value):
   return value
 
 
-def _chat(record):
-  for name in ('messages', 'conversations'):
-    if name in record:
-      return {'messages': _messages(record[name])}
-  prompt = _prompt_of(record)
-  for name in ('completion', 'output', 'response'):
-    if prompt is not None and name in record:
-      return {'messages': prompt + _messages(record[name], 'assistant')}
-  return None
+def _chat(train_history, fields, ignored):
+  tools, system = _tools(fields), _system(fields)
+  turns = _turns(fields, ignored)
+  if turns is None:
+    turns, completion = _prompt_of(fields, ignored), _first(fields, COMPLETIONS)
+    if turns is None or completion is None:
+      return None
+    completion = messages.read_messages(completion, 'assistant', ignored)
+    turns = _join(turns if train_history else _untrained(turns), completion)
+  return {'messages': _with_system(turns, system), **tools}
 
 
-def _pair(record):
-  if 'chosen' not in record or 'rejected' not in record:
+def _join(prompt, completion):
+  """Returns a prompt and its completion as one conversation; what the completion repeats of the prompt stands once."""
+  lead = list(itertools.takewhile(lambda m: m['role'] != 'assistant', completion))
+  if not lead:
+    return prompt + completion
+  if _said(completion[:len(prompt)]) == _said(prompt):
+    return prompt + completion[len(prompt):]
+  if _holds(lead, prompt):  # With a system message before it.
+    return completion
+  if _holds(prompt[-len(lead):], lead):
+    return prompt + completion[len(lead):]
+  raise ValueError('completion begins with messages that are not those of prompt; leave them out of one of the two')
+
+
+def _pair(fields, ignored):
+  if 'preferred_output' in fields and isinstance(fields.get('input'), dict):  # OpenAI's.
+    fields.update(fields.pop('input'), chosen=fields.pop('preferred_output'),
+                  rejected=fields.pop('non_preferred_output', None))
+  if fields.get('chosen') is None or fields.get('rejected') is None:
     return None
-  both = [_messages(record[name], 'assistant') for name in ('chosen', 'rejected')]
-  prompt = _prompt_of(record)
-  whole = isinstance(record['chosen'], list) and isinstance(record['rejected'], list)
-  if prompt is None and whole:  # Two whole conversations: what they share is the prompt.
-    same = 0
-    while same < min(map(len, both)) and both[0][same] == both[1][same]:
-      same += 1
-    prompt, both = both[0][:same], [messages[same:] for messages in both]
-  elif prompt is not None and whole and all(messages[:len(prompt)] == prompt for messages in both):
-    both = [messages[len(prompt):] for messages in both]
-  if both[0] == both[1]:
+  tools, system = _tools(fields), _system(fields)
+  both = [fields.pop(name) for name in ('chosen', 'rejected')]
+  prompt = _prompt_of(fields, ignored)
+  if prompt is None and _said_of(fields) != _said_of({'messages': both[0]}):  # Else `messages` is the chosen one.
+    prompt = _turns(fields, ignored)
+  if all(isinstance(text, str) for text in both):
+    prompt, both = _split_texts(prompt, both)
+  both = [messages.read_messages(value, 'assistant', ignored) for value in both]
+  if _said(both[0]) == _said(both[1]):
     raise ValueError('chosen and rejected are the same')
+  prompt, both = _split_prompt(prompt, both)
   if not prompt:
     raise ValueError('no prompt before chosen and rejected')
-  if not all(any(m['role'] == 'assistant' for m in messages) for messages in both):
-    raise ValueError('chosen or rejected holds no message of the assistant')
-  numbers = {name: _number(record[name], name, *limits[:2]) for name, limits in PAIR_NUMBERS.items() if name in record}
-  return {'prompt': prompt, 'chosen': both[0], 'rejected': both[1], **numbers}
+  for name, turns in zip(('chosen', 'rejected'), both, strict=True):
+    if not any(m['role'] == 'assistant' for m in turns):
+      raise ValueError(f'{name} of chosen and rejected holds no message of the assistant')
+    if turns[0]['role'] != 'assistant':
+      raise ValueError(f'{name} goes on after the prompt with a message of the {turns[0]["role"]}, not the assistant')
+  numbers = {name: _number(fields.pop(name), name, *limits[:2]) for name, limits in PAIR_NUMBERS.items()
+             if name in fields}
+  return {'chosen': both[0], **numbers, 'prompt': _with_system(prompt, system), 'rejected': both[1], **tools}
+
+
+def _split_texts(prompt, both):
+  """Returns (prompt or None, [chosen, rejected]) of two texts, without what both repeat of the prompt."""
+  dialogues = [messages.read_dialogue(text) for text in both]
+  if all(dialogues):
+    return prompt, dialogues
+  if prompt is None:  # TRL's implicit prompt: the words that both begin with.
+    shared = os.path.commonprefix(both)
+    shared = shared[:max(shared.rfind(' '), shared.rfind('\n')) + 1].rstrip()
+    return ([{'content': shared, 'role': 'user'}], [text[len(shared):] for text in both]) if shared else (None, both)
+  text = prompt[-1]['content']
+  # Of fewer words both may begin by chance: "Hi" and "Hi there".
+  if len(text.split()) >= REPEATED_WORDS and all(answer.startswith(text) for answer in both):
+    both = [answer[len(text):] for answer in both]
+  return prompt, both
+
+
+def _split_prompt(prompt, both):
+  """Returns (prompt, [chosen, rejected]) of lists of messages; both may be whole conversations that hold the prompt."""
+  alike = [a == b for a, b in zip(*map(_said, both), strict=False)]
+  same = (*alike, False).index(False)
+  shared, rest = both[0][:same], [turns[same:] for turns in both]
+  if not prompt:
+    return shared, rest
+  if all(m['role'] == 'assistant' for m in shared):
+    return prompt, both
+  if _holds(shared, prompt):
+    return shared, rest
+  if _holds(prompt[-same:], shared):
+    return prompt, rest
+  raise ValueError('prompt is not what chosen and rejected begin with; leave prompt out, or the messages before the '
+                   "assistant's")
+
+
+def _holds(turns, part):
+  """Returns whether messages hold others, one after another."""
+  turns, part = _said(turns), _said(part)
+  return any(turns[i:i + len(part)] == part for i in range(len(turns) - len(part) + 1))
+
+
+def _said(turns):
+  """Returns messages without their weights."""
+  return [{k: v for k, v in m.items() if k != 'weight'} for m in turns]
+
+
+def _said_of(fields):
+  return next((fields[name] for name in MESSAGE_LISTS if name in fields), None)
 
 
 def _number(value, name, least, most):
@@ -149,84 +265,145 @@ def _number(value, name, least, most):
   return value
 
 
-def _prompt(record):
-  prompt = _messages(record['messages']) if 'messages' in record else _prompt_of(record)
-  answer = record.get('answer', record.get('output'))
+def _prompt(fields, ignored):
+  tools = _tools(fields)
+  prompt, answer = _asked(fields, ignored), _first(fields, REFERENCES)
   if prompt is None or answer is None:
     return None
-  return {'prompt': prompt, 'answer': answer if isinstance(answer, str) else json.dumps(answer)}
+  return {'answer': answer if isinstance(answer, str) else json.dumps(answer), 'prompt': prompt, **tools}
 
 
-def _steps(record):
-  found = steps.read_steps(record)
+def _asked(fields, ignored):
+  """Returns the messages to answer, or None: of a conversation those up to the last user's, whose answer would leak."""
+  system, prompt = _system(fields), _turns(fields, ignored)
+  if prompt is not None:
+    while prompt and prompt[-1]['role'] != 'user':
+      prompt.pop()
+    if not prompt:
+      raise ValueError('messages hold none of the user')
+  else:
+    prompt = _prompt_of(fields, ignored)
+    if prompt and prompt[-1]['role'] == 'assistant':
+      raise ValueError('prompt ends with a message of the assistant; it must end with what is to be answered')
+  return prompt and _with_system(_said(prompt), system)
+
+
+def _steps(fields, ignored):
+  found = steps.read_steps(fields)
   if found is None:
     return None
+  tools, system = _tools(fields), _system(fields)
   prompt, judged = found
-  prompt = _prompt_of(record) if prompt is None else _messages(prompt, 'user')
+  for name in ('steps', 'completions', 'labels', 'label', *(('question', 'input') if prompt is not None else ())):
+    fields.pop(name, None)
+  prompt = _prompt_of(fields, ignored) if prompt is None else messages.read_messages(prompt, 'user')
   if not prompt:
     raise ValueError('no prompt before the steps')
-  return {'prompt': prompt, 'steps': judged}
+  return {'prompt': _with_system(prompt, system), 'steps': judged, **tools}
 
 
-def _prompt_of(record):
+# Fields that the kinds share.  Whoever reads a field takes it out of `fields`; what is left over is looked at last.
+
+
+def _first(fields, names):
+  """Returns the first of the named fields, which it takes out, or None."""
+  return next((fields.pop(name) for name in names if name in fields), None)
+
+
+def _turns(fields, ignored):
+  value = _first(fields, MESSAGE_LISTS)
+  return None if value is None else messages.read_messages(value, None, ignored)
+
+
+def _prompt_of(fields, ignored):
   """Returns the messages of a prompt in any of its forms, or None."""
-  for name in ('prompt', 'question'):
-    if name in record:
-      return _messages(record[name], 'user')
-  if 'instruction' not in record:
-    return None
-  parts = [_text(record['instruction'], 'instruction'), _text(record.get('input', ''), 'input')]
-  return [{'role': 'user', 'content': '\n\n'.join(p for p in parts if p.strip())}]
+  if 'instruction' in fields and not any(name in fields for name in PROMPTS[:2]):
+    more = 'input' if not messages.is_empty(fields.get('input')) else 'context'  # Alpaca's, Dolly's.
+    parts = [messages.read_text(fields.pop(name, ''), name) for name in ('instruction', more)]
+    prompt = [{'content': '\n\n'.join(p for p in parts if p.strip()), 'role': 'user'}]
+  else:
+    value = _first(fields, PROMPTS)
+    if value is None:
+      return None
+    prompt = messages.read_dialogue(value) or messages.read_messages(value, 'user', ignored)
+  return _history(fields) + prompt
 
 
-def _messages(value, role=None):
-  """Returns a list of messages; text is one message of `role`."""
-  if isinstance(value, str) and role:
-    return [{'role': role, 'content': _text(value, 'content')}]
-  if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-    # TFDS gives a sequence of objects as an object of sequences.
-    value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-  if not isinstance(value, list) or not value:
-    raise ValueError('messages must be a list of objects with role and content' if role is None else
-                     'a prompt or an answer must be text, or a list of messages')
-  return [_message(m) for m in value]
+def _history(fields):
+  """Returns the messages of Alpaca's earlier turns, [[asked, answered], ...]."""
+  turns = fields.pop('history', [])
+  if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+    raise ValueError('history must be a list of [asked, answered]')
+  return [{'content': messages.read_text(text, 'history'), 'role': role}
+          for turn in turns for text, role in zip(turn, ('user', 'assistant'), strict=True)]
 
 
-def _message(message):
-  if not isinstance(message, dict):
-    raise ValueError(f'a message must be an object with role and content, not {type(message).__name__}')
-  message = {k: v for k, v in message.items() if v is not None}
-  if 'from' in message and 'value' in message:
-    speaker, text = message.pop('from'), message.pop('value')
-    message = {**message, 'role': _ROLES.get(speaker, speaker), 'content': text}
-  for name in ('role', 'content'):
-    if name not in message:
-      raise ValueError(f'a message has no {name}')
-    _text(message[name], name)
-  if 'weight' in message:
-    weight = message['weight']
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6:
-      raise ValueError(f'the weight of a message must be a number from 0 on, not {str(weight)[:40]}')
-    if message['role'] != 'assistant' and weight:
-      raise ValueError(f'a weight stands at a message of the {message["role"][:40]}; only the assistant is trained')
-  return message
+def _untrained(turns):
+  return [{**m, 'weight': 0} if m['role'] == 'assistant' else m for m in turns]
 
 
-def _text(value, name):
-  if not isinstance(value, str):
-    raise ValueError(f'{name} holds {type(value).__name__}, not text')
-  if '\0' in value:
-    raise ValueError('NUL byte')
-  return value
+def _system(fields):
+  found = {messages.read_text(fields.pop(name), name) for name in SYSTEMS if not messages.is_empty(fields.get(name))}
+  if len(found) > 1:
+    raise ValueError(f'{" and ".join(SYSTEMS)} differ; leave all but one out')
+  return next(iter(found), '')
+
+
+def _with_system(turns, system):
+  """Returns messages that begin with the system message which a record gives beside them."""
+  if not system:
+    return turns
+  if turns[0]['role'] in ('system', 'developer'):
+    if turns[0]['content'].strip() != system.strip():
+      raise ValueError('system is not the system message of the conversation; leave one of them out')
+    return turns
+  return [{'content': system, 'role': 'system'}, *turns]
+
+
+def _tools(fields):
+  """Returns {'tools': ...} of a record, or {}."""
+  found = [messages.read_tools(fields.pop(name)) for name in ('tools', 'functions')
+           if not messages.is_empty(fields.get(name))]
+  return {'tools': found[0]} if found and found[0] else {}
+
+
+def _check_label(fields):
+  """Takes out the label of an unpaired preference (KTO); raises ValueError where it says that the answer is bad."""
+  for name in LABELS:
+    value = fields.get(name)
+    value = value.strip().lower() if isinstance(value, str) else value
+    if value in (False, 'false'):
+      raise ValueError(f'{name} is false: the completion is a bad one and is not trained as a good one; pair it with a '
+                       'good one (--config.records=pairs: prompt, chosen, rejected), or leave the record out')
+    if value in (True, 'true'):
+      del fields[name]
+
+
+def _strings(value):
+  """Yields the texts in the value of a field of messages or of text."""
+  if isinstance(value, str):
+    yield value
+  elif isinstance(value, list):
+    for item in value:
+      yield from _strings(item)
+  elif isinstance(value, dict):
+    said = [value[name] for name in ('content', 'value') if name in value]
+    for item in said or value.values():
+      yield from _strings(item)
 
 
 def texts(document):
-  """Yields the text of a document's messages: what a tokenizer is trained on.  document: JSON, as above."""
+  """Yields the text of a document's messages, calls and tools: what a tokenizer is trained on.  document: JSON."""
   for name, value in json.loads(document).items():
     if isinstance(value, str):
       yield value
+    elif name == 'tools':
+      yield from (json.dumps(tool, ensure_ascii=False) for tool in value)
     elif isinstance(value, list):
-      yield from (part['text' if name == 'steps' else 'content'] for part in value)
+      for part in value:
+        yield from (part[name] for name in ('text', 'reasoning_content', 'content') if part.get(name))
+        for call in part.get('tool_calls', ()):
+          yield from (call['function']['name'], json.dumps(call['function']['arguments'], ensure_ascii=False))
 
 
 def prompts(document):
@@ -237,9 +414,9 @@ def prompts(document):
   record = json.loads(document)
   if 'prompt' in record:
     return [_normal(record['prompt'])]
-  messages = record['messages']
-  trained = [i for i, m in enumerate(messages) if m['role'] == 'assistant' and m.get('weight', 1)]
-  return [_normal(messages[:i]) for i in trained if any(m['role'] == 'user' for m in messages[:i])]
+  turns = record['messages']
+  trained = [i for i, m in enumerate(turns) if m['role'] == 'assistant' and m.get('weight', 1)]
+  return [_normal(turns[:i]) for i in trained if any(m['role'] == 'user' for m in turns[:i])]
 
 
 def normal(document):
@@ -267,26 +444,34 @@ def note_of(kind, document):
 
 
 class Encoder:
-  """Documents of one kind to the stored documents [(ids, weights), ...] of each."""
+  """Documents of one kind to the stored documents [(ids, weights), ...] of each.
+
+  reasoning_dropped: documents of which the template left reasoning out.
+  """
 
   def __init__(self, kind, chat: ChatFormat):
-    self.kind, self.chat = kind, chat
+    self.kind, self.chat, self.reasoning_dropped = kind, chat, 0
 
   def __call__(self, document):
     """Returns ([(ids int32 [n], weights float32 [n])], bytes of its text).  Raises TemplateError."""
-    record = json.loads(document)
-    size = sum(len(text.encode()) for text in texts(document))
+    record, before = json.loads(document), self.chat.reasoning_dropped
+    made = self._encode(record)
+    self.reasoning_dropped += self.chat.reasoning_dropped > before
+    return made, sum(len(text.encode()) for text in texts(document))
+
+  def _encode(self, record):
+    tools = record.get('tools')
     if self.kind == 'chat':
-      return [self.chat.encode(record['messages'])], size
-    prompt = [{**m, 'weight': 0} if m['role'] == 'assistant' else m for m in record['prompt']]
+      return [self.chat.encode(record['messages'], tools)]
+    prompt = _untrained(record['prompt'])
     if self.kind == 'pairs':
-      return [self.chat.encode(prompt + record[name]) for name in ('chosen', 'rejected')], size
+      return [self.chat.encode(prompt + record[name], tools) for name in ('chosen', 'rejected')]
     if self.kind == 'steps':
       said = {'role': 'assistant', 'content': steps.solution(record['steps'])}
-      ids, weights = self.chat.encode([*prompt, said])
-      return [(ids, steps.mark(self.chat.tokenizer, ids, weights, record['steps']))], size
-    ids = self.chat.prompt(prompt)
-    return [(ids, np.zeros(len(ids), np.float32))], size
+      ids, weights = self.chat.encode([*prompt, said], tools)
+      return [(ids, steps.mark(self.chat.tokenizer, ids, weights, record['steps']))]
+    ids = self.chat.prompt(prompt, tools)
+    return [(ids, np.zeros(len(ids), np.float32))]
 
 
 def untrained(name, chat, ids):

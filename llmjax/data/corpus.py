@@ -23,6 +23,7 @@ from llmjax.config import ConfigError, to_dict
 from llmjax.data import conversations, prepared, python_docs, splits, text_files, tokens
 from llmjax.data.documents import Document, Limits, Rejected
 from llmjax.data.spec import PrepareSpec
+from llmjax.text.template_path import split_template
 
 # With fewer files (or records) than this, held-out text is drawn from parts of files.
 _FEW_FILES = 20
@@ -78,8 +79,8 @@ def _request(spec):
     request['files_sha256'] = digest.hexdigest()
   elif spec.source == 'python_docs':
     request['python'] = python_docs.version()
-  if os.path.isfile(spec.template):
-    request['template_sha256'] = prepared.file_sha256(spec.template)
+  if os.path.isfile(template := split_template(spec.template)[0]):
+    request['template_sha256'] = prepared.file_sha256(template)
   if spec.tokenizer.path:
     request['tokenizer_sha256'] = prepared.file_sha256(spec.tokenizer.path)
   return request
@@ -176,15 +177,16 @@ class _Scan:
   rejected: list = dataclasses.field(default_factory=list)
   files: set = dataclasses.field(default_factory=set)
   found: text_files.Found = dataclasses.field(default_factory=text_files.Found)
+  unused: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # Names of records' fields.
 
 
-def _read(spec, found=None):
+def _read(spec, found=None, unused=None):
   """Yields the Documents and the Rejected of the source that the spec names."""
   is_text = spec.records == 'text'
   limits = Limits(
       tuple(spec.suffixes) if is_text else conversations.SUFFIXES, spec.text_key or 'text', spec.document_bytes,
       spec.max_record_bytes, spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links,
-      None if is_text else conversations.normaliser(spec.records))
+      None if is_text else conversations.normaliser(spec.records, unused, spec.train_history))
   if spec.source == 'python_docs':
     yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
   elif spec.source == 'text_dir':
@@ -198,7 +200,7 @@ def _read(spec, found=None):
 def _scan(spec, progress):
   """Reads the input once; keeps about 500 bytes of memory a document."""
   scan, keys = _Scan(), []
-  for item in _read(spec, scan.found):
+  for item in _read(spec, scan.found, scan.unused):
     if isinstance(item, Rejected):
       scan.rejected.append(item)
       continue
@@ -246,7 +248,7 @@ def _write_documents(spec, folder, progress):
       spec = dataclasses.replace(spec, document_bytes=size)
       scan = _scan(spec, progress)
     scan.units = np.array([_unit(digest) for digest in scan.digests], np.uint64)
-  counts['document_bytes'] = spec.document_bytes
+  counts |= {'document_bytes': spec.document_bytes, 'unused_fields': dict(sorted(scan.unused.items()))}
   codes = _assign(spec, scan)
   (folder / 'refused.jsonl').write_text(tokens.json_lines(scan.rejected), encoding='utf-8')
   wanted = [name for name, code in splits.CODES.items() if np.any(codes == code)]

@@ -85,6 +85,18 @@ def kind(manifest) -> str:
   return manifest.get('records', 'text')
 
 
+def notes(manifest):
+  """Returns lines on what of the records is not trained: fields without a meaning, reasoning that was dropped."""
+  lines = []
+  if unused := manifest.get('unused_fields'):
+    shown = [f'{name} ({count:,})' for name, count in sorted(unused.items(), key=lambda item: -item[1])]
+    more = [f'{len(shown) - 20} more'] if len(shown) > 20 else []
+    lines.append(f'fields not used, in how many records: {", ".join(shown[:20] + more)}')
+  if dropped := manifest.get('reasoning_dropped'):
+    lines.append(f'reasoning dropped, which the template does not render: {dropped:,} records')
+  return lines
+
+
 def near_folders(folder):
   """Returns prepared folders whose names resemble this one's, nearest first."""
   folder = pathlib.Path(folder)

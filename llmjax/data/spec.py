@@ -7,6 +7,7 @@ import pathlib
 
 from llmjax.config import group, setting
 from llmjax.data import prepared
+from llmjax.text.template_path import split_template
 
 SOURCES = ('python_docs', 'text_dir', 'tfds')
 RECORDS = ('text', 'chat', 'pairs', 'prompts', 'steps')
@@ -139,7 +140,13 @@ class PrepareSpec:
                          'and a rejected answer; prompts: a prompt and the right answer; steps: a prompt and a '
                          'solution whose steps are judged one by one', choices=RECORDS)
   template: str = setting('llmjax', 'chat template of conversations; plain: the prompt and its completion, nothing '
-                          'else; a file: Jinja, or a tokenizer_config.json', kind='path', choices=TEMPLATES)
+                          'else; a file: Jinja, or a tokenizer_config.json, of whose named templates FILE is the one '
+                          'named default and FILE#NAME another', kind='path', choices=TEMPLATES)
+  reasoning: str = setting('render', "the assistant's reasoning where the template has no place for it. render: the "
+                           'record is left out; drop: only the reasoning is, and such records are counted',
+                           choices=('render', 'drop'))
+  train_history: bool = setting(False, "train the assistant's turns in `history` and in `prompt`, too, not only the "
+                                'last output')
   output: str = setting('', "the prepared folder; '': data/<name of the source>", kind='folder')
   validation_fraction: float = setting(0.05, 'share of bytes held out for evaluation while '
                                        'training', minimum=0.0, maximum=0.5)
@@ -186,7 +193,7 @@ class PrepareSpec:
              'write smaller ones, such as 0.05')
     if self.records != 'text' and self.source == 'python_docs':
       yield f'records={self.records} is for records of yours: add --config.source=text_dir --config.path=FILE_OR_DIR'
-    if self.template not in TEMPLATES and not os.path.isfile(self.template):
+    if self.template not in TEMPLATES and not os.path.isfile(split_template(self.template)[0]):
       near = difflib.get_close_matches(self.template, TEMPLATES, n=1)
       hint = f'did you mean {near[0]}?' if near else f'write one of {", ".join(TEMPLATES)}'
       yield f'template={self.template}: there is no such template or file; {hint}'

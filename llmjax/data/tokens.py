@@ -101,7 +101,7 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
   with contextlib.ExitStack() as stack:
     if not is_text:
       try:
-        shape = stack.enter_context(chat.ChatFormat(spec.template, tokenizer))
+        shape = stack.enter_context(chat.ChatFormat(spec.template, tokenizer, spec.reasoning == 'drop'))
         _ = shape.stop_ids  # Finds out at once whether the template suits the tokenizer.
       except chat.TemplateError as e:
         raise ConfigError([f'template={spec.template}: {e}']) from e
@@ -132,6 +132,8 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
           **{k: v for k, v in store.meta.items() if k.endswith('_sha256') or k == 'trained'}}
   if untrained:
     raise ConfigError(_nothing_to_train(spec, untrained))
+  if problems := _empty_splits(spec, splits_found, refused):
+    raise ConfigError(problems)
   before = (folder / 'refused.jsonl').read_text(encoding='utf-8')
   prepared.quarantine_path(folder).write_text(before + json_lines(refused), encoding='utf-8')
   if refused:
@@ -145,7 +147,8 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
       'format': prepared.FORMAT,
       'name': secrets.hide(pathlib.Path(spec.folder).name),
       'source': spec.source,
-      **({} if is_text else {'records': spec.records, 'template': template}),
+      **({} if is_text else {'records': spec.records, 'template': template,
+                             'reasoning_dropped': encode.reasoning_dropped}),
       'request': request,
       'splits': splits_found,
       'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size,
@@ -185,6 +188,16 @@ def _nothing_to_train(spec, untrained):
             f'{spec.template} must have {{% generation %}} and {{% endgeneration %}} around what the assistant says')
   more = [f'... and {len(untrained) - 3:,} more'] if len(untrained) > 3 else []
   return [*untrained[:3], *more, advice]
+
+
+def _empty_splits(spec, splits_found, refused):
+  """Returns the problem lines for splits of which no document was left."""
+  empty = [name for name, split in splits_found.items() if not split['documents']]
+  if not empty or not refused:
+    return []
+  reasons = collections.Counter(item.reason for item in refused).most_common(3)
+  return [f'{spec.records}: every record of {", ".join(empty)} was refused, so nothing is prepared: '
+          + '; '.join(f'{count} x {reason}' for reason, count in reasons)]
 
 
 def json_lines(rejected):

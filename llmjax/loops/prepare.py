@@ -67,6 +67,7 @@ def describe(manifest, folder) -> str:
   if any(duplicates.values()):
     lines.append(f'copies left out: {duplicates["repeated"]:,}, and from train '
                  f'{duplicates["train_copies_of_held_out"]:,} of held-out documents')
+  lines += prepared.notes(manifest)
   if manifest['ignored_files']:
     ignored = ', '.join(f'{count} {suffix or "without suffix"}'
                         for suffix, count in manifest['ignored_files'].items())

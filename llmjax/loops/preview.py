@@ -65,7 +65,9 @@ def _print_sources(data, kinds, split, output):
   notes = []
   for folder, kind in kinds.items():
     alone = dataclasses.replace(data, sources={folder: 1.0})
-    found = prepared.read_manifest(folder)['splits'].get(split)
+    manifest = prepared.read_manifest(folder)
+    notes += [f'{folder}: {note}' for note in prepared.notes(manifest)]
+    found = manifest['splits'].get(split)
     if found is None:
       raise ConfigError([f'data.sources: {folder} has no {split} split'])
     trained = found.get('trained', found['tokens'] - found['documents'])

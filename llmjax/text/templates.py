@@ -48,30 +48,86 @@ class Template:
   eos: str = ''
 
 
-# Every message is <|im_start|>role\ncontent<|im_end|>\n; the turn's end belongs to what the assistant says.
-_IM = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['role'] == 'assistant' %}
-{%- generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}
-{%- else %}
-{{- message['content'] + '<|im_end|>' }}
+# Tools in the system message, calls in the assistant's: Hermes's and Qwen's format.
+_TOOLS = """\
+{{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' }}
+{{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
+{%- for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}
+{{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within ' }}
+{{- '<tool_call></tool_call> XML tags:\\n<tool_call>\\n' }}
+{{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>' }}
+"""
+_CALLS = """\
+{%- for call in message.tool_calls or [] %}
+{{- '' if loop.first and not message['content'] else '\\n' }}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson + '}\\n</tool_call>' }}
+{%- endfor %}
+"""
+_REASONING = """\
+{%- if message.reasoning_content %}{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
+"""
+
+# A system message of its own, and what follows it.
+_SYSTEM = """\
+{%- set system = none %}
+{%- set turns = messages %}
+{%- if messages and messages[0]['role'] == 'system' %}
+{%- set system = messages[0]['content'] %}
+{%- set turns = messages[1:] %}
 {%- endif %}
+"""
+
+
+def _im(before, reasoning):
+  """Returns ChatML: every message is <|im_start|>role\ncontent<|im_end|>\n; the assistant's ends are trained.
+
+  before: what sets another `system`.  Results of tools are the user's, as Qwen has them.
+  """
+  return _SYSTEM + before + """\
+{%- if tools %}
+{{- '<|im_start|>system\\n' + (system + '\\n\\n' if system else '') }}
+""" + _TOOLS + """\
+{{- '<|im_end|>\\n' }}
+{%- elif system is not none %}
+{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in turns %}
+{%- if message['role'] == 'assistant' %}
+{{- '<|im_start|>assistant\\n' }}
+{%- generation %}
+""" + reasoning + "{{- message['content'] }}\n" + _CALLS + """\
+{{- '<|im_end|>' }}
+{%- endgeneration %}
 {{- '\\n' }}
+{%- elif message['role'] == 'tool' %}
+{%- if loop.first or loop.previtem['role'] != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+{{- '\\n<tool_response>\\n' + message['content'] + '\\n</tool_response>' }}
+{%- if loop.last or loop.nextitem['role'] != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- elif message['role'] in ('user', 'system') %}
+{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- else %}
+{{- raise_exception('the role must be system, user, assistant or tool') }}
+{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
 
-# Qwen2.5's, without tools: a system message of its own where there is none.
-_QWEN = """\
-{%- if messages and messages[0]['role'] != 'system' %}
-{{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
-{%- endif %}
-""" + _IM
 
+# Qwen2.5's: a system message of its own where there is none, and no reasoning.
+_QWEN = """\
+{%- if messages and system is none %}
+{%- set system = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' %}
+{%- endif %}
+"""
+
+# Llama 3 has no tools; Llama 3.1 does.
 _LLAMA3 = """\
 {{- bos_token }}
 {%- for message in messages %}
+{%- if message['role'] not in ('system', 'user', 'assistant') %}
+{{- raise_exception('the role must be system, user or assistant') }}
+{%- endif %}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
 {%- if message['role'] == 'assistant' %}
 {%- generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}
@@ -82,7 +138,7 @@ _LLAMA3 = """\
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
 """
 
-# Gemma knows no system turn: Gemma 3 puts that text before the first user's.
+# Gemma knows no system turn: Gemma 3 puts that text before the first user's.  It has no tools.
 _GEMMA = """\
 {{- bos_token }}
 {%- set system = '' %}
@@ -107,13 +163,24 @@ _GEMMA = """\
 """
 
 # With the markers that every tokenizer of `llmjax prepare` has.
-_OWN = """\
-{%- for message in messages %}
+_OWN = _SYSTEM + """\
+{%- if tools %}
+{{- '<|system|>' + (system + '\\n\\n' if system else '') }}
+""" + _TOOLS + """\
+{{- '<|end|>' }}
+{%- elif system is not none %}
+{{- '<|system|>' + system + '<|end|>' }}
+{%- endif %}
+{%- for message in turns %}
 {%- if message['role'] not in ('system', 'user', 'assistant', 'tool') %}
 {{- raise_exception('the role must be system, user, assistant or tool') }}
 {%- endif %}
 {%- if message['role'] == 'assistant' %}
-{{- '<|assistant|>' }}{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}
+{{- '<|assistant|>' }}
+{%- generation %}
+""" + _REASONING + "{{- message['content'] }}\n" + _CALLS + """\
+{{- '<|end|>' }}
+{%- endgeneration %}
 {%- else %}
 {{- {'system': '<|system|>', 'user': '<|user|>', 'tool': '<|tool|>'}[message['role']] }}
 {{- message['content'] + '<|end|>' }}
@@ -124,8 +191,8 @@ _OWN = """\
 
 TEMPLATES = {
     'llmjax': Template(_OWN, ('<|system|>', '<|user|>', '<|assistant|>', '<|tool|>', '<|end|>'), '<s>', '<|end|>'),
-    'chatml': Template(_IM, ('<|im_start|>', '<|im_end|>'), '', '<|im_end|>'),
-    'qwen': Template(_QWEN, ('<|im_start|>', '<|im_end|>'), '', '<|im_end|>'),
+    'chatml': Template(_im('', _REASONING), ('<|im_start|>', '<|im_end|>'), '', '<|im_end|>'),
+    'qwen': Template(_im(_QWEN, ''), ('<|im_start|>', '<|im_end|>'), '', '<|im_end|>'),
     'llama3': Template(_LLAMA3, ('<|begin_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>'),
                        '<|begin_of_text|>', '<|eot_id|>'),
     'gemma': Template(_GEMMA, ('<bos>', '<eos>', '<start_of_turn>', '<end_of_turn>'), '<bos>', '<eos>'),
@@ -212,13 +279,16 @@ class Renderer:
     pattern = '|'.join(map(re.escape, longest_first)) or '(?!)'
     self._source = re.sub(pattern, lambda m: self._marks[m[0]], template.source)
 
-  def render(self, messages, *, add_generation_prompt=False, **values) -> Rendered:
-    """Returns the conversation.  messages: [{'role': str, 'content': str, ...}]; values: further variables."""
+  def render(self, messages, tools=None, *, add_generation_prompt=False, **values) -> Rendered:
+    """Returns the conversation.
+
+    messages: [{'role': str, 'content': str, ...}]; tools: OpenAI's list of them; values: further variables.
+    """
     problem = _wrong_messages(messages)
     if problem:
       raise TemplateError(problem)
-    values = {**values, 'messages': messages, 'add_generation_prompt': add_generation_prompt,
-              'bos_token': self._marks.get(self.template.bos, ''),
+    values = {'documents': None, **values, 'messages': messages, 'tools': tools or None,
+              'add_generation_prompt': add_generation_prompt, 'bos_token': self._marks.get(self.template.bos, ''),
               'eos_token': self._marks.get(self.template.eos, '')}
     try:
       request = json.dumps({'template': self._source, 'values': values, 'marks': self._generation,
@@ -345,7 +415,9 @@ def _wrong_messages(messages):
       if not isinstance(message.get(field), str):
         return f'message {number} must have the text field {field!r}, not {type(message.get(field)).__name__}'
     try:
-      (message['role'] + message['content']).encode()
+      json.dumps(message, ensure_ascii=False).encode()
     except UnicodeEncodeError:
       return f'message {number} is not valid UTF-8 (a lone surrogate)'
+    except (TypeError, ValueError, RecursionError) as e:
+      return f'the messages are not plain JSON: {str(e)[:200]}'
   return ''

@@ -1,5 +1,6 @@
 """Conversations, pairs and prompts from their records to batches."""
 
+import collections
 import json
 import pickle
 import random
@@ -100,6 +101,175 @@ def test_bad_records_get_a_reason(kind, record, reason):
   with pytest.raises(ValueError) as e:
     conversations.normaliser(kind)(record)
   assert reason in str(e.value)
+
+
+SYSTEM, OFF = {'role': 'system', 'content': 's'}, {**SAID, 'weight': 0}
+CALL = {'type': 'function', 'function': {'name': 'f', 'arguments': {'x': 1}}}
+CALLS = {'role': 'assistant', 'content': '', 'tool_calls': [CALL]}
+RESULT = {'role': 'tool', 'content': '2'}
+TOOL = {'type': 'function', 'function': {'name': 'f', 'parameters': {'z': 1, 'a': 2}}}
+
+
+def turn(speaker, value, **more):
+  return {'from': speaker, 'value': value, **more}
+
+
+@pytest.mark.parametrize(('record', 'made'), [
+    # A system message beside the conversation.
+    ({'system': 's', 'conversations': [turn('human', 'q'), turn('gpt', 'a')]}, [SYSTEM, USER, SAID]),
+    ({'system': 's', 'messages': [SYSTEM, USER, SAID]}, [SYSTEM, USER, SAID]),
+    ({'system_prompt': 's', 'question': 'q', 'response': 'a'}, [SYSTEM, USER, SAID]),
+    ({'system': 's', 'prompt': 'q', 'completion': 'a'}, [SYSTEM, USER, SAID]),
+    # Alpaca's history, Dolly's context.
+    ({'instruction': 'q', 'input': '', 'output': 'a', 'system': 's', 'history': [['q', 'a']]},
+     [SYSTEM, USER, OFF, USER, SAID]),
+    ({'instruction': 'q', 'context': 'c', 'response': 'a'}, [{**USER, 'content': 'q\n\nc'}, SAID]),
+    # Names of roles.
+    ({'conversations': [turn('System', 's'), turn('user', 'q'), turn('chatgpt', 'a')]}, [SYSTEM, USER, SAID]),
+    ({'conversation': [turn('prompter', 'q'), turn('bard', 'a')]}, [USER, SAID]),
+    ({'messages': [USER, {'role': 'model', 'content': 'a'}]}, [USER, SAID]),
+    # Flags of turns.
+    *(({'messages': [USER, {**SAID, **flag}, USER, {**SAID, **other}]}, [USER, OFF, USER, SAID]) for flag, other in (
+        ({'train': False}, {'train': True}), ({'loss': False}, {}), ({'masked': True}, {'masked': False}),
+        ({'weight': 0}, {'weight': 1}), ({'training': 0}, {'training': 1}), ({'mask': True, 'weight': 0.0}, {}))),
+    ({'messages': [{**USER, 'train': False, 'masked': True, 'weight': 0}, SAID]}, [USER, SAID]),
+    # What prompt and completion share; a prompt's turns are not trained.
+    ({'prompt': [USER], 'completion': [USER, SAID]}, [USER, SAID]),
+    ({'prompt': [USER], 'completion': [SYSTEM, USER, SAID]}, [SYSTEM, USER, SAID]),
+    ({'prompt': [SYSTEM, USER], 'completion': [USER, SAID]}, [SYSTEM, USER, SAID]),
+    ({'prompt': [USER, SAID, USER], 'completion': [USER, SAID, USER, SAID2]}, [USER, OFF, USER, SAID2]),
+    ({'prompt': [USER, SAID, USER], 'completion': SAID2}, [USER, OFF, USER, SAID2]),
+    ({'input': [USER], 'output': 'a'}, [USER, SAID]),
+    # Parts of text, reasoning.
+    ({'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'q'}]}, SAID]}, [USER, SAID]),
+    *(({'messages': [USER, {**SAID, name: 'r'}]}, [USER, {**SAID, 'reasoning_content': 'r'}])
+      for name in ('reasoning_content', 'thinking', 'reasoning')),
+    # TRL's unpaired preferences: the good ones.
+    ({'prompt': 'q', 'completion': 'a', 'label': True}, [USER, SAID]),
+    ({'messages': [USER, SAID], 'prompt': 'q', 'id': 3}, [USER, SAID])])
+def test_what_every_field_of_a_chat_means(record, made):
+  assert normal('chat', record) == {'messages': made}
+
+
+@pytest.mark.parametrize('record', [
+    {'messages': [USER, {'role': 'assistant', 'content': None, 'tool_calls': [
+        {'function': {'name': 'f', 'arguments': '{"x": 1}'}}]}, RESULT, SAID], 'tools': [TOOL]},
+    {'messages': [USER, {'role': 'assistant', 'function_call': {'name': 'f', 'arguments': '{"x": 1}'}},
+                  {**RESULT, 'role': 'function'}, SAID], 'functions': [TOOL['function']]},
+    {'conversations': [turn('human', 'q'), turn('function_call', '{"name": "f", "arguments": {"x": 1}}'),
+                       turn('observation', '2'), turn('gpt', 'a')], 'tools': json.dumps([TOOL['function']])}])
+def test_every_form_of_tools(record):
+  made = normal('chat', record)
+  assert made == {'messages': [USER, CALLS, RESULT, SAID], 'tools': [TOOL]}
+  assert list(made['tools'][0]['function']['parameters']) == ['z', 'a']  # A template writes them in this order.
+  assert {'f', '{"x": 1}'} <= set(conversations.texts(json.dumps(made)))
+
+
+def test_results_of_tools_come_in_the_order_of_the_calls():
+  calls = {**CALLS, 'tool_calls': [{'id': name, **CALL} for name in 'ab']}
+  results = [{'role': 'tool', 'content': name, 'tool_call_id': name} for name in 'ab']
+  assert normal('chat', {'messages': [USER, calls, *results[::-1], SAID]})['messages'] == [
+      USER, calls, *results, SAID]
+
+
+def test_train_history_trains_it():
+  record = {'instruction': 'q', 'output': 'a', 'history': [['q', 'b']]}
+  made = json.loads(conversations.normaliser('chat', train_history=True)(record))
+  assert made == {'messages': [USER, SAID2, USER, SAID]}
+
+
+def test_fields_without_a_meaning_are_counted():
+  unused = collections.Counter()
+  make = conversations.normaliser('chat', unused)
+  for number in range(3):
+    make({'messages': [USER, {**SAID, 'id': 'x'}], 'source': 'web', 'tags': [], 'score\x1b': number})
+  assert unused == {'messages.id': 3, 'source': 3, 'score?': 3}
+
+
+@pytest.mark.parametrize(('record', 'made'), [
+    ({'prompt': 'Hi?', 'chosen': [SYSTEM, {**USER, 'content': 'Hi?'}, SAID],
+      'rejected': [SYSTEM, {**USER, 'content': 'Hi?'}, SAID2]}, ([SYSTEM, {**USER, 'content': 'Hi?'}], 'a', 'b')),
+    ({'system': 's', 'question': 'q', 'chosen': 'a', 'rejected': 'b'}, ([SYSTEM, USER], 'a', 'b')),
+    ({'prompt': 'Q: red?\nA:', 'chosen': 'Q: red?\nA: a', 'rejected': 'Q: red?\nA: b'},
+     ([{**USER, 'content': 'Q: red?\nA:'}], ' a', ' b')),
+    ({'prompt': 'a', 'chosen': 'ab', 'rejected': 'ac'}, ([{**USER, 'content': 'a'}], 'ab', 'ac')),
+    ({'chosen': 'The sky is blue.', 'rejected': 'The sky is black.'},
+     ([{**USER, 'content': 'The sky is'}], ' blue.', ' black.')),
+    ({'chosen': '\n\nHuman: q\n\nAssistant: b\n\nHuman: q\n\nAssistant: a',
+      'rejected': '\n\nHuman: q\n\nAssistant: b\n\nHuman: q\n\nAssistant: b'}, ([USER, SAID2, USER], 'a', 'b')),
+    ({'prompt': '\n\nHuman: q\n\nAssistant:', 'chosen': 'a', 'rejected': 'b'}, ([USER], 'a', 'b')),
+    ({'prompt': 'q', 'chosen': [USER, SAID], 'rejected': [USER, SAID2], 'messages': [USER, SAID]}, ([USER], 'a', 'b')),
+    ({'prompt': [SYSTEM, USER], 'chosen': [USER, SAID], 'rejected': [USER, SAID2]}, ([SYSTEM, USER], 'a', 'b')),
+    ({'conversations': [turn('human', 'q')], 'chosen': turn('gpt', 'a'), 'rejected': turn('gpt', 'b')},
+     ([USER], 'a', 'b')),
+    ({'instruction': 'q', 'chosen': 'a', 'rejected': 'b', 'history': [['q', 'a']]}, ([USER, SAID, USER], 'a', 'b')),
+    ({'input': {'messages': [USER]}, 'preferred_output': [SAID], 'non_preferred_output': [SAID2]}, ([USER], 'a', 'b'))])
+def test_what_every_field_of_a_pair_means(record, made):
+  prompt, chosen, rejected = made
+  assert normal('pairs', record) == {'prompt': prompt, 'chosen': [{**SAID, 'content': chosen}],
+                                     'rejected': [{**SAID, 'content': rejected}]}
+
+
+@pytest.mark.parametrize(('record', 'prompt'), [
+    ({'messages': [USER, SAID], 'answer': '4'}, [USER]),
+    ({'messages': [USER, CALLS, RESULT, SAID], 'answer': '4', 'tools': [TOOL]}, [USER]),
+    ({'conversations': [turn('human', 'q'), turn('gpt', 'a'), turn('human', 'q')], 'answer': '4'}, [USER, SAID, USER]),
+    ({'system': 's', 'problem': 'q', 'solution': '4'}, [SYSTEM, USER])])
+def test_an_answer_never_stands_in_its_prompt(record, prompt):
+  made = normal('prompts', record)
+  assert made.pop('answer') == '4' and made.pop('prompt') == prompt and made == (
+      {'tools': [TOOL]} if 'tools' in record else {})
+  if 'tools' in record:
+    with pytest.raises(ValueError, match='tools have no place'):
+      conversations.read_prompt(record)
+  else:
+    assert conversations.read_prompt(record) == prompt
+
+
+FLAGGED = {'messages': [USER, SAID]}
+
+
+@pytest.mark.parametrize(('kind', 'record', 'reason'), [
+    ('chat', {'prompt': 'q', 'completion': 'a', 'label': False}, 'label is false: the completion is a bad one'),
+    ('chat', {'instruction': 'q', 'output': 'a', 'kto_tag': 'false'}, 'kto_tag is false: .*--config.records=pairs'),
+    ('pairs', {'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'label': 0}, 'label is false'),
+    ('chat', {**FLAGGED, 'system': 's', 'system_prompt': 't'}, 'system and system_prompt and .* differ'),
+    ('chat', {'messages': [SYSTEM, USER, SAID], 'system': 't'}, 'system is not the system message'),
+    ('chat', {**FLAGGED, 'completion': 'other'}, 'completion is no part of what the other fields say'),
+    ('chat', {'prompt': 'q', 'completion': 'a', 'context': 'c'}, 'context is no part of'),
+    ('chat', {'prompt': 'q', 'completion': 'a', 'thinking': 'c'}, 'thinking is no part of'),
+    ('chat', {**FLAGGED, 'history': [['a', 'b']]}, 'history is no part of'),
+    ('chat', {**FLAGGED, 'images': ['x.png']}, 'images is not text'),
+    ('chat', {**FLAGGED, 'mask': 'User'}, 'mask of a record'),
+    ('chat', {**FLAGGED, 'tools': '[{'}, 'tools must be JSON'),
+    ('chat', {**FLAGGED, 'tools': ['x']}, 'tools must be'),
+    ('chat', {'instruction': 'q', 'output': 'a', 'history': ['a']}, 'history must be a list of'),
+    ('chat', {'prompt': [USER], 'completion': [{**USER, 'content': 'x'}, SAID]}, 'completion begins with messages'),
+    ('chat', {'messages': [USER, {**SAID, 'train_detail': [{'begin_offset': 0}]}]}, 'train_detail trains parts'),
+    ('chat', {'messages': [USER, {**SAID, 'train': 'no'}]}, 'train of a message must be true or false, not no'),
+    ('chat', {'messages': [USER, {**SAID, 'train': True, 'weight': 0}]}, 'weight and train of a message contradict'),
+    ('chat', {'messages': [{**USER, 'train': True}, SAID]}, 'train trains a message of the user'),
+    ('chat', {'messages': [USER, {**SAID, 'label': False}]}, 'label stands at a message'),
+    ('chat', {'messages': [USER, {**SAID, 'content': ''}]}, 'would be trained to say nothing'),
+    ('chat', {'messages': [{'role': 'narrator', 'content': 'q'}, SAID]}, "the role 'narrator' is unknown"),
+    ('chat', {'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}, SAID]}, 'a part of content is image'),
+    ('chat', {'messages': [{**USER, 'thinking': 'x'}, SAID]}, 'thinking stands at a message of the user'),
+    ('chat', {'messages': [USER, {**SAID, 'thinking': 'x', 'reasoning': 'y'}]}, 'thinking and reasoning .* differ'),
+    ('chat', {'messages': [{**USER, 'tool_calls': [CALL]}, SAID]}, 'only the assistant calls tools'),
+    ('chat', {'messages': [USER, {**SAID, 'tool_calls': [{'name': 3}]}]}, 'tool_calls must be a list of'),
+    ('chat', {'messages': [USER, {**SAID, 'tool_calls': [{**CALL, 'type': 'custom'}]}]}, 'of type custom'),
+    ('chat', {'messages': [USER, {**SAID, 'tool_calls': [{'name': 'f', 'arguments': '[1]'}]}]}, 'must be an object'),
+    ('chat', {'conversations': [turn('human', 'q'), turn('function_call', 'f(1)')]}, 'a function_call must be JSON'),
+    ('chat', {'messages': [USER, {**CALLS, 'tool_calls': [{'id': 'a', **CALL}]}, {**RESULT, 'tool_call_id': 'b'}]},
+     "tool_call_id 'b' is no call"),
+    ('pairs', {'prompt': 'x', 'chosen': [USER, SAID], 'rejected': [USER, SAID2]}, 'prompt is not what chosen and rej'),
+    ('pairs', {'prompt': 'q', 'chosen': [SYSTEM, SAID], 'rejected': [SAID2]}, 'a message of the system, not'),
+    ('prompts', {'prompt': [USER, SAID], 'answer': '4'}, 'prompt ends with a message of the assistant'),
+    ('prompts', {'messages': [SYSTEM, SAID], 'answer': '4'}, 'messages hold none of the user'),
+    ('prompts', {'question': 'q', 'context': 'c', 'answer': '4'}, 'context is no part of')])
+def test_a_field_that_cannot_be_used_is_named(kind, record, reason):
+  with pytest.raises(ValueError, match=reason):
+    conversations.normaliser(kind)(record)
 
 
 def write_chats(path, count, seed=0):
@@ -337,9 +507,9 @@ def test_a_template_that_changes_what_is_said_has_no_ends_of_steps(tmp_path, sma
   spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records='steps',
                      output=str(tmp_path / 'out'), template=str(tmp_path / 'own.jinja'),
                      tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
-  manifest, _ = corpus.prepare(spec)
-  assert list(manifest['quarantine']['reasons'].values()) == [40]
-  assert 'the chat template changes what the assistant says' in next(iter(manifest['quarantine']['reasons']))
+  with pytest.raises(ConfigError, match='every record of .* was refused.* 40 x .* changes or leaves out content'):
+    corpus.prepare(spec)
+  assert not prepared.is_prepared(tmp_path / 'out')
 
 
 def test_prompts_come_with_their_answers(tmp_path, small_folder):

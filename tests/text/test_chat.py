@@ -1,13 +1,17 @@
 """Conversations as tokens and weights: golden strings, weights of messages, ends that are learned, BOS once."""
 
 import io
+import json
+import pathlib
+import re
+import runpy
 
 import numpy as np
 import pytest
 
 from llmjax.text import tokenizer as tokenizers
 from llmjax.text.chat import ChatFormat
-from llmjax.text.templates import TEMPLATES, Template, TemplateError
+from llmjax.text.templates import TEMPLATES, Renderer, Template, TemplateError
 
 CHAT = [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y o'},
         {'role': 'user', 'content': 'and 2 + 2?'}, {'role': 'assistant', 'content': '4'}]
@@ -122,6 +126,88 @@ def test_wrong_templates_get_a_line(tokenizer, tmp_path):
   with (ChatFormat('chatml', tokenizers.Tokenizer(tmp_path / 'bare.model')) as chat,
         pytest.raises(TemplateError, match=r'--config.tokenizer.special=<\|im_end\|>,<\|im_start\|>')):
     chat.encode(CHAT)
+
+
+GOLDEN = pathlib.Path(__file__).with_name('golden')
+CASES = runpy.run_path(str(GOLDEN / 'chats.py'))['CASES']
+
+
+@pytest.mark.parametrize('name', TEMPLATES)
+@pytest.mark.parametrize('case', CASES)
+def test_tools_and_reasoning_are_rendered_as_by_transformers_or_refused(tokenizer, name, case):
+  messages, tools = CASES[case]
+  golden = json.loads((GOLDEN / 'chats.json').read_text())[name][case]
+  with ChatFormat(name, tokenizer) as chat:
+    if golden is None:
+      field = 'tools' if tools and name != 'qwen' else 'reasoning_content'
+      with pytest.raises(TemplateError, match=f'the chat template {name} does not render {field}'):
+        chat.encode(messages, tools)
+      return
+    rendered = Renderer(name).render(messages, tools)
+    assert [rendered.text, [list(span) for span in rendered.generated_spans()]] == golden
+    ids, weights = chat.encode(messages, tools)
+    begins = [begin for begin, _ in golden[1]]
+    # The prompt of a turn is what comes before it in training.
+    first = next(i for i, m in enumerate(messages) if m['role'] == 'assistant')
+    np.testing.assert_array_equal(chat.prompt(messages[:first], tools), ids[:np.flatnonzero(weights)[0]])
+    marked = chat.marked(ids, weights)
+  assert marked.count('[[') == len(begins) == sum(m['role'] == 'assistant' for m in messages)
+  assert 'degrees": 12' not in ''.join(re.findall(r'\[\[.*?\]\]', marked, re.S))
+
+
+def test_reasoning_is_dropped_only_when_asked_and_counted(tokenizer):
+  messages, _ = CASES['reasoning']
+  for name in ('qwen', 'llama3', 'gemma', 'plain'):
+    with ChatFormat(name, tokenizer, drop_reasoning=True) as chat:
+      ids, _ = chat.encode(messages)
+      assert chat.reasoning_dropped == 1 and 'remember' not in chat.marked(ids) and 'Rain.' in chat.marked(ids)
+  with ChatFormat('plain', tokenizer) as chat, pytest.raises(TemplateError, match='plain does not render reasoning_c'):
+    chat.encode(messages)
+
+
+# Qwen3's way: reasoning of turns before the last question is left out, in its field and in the content.
+LAST = ("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{% if loop.last and m.thinking %}"
+        "<think>{{ m.thinking }}</think>{% endif %}{{ m.content.split('</think>')[-1] }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}")
+
+
+def test_a_template_of_ones_own_loses_nothing_without_a_word(tokenizer):
+  user, thought = {'role': 'user', 'content': 'Why?'}, {'reasoning_content': 'Hm, x.', 'content': 'So.'}
+  inside = {'role': 'assistant', 'content': '<think>Hm, x.</think>So.'}
+  said = {'role': 'assistant', **thought}
+  with ChatFormat(Template(LAST, ()), tokenizer) as chat:
+    assert '<think>Hm, x.</think>So.' in chat.marked(chat.encode([user, said])[0])
+    for messages in ([user, said, user, said], [user, inside]):
+      with pytest.raises(TemplateError, match='this run does not render reasoning_content'):
+        chat.encode(messages)
+    chat.prompt([user, inside, user])  # To ask is no training: the template decides what a model sees.
+    for messages, tools, field in (
+        ([user, said], CASES['call'][1], 'tools'),
+        (CASES['call'][0], None, r'tool_calls \(message 2\)'),
+        ([{'role': 'developer', 'content': 'x'}, user, said], None, r'the role developer \(message 1\)'),
+        ([{**user, 'name': 'Ann'}, said], None, r'name \(message 1\)')):
+      with pytest.raises(TemplateError, match=f'does not render {field}'):
+        chat.encode(messages, tools)
+  blind = "{% for m in messages if m.role != 'system' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+  with ChatFormat(Template(blind, ()), tokenizer) as chat, pytest.raises(TemplateError, match=r'content \(message 1\)'):
+    chat.encode([{'role': 'system', 'content': 'Be brief.'}, user, said])
+
+
+def test_named_templates(tokenizer, tmp_path):
+  make = lambda mark: ("{% for m in messages %}{% generation %}{{ '" + mark + "' + m.content }}{% endgeneration %}"
+                       '{% endfor %}')
+  file = tmp_path / 'tokenizer_config.json'
+  both = [{'name': name, 'template': make(name)} for name in ('default', 'rag')]
+  file.write_text(json.dumps({'chat_template': both}))
+  assert 'defaultx' in marked(tokenizer, str(file), CHAT[:2]) and 'ragx' in marked(tokenizer, f'{file}#rag', CHAT[:2])
+  with pytest.raises(TemplateError, match='the templates there are default, rag; choose one, as in .*json#default'):
+    ChatFormat(f'{file}#tools', tokenizer)
+  file.write_text(json.dumps({'chat_template': both[1:]}))
+  with pytest.raises(TemplateError, match='the templates there are rag; choose one, as in .*json#rag'):
+    ChatFormat(str(file), tokenizer)
+  file.write_text(json.dumps({'chat_template': make('one')}))
+  with pytest.raises(TemplateError, match='leave #rag out'):
+    ChatFormat(f'{file}#rag', tokenizer)
 
 
 def test_masks_are_those_of_transformers():
