@@ -57,11 +57,12 @@ _REFUSED = {'mask': 'of a record is not supported; write train at its messages',
             **dict.fromkeys(messages.MEDIA, 'is not text; only text can be trained')}
 
 
-def normaliser(kind, ignored=None, train_history=False):
+def normaliser(kind, ignored=None, train_history=False, dialogues=True):
   """Returns a function of a record to its text in the form above; it raises ValueError with a reason.
 
   ignored: a Counter that gains the names of a record's fields that hold something and change nothing.  train_history:
-  the assistant's earlier turns, which a record gives as its prompt or history, are trained, too.
+  the assistant's earlier turns, which a record gives as its prompt or history, are trained, too.  dialogues: texts of
+  "Human:" and "Assistant:" are read as messages.
   """
   make = {'chat': functools.partial(_chat, train_history), 'pairs': _pair, 'prompts': _prompt, 'steps': _steps}[kind]
 
@@ -71,6 +72,8 @@ def normaliser(kind, ignored=None, train_history=False):
     fields, unused = {k: v for k, v in _plain(record).items() if v is not None}, {}
     if kind != 'steps':
       _check_label(fields)
+    if dialogues:
+      _read_dialogues(fields)
     made = make(fields, unused)
     if made is None:
       raise ValueError(f'no {FORMS[kind]} (found: {field_names(record)})')
@@ -102,6 +105,7 @@ def read_prompt(record):
   """Returns the messages that a record asks with, in any of its forms; raises ValueError."""
   if isinstance(record, dict):
     fields = {k: v for k, v in record.items() if v is not None}
+    _read_dialogues(fields)
     if _tools(fields):
       raise ValueError('tools have no place in a prompt here; leave them out')
     if made := _asked(fields, {}):
@@ -213,9 +217,6 @@ def _pair(fields, ignored):
 
 def _split_texts(prompt, both):
   """Returns (prompt or None, [chosen, rejected]) of two texts, without what both repeat of the prompt."""
-  dialogues = [messages.read_dialogue(text) for text in both]
-  if all(dialogues):
-    return prompt, dialogues
   if prompt is None:  # TRL's implicit prompt: the words that both begin with.
     shared = os.path.commonprefix(both)
     shared = shared[:max(shared.rfind(' '), shared.rfind('\n')) + 1].rstrip()
@@ -325,7 +326,7 @@ def _prompt_of(fields, ignored):
     value = _first(fields, PROMPTS)
     if value is None:
       return None
-    prompt = messages.read_dialogue(value) or messages.read_messages(value, 'user', ignored)
+    prompt = messages.read_messages(value, 'user', ignored)
   return _history(fields) + prompt
 
 
@@ -336,6 +337,13 @@ def _history(fields):
     raise ValueError('history must be a list of [asked, answered]')
   return [{'content': messages.read_text(text, 'history'), 'role': role}
           for turn in turns for text, role in zip(turn, ('user', 'assistant'), strict=True)]
+
+
+def _read_dialogues(fields):
+  """Puts messages in the place of texts of "Human:" and "Assistant:" (HH-RLHF)."""
+  for name in (*PROMPTS, 'chosen', 'rejected'):
+    if turns := messages.read_dialogue(fields.get(name)):
+      fields[name] = turns
 
 
 def _untrained(turns):

@@ -23,6 +23,7 @@ from llmjax.config import ConfigError, to_dict
 from llmjax.data import conversations, prepared, python_docs, splits, text_files, tokens
 from llmjax.data.documents import Document, Limits, Rejected
 from llmjax.data.spec import PrepareSpec
+from llmjax.text.chat import PLAIN
 from llmjax.text.template_path import split_template
 
 # With fewer files (or records) than this, held-out text is drawn from parts of files.
@@ -186,7 +187,8 @@ def _read(spec, found=None, unused=None):
   limits = Limits(
       tuple(spec.suffixes) if is_text else conversations.SUFFIXES, spec.text_key or 'text', spec.document_bytes,
       spec.max_record_bytes, spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links,
-      None if is_text else conversations.normaliser(spec.records, unused, spec.train_history))
+      None if is_text else conversations.normaliser(spec.records, unused, spec.train_history,
+                                                        dialogues=spec.template != PLAIN))
   if spec.source == 'python_docs':
     yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
   elif spec.source == 'text_dir':

@@ -183,6 +183,8 @@ def _call(call):
   arguments = function.get('arguments', function.get('parameters'))
   if isinstance(arguments, str):
     arguments = _parse(arguments, 'arguments') if arguments.strip() else {}
+  else:
+    arguments = _without_null(arguments)
   if arguments is not None and not isinstance(arguments, dict):
     raise ValueError('arguments of tool_calls must be an object, or its JSON')
   name = {'id': read_text(call['id'], 'id')} if call.get('id') else {}
@@ -214,7 +216,7 @@ def _tool(tool):
 
 
 def _without_null(value):
-  """Returns a schema without the fields that are null: Parquet gives every object the fields of all."""
+  """Returns an object without the fields that are null: Parquet gives every object the fields of all."""
   if isinstance(value, dict):
     return {k: _without_null(v) for k, v in value.items() if v is not None}
   return [_without_null(v) for v in value] if isinstance(value, list) else value

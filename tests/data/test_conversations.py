@@ -178,6 +178,13 @@ def test_train_history_trains_it():
   assert made == {'messages': [USER, SAID2, USER, SAID]}
 
 
+def test_dialogues_stay_text_for_a_template_that_writes_no_roles():
+  text = '\n\nHuman: q\n\nAssistant:'
+  make = conversations.normaliser('chat', dialogues=False)
+  assert json.loads(make({'prompt': text, 'completion': 'a'})) == {'messages': [{**USER, 'content': text}, SAID]}
+  assert normal('chat', {'prompt': text, 'completion': 'a'}) == {'messages': [USER, SAID]}
+
+
 def test_fields_without_a_meaning_are_counted():
   unused = collections.Counter()
   make = conversations.normaliser('chat', unused)
