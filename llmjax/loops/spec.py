@@ -22,6 +22,7 @@ from llmjax.loops.sources import (
   vocabulary_problems,
 )
 from llmjax.model.spec import ModelSpec
+from llmjax.ops.limits import LIMITS
 from llmjax.parallel.spec import ROW_AXES, DistributedSpec, MeshSpec, PipelineSpec, indivisible
 from llmjax.plan.energy import CostSpec
 from llmjax.rl.spec import BATCH_LOSSES, DistillSpec, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
@@ -235,6 +236,13 @@ class PretrainSpec:
     elif size('expert') > 1:
       yield (f'mesh.expert={size("expert")} needs experts; set model.num_experts, or write mesh.expert=1 and '
              f'mesh.fsdp={size("fsdp") * size("expert")}')
+    kernel = self.train.attention
+    if kernel in LIMITS:
+      limit = LIMITS[kernel](self.data.seq_len, model.heads_dim, model.attention_soft_cap, self.train.compute_dtype)
+      if size('context') > 1:
+        limit = f'works on whole sequences, and mesh.context={size("context")} shards them'
+      if limit:
+        yield f'train.attention={kernel} {limit}; write train.attention=auto'
     if size('context') > 1:
       wholes.append(('data.seq_len', self.data.seq_len, ('context',), 2, '2 (both ends of a causal row)'))
     microbatches, pipe = self.train.accumulation, self.pipeline

@@ -20,10 +20,10 @@ IMPLEMENTATIONS = {
 # What a kernel cannot do.  Those that are not here are plain XLA: they do everything, on any platform,
 # and XLA divides their work over a mesh.
 PROBLEMS = {
-    'splash': kernels.splash_problem,
-    'splash_emulated': kernels.splash_problem,
-    'cudnn': kernels.cudnn_problem,
-    'cudnn_emulated': kernels.cudnn_problem,
+    'splash': functools.partial(kernels.kernel_problem, 'splash'),
+    'splash_emulated': functools.partial(kernels.kernel_problem, 'splash'),
+    'cudnn': functools.partial(kernels.kernel_problem, 'cudnn'),
+    'cudnn_emulated': functools.partial(kernels.kernel_problem, 'cudnn'),
 }
 
 

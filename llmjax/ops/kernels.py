@@ -1,6 +1,6 @@
 """Attention kernels of one platform each: TPU splash attention, cuDNN flash attention.
 
-Both take what `ops.blockwise` takes, in the same letters, but only aligned rows.  `problem` says in words
+Both take what `ops.blockwise` takes, in the same letters, but only aligned rows.  `limits` says in words
 what a kernel cannot do.  With emulate=True a kernel runs anywhere, slowly, for tests.
 """
 
@@ -8,34 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.ops.blockwise import visible
+from llmjax.ops.limits import LANES, LIMITS
 
-LANES = 128  # Of a TPU's vector registers; splash attention's blocks are multiples of it.
 
-
-def splash_problem(q, k, options):
-  """Returns what keeps splash attention from these queries and keys, or None."""
+def kernel_problem(name, q, k, options):
+  """Returns what keeps a kernel from these queries and keys, or None."""
   if not options[3]:
     return 'works on whole rows, not against a cache or a part of a row'
-  if q.shape[3] % LANES:
-    return f'needs a length that is a multiple of {LANES}, not {q.shape[3]}'
-  if q.shape[-1] % 64:
-    return f'needs a head_dim that is a multiple of 64, not {q.shape[-1]}'
-  return None
-
-
-def cudnn_problem(q, k, options):
-  """Returns what keeps cuDNN from these queries and keys, or None."""
-  if not options[3]:
-    return 'works on whole rows, not against a cache or a part of a row'
-  if options[1] is not None:
-    return 'has no soft cap on logits'
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f'needs bfloat16 or float16, not {q.dtype}'
-  if q.shape[-1] % 8 or q.shape[-1] > 128:
-    return f'needs a head_dim that is a multiple of 8, at most 128, not {q.shape[-1]}'
-  if q.shape[3] % 2:
-    return f'needs an even length, not {q.shape[3]}'
-  return None
+  return LIMITS[name](q.shape[3], q.shape[-1], options[1], str(q.dtype))
 
 
 def splash_attention(options, q, k, v, q_ids, k_ids, emulate=False):
