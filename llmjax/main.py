@@ -301,7 +301,7 @@ def parse(command, arguments, elsewhere=False):
     if other := _recipe_of(command, recipe):
       _raise([*problems, f'--config={recipe_path} is a recipe of `llmjax {other}`; for example {command.example}'])
   try:
-    spec = config.build(_load(command.spec), recipe, overrides, elsewhere)
+    spec = config.build(_load(command.spec), recipe, [*overrides, *getattr(options, 'overrides', ())], elsewhere)
   except config.ConfigError as e:
     # Without a recipe, what the defaults lack is no mistake of the user's; what was typed may be.
     problems += [p for p in e.problems if not missing or any(key in p for key, _ in overrides)]

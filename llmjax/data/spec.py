@@ -218,3 +218,8 @@ class PrepareOptions:
 
   text_dir: str = setting('', 'prepare the text files of this folder; needs no --config', kind='path')
   force: bool = setting(False, 'prepare again what is already prepared')
+
+  @property
+  def overrides(self):
+    """Fields of the config that the flags set."""
+    return [('source', 'text_dir'), ('path', self.text_dir), ('name', '')] if self.text_dir else []

@@ -1,6 +1,5 @@
 """`llmjax prepare`: text to a corpus, a tokenizer and a token store."""
 
-import dataclasses
 import errno
 import itertools
 import os
@@ -9,7 +8,6 @@ import shlex
 import sys
 import time
 
-from llmjax import config
 from llmjax.data import corpus, prepared
 from llmjax.loops.progress import Stages
 from llmjax.loops.sources import run_groups
@@ -19,10 +17,6 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 def run(spec, options):
   """Prepares spec.folder, unless it is prepared already, and prints what came out."""
-  if options.text_dir:
-    spec = dataclasses.replace(spec, source='text_dir', path=options.text_dir, name='')
-    if problems := list(config.find_problems(spec)):
-      raise config.ConfigError(problems)
   show = Stages()
   start = time.monotonic()
   try:
