@@ -27,33 +27,44 @@ def identify(checkpoint):
   return {'path': path, 'sha256': hashlib.sha256(''.join(lines).encode()).hexdigest()}
 
 
-def find_base(recorded, source):
-  """Returns the path of the recorded base.  source: train.init_from, where to look when it is not where it was.
+def find_base(recorded, source, run):
+  """Returns the path of the recorded base, wherever it is now.
 
-  recorded: what `identify` said.  Raises ConfigError when another checkpoint is in its place, or it is gone.
+  Looked for are its old place, `<run>/base`, what train.init_from names, and the runs beside this one.
+
+  recorded: what `identify` said.  source: train.init_from.  run: the folder of the adapter's run.  Raises ConfigError
+  when another checkpoint is in its place, or it is gone.
   """
-  path = epath.Path(recorded['path'])
-  if path.exists():
-    if identify(path)['sha256'] != recorded['sha256']:
-      raise ConfigError([f'{path} is not the base of this adapter: it has other weights than the adapter was trained '
-                         f'on (SHA-256 of the parameters was {recorded["sha256"][:16]}...); put the base back'])
-    return path
-  for other in _candidates(source):
+  path, run = epath.Path(recorded['path']), epath.Path(run)
+  for other in _candidates(path, source, run):
     try:
       if identify(other)['sha256'] == recorded['sha256']:
         return other
     except ConfigError:
       continue  # What has no seal cannot be it.
-  raise ConfigError([f'the base of this adapter, {path}, is gone; put it back, or name where it is now with '
-                     f'train.init_from (SHA-256 of its parameters: {recorded["sha256"][:16]}...)'])
+  where = f'link to where it is now: ln -s FOLDER {run / "base"}'
+  if path.exists():
+    raise ConfigError([f'{path} is not the base of this adapter: it has other weights than the adapter was trained on '
+                       f'(SHA-256 of the parameters was {recorded["sha256"][:16]}...); put the base back, or {where}'])
+  raise ConfigError([f'the base of this adapter, {path}, is gone; put it back, or {where} (SHA-256 of its parameters: '
+                     f'{recorded["sha256"][:16]}...)'])
 
 
-def _candidates(source):
+def _candidates(path, source, run):
+  """Yields the checkpoints that may be the base at this path once, the likeliest first."""
+  yield path
+  yield from _checkpoints_of(run / 'base')
+  if source:
+    yield from _checkpoints_of(epath.Path(source))
+  try:
+    beside = sorted(run.parent.iterdir())
+  except OSError:
+    beside = []
+  for folder in beside:  # One seal of each, where the step is known.
+    yield folder / 'checkpoints' / path.name
+
+
+def _checkpoints_of(path):
   """Returns the checkpoints that a path names: itself, or those of a run."""
-  if not source:
-    return []
-  path = epath.Path(source)
   folder = path / 'checkpoints'
-  if folder.exists():
-    return [folder / str(step) for step in seal.find_steps(folder)]
-  return [path] if path.exists() else []
+  return [folder / str(step) for step in seal.find_steps(folder)] if folder.exists() else [path]

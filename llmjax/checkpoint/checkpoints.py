@@ -36,6 +36,7 @@ from llmjax.adapt.quantize import quantize_tree
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import bases, seal, weights
 from llmjax.checkpoint.arrays import Arrays, read_json
+from llmjax.checkpoint.recorded import find_paths
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model import decoder
@@ -482,7 +483,7 @@ def read_config(workdir):
   if wrong:
     raise ConfigError([f"{file} is not a run's config: it has {wrong[0]}; give the --workdir that "
                        '`llmjax pretrain` had'])
-  return found
+  return find_paths(found, workdir)
 
 
 def _first_line(error):
@@ -567,7 +568,9 @@ def load_adapters(checkpoint, abstract, with_base=True):
     adapters = jax.device_get(adapters)  # To lie wherever the base does.
   if not with_base:
     return None, adapters, {spec.name: spec}
-  folder = bases.find_base(read_json(checkpoint, 'stream')['base'], settings['train'].get('init_from', ''))
+  run = epath.Path(checkpoint).parent.parent
+  source = find_paths(settings, run)['train'].get('init_from', '')
+  folder = bases.find_base(read_json(checkpoint, 'stream')['base'], source, run)
   require_good(folder)
   base = restore_params(folder, abstract)
   return (quantize_tree(base, spec.quantize) if spec.quantize else base), adapters, {spec.name: spec}

@@ -25,6 +25,7 @@ from llmjax.checkpoint.checkpoints import (
   load_params,
   read_config,
 )
+from llmjax.checkpoint.recorded import absolute_paths
 from llmjax.config import ConfigError
 from llmjax.interop import peft
 from llmjax.loops.adapters import initial_checkpoint
@@ -133,7 +134,7 @@ def _new_folder(folder):
 def _write_run(folder, params, settings, step, stream, source):
   """Writes a run's folder with one checkpoint, which has no optimizer state."""
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / 'config.json').write_text(json.dumps(settings, indent=2) + '\n')
+  (folder / 'config.json').write_text(json.dumps(absolute_paths(settings), indent=2) + '\n')
   for name in KEPT:
     if os.path.exists(os.path.join(source, name)):
       shutil.copyfile(os.path.join(source, name), folder / name)

@@ -74,15 +74,16 @@ def load_initial(spec, mesh, folder=None):
 class Adapting:
   """The adapters that a run trains, by its spec; `base` says which frozen base they are for, once it is loaded."""
 
-  def __init__(self, spec, mesh, base=None):
+  def __init__(self, spec, mesh, workdir, base=None):
     """spec: a command's, with `adapter.kind` set.  base: as a checkpoint has recorded it, or None."""
-    self.spec, self.mesh, self.base = spec, mesh, base
+    self.spec, self.mesh, self.workdir, self.base = spec, mesh, workdir, base
     self.specs = {spec.adapter.name: spec.adapter}
 
   def load_frozen(self):
     """Returns {'base': parameters}, sharded, and quantised if the spec says so."""
     train = self.spec.train
-    folder = bases.find_base(self.base, train.init_from) if self.base else initial_checkpoint(train.init_from)
+    folder = (bases.find_base(self.base, train.init_from, self.workdir) if self.base
+              else initial_checkpoint(train.init_from))
     require_good(folder)
     base = restore_initial(train.init_from, folder, self._abstract_base())
     self.base = self.base or bases.identify(folder)

@@ -13,7 +13,7 @@ from llmjax.evaluate.compressors import compressor_bits_per_byte
 from llmjax.evaluate.report import write_report
 from llmjax.loops import rl
 from llmjax.loops.pretrain import make_evaluators
-from llmjax.loops.spec import AnswersSpec, PretrainSpec, of_run
+from llmjax.loops.spec import AnswersSpec, EvaluatedSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model import decoder
 from llmjax.parallel import distributed
@@ -65,12 +65,12 @@ def _specs(options, settings):
   settings = {**settings, 'evaluate': {**settings.get('evaluate', {}), **asked}}
   data = {**settings.get('data', {}), **({'seq_len': options.seq_len} if options.seq_len else {})}
   if not options.sources:
-    return {'': of_run(PretrainSpec, {**settings, 'data': data})}
+    return {'': of_run(EvaluatedSpec, {**settings, 'data': data})}
   settings['evaluate'] |= {'also': [], 'by_source': False}
   specs = {}
   for folder in options.sources:
     held = prepared.kind(prepared.read_manifest(folder))
-    kind = AnswersSpec if held == 'prompts' else PretrainSpec
+    kind = AnswersSpec if held == 'prompts' else EvaluatedSpec
     specs[stream.folder_name(folder)] = of_run(kind, {
         **settings, 'rl': {'rewards': {options.reward: 1.0}, 'max_new_tokens': options.max_new_tokens},
         'data': {**data, 'sources': {folder: 1.0}, 'packing': 'best_fit' if held == 'chat' else 'concat',

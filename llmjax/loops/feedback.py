@@ -23,7 +23,7 @@ from llmjax.generate.score import score
 from llmjax.loops.compiling import compile_clock
 from llmjax.loops.generate import load_chat, load_generator
 from llmjax.loops.progress import Stages
-from llmjax.loops.spec import LayoutSpec, of_run
+from llmjax.loops.spec import FinishedSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.loops.writers import Lines, LogError
 from llmjax.rl import feedback
@@ -112,7 +112,7 @@ class _Voice:
   def __init__(self, workdir, options):
     step = options.step if workdir == options.workdir else 0
     self._options = dataclasses.replace(options, workdir=workdir, step=step)
-    run_spec = of_run(LayoutSpec, read_config(workdir))
+    run_spec = of_run(FinishedSpec, read_config(workdir))
     enable_compilation_cache(run_spec.train.compilation_cache)
     self._generator, self._tokenizer, step = load_generator(self._options, run_spec)
     self._chat = load_chat(workdir, self._tokenizer, '--workdir' if workdir == options.workdir else '--policy')

@@ -21,7 +21,7 @@ from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
 from llmjax.generate.spec import ANSWERS, CHAT_TEMPLATE
 from llmjax.generate.stops import TextStream
 from llmjax.loops.compiling import Stopwatch
-from llmjax.loops.spec import LayoutSpec, PretrainSpec, of_run
+from llmjax.loops.spec import EvaluatedSpec, FinishedSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model import decoder
 from llmjax.parallel import distributed
@@ -50,7 +50,7 @@ def run(spec, options):
 
 def _generate(options):
   kept = (pathlib.Path(options.workdir) / 'tokenizer.model').exists()  # Then the corpus may be elsewhere.
-  run_spec = of_run(LayoutSpec if kept else PretrainSpec, read_config(options.workdir))
+  run_spec = of_run(FinishedSpec if kept else EvaluatedSpec, read_config(options.workdir))
   asked = options.prompts and read_records(
       options.prompts, lambda record: (read_prompt(record), record.get('answer', record.get('output'))))
   prompt = None if asked else _given_prompt(options)

@@ -177,7 +177,7 @@ class Loop:
     """
     spec, mesh = self.spec, self.job.mesh
     self.heart.beat(step, 'restore' if step else 'init')
-    self.adapting = Adapting(spec, mesh) if spec.adapter.kind else None
+    self.adapting = Adapting(spec, mesh, self.workdir) if spec.adapter.kind else None
     if step:
       trained = self.adapting and self.adapting.trained()
       state, stream = self.checkpoints.restore(

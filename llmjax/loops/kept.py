@@ -42,7 +42,7 @@ class Kept:
     if not self._begun:
       return pathlib.Path(self.known['path'])
     try:
-      return pathlib.Path(bases.find_base(self.known, self._source))
+      return pathlib.Path(bases.find_base(self.known, self._source, self.folder.parent))
     except ConfigError as e:
       raise ConfigError([f'{self._setting}={self._source} is not the {self._role} that this run began with, '
                          f'{self.known["path"]}; put it back, or start a new run']) from e

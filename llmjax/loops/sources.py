@@ -7,6 +7,7 @@ import pathlib
 from llmjax import config
 from llmjax.checkpoint import weights
 from llmjax.data import prepared
+from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.model.spec import ModelSpec
 
 
@@ -14,6 +15,31 @@ def run_folder(source):
   """Returns the folder of the run that a path names: itself, or that of one of its checkpoints."""
   path = pathlib.Path(source)
   return path.parent.parent if path.parent.name == 'checkpoints' else path
+
+
+def format_problems(data, run):
+  """Yields a line for every source of a DataSpec whose tokenizer or chat template is not a run's."""
+  if not data.allow_mismatch:
+    for problem in (*tokenizer_problems(data.sources, run), *template_problems(data.sources, run)):
+      yield f'{problem}, or allow it with --config.data.allow_mismatch=true'
+
+
+def template_problems(sources, run):
+  """Yields a line for every prepared folder whose chat template is not the one that a run was trained with."""
+  try:
+    trained = json.loads((run_folder(run) / CHAT_TEMPLATE).read_text(encoding='utf-8'))['template']
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    return  # It was trained on text, which any template may follow.
+  from llmjax.text.chat import same_template, template_name  # Here: most commands have no use for NumPy so early.
+  for folder in sources:
+    try:
+      manifest = prepared.read_manifest(folder)
+    except ValueError:
+      continue  # The data group says so.
+    if prepared.kind(manifest) != 'text' and not same_template(manifest.get('template'), trained):
+      name, other = template_name(trained), template_name(manifest.get('template'))
+      yield (f'data.sources: {folder} was prepared with the chat template {other}, and {run} was trained with {name}; '
+             f'prepare it again with --force --config.template={name}')
 
 
 def tokenizer_problems(sources, run):
@@ -57,20 +83,22 @@ def run_groups(run, names):
   return found
 
 
-def reward_problems(name, source, sources):
-  """Yields what is wrong with a reward model.  name: of the setting.  sources: what else is tokenised."""
+def reward_problems(name, source, data):
+  """Yields what is wrong with a reward model.  name: of the setting.  data: the DataSpec of what it is to score."""
   if not (run_folder(source) / 'config.json').is_file():
     yield f"{name}={source} is not a run's folder; give the --workdir of a reward model"
     return
   found = run_groups(source, ('reward',)).get('reward')
   if found is None:
     yield f'{name}={source} is no reward model; give the --workdir of a run of `llmjax reward`'
-  elif any(tokenizer_problems(sources, source)):
-    folder = next(iter(sources))
+  elif not data.allow_mismatch and any(tokenizer_problems(data.sources, source)):
+    folder = next(iter(data.sources))
     yield (f'{name}={source} has another tokenizer than {folder}; give one whose data were prepared with '
            f'--config.tokenizer.path={prepared.tokenizer_path(folder)}')
-  elif model := _run_model(source):
-    yield from vocabulary_problems(f'{name}={source}: its model.vocab_size', model, sources, source)
+  else:
+    if model := _run_model(source):
+      yield from vocabulary_problems(f'{name}={source}: its model.vocab_size', model, data.sources, source)
+    yield from (f'{name}={source}: {problem}' for problem in format_problems(data, source))
 
 
 def _run_model(source):
@@ -112,7 +140,7 @@ def distill_problems(spec):
   if teacher is None:
     yield f"distill.teacher={source} is not a run's folder; give the --workdir of a run, such as runs/big"
     return
-  yield from tokenizer_problems(spec.data.sources, source)
+  yield from format_problems(spec.data, source)
   yield from vocabulary_problems(f'distill.teacher={source}: its model.vocab_size', teacher, spec.data.sources,
                                  source)
   if model.vocab_size and model.vocab_size != teacher.vocab_size:

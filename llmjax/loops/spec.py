@@ -15,10 +15,10 @@ from llmjax.generate.spec import GenerateOptions
 from llmjax.loops.profiling import ProfileSpec, parse_steps
 from llmjax.loops.sources import (
   distill_problems,
+  format_problems,
   reward_problems,
   run_groups,
   teacher_groups,
-  tokenizer_problems,
   vocabulary_problems,
 )
 from llmjax.model.spec import ModelSpec
@@ -28,9 +28,10 @@ from llmjax.plan.energy import CostSpec
 from llmjax.rl.spec import BATCH_LOSSES, DistillSpec, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
-__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'FinetuneSpec', 'GenerateOptions',
-           'LayoutSpec', 'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions', 'PrepareSpec', 'PretrainOptions',
-           'PretrainSpec', 'PreviewOptions', 'PreviewSpec', 'ReportOptions', 'RlCommandSpec']
+__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'EvaluatedSpec', 'FinetuneSpec',
+           'FinishedSpec', 'GenerateOptions', 'LayoutSpec', 'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions',
+           'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'PreviewOptions', 'PreviewSpec', 'ReportOptions',
+           'RlCommandSpec']
 
 WRITERS = ('tensorboard', 'wandb', 'mlflow')
 
@@ -180,6 +181,8 @@ class PretrainSpec:
       elif not os.path.exists(source):
         yield (f"train.init_from={source}: there is no such folder; give a run's folder, or one checkpoint of it "
                'such as runs/quickstart/checkpoints/400')
+    if source:
+      yield from format_problems(self.data, source)
     if self.adapter.kind and not source:
       yield ('train.init_from is missing: which run is the adapter for? For example '
              '--config.train.init_from=runs/quickstart')
@@ -204,11 +207,15 @@ class PretrainSpec:
                f'{" or ".join(names) or "a split in evaluate.splits"}')
     if self.train.neftune_alpha and self.pipeline.schedule == '1f1b' and self.mesh.size('stage') > 1:
       yield 'train.neftune_alpha has no place in pipeline.schedule=1f1b; write pipeline.schedule=gpipe'
-    if self.evaluate.also:  # Read as the sources are.
+    yield from self.also_problems()
+    yield from self.mesh_problems(self.mesh)
+
+  def also_problems(self):
+    """Yields what is wrong with evaluate.also, whose folders are read as the sources are."""
+    if self.evaluate.also:
       beside = dataclasses.replace(self.data, sources={f: 1.0 for f in (*self.data.sources, *self.evaluate.also)})
       before = {*self.data.problems()}
       yield from (f'evaluate.also: {p.removeprefix("sources: ")}' for p in beside.problems() if p not in before)
-    yield from self.mesh_problems(self.mesh)
 
   def evaluations(self):
     """Returns {name of an evaluation: (split, the sources it is of)}."""
@@ -284,13 +291,9 @@ class FromRunSpec(PretrainSpec):
 
   def problems(self):
     yield from super().problems()
-    source = self.train.init_from or (self.distill.teacher if self.distill.init else '')
-    if not source:
+    if not (self.train.init_from or (self.distill.teacher and self.distill.init)):
       yield ('train.init_from is missing: which run is to be fine-tuned? For example '
              '--config.train.init_from=runs/quickstart')
-      return
-    if self.train.init_from:  # A teacher has been looked at already.
-      yield from tokenizer_problems(self.data.sources, source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,14 +408,6 @@ def prompt_data(spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswersSpec(PretrainSpec):
-  """A run's config where its answers to prompts are evaluated."""
-
-  data: PromptData = group(PromptData)
-  rl: RlSpec = group(RlSpec)
-
-
-@dataclasses.dataclass(frozen=True)
 class RlCommandSpec(FromRunSpec):
   """The config of `llmjax rl`: fine-tuning's, on prompts."""
 
@@ -447,7 +442,7 @@ class RlCommandSpec(FromRunSpec):
     if self.pipeline.schedule == '1f1b' and self.mesh.size('stage') > 1:
       yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
     if rl.reward_model:
-      yield from reward_problems('rl.reward_model', rl.reward_model, self.data.sources)
+      yield from reward_problems('rl.reward_model', rl.reward_model, self.data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,21 +484,48 @@ class PreviewSpec(PretrainSpec):
              'folder, or write --config.train.init_from= and --config.data.seq_len=NUMBER')
 
 
-def of_run(spec_class, settings):
-  """Returns the spec of a run's config.json, whichever command trained it, without groups that spec_class lacks.
-
-  It is trained no more: who taught it need not be there, nor does which checkpoints were kept for what matter.
-  """
-  known = {field.name for field in dataclasses.fields(spec_class)} - {'distill', 'checkpoint'}
-  return config.build(spec_class, {name: value for name, value in settings.items() if name in known})
-
-
 @dataclasses.dataclass(frozen=True)
 class ShapesOnlyData(DataSpec):
   """The data group where only shapes matter: its folders need not be there."""
 
   def problems(self):
     return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedSpec(PretrainSpec):
+  """The config of a run that is only read: nothing that it was made from needs to be there."""
+
+  data: ShapesOnlyData = group(ShapesOnlyData)
+
+  def problems(self):
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedSpec(PretrainSpec):
+  """The same where data is evaluated, which must be there."""
+
+  def problems(self):
+    return self.also_problems()
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswersSpec(EvaluatedSpec):
+  """The same where the run's answers to prompts are evaluated."""
+
+  data: PromptData = group(PromptData)
+  rl: RlSpec = group(RlSpec)
+
+
+def of_run(spec_class, settings):
+  """Returns the spec_class of a run's config.json, whichever command trained it, without groups that it lacks.
+
+  spec_class: FinishedSpec or EvaluatedSpec.  The run is trained no more, so its adapter, teacher and checkpoints do
+  not matter.
+  """
+  known = {field.name for field in dataclasses.fields(spec_class)} - {'adapter', 'distill', 'checkpoint'}
+  return config.build(spec_class, {name: value for name, value in settings.items() if name in known})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -237,6 +237,21 @@ def template_of(values):
   return Template(**{**values, 'special': tuple(values['special'])}) if values else None
 
 
+def same_template(one, other):
+  """Returns whether two templates, as JSON kept them, are one; fields that only the newer of them has do not count."""
+  if not one or not other:
+    return not one and not other
+  return all(one[name] == other[name] for name in one.keys() & other.keys())
+
+
+def template_name(values):
+  """Returns the name of a template, as JSON kept it, for messages; FILE for one that is none of ours."""
+  if not values:
+    return PLAIN
+  return next((name for name, template in TEMPLATES.items()
+               if same_template(json.loads(json.dumps(dataclasses.asdict(template))), values)), 'FILE')
+
+
 def stretches(tokenizer, ids, weights=None):
   """Returns [(text, trained)] of ids, control tokens spelled out; weights: float [n], or None for none trained."""
   ids = np.asarray(ids)

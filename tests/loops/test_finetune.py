@@ -1,17 +1,20 @@
 """Fine-tuning from a run: data, rows, replay, resuming to the bit, answers that end, messages."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
 import random
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 
-from llmjax import config
+from llmjax import config, main
 from llmjax.checkpoint.checkpoints import load_params
 from llmjax.data import stream
+from llmjax.loops.sources import reward_problems
 from llmjax.loops.spec import FinetuneSpec
 from tests import helpers
 
@@ -207,3 +210,94 @@ def test_replay_keeps_the_old_domain(folder):
 def test_chat_needs_conversations(folder, capsys):
   call('generate --chat --workdir=base --prompt=x', status=2)
   assert 'base was not trained on conversations (no chat_template.json)' in capsys.readouterr().err
+
+
+@pytest.fixture
+def small(folder):
+  """A fine-tuned run of two steps and an adapter of two, on `base`."""
+  if not (folder / 'small').exists():
+    call(f'{TUNE} --workdir=small --config.train.steps=2')
+    call(f'{TUNE} --workdir=adapted --config.train.steps=2 --config.adapter.kind=lora --config.optimizer.freeze=')
+  return folder
+
+
+def test_a_finished_run_is_used_from_anywhere_without_its_past(small, tmp_path, monkeypatch, capsys):
+  """Its base and the settings of its training do not matter once it is trained, nor does the working directory."""
+  shutil.copytree(small / 'small', tmp_path / 'moved')
+  (small / 'base').rename(small / 'gone')
+  monkeypatch.chdir(tmp_path)
+  try:
+    capsys.readouterr()
+    for line in ('generate --chat --workdir=moved --prompt=cat --max-new-tokens=3',
+                 'evaluate --workdir=moved --limit=4 --batch-size=8',  # On its own data, by absolute paths.
+                 f'evaluate --workdir=moved --sources={small}/chat --limit=4 --batch-size=8',
+                 'report --workdir=moved', 'checkpoint ls --workdir=moved', 'checkpoint show --workdir=moved'):
+      call(line)
+    assert 'validation' in capsys.readouterr().out
+  finally:
+    (small / 'gone').rename(small / 'base')
+
+
+def test_an_adapter_finds_its_base_or_says_how_to_link_it(small, tmp_path, monkeypatch, capsys):
+  ask = 'generate --chat --workdir=runs/adapted --prompt=cat --max-new-tokens=3 --temperature=0'
+  (tmp_path / 'runs').mkdir()
+  shutil.copytree(small / 'adapted', tmp_path / 'runs/adapted')
+  monkeypatch.chdir(tmp_path)
+  call(ask)  # The base is where it was.
+  (small / 'base').rename(tmp_path / 'runs/renamed')
+  try:
+    call(ask)  # Beside the run, under another name.
+    (tmp_path / 'runs/renamed').rename(tmp_path / 'away')
+    capsys.readouterr()
+    call(ask, status=2)
+    err = capsys.readouterr().err
+    assert f'is gone; put it back, or link to where it is now: ln -s FOLDER {tmp_path}/runs/adapted/base' in err
+    assert err.count('\n') == 1
+    pathlib.Path('runs/adapted/base').symlink_to(tmp_path / 'away')
+    for line in (ask, 'adapter merge --workdir=runs/adapted --output=merged',
+                 'adapter export --workdir=runs/adapted --output=peft',
+                 'generate --chat --workdir=merged --prompt=cat --max-new-tokens=3'):
+      call(line)
+  finally:
+    next(p for p in (tmp_path / 'away', tmp_path / 'runs/renamed') if p.exists()).rename(small / 'base')
+
+
+def test_a_moved_tree_finds_its_data(small, tmp_path, monkeypatch):
+  """Run and data, moved together, keep their places relative to one another."""
+  for name in ('small', 'text', 'chat'):
+    (small / name).rename(tmp_path / name)
+  monkeypatch.chdir('/')
+  try:
+    call(f'evaluate --workdir={tmp_path}/small --limit=4 --batch-size=8')
+  finally:
+    for name in ('small', 'text', 'chat'):
+      (tmp_path / name).rename(small / name)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ('--config.train.init_from=small', 'data.sources: marked was prepared with the chat template plain, and small was '
+     'trained with llmjax; prepare it again with --force --config.template=llmjax, or allow it with '
+     '--config.data.allow_mismatch=true'),
+    ('--config.distill.teacher=small', 'and small was trained with llmjax; prepare it again'),
+    ('--config.train.init_from=base', '')])
+def test_another_chat_template_than_the_run_s_is_refused_unless_asked_for(small, capsys, arguments, message):
+  if not (small / 'marked').exists():
+    call('prepare --config=data.py --config.output=marked --config.template=plain')
+  sources = TUNE[TUNE.index('--config.data.sources='):TUNE.index('--config.train.init_from')]
+  line = f'{TUNE.replace(sources, "")} --config.data.sources=marked {arguments} --config.train.steps=1 --workdir=unused'
+  capsys.readouterr()
+  if message:
+    call(line, status=2)
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1
+    line += ' --config.data.allow_mismatch=true'
+  spec, _ = main.parse(main.COMMANDS['finetune'], shlex.split(line)[1:])
+  assert spec.data.sources == {'marked': 1.0}
+  # A reward model reads the policy's own tokens, so it must know them.
+  judge = pathlib.Path('judge')
+  shutil.copytree('small', judge, dirs_exist_ok=True)
+  settings = json.loads((judge / 'config.json').read_text())
+  (judge / 'config.json').write_text(json.dumps({**settings, 'reward': {}}))
+  problem, = reward_problems('rl.reward_model', 'judge', dataclasses.replace(spec.data, allow_mismatch=False))
+  assert 'rl.reward_model=judge: ' in problem and 'template plain, and judge was trained with llmjax' in problem
+  assert not list(reward_problems('rl.reward_model', 'judge', dataclasses.replace(spec.data, allow_mismatch=True)))
