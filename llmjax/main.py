@@ -6,6 +6,7 @@ and JAX with it, is imported only after everything the user typed has been check
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import os
 import shutil
@@ -217,7 +218,8 @@ def _run(argv):
   except OSError as e:  # The file and the system's reason say it all; python -X dev shows where.
     if e.filename is None or sys.flags.dev_mode:
       raise
-    _fail(1, f'llmjax {name}: {config.shown(str(e.filename), quote=False)}: {e.strerror}')
+    status = 2 if e.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG) else 1  # 2: it never will.
+    _fail(status, f'llmjax {name}: {config.shown(str(e.filename), quote=False)}: {e.strerror}')
   sys.exit(status or 0)
 
 

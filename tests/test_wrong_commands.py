@@ -57,6 +57,7 @@ def fill(folder):
                                      'data': {'seq_len': 64}}),
       'small_run/config.json': json.dumps({'model': {'num_layers': 2, 'd_model': 64, 'num_heads': 4, 'mlp_dim': 128,
                                                      'vocab_size': 384}, 'data': {'seq_len': 64}, 'reward': {}}),
+      'damaged/config.json': '{"model": ', 'list/config.json': '[]',
       'data/empty/x': '', 'hub/config.json': '{}', 'hub/pytorch_model.bin': 'x'}.items():
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)

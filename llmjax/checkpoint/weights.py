@@ -4,6 +4,7 @@ Unpickling runs what the file says, with the user's rights; `.pt`, `.pth`, `.bin
 `.npy` files of objects hold one.  Only arrays without code are loaded, which Orbax checkpoints are.
 """
 
+import json
 import os
 import pathlib
 
@@ -34,11 +35,20 @@ def refusal(path):
 
 
 def no_run(workdir):
-  """Yields the line for a folder of this machine that holds no run."""
-  if workdir and '://' not in workdir and not os.path.isfile(workdir) and not os.path.exists(
-      os.path.join(workdir, 'config.json')):
+  """Yields the line for a folder of this machine that holds no run, or one whose config.json is damaged."""
+  if not workdir or os.path.isfile(workdir):
+    return
+  file = pathlib.Path(workdir, 'config.json')
+  if not file.exists():
     yield (f"workdir={workdir} is not a run's folder (no config.json); give the --workdir that `llmjax pretrain` "
            'had')
+    return
+  try:
+    if not isinstance(json.loads(file.read_bytes()), dict):
+      yield f"workdir={workdir}: its config.json is no run's config; give the --workdir that `llmjax pretrain` had"
+  except (OSError, ValueError, RecursionError) as e:
+    yield (f'workdir={workdir}: its config.json is damaged ({" ".join(str(e).split())[:200]}); it is in every '
+           f'checkpoint too: llmjax checkpoint show --workdir={workdir}')
 
 
 def _find_pickle(path):

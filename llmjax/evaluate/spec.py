@@ -66,8 +66,8 @@ class ReportOptions:
   def problems(self):
     yield from _workdir_problems(self)
     folders = (self.workdir, *self.compare)
+    yield from weights.no_run(self.workdir)
     if self.compare:
-      yield from weights.no_run(self.workdir)
       for folder in self.compare:
         if refused := weights.refusal(folder):
           yield f'compare={refused}'
