@@ -10,13 +10,25 @@ Then the program of a larger step (PROGRAM below), compiled and not run: its col
 counted, the bytes that one device holds, and the FLOPs of its matrix products times the number of devices, over those
 of the one-device program.  A pipeline computes in its bubble too, on nothing: for it the ratio that its bubble
 explains stands beside, counting that 1f1b runs each stage's forward pass again in the backward pass.
+
+  python tools/compare_meshes.py --sweep --output=experiments/meshes
+
+Two steps on every mesh of one, two or three axes of size 2, for every pipeline schedule and kind of context attention,
+with dense, dropless and capacity-limited MLPs.  Cases run in processes of their own, so that an abort of XLA or a hang
+is recorded.  Results are appended to sweep_float32.jsonl; cases that it holds are not run again.
 """
 
 import argparse
+import collections
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import pathlib
+import re
+import select
+import subprocess
 import sys
 
 os.environ.setdefault('XLA_FLAGS', '--xla_force_host_platform_device_count=8')
@@ -30,12 +42,12 @@ import test_meshes
 
 from llmjax.config import to_dict
 from llmjax.loops.mesh import abstract_pretraining, compile_step, local_bytes
-from llmjax.loops.spec import LayoutSpec
+from llmjax.loops.spec import LayoutSpec, PretrainSpec
 from llmjax.model import decoder
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.pipeline import bubble
-from llmjax.parallel.spec import MeshSpec, PipelineSpec
+from llmjax.parallel.spec import AXES, MeshSpec, PipelineSpec
 from llmjax.plan.collectives import find_collectives, summarize
 from llmjax.plan.flops import count_products
 
@@ -136,11 +148,166 @@ def table(kind, results, one_device):
   return '\n'.join(lines)
 
 
+SWEPT = {
+    'dense': test_meshes.MODELS['dense'],
+    'dropless': test_meshes.MODELS['moe'],
+    'capacity': dataclasses.replace(test_meshes.MODELS['moe'], capacity_factor=0.75),
+}
+# As in tests/conftest.py: compiling is most of the time.
+SWEEP_FLAGS = ('--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600 '
+               '--xla_cpu_collective_timeout_seconds=600')
+CASE_SECONDS, PROCESS_CASES = 400, 12
+TOLERANCE = {'float32': 1e-5, 'bfloat16': 0.1}  # The first is that of tests/parallel/test_meshes.py.
+
+
+def sweep_cases():
+  """Returns {name: case} of the sweep; a case is (kind, axes, schedule or '', context attention or '')."""
+  meshes = [axes for count in (1, 2, 3) for axes in itertools.combinations(AXES, count)]
+  cases = [(kind, axes, schedule, context) for kind in SWEPT for axes in meshes
+           for schedule in (('gpipe', 'interleaved', '1f1b') if 'stage' in axes else ('',))
+           for context in (('ring', 'gather') if 'context' in axes else ('',))]
+  return {' '.join(filter(None, (kind, *axes, schedule, context))): (kind, axes, schedule, context)
+          for kind, axes, schedule, context in cases}
+
+
+@functools.cache
+def swept_alone(kind):
+  """Returns one device's gradients, parameters and losses."""
+  return test_meshes.run(SWEPT[kind], None, steps=2)
+
+
+def run_case(kind, axes, schedule, context, compute_dtype):
+  """Returns the result of a case: the refusal of its config, or its largest differences from one device."""
+  mesh = MeshSpec(**{'data': 1, **dict.fromkeys(axes, 2)})
+  pipe = PipelineSpec(schedule=schedule, microbatches=4) if schedule else PipelineSpec()
+  spec = PretrainSpec()
+  spec = dataclasses.replace(
+      spec, model=SWEPT[kind], pipeline=pipe, data=dataclasses.replace(spec.data, seq_len=test_meshes.T),
+      train=dataclasses.replace(spec.train, batch_size=test_meshes.B))
+  if refused := list(spec.mesh_problems(mesh)):
+    return {'refused': refused}
+  grads, params, losses = test_meshes.run(SWEPT[kind], mesh, pipe, steps=2, compute_dtype=compute_dtype,
+                                          **({'context_attention': context} if context else {}))
+  expected = swept_alone(kind)
+  return {'loss': float(np.abs(np.divide(losses, expected[2]) - 1).max()),
+          'gradient': largest_difference(grads, expected[0]), 'parameters': largest_difference(params, expected[1])}
+
+
+def run_cases(names, compute_dtype):
+  """Prints one line of JSON before and one after each case.  Runs in a process of its own."""
+  cases = sweep_cases()
+  for name in names:
+    print(json.dumps({'begins': name}), flush=True)
+    try:
+      found = run_case(*cases[name], compute_dtype)
+    except Exception as e:
+      found = {'failed': f'{type(e).__name__}: {str(e).splitlines()[0]}'}
+    print(json.dumps({'name': name, **found}), flush=True)
+
+
+def sweep(path, only, compute_dtype):
+  """Runs the cases that are not in the file yet, and appends their results."""
+  done = {json.loads(line)['name'] for line in path.read_text().splitlines()} if path.exists() else set()
+  waiting = collections.defaultdict(list)  # {(kind, devices): names}: a process has one number of devices.
+  for name, (kind, axes, *_) in sweep_cases().items():
+    if name not in done and only in name:
+      waiting[kind, 2 ** len(axes)].append(name)
+  for (_, devices), names in waiting.items():
+    while names:
+      with path.open('a') as file:
+        for result in run_process(names[:PROCESS_CASES], devices, compute_dtype):
+          names.remove(result['name'])
+          print(result, flush=True)
+          file.write(json.dumps(result) + '\n')
+          file.flush()
+
+
+def run_process(names, devices, compute_dtype):
+  """Yields the results of cases that run in one process, the last of them where it ends or hangs."""
+  command = [sys.executable, __file__, '--sweep', f'--dtype={compute_dtype}', f'--cases={",".join(names)}']
+  flags = f'--xla_force_host_platform_device_count={devices} {SWEEP_FLAGS}'
+  if jax.__version_info__ < (0, 11):
+    flags += ' --xla_cpu_use_fusion_emitters=false'
+  # What XLA writes of an abort comes to the same pipe.
+  process = subprocess.Popen(command, env={**os.environ, 'XLA_FLAGS': flags}, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, bufsize=0)
+  running, text, pending = '', [], b''
+  while True:
+    ready, _, _ = select.select([process.stdout], [], [], CASE_SECONDS)
+    piece = os.read(process.stdout.fileno(), 1 << 16) if ready else b''
+    if not piece:
+      break
+    *lines, pending = (pending + piece).split(b'\n')
+    for line in lines:
+      if not line.startswith(b'{"'):
+        text.append(line.decode(errors='replace'))
+      elif 'begins' in (message := json.loads(line)):
+        running, text = message['begins'], []
+      else:
+        running = ''
+        yield message
+  if ready:
+    status = process.wait()
+  else:
+    process.kill()
+    process.wait()
+    status = f'no result in {CASE_SECONDS} s'
+  if running:
+    said = next((line for line in text if 'Check failed' in line or ' F0' in line or line.startswith('F')), '')
+    yield {'name': running, 'aborted': f'{status}: {re.sub("^.*Check failed", "Check failed", said)[:200]}'}
+  elif status:
+    raise SystemExit('\n'.join(text))
+
+
+def verdict(result, tolerance):
+  """Returns the word for a result of the sweep: agrees, refused, differs, failed or aborted."""
+  word = next((word for word in ('refused', 'failed', 'aborted') if word in result), '')
+  return word or ('agrees' if max(result['loss'], result['gradient'], result['parameters']) <= tolerance else 'differs')
+
+
+def sweep_table(results, tolerance):
+  """Returns the Markdown of a sweep: a line for each mesh with its counts, then failures and refusals."""
+  counts, largest, listed = collections.defaultdict(collections.Counter), collections.Counter(), []
+  refused = collections.Counter()
+  cases, names = sweep_cases(), set()
+  for result in results:
+    names.add(result['name'])
+    kind, axes, *_ = cases[result['name']]
+    word = verdict(result, tolerance)
+    counts[axes][word] += 1
+    if word in ('agrees', 'differs'):
+      largest[axes] = max(largest[axes], result['gradient'])
+    if word == 'refused':
+      refused.update(re.sub(r'=\d+', '=N', line) for line in result['refused'])
+    elif word != 'agrees':
+      listed.append(f'- {result["name"]}: {word}: {result.get(word) or result}')
+  words = ('agrees', 'refused', 'differs', 'failed', 'aborted')
+  lines = [f'| mesh, each axis 2 | {" | ".join(words)} | largest difference of gradients |', '| --- ' * 7 + '|']
+  for axes, found in sorted(counts.items(), key=lambda item: (len(item[0]), [AXES.index(a) for a in item[0]])):
+    lines.append(f'| {" ".join(axes)} | {" | ".join(str(found[word] or "") for word in words)} | {largest[axes]:.1e} |')
+  total = sum(counts.values(), collections.Counter())
+  lines.append(f'| all | {" | ".join(str(total[word]) for word in words)} | {max(largest.values(), default=0):.1e} |')
+  listed += [f'- refused {count} times: {line}' for line, count in refused.items()]
+  waiting = [name for name in cases if name not in names]
+  return '\n'.join([*lines, '', *listed, *[f'Not run yet: {", ".join(waiting)}'] * bool(waiting), ''])
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--output', default='', help='folder to write table.md and table.json to')
   parser.add_argument('--only', default='', help='meshes whose name holds this')
+  parser.add_argument('--sweep', action='store_true', help='all meshes of up to three axes of size 2')
+  parser.add_argument('--dtype', default='float32', help='of the products, in a sweep; one device computes in float32')
+  parser.add_argument('--cases', default='', help='of a sweep: the cases that this process runs, and nothing else')
   args = parser.parse_args()
+  if args.cases:
+    return run_cases(args.cases.split(','), args.dtype)
+  if args.sweep:
+    path = pathlib.Path(args.output) / f'sweep_{args.dtype}.jsonl'
+    sweep(path, args.only, args.dtype)
+    text = sweep_table(map(json.loads, path.read_text().splitlines()), TOLERANCE[args.dtype])
+    path.with_suffix('.md').write_text(text)
+    return print(text)
   parts, everything = [], {'jax': jax.__version__, 'program': {k: to_dict(m) for k, m in PROGRAM.items()}}
   for kind in list(PROGRAM):
     one_device, results = alone(kind), {}

@@ -260,7 +260,8 @@ class PretrainSpec:
         wholes.append(('pipeline.microbatches', pipe.microbatches, stages, 1, ''))
         microbatches *= max(pipe.microbatches // size('stage'), 1)
       if pipe.schedule == '1f1b':
-        wholes.append(('data.seq_len', self.data.seq_len, stages, 1, ''))
+        # The head works on an equal part of every sequence on each stage.
+        wholes.append(('data.seq_len', self.data.seq_len, ('stage', 'context'), 1, ''))
     if self.train.batch_size % self.train.accumulation == 0:  # Else the train group says so.
       wholes.append(('train.batch_size', self.train.batch_size, rows, microbatches,
                      f'{microbatches} microbatches'))

@@ -96,14 +96,14 @@ def forward_backward(first_fn, stage_fn, last_fn, params, rows, *, microbatches)
   first_fn(ends, rows) -> x [b, T, D].  stage_fn: as in `forward`; its aux may hold `penalty`, which is
   part of the loss.  last_fn(ends, y [b, T / S, D], rows) -> (loss, (weight, aux)), sums over a part of
   every row: the last stage's output is divided over all stages, so that none waits for the head.
-  totals: (loss, (weight, aux)).  T and L must be divisible by S, B by M, M by S; else ConfigError.
+  totals: (loss, (weight, aux)).  L must be divisible by S, T by S times `context`, B by M, M by S; else ConfigError.
 
   Microbatch m is forward on stage s in tick m + s, and backward in tick m + 2 (S - 1) - s; in between
   only the stage's input is kept, of at most 2 S - 1 microbatches, and the backward pass runs the stage
   again from there.
   """
   _require_parts(params[1], jax.tree.leaves(rows)[0].shape[0], microbatches)
-  require_divisible('data.seq_len', jax.tree.leaves(rows)[0].shape[1], (AXIS,))
+  require_divisible('data.seq_len', jax.tree.leaves(rows)[0].shape[1], (AXIS, 'context'))
   stages = num_stages()
   keep = 2 * stages - 1
 
