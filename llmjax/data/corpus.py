@@ -188,7 +188,7 @@ def _read(spec, found=None, unused=None):
       tuple(spec.suffixes) if is_text else conversations.SUFFIXES, spec.text_key or 'text', spec.document_bytes,
       spec.max_record_bytes, spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links,
       None if is_text else conversations.normaliser(spec.records, unused, spec.train_history,
-                                                        dialogues=spec.template != PLAIN))
+                                                    dialogues=spec.template != PLAIN), spec.max_window_bytes)
   if spec.source == 'python_docs':
     yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
   elif spec.source == 'text_dir':

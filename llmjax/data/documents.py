@@ -41,7 +41,8 @@ class Limits:
   take: makes a record's text of the whole record, in place of text_key; it raises ValueError with a reason.
 
   max_unpacked_bytes, max_unpacked_ratio: of what one file unpacks to, on all levels together, and how many
-  times its size that is.  follow_links: read what links of the file system lead to outside the folder.
+  times its size that is.  max_window_bytes: how far back a compressed file may refer, all of it memory.
+  follow_links: read what links of the file system lead to outside the folder.
   """
 
   suffixes: tuple[str, ...]
@@ -52,6 +53,7 @@ class Limits:
   max_unpacked_ratio: int = 200
   follow_links: bool = False
   take: Callable[[dict], str] | None = None
+  max_window_bytes: int = 1 << 31
 
 
 def check_record(record, name, file, limits, offset=None, line=None):

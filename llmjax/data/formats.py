@@ -4,14 +4,16 @@ Reading never stops at a bad record: it yields a `Rejected` that says where and 
 bounded by the longest record that is allowed.
 """
 
+import codecs
 import dataclasses
 import itertools
 import json
+import re
 
+from llmjax.data.compression import BLOCK
 from llmjax.data.documents import Document, Rejected, check_record, check_text, field_names, one_line
 
 BOM = b'\xef\xbb\xbf'
-BLOCK = 1 << 20
 
 
 def read_text(stream, name, limits):
@@ -57,8 +59,6 @@ def _blocks(stream, name, limits):
     start = stream.offset - len(block)
     if start == 0 and (mark := _encoding_mark(block, name)):
       yield mark
-      if not mark.kept:
-        return
       block, start = block[len(BOM):], len(BOM)
     damage = None
     if not block.endswith(b'\n'):
@@ -110,6 +110,16 @@ def _cut(data, target, final):
   return cut + 1 if cut >= 0 else len(data)
 
 
+def read_records(stream, name, limits):
+  """Yields a Document or a Rejected for each record of JSON lines or of a JSON array, whichever the file holds."""
+  begin = stream.peek().removeprefix(BOM).lstrip()
+  if begin[:1] == b'{' and re.match(rb'\{\s*\n', begin):
+    yield Rejected(name, 'one JSON object over several lines, not records: make JSON lines of those within it, such as '
+                   "jq -c '.FIELD[]' FILE > NEW.jsonl", 0, 1)
+    return
+  yield from (read_json if begin[:1] == b'[' else read_jsonl)(stream, name, limits)
+
+
 def read_jsonl(stream, name, limits):
   """Yields a Document or a Rejected for each line that is not blank."""
   for item in _lines(stream, name, limits):
@@ -140,8 +150,6 @@ def _lines(stream, name, limits):
       return
     if number == 1 and (rejected := _encoding_mark(line, name)):
       yield rejected
-      if not rejected.kept:
-        return
       line, offset = line[len(BOM):], len(BOM)
     if len(line) > limit and not line.endswith(b'\n'):
       length = len(line) + _skip_line(stream)
@@ -164,37 +172,92 @@ def _skip_line(stream):
 
 def read_json(stream, name, limits):
   """Yields the records of a JSON array; what comes after a mistake in it is lost."""
-  data = b''.join(iter(lambda: stream.read(BLOCK), b''))
-  if bad := _bad_text(data):
-    yield Rejected(name, *bad)
-    return
-  text = data.decode().removeprefix('\ufeff')
-  decoder, at, line, counted = json.JSONDecoder(), _skip_space(text, 0), 1, 0
-  if text[at:at + 1] != '[':
-    yield Rejected(name, 'not a JSON array of records (JSON lines are to be named .jsonl)', 0, 1)
-    return
-  while (at := _skip_space(text, at + 1)) < len(text) and text[at] != ']':
-    line, counted = line + text.count('\n', counted, at), at
+  array, number, line = _Array(stream, limits.max_record_bytes), 0, 1
+  try:
+    if mark := _encoding_mark(array.begin, name):
+      yield mark
+    array.expect('[')
+    while (record := array.next_record()) is not _END:
+      line = array.line
+      number += 1
+      yield check_record(record, f'{name}#{number}', name, limits, None, line)
+  except (ValueError, RecursionError) as e:  # A UnicodeDecodeError is a ValueError.
+    yield Rejected(name, f'not JSON, the rest is lost: {one_line(e)}', None, array.line)
+
+
+_END = object()
+
+
+class _Array:
+  """A JSON array, of which no more than a few records are in memory."""
+
+  def __init__(self, stream, most):
+    self._stream, self._most = stream, most
+    self._decode = codecs.getincrementaldecoder('utf-8')().decode
+    self._text, self._at, self._counted, self.line, self._ended = '', 0, 0, 1, False
+    self._fault, self._started = None, False
+    self.begin = stream.peek()[:len(BOM)]
+    self._more()
+    self._text = self._text.removeprefix('\ufeff')
+
+  def _more(self):
+    """Reads on; drops what was read before.  Returns False at the end."""
+    if self._fault:
+      raise self._fault
+    data = b'' if self._ended else self._stream.read(BLOCK)
+    self._ended = not data
+    self._count_lines()
     try:
-      record, at = decoder.raw_decode(text, at)
-    except (ValueError, RecursionError) as e:
-      yield Rejected(name, f'not JSON, the rest is lost: {one_line(e)}', None, line)
-      return
-    yield check_record(record, f'{name}#{line}', name, limits, None, line)
-    at = _skip_space(text, at)
-    if text[at:at + 1] not in (',', ']'):
-      yield Rejected(name, 'not JSON, the rest is lost: no comma after a record', None, line)
-      return
-    if text[at] == ']':
-      return
-  if at >= len(text):
-    yield Rejected(name, 'not JSON: the array does not end', None, line)
+      text = self._decode(data, final=self._ended)
+    except UnicodeDecodeError as e:  # Raised above, once what comes before it is read.
+      text, self._fault = e.object[:e.start].decode(), e
+    self._text, self._at, self._counted = self._text[self._at:] + text, 0, 0
+    return not self._ended
+
+  def _count_lines(self):
+    self.line += self._text.count('\n', self._counted, self._at)
+    self._counted = self._at
+
+  def _next(self):
+    """Returns the next character that is no white space, '' at the end."""
+    while True:
+      while self._at < len(self._text) and self._text[self._at] in ' \t\r\n':
+        self._at += 1
+      if self._at < len(self._text):
+        return self._text[self._at]
+      if not self._more():
+        return ''
+
+  def expect(self, *characters):
+    found = self._next()
+    if found not in characters or not found:
+      raise ValueError('the array does not end' if not found else
+                       f'{found!r} where {" or ".join(characters)} is expected')
+    self._at += 1
+    return found
+
+  def next_record(self):
+    """Returns a record, or _END."""
+    if self._started and self.expect(',', ']') == ']' or self._next() == ']':
+      return _END
+    self._started = True
+    self._count_lines()
+    while True:
+      try:
+        record, end = _DECODER.raw_decode(self._text, self._at)
+        if end < len(self._text) or self._ended:  # At the end a number may go on.
+          break
+      except ValueError:
+        if self._ended:
+          raise
+        if len(self._text) - self._at > self._most:
+          raise ValueError(f'no end of a record within max_record_bytes={self._most}') from None
+      self._more()
+    self._at = end
+    return record
 
 
-def _skip_space(text, at):
-  while at < len(text) and text[at] in ' \t\r\n':
-    at += 1
-  return at
+_DECODER = json.JSONDecoder()
 
 
 def read_parquet(raw, name, limits, budget):
@@ -224,11 +287,9 @@ def read_parquet(raw, name, limits, budget):
 
 
 def _encoding_mark(start, name):
-  """Returns a Rejected when a file starts with a byte-order mark: of UTF-8 (kept) or UTF-16."""
+  """Returns a Rejected, whose text is kept, when a file starts with a byte-order mark."""
   if start.startswith(BOM):
     return Rejected(name, 'byte-order mark removed, text kept', 0, 1, len(BOM), kept=True)
-  if start[:2] in (b'\xff\xfe', b'\xfe\xff'):
-    return Rejected(name, 'UTF-16 or UTF-32, not UTF-8: convert the file', 0, 1)
   return None
 
 
@@ -250,10 +311,12 @@ class Counted:
   """
 
   def __init__(self, stream):
-    self._stream, self._buffer, self._start, self.offset = stream, b'', 0, 0
+    self._stream, self._buffer, self._start, self.offset, self._error = stream, b'', 0, 0, None
 
   def _fill(self):
     """Adds what one read gives to the buffer; returns False at the end."""
+    if self._error:
+      raise self._error
     data = self._stream.read1(BLOCK)
     self._buffer = self._buffer[self._start:] + data
     self._start = 0
@@ -264,6 +327,15 @@ class Counted:
     self._start = end
     self.offset += len(data)
     return data
+
+  def peek(self):
+    """Returns what comes next without taking it: some bytes, none only at the end."""
+    try:
+      while len(self._buffer) - self._start < 4096 and self._fill():
+        pass
+    except Exception as e:  # Raised when what came before is taken.
+      self._error = e
+    return self._buffer[self._start:self._start + BLOCK]
 
   def read(self, size):
     """Returns up to `size` bytes, b'' at the end."""

@@ -160,6 +160,8 @@ class PrepareSpec:
                                     'before is kept', minimum=1 << 20)
   max_unpacked_ratio: int = setting(200, 'the same, in times its size, from 64 MiB on: text compresses to a '
                                     'fifth, bombs to a thousandth', minimum=2, maximum=1_000_000)
+  max_window_bytes: int = setting(1 << 31, 'how far back a .zst or .xz file may refer, which takes that much memory '
+                                  '(zstd --long=31 is the most)', minimum=1 << 20, maximum=1 << 31)
   follow_links: bool = setting(False, 'text_dir: read what symbolic links lead to outside the folder')
   include_site_packages: bool = setting(
       False, "python_docs: train on installed packages' sources too; nobody else has that corpus")

@@ -7,7 +7,6 @@ one file on the disk unpacks to is bounded, absolutely and by its own size.
 
 import collections
 import contextlib
-import gzip
 import io
 import os
 import pathlib
@@ -18,10 +17,14 @@ import tempfile
 import zipfile
 import zlib
 
+from llmjax.data import compression as compressions
+from llmjax.data.compression import BLOCK, Unsupported
 from llmjax.data.documents import Limits, Rejected, one_line
-from llmjax.data.formats import BLOCK, Counted, read_json, read_jsonl, read_parquet, read_text
+from llmjax.data.formats import Counted, read_parquet, read_records, read_text
 
-COMPRESSIONS = ('.gz', '.zst', '.bz2', '.xz')
+# Names of one suffix for two.
+_JOINED = {'.tgz': ['.tar', '.gz'], '.tbz': ['.tar', '.bz2'], '.tbz2': ['.tar', '.bz2'], '.txz': ['.tar', '.xz'],
+           '.tzst': ['.tar', '.zst']}
 RECORD_SUFFIXES = ('.jsonl', '.ndjson')
 ARCHIVES = ('.tar', '.zip')
 # An archive within an archive within an archive is somebody's backup; deeper ones are made to do harm.
@@ -131,23 +134,23 @@ def read_files(path, limits: Limits, found: Found | None = None):
 def _read_file(raw, name, limits, found, budget, depth=0):
   """Yields what an open file holds; suffixes say how to read it.  depth: archives around it."""
   suffixes = [s.lower() for s in pathlib.PurePath(name).suffixes] or ['']
-  if suffixes[-1] == '.tgz':
-    suffixes = [*suffixes[:-1], '.tar', '.gz']
-  compression = suffixes.pop() if suffixes[-1] in COMPRESSIONS else ''
+  suffixes[-1:] = _JOINED.get(suffixes[-1], suffixes[-1:])
+  compression = suffixes.pop() if suffixes[-1] in (*compressions.SUFFIXES, *compressions.UNSUPPORTED) else ''
   kind = suffixes[-1] if suffixes else ''
   # A bare `text.gz` is taken for text if plain text is asked for.
   wanted = kind in ARCHIVES or kind in limits.suffixes or (
       compression and not kind and '.txt' in limits.suffixes)
+  if remedy := compressions.UNSUPPORTED.get(compression):
+    if wanted or compression in ('.7z', '.rar'):
+      yield Rejected(name, f'{compression} is not supported; unpack or repack it: {remedy}')
+      return
   if not wanted:
     found.ignored[readable_name(kind + compression)] += 1
     return
-  try:
-    stream = _decompress(raw, compression)
-  except OSError as e:
-    yield Rejected(name, f'cannot be read: {e}')
-    return
+  stream = raw
   if compression:
-    stream = _Capped(stream, budget)
+    short = {'.zstd': '.zst', '.lzma': '.xz'}.get(compression, compression)
+    stream = _Capped(compressions.Members(raw, short, limits.max_window_bytes), budget)
   if kind in ARCHIVES:
     if depth == _DEPTH:
       yield Rejected(name, f'an archive within {_DEPTH} archives')
@@ -156,22 +159,30 @@ def _read_file(raw, name, limits, found, budget, depth=0):
     yield from read(stream, name, limits, found, budget, depth + 1)
     return
   found.files += 1
-  counted = Counted(stream)
+  counted = None
   try:
     if kind == '.parquet':
       with _seekable(stream) as file:
         yield from read_parquet(file, name, limits, budget)
-    elif kind in RECORD_SUFFIXES:
-      yield from read_jsonl(counted, name, limits)
-    elif kind == '.json' and limits.take:
-      yield from read_json(counted, name, limits)
+      return
+    counted = Counted(compressions.as_utf8(stream))
+    if kind in RECORD_SUFFIXES or kind == '.json' and limits.take:
+      yield from read_records(counted, name, limits)
     else:
       yield from read_text(counted, name, limits)
   except Exception as e:
     # What a damaged Parquet file makes pyarrow raise is of many kinds, UnicodeDecodeError among them.
     if not _is_damage(e) and kind != '.parquet':
       raise
-    yield Rejected(name, f'damaged file, the rest is lost: {one_line(e)}', offset=counted.offset)
+    yield Rejected(name, _fault('file', e), offset=counted.offset if counted else None)
+
+
+def _fault(what, error):
+  """Returns the reason for a file or an archive that cannot be read further."""
+  if isinstance(error, (Unsupported, NotImplementedError)):
+    remedy = '' if isinstance(error, Unsupported) else '; unpack it, or pack it again with deflate'
+    return f'unsupported {what}, the rest is left out: {one_line(error)}{remedy}'
+  return f'damaged {what}, the rest is lost: {one_line(error)}'
 
 
 def _is_damage(error):
@@ -179,25 +190,6 @@ def _is_damage(error):
   if isinstance(error, (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)):
     return True
   return type(error).__name__ in ('ZstdError', 'LZMAError') or type(error).__name__.startswith('Arrow')
-
-
-def _decompress(raw, compression):
-  if compression == '.gz':
-    return gzip.open(raw)
-  if compression == '.zst':
-    try:
-      import zstandard
-    except ImportError as e:
-      raise OSError('.zst needs the package zstandard: pip install zstandard') from e
-    return io.BufferedReader(
-        zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK)
-  if compression == '.bz2':
-    import bz2
-    return bz2.open(raw)
-  if compression == '.xz':
-    import lzma
-    return lzma.open(raw)
-  return raw
 
 
 def _read_tar(stream, name, limits, found, budget, depth):
@@ -217,7 +209,7 @@ def _read_tar(stream, name, limits, found, budget, depth):
     # tarfile lets what a header's numbers mean to Python pass through.
     if not _is_damage(e) and not isinstance(e, (ValueError, OverflowError, RecursionError, AttributeError)):
       raise
-    yield Rejected(name, f'damaged archive, the rest is lost: {one_line(e)}')
+    yield Rejected(name, _fault('archive', e))
 
 
 def _read_zip(stream, name, limits, found, budget, depth):
@@ -231,7 +223,7 @@ def _read_zip(stream, name, limits, found, budget, depth):
           yield Rejected(label, 'a link or a device in an archive')
           continue
         if member.flag_bits & 1:
-          yield Rejected(label, 'encrypted')
+          yield Rejected(label, 'encrypted, which is not supported: unpack it')
           continue
         try:
           with archive.open(member) as content:
@@ -239,11 +231,11 @@ def _read_zip(stream, name, limits, found, budget, depth):
         except Exception as e:
           if not _is_damage(e) and not isinstance(e, (NotImplementedError, RuntimeError, ValueError)):
             raise
-          yield Rejected(label, f'damaged file, the rest is lost: {one_line(e)}')
+          yield Rejected(label, _fault('file', e))
   except Exception as e:
     if not _is_damage(e) and not isinstance(e, (NotImplementedError, ValueError, OverflowError)):
       raise
-    yield Rejected(name, f'damaged archive, the rest is lost: {one_line(e)}')
+    yield Rejected(name, _fault('archive', e))
 
 
 @contextlib.contextmanager

@@ -175,7 +175,8 @@ def test_encrypted_members_and_odd_methods(tmp_path):
   (tmp_path / 'z.zip').write_bytes(data)
   texts, rejected = read(tmp_path)
   assert texts == {'z.zip/c.txt': 'text\n'}
-  assert rejected['z.zip/a.txt'] == 'encrypted' and 'damaged file' in rejected['z.zip/b.txt']
+  assert rejected['z.zip/a.txt'] == 'encrypted, which is not supported: unpack it'
+  assert rejected['z.zip/b.txt'].startswith('unsupported file') and 'with deflate' in rejected['z.zip/b.txt']
 
 
 def test_names_that_are_no_text(tmp_path):
