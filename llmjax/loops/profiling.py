@@ -8,9 +8,14 @@ import collections
 import dataclasses
 import json
 import pathlib
+import re
+import shutil
 import warnings
 
 from llmjax.config import ConfigError, setting
+
+# What XLA calls a graph of kernels on a GPU: each kernel in it has a name of its own, and this one says nothing.
+COMMAND_BUFFER = re.compile(r'command_buffer([._]\d+)*')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,29 +103,31 @@ class Profiler:
       return
     path = self._folder / 'top_operations.json'
     path.write_text(json.dumps({'steps': [first, end], 'operations': operations}, indent=2) + '\n')
-    self._say(format_operations(operations, f'{first}:{end}', self._folder))
+    columns = shutil.get_terminal_size((131, 24)).columns  # More is too wide to read.
+    self._say(format_operations(operations, f'{first}:{end}', self._folder, columns))
 
 
-def format_operations(operations, steps, folder):
-  """Returns the table that is printed, one line an operation."""
+def format_operations(operations, steps, folder, columns=131):
+  """Returns the table that is printed, one line an operation.  columns: of the terminal."""
   lines = [f'profile  steps {steps}  {folder}  '
            '(open with TensorBoard and xprof, or ui.perfetto.dev)']
   if not operations:
     return lines[0] + '\nprofile  the trace names no operation of the device'
-  width = min(36, max(len(o['name']) for o in operations))
+  width = min(36, columns // 3, max(len(o['name']) for o in operations))
+  rest = max(min(60, columns - width - 34), 12)
   lines.append(f'  {"operation":<{width}}  {"ms":>9}  {"share":>5}  {"count":>6}  from')
   for o in operations:
     lines.append(f'  {_shorten(o["name"], width):<{width}}  {o["total_ms"]:>9.2f}  '
-                 f'{o["percent"]:>4.1f}%  {o["count"]:>6}  {_shorten(o["origin"], 60)}'.rstrip())
+                 f'{o["percent"]:>4.1f}%  {o["count"]:>6}  {_shorten(o["origin"], rest)}'.rstrip())
   return '\n'.join(lines)
 
 
 def top_operations(folder, limit=10):
   """Returns the operations that took longest in the newest trace under a folder, longest first.
 
-  Each is {'name', 'module', 'origin', 'total_ms', 'percent', 'count'}: the compiled operation and
-  program, the JAX operation that it came from ('' if unknown), its own time over all traced steps
-  and devices (not that of operations inside it, as in a loop), and its share of all operations'.
+  Each is {'name', 'module', 'origin', 'total_ms', 'percent', 'count'}: the compiled operation (in a GPU's graph of
+  kernels the kernel) and program, the JAX operation that it came from ('' if unknown), its own time over all traced
+  steps and devices (not that of operations inside it, as in a loop), and its share of all operations'.
   """
   from jax.profiler import ProfileData
   paths = sorted(pathlib.Path(folder).glob('plugins/profile/*/*.xplane.pb'))
@@ -159,6 +166,8 @@ def _self_times(line):
     stats = dict(event.stats)
     if 'hlo_op' in stats or line.name == 'XLA Ops':
       name = str(stats.get('hlo_op') or event.name).split(' = ')[0].lstrip('%')
+      if COMMAND_BUFFER.fullmatch(name):
+        name = event.name.removeprefix('void ')
       events.append((event.start_ns, -event.duration_ns, name, str(stats.get('hlo_module', ''))))
   open_events = []  # [end, key, own time], outermost first.
   for start, negative, name, module in sorted(events):
@@ -187,6 +196,9 @@ def _origins(data):
         if origin := next((_text(m, 2) for m in _messages(instruction, 7)), ''):
           name = _text(instruction, 1)
           names[module, name] = names['', name] = origin  # Some events do not say their program.
+          kernel = re.sub(r'[.-]', '_', name)  # As GPUs call it.
+          names.setdefault((module, kernel), origin)
+          names.setdefault(('', kernel), origin)
   return names
 
 

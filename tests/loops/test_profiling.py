@@ -81,3 +81,49 @@ def test_wrong_ranges_are_named(steps):
 def test_right_ranges_are_read():
   assert profiling.parse_steps('10:13') == (10, 13)
   assert config.build(profiling.ProfileSpec, {}).steps == ''
+
+
+def message(*fields):
+  """Returns a protocol buffer message of (field number, int, text or bytes)."""
+  def varint(value):
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+  out = b''
+  for number, value in fields:
+    if isinstance(value, int):
+      out += varint(number << 3) + varint(value)
+    else:
+      value = value.encode() if isinstance(value, str) else value
+      out += varint(number << 3 | 2) + varint(len(value)) + value
+  return out
+
+
+def test_kernels_of_a_gpu_graph_go_by_their_own_names(tmp_path):
+  """In a trace of CUDA graphs every kernel's hlo_op is the graph's; its own name is the event's."""
+  instruction = message((1, 'loop_add_fusion.3'), (7, message((2, 'jit(step)/add'))))
+  program = message((1, message((1, 'jit_step'), (3, message((2, instruction))))))
+  kernels = ['loop_add_fusion_3', 'void cutlass::Kernel2<gemm>', 'other_fusion']
+  metadata = [(4, message((1, i), (2, message((1, i), (2, name))))) for i, name in enumerate(kernels, 1)]
+  stats = [(5, message((1, i), (2, message((1, i), (2, name))))) for i, name in enumerate(('hlo_op', 'hlo_module'), 1)]
+  event = lambda kernel, at, micros, op: (4, message(
+      (1, kernel), (2, at * 10**6), (3, micros * 10**6), (4, message((1, 1), (5, op))),
+      (4, message((1, 2), (5, 'jit_step')))))
+  line = message((1, 1), (2, 'Stream #20(Compute)'), (3, 0), *(
+      event(1, 0, 10, 'command_buffer_178'), event(2, 20, 70, 'command_buffer_178'),
+      event(1, 100, 10, 'command_buffer'), event(3, 200, 10, 'dot.7')))
+  gpu = message((1, 1), (2, '/device:GPU:0'), (3, line), *metadata, *stats)
+  host = message((1, 2), (2, '/host:metadata'), (4, message((1, 1), (2, message((1, 1), (2, 'jit_step'), (5, message(
+      (1, 1), (6, program))))))))
+  folder = tmp_path / 'plugins/profile/now'
+  folder.mkdir(parents=True)
+  (folder / 'a.xplane.pb').write_bytes(message((1, gpu), (1, host)))
+  found = profiling.top_operations(tmp_path)
+  assert [(o['name'], o['origin'], o['total_ms'], o['count']) for o in found] == [
+      ('cutlass::Kernel2<gemm>', '', 0.07, 1), ('loop_add_fusion_3', 'jit(step)/add', 0.02, 2), ('dot.7', '', 0.01, 1)]
+
+
+def test_the_table_fits_a_terminal():
+  operation = {'name': 'x' * 60, 'total_ms': 1.0, 'percent': 50.0, 'count': 3, 'origin': 'y' * 90}
+  for columns in (80, 120):
+    table = profiling.format_operations([operation], '2:5', 'profile', columns)
+    assert max(map(len, table.splitlines()[1:])) < columns

@@ -108,15 +108,22 @@ def test_fast_is_fast_and_imports_no_jax(tmp_path):
   assert cost['kg_co2'] == pytest.approx(cost['chip_hours'] * 0.5 * 1.09 * 0.1)
   assert re.search(r'kg CO2e at 100 g/kWh', done.stdout)
   text = (tmp_path / 'plan.html').read_text()
-  assert 'llama2_7b on v5p:4x4x4' in text
+  assert 'llama2_7b on v5p:4x4x4' in text and 'over the limit' not in text
+  shares = [float(s) for s in re.findall(r'<span>([\d.]+)%</span>', text.split('Memory of one device</h2>')[1])]
+  assert shares and max(shares) <= 100
   assert not re.search(r'(src|href)="?https?:', text)
 
 
-def test_what_is_too_large_gets_changes_that_fit(capsys, monkeypatch):
+def test_what_is_too_large_gets_changes_that_fit(capsys, monkeypatch, tmp_path):
   status, out, _ = call(capsys, monkeypatch, '--config=configs/pretrain/llama2_7b.py', '--topology=v5e:8x8', '--fast',
-                        '--config.train.batch_size=256')
+                        '--config.train.batch_size=256', f'--output={tmp_path}')
   assert status == 1
-  assert 'DOES NOT FIT' in out
+  over = re.search(r'total +([\d.]+)  of ([\d.]+): DOES NOT FIT, ([\d.]+) GiB over', out).groups()
+  assert float(over[2]) == pytest.approx(float(over[0]) - float(over[1]), abs=0.011)
+  # The page tells by how much, and no share of a limit that is exceeded.
+  memory = (tmp_path / 'plan.html').read_text().split('Memory of one device</h2>')[1].split('<h2>')[0]
+  assert f'over the limit of {over[1]} GiB</span><b>{over[2]} GiB</b>' in memory
+  assert '%</span>' not in memory
   lines = [line for line in out.splitlines() if line.startswith('  --config.')]
   assert len(lines) == 3
   # The fastest first, other batches after all that keep it.
