@@ -20,7 +20,7 @@ import statistics
 from llmjax import config as configs
 from llmjax import secrets
 from llmjax.evaluate import metrics, page
-from llmjax.evaluate.runs import Run, count, duration, number, parameters, read_run, steps_done
+from llmjax.evaluate.runs import Run, count, duration, is_of_pairs, number, parameters, read_run, steps_done
 from llmjax.generate.spec import ANSWERS
 from llmjax.rl import maths
 
@@ -35,11 +35,11 @@ LAST = 0.1  # Part of a noisy curve whose mean stands for its end.
 CHARTS = (
     ('train/loss', 'Loss', {'height': 260, 'switches': ['ylog', 'xlog']}),
     ('eval/{}/bits_per_byte', 'Held-out bits per byte, {}', {}),
-    ('eval/{}/accuracy', 'Held-out pairs whose better answer scores higher, {}', {}),
-    ('rollout/reward', 'Reward of sampled answers', {}),
-    ('eval/{}/reward', 'Reward of the likeliest answers, {}', {}),
-    ('rollout/kl', 'KL from the run it began from, nats an answer', {'zero': True}),
-    ('rollout/tokens', 'Tokens of a sampled answer', {'zero': True}),
+    ('eval/{}/accuracy', 'Held-out pairs ranked right, {}', {}),
+    ('rollout/reward', 'Reward of sampled completions', {}),
+    ('eval/{}/reward', 'Reward of greedy completions, {}', {}),
+    ('rollout/kl', 'KL from the run it began from, nats a completion', {'zero': True}),
+    ('rollout/tokens', 'Tokens of a sampled completion', {'zero': True}),
     ('train/tokens_per_second', 'Tokens a second', {'zero': True}))
 
 
@@ -132,6 +132,8 @@ def kind_of(run):
   """Returns what made a run, in words, by the groups of its config."""
   if isinstance(run.config.get('rl'), dict):
     return f'rl, {str(run.get("policy", "name") or "").upper()}'.rstrip(', ')
+  if is_of_pairs(run) and 'reward' not in run.config:
+    return f'finetune on preferences, {run.get("preference", "loss")}'
   return next((command for group, command in (('reward', 'reward model'), ('preference', 'finetune'),
                                               ('train', 'pretrain')) if group in run.config), 'run')
 
@@ -195,9 +197,13 @@ def _evaluations(stages, key):
 
 def _is_text(stages, name):
   """Says whether an evaluation is of plain text: by the data of the runs, or for compressors stand beside it."""
-  held = {pathlib.PurePath(source).name: found.get('records') for s in stages for source, found in s.run.data.items()
-          if isinstance(found, dict)}
-  return held.get(name.partition(':')[2]) == 'text' or any(s.evaluations(name, 'xz_bits_per_byte') for s in stages)
+  return _holds(stages, name) == 'text' or any(s.evaluations(name, 'xz_bits_per_byte') for s in stages)
+
+
+def _holds(stages, name):
+  """Returns what the records of an evaluation's source are, by the data of the runs, or None."""
+  return next((found['records'] for s in stages for source, found in s.run.data.items() if isinstance(found, dict)
+               and 'records' in found and pathlib.PurePath(source).name == name.partition(':')[2]), None)
 
 
 @dataclasses.dataclass
@@ -245,7 +251,7 @@ def _rows(stages):
             '{:,}'.format)
   yield Row('Tokens trained on', 'targets with weight in the loss',  # Elsewhere the weight is of pairs or completions.
             [sum(v for v in s.run.curve('train/target_tokens')[1] if math.isfinite(v)) or None
-             if s.kind in ('pretrain', 'finetune') else None for s in stages], count)
+             if s.kind in ('pretrain', 'finetune') and not is_of_pairs(s.run) else None for s in stages], count)
   yield Row('Wall time', 'start, compilation and evaluation included', [_seconds(s.run) for s in stages], duration)
   yield from _likelihood_rows(stages)
   for name in _evaluations(stages, 'reward'):
@@ -263,12 +269,12 @@ def _rows(stages):
 
 
 def _likelihood_rows(stages):
-  """Yields the rows of held-out text: of what `llmjax evaluate` measured, or else of all that training did."""
-  stages_of_text = [s for s in stages if not s.kind.startswith('reward')]
+  """Yields the rows of held-out text and conversations: what `llmjax evaluate` measured, then what training did."""
+  stages_of_text = [s for s in stages if not s.kind.startswith('reward') and not is_of_pairs(s.run)]
   shared = [shown for s in stages for name, shown in s.curves().items() if name in s.run.evaluation]
-  for name in dict.fromkeys(shared or [n for s in stages for n in s.curves().values()]):
+  for name in dict.fromkeys([*shared, *(n for s in stages for n in s.curves().values())]):
     if any(s.evaluations(name, 'loss') for s in stages_of_text):
-      text = _is_text(stages, name) or not shared
+      text = _is_text(stages, name) or not (shared or _holds(stages, name))
       key, unit = ('bits_per_byte', 'bits a byte') if text else ('loss', 'nats a token')
       row = _measured(stages, name, key, '', f'held-out text, {unit}' if text else f'held-out, {unit}',
                       '{:.3f}'.format, -1, [s in stages_of_text for s in stages])

@@ -24,6 +24,11 @@ def encode_number(value):
   return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
 
 
+def format_loss(value):
+  """Returns a loss with three decimals, or as 2.4e-05 where these would be zeros, as of policies."""
+  return f'{value:.3f}' if abs(value) >= 0.001 or not value else f'{value:.1e}'
+
+
 def read_lines(path) -> list[dict]:
   """Returns the JSON objects of a file, one a line; a last line cut off by a kill is left out.
 

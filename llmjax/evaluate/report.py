@@ -31,6 +31,9 @@ EVALUATIONS = (
     ('held-out pairs or steps', 'accuracy', (
         ('step', 'step', '{:,}'), ('pairs', 'pairs', '{:,}'), ('steps', 'steps', '{:,}'),
         ('accuracy', 'ranked right', '{:.1%}'), ('margin', 'margin', '{:.3f}'), ('loss', 'loss', '{:.4f}'))))
+# What prepared folders hold, and what a document is there.
+KINDS = {'text': 'text', 'chat': 'conversations', 'pairs': 'pairs, a document for each completion',
+         'prompts': 'prompts', 'steps': 'solutions in steps'}
 COMPRESSORS = (('xz_bits_per_byte', 'xz -9'), ('gzip_bits_per_byte', 'gzip -9'))
 
 
@@ -172,7 +175,7 @@ def _tiles(run):
   step, loss = run.last('train/loss')
   before = [s for s in run.curve('train/loss')[0] if step is not None and s < step]
   steps = step and step - (before[-1] if before else 0)
-  yield ('Training loss', '–' if loss is None else f'{loss:.3f}',
+  yield ('Training loss', '–' if loss is None else metrics.format_loss(loss),
          '' if step is None else f'step {step:,}' + f', mean of {steps:,} steps' * (steps > 1))
 
 
@@ -411,8 +414,11 @@ def _evaluation(run):
   for title, of, columns in EVALUATIONS:
     shown = {name: values for name, values in records.items()
              if (of in values if of else not {'reward', 'accuracy'} & set(values))}
-    rows = [[name, *('–' if (v := number(values, key)) is None else form.format(v) for key, _, form in columns)]
-            for name, values in shown.items()]
+    cells = {name: tuple('–' if (v := number(values, key)) is None else form.format(v) for key, _, form in columns)
+             for name, values in shown.items()}
+    names = {row: [n for n in cells if cells[n] == row] for row in cells.values()}  # One row where all is the same.
+    shown = {same[0]: shown[same[0]] for same in names.values()}
+    rows = [[', '.join(same), *row] for row, same in names.items()]
     bits = [c for c, (key, *_) in enumerate(columns) if key.endswith('bits_per_byte')]
     best = []
     for r, values in enumerate(shown.values()):
@@ -434,13 +440,13 @@ def _data(run):
     listed = ', '.join(f'{n:,} {reason.replace("_", " ")}' for reason, n in sorted(
         reasons.items(), key=lambda kv: -kv[1] if isinstance(kv[1], int) else 0) if n)
     tokens, size = number(values, 'tokens'), number(values, 'bytes')
-    rows.append([source, *(f'{v:,}' if v is not None else '–' for v in (
+    rows.append([source, KINDS.get(values.get('records'), '–'), *(f'{v:,}' if v is not None else '–' for v in (
         number(values, 'documents'), tokens, size)),
         f'{size / tokens:.2f}' if tokens and size else '–',
         f'{total:,} ({listed})' if total else '0'])
   if not rows:
     return ''
-  header = ['source', 'documents', 'tokens', 'bytes', 'bytes a token', 'records set aside']
+  header = ['source', 'holds', 'documents', 'tokens', 'bytes', 'bytes a token', 'records set aside']
   return page.section('Data', f'<div class="card">{page.table(header, rows)}</div>')
 
 

@@ -6,6 +6,11 @@ import json
 ITERATIONS, ROWS, CHARACTERS = 16, 4, 1500  # So that long runs stay small.
 
 
+# Means of an iteration's completions, and how they are written.
+MEANS = (('reward', 'mean reward {:.3g}'), ('kl', 'KL {:.3g} nats'), ('tokens', '{:.1f} tokens each'),
+         ('ended', '{:.0%} ended'))
+
+
 def read(folder):
   """Returns [(iteration, metrics, rows)] of up to ITERATIONS files, evenly over the run; rows with the highest
   rewards and with the lowest.  What cannot be read is left out.
@@ -30,8 +35,7 @@ def render(found):
   """Returns the HTML of what `read` returns, newest first; '' for nothing."""
   parts = []
   for i, (number, values, rows) in enumerate(reversed(found)):
-    named = ', '.join(f'{name} {values[name]:.3g}' for name in ('reward', 'kl', 'tokens', 'ended')
-                      if isinstance(values.get(name), (int, float)))
+    named = ', '.join(form.format(values[name]) for name, form in MEANS if isinstance(values.get(name), (int, float)))
     body = ''.join(
         f'<p class="small soft">reward {reward:.3g} · right answer: {html.escape(answer[:200])}</p>'
         f'<pre><mark>{html.escape(prompt[-CHARACTERS:])}</mark>{html.escape(text[:CHARACTERS])}</pre>'

@@ -40,7 +40,8 @@ def run(spec, options):
 def describe(manifest, folder) -> str:
   """Returns the table of a prepared folder, what was left out, and the next command."""
   kind = prepared.kind(manifest)
-  lines = [f'{"split":<11}{"documents":>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}'
+  counted = 'completions' if kind == 'pairs' else 'documents'
+  lines = [f'{"split":<11}{counted:>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}'
            + f'{"trained":>13}' * (kind in ('chat', 'pairs', 'steps'))]
   for split in prepared.SPLITS:
     if split in manifest['splits']:

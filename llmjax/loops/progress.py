@@ -14,6 +14,8 @@ import sys
 import textwrap
 import time
 
+from llmjax.evaluate.metrics import format_loss
+
 # At most ten repaints a second: a terminal over SSH must not slow short steps down.
 REPAINT_SECONDS = 0.1
 
@@ -79,7 +81,7 @@ class Progress:
     parts = [self._head('step', step), percent := f'{self._percent(step)}%']
     loss = metrics.get('train/loss')
     if loss is not None:
-      self._loss = f'loss {loss:.3f}'
+      self._loss = f'loss {format_loss(loss)}'
       parts.append(self._loss)
     for key, form in (('train/lr', 'lr {:.1e}'), ('train/grad_norm', 'gnorm {:.2f}')):
       if metrics.get(key) is not None:

@@ -213,8 +213,8 @@ def test_runs_side_by_side_are_no_stages(sweep, life):
 def test_curves_of_one_metric_are_one_chart(life):
   _, _, charts = read(life, 'base', 'sft', 'judge', 'tuned')
   assert charts['Loss'] == {'base': [5.0, 4.0, 3.5], 'sft': [4.0, 2.0, 1.5], 'judge': [0.7, 0.6, 0.5]}
-  assert charts['Reward of sampled answers'] == {'tuned': [0.25, 0.5, 0.75]}
-  assert charts['Held-out pairs whose better answer scores higher, docs'] == {'judge': [0.5, 0.6, 0.875]}
+  assert charts['Reward of sampled completions'] == {'tuned': [0.25, 0.5, 0.75]}
+  assert charts['Held-out pairs ranked right, docs'] == {'judge': [0.5, 0.6, 0.875]}
 
 
 def test_answers_to_the_same_prompt_stand_side_by_side(life):

@@ -36,6 +36,20 @@ def test_the_step_line_reads_as_documented():
       'wait 0.1%  eta 2:14\n')
 
 
+def test_small_losses_are_no_zeros():
+  stream = io.StringIO()
+  progress.Progress(10, stream=stream).log(10, {'train/loss': -2.34e-5})
+  assert 'loss -2.3e-05' in stream.getvalue()
+
+
+def test_a_rollout_names_its_units():
+  stream = io.StringIO()
+  metrics = {'reward': 0.5, 'tokens': 12.34, 'ended': 0.25, 'kl': 0.0123}
+  progress.Progress(10, stream=stream).rollout(3, metrics, 1.5, 20.2)
+  assert stream.getvalue() == ('roll   3/10  reward 0.500  12.3 tokens each  25% ended  kl 0.0123 nats  1.5s  '
+                               'compiled in 20s\n')
+
+
 def test_what_is_not_measured_is_left_out_and_nan_is_shown():
   stream = io.StringIO()
   progress.Progress(10, stream=stream).log(10, {'train/loss': math.nan, 'train/mfu': None})
