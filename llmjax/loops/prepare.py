@@ -100,7 +100,8 @@ def next_steps(manifest, folder):
 def _train_command(command, recipe, manifest, folder, run):
   """Returns a training command on a folder alone.  run: to begin from, or None."""
   quickstart = pathlib.Path(folder) == pathlib.Path('data/python_docs')
-  workdir = pathlib.Path('runs') / ('quickstart' if quickstart else pathlib.Path(folder).name)
+  name = 'quickstart' if quickstart else pathlib.Path(folder).name
+  workdir = pathlib.Path('runs') / (f'{name}_{command}' if len(RECIPES[prepared.kind(manifest)]) > 1 else name)
   free = (workdir.with_name(f'{workdir.name}_{n}') for n in itertools.count(2))
   workdir = next(free) if workdir.exists() else workdir
   flags = [f'--config=configs/{recipe}.py', f'--workdir={workdir}']

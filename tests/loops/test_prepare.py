@@ -84,8 +84,8 @@ def test_the_next_commands_fit_the_records_and_can_be_pasted(kind, commands, tmp
   for line in found:
     _, command, *arguments = shlex.split(line)
     spec, options = main.parse(main.COMMANDS[command], arguments)
-    assert (options.workdir, spec.train.init_from, list(spec.data.sources)) == (
-        'runs/mine', 'runs/base', ['data/mine'])
+    assert options.workdir == ('runs/mine' if len(found) == 1 else f'runs/mine_{command}')
+    assert (spec.train.init_from, list(spec.data.sources)) == ('runs/base', ['data/mine'])
     assert spec.evaluate.splits == () and spec.data.seq_len == 96
   assert kind != 'prompts' or spec.rl.max_new_tokens == 48
   # What another tokenizer made must be prepared again, for the run that is there.
