@@ -2,12 +2,14 @@
 
     chat     {"messages": [{"role", "content", "weight"?, ...}, ...], "tools"?}
     pairs    {"prompt": [messages], "chosen": [messages], "rejected": [messages], "margin"?, "probability"?, "tools"?}
+             {"prompt": [messages], "completion": [messages], "label": bool, "tools"?}, an unpaired preference
     prompts  {"prompt": [messages], "answer": text, "tools"?}
     steps    {"prompt": [messages], "steps": [{"text", "label"}, ...], "tools"?}
 
 A prepared folder keeps that form, as JSON, in `documents/`.  Tokens: a chat is one document of the store; a pair
-is two, the chosen one at an even number and the rejected one behind it; a prompt is one without a trained token; a
-solution of steps is one whose weights are labels (see `steps`).  For messages see `messages`.
+is two, the chosen one at an even number and the rejected one behind it (of unpaired ones a good completion and a bad
+one, to different prompts); a prompt is one without a trained token; a solution of steps is one whose weights are
+labels (see `steps`).  For messages see `messages`.
 
 A field that changes what is said or what is trained is used as its source format means it, or the record is refused
 with a line that names the field; other fields are not used, and counted by name.
@@ -34,7 +36,7 @@ PAIR_NUMBERS = {'margin': (0.0, 1e6, 0.0), 'probability': (0.0, 1.0, 1.0)}
 SUFFIXES = ('.jsonl', '.ndjson', '.json', '.parquet')
 FORMS = {
     'chat': 'messages; conversations; prompt and completion; or instruction, input and output',
-    'pairs': 'prompt (or instruction and input), chosen and rejected',
+    'pairs': 'prompt (or instruction and input), chosen and rejected; or completion and label',
     'prompts': 'prompt (or question, messages, or instruction and input) and answer',
     'steps': steps.FORMS,
 }
@@ -70,7 +72,7 @@ def normaliser(kind, ignored=None, train_history=False, dialogues=True):
     if not isinstance(record, dict):
       raise ValueError('the record is no object')
     fields, unused = {k: v for k, v in _plain(record).items() if v is not None}, {}
-    if kind != 'steps':
+    if kind in ('chat', 'prompts') or kind == 'pairs' and 'chosen' in fields:
       _check_label(fields)
     if dialogues:
       _read_dialogues(fields)
@@ -167,23 +169,43 @@ def _chat(train_history, fields, ignored):
     turns, completion = _prompt_of(fields, ignored), _first(fields, COMPLETIONS)
     if turns is None or completion is None:
       return None
-    completion = messages.read_messages(completion, 'assistant', ignored)
-    turns = _join(turns if train_history else _untrained(turns), completion)
+    turns, completion = _join(turns, messages.read_messages(completion, 'assistant', ignored))
+    turns = (turns if train_history else _untrained(turns)) + completion
   return {'messages': _with_system(turns, system), **tools}
 
 
 def _join(prompt, completion):
-  """Returns a prompt and its completion as one conversation; what the completion repeats of the prompt stands once."""
+  """Returns (prompt, completion), of which the completion has nothing that it repeats of the prompt."""
   lead = list(itertools.takewhile(lambda m: m['role'] != 'assistant', completion))
   if not lead:
-    return prompt + completion
+    return prompt, completion
   if _said(completion[:len(prompt)]) == _said(prompt):
-    return prompt + completion[len(prompt):]
+    return prompt, completion[len(prompt):]
   if _holds(lead, prompt):  # With a system message before it.
-    return completion
+    return lead, completion[len(lead):]
   if _holds(prompt[-len(lead):], lead):
-    return prompt + completion[len(lead):]
+    return prompt, completion[len(lead):]
   raise ValueError('completion begins with messages that are not those of prompt; leave them out of one of the two')
+
+
+def _labelled(fields, ignored):
+  """Returns an unpaired preference, TRL's or LLaMA-Factory's, or None."""
+  label = _label(fields)
+  if label is None:
+    return None
+  fields.pop(next(name for name in LABELS if name in fields))
+  tools, system = _tools(fields), _system(fields)
+  turns = _turns(fields, ignored)
+  if turns is not None:
+    prompt, completion = turns[:-1], turns[-1:]
+  else:
+    prompt, completion = _prompt_of(fields, ignored), _first(fields, COMPLETIONS)
+    if prompt is None or completion is None:
+      return None
+    prompt, completion = _join(prompt, messages.read_messages(completion, 'assistant', ignored))
+  if not prompt or not completion or completion[0]['role'] != 'assistant':
+    raise ValueError('an unpaired preference must be a prompt and a completion of the assistant')
+  return {'completion': completion, 'label': label, 'prompt': _with_system(prompt, system), **tools}
 
 
 def _pair(fields, ignored):
@@ -191,7 +213,7 @@ def _pair(fields, ignored):
     fields.update(fields.pop('input'), chosen=fields.pop('preferred_output'),
                   rejected=fields.pop('non_preferred_output', None))
   if fields.get('chosen') is None or fields.get('rejected') is None:
-    return None
+    return _labelled(fields, ignored)
   tools, system = _tools(fields), _system(fields)
   both = [fields.pop(name) for name in ('chosen', 'rejected')]
   prompt = _prompt_of(fields, ignored)
@@ -375,16 +397,21 @@ def _tools(fields):
   return {'tools': found[0]} if found and found[0] else {}
 
 
+def _label(fields):
+  """Returns what an unpaired preference (KTO) says of its completion: True, False, or None where there is no label."""
+  value = next((fields[name] for name in LABELS if name in fields), None)
+  value = value.strip().lower() if isinstance(value, str) else value
+  return True if value in (True, 'true') else False if value in (False, 'false') else None
+
+
 def _check_label(fields):
-  """Takes out the label of an unpaired preference (KTO); raises ValueError where it says that the answer is bad."""
-  for name in LABELS:
-    value = fields.get(name)
-    value = value.strip().lower() if isinstance(value, str) else value
-    if value in (False, 'false'):
-      raise ValueError(f'{name} is false: the completion is a bad one and is not trained as a good one; pair it with a '
-                       'good one (--config.records=pairs: prompt, chosen, rejected), or leave the record out')
-    if value in (True, 'true'):
-      del fields[name]
+  """Takes out a label that a completion is good; raises ValueError where it says that it is bad."""
+  name, label = next((name for name in LABELS if name in fields), ''), _label(fields)
+  if label is False:
+    raise ValueError(f'{name} is false: a bad completion is not trained as a good one; prepare unpaired preferences '
+                     'with --config.records=pairs, for preference.loss=kto, or leave the record out')
+  if label:
+    del fields[name]
 
 
 def _strings(value):
@@ -472,6 +499,8 @@ class Encoder:
     if self.kind == 'chat':
       return [self.chat.encode(record['messages'], tools)]
     prompt = _untrained(record['prompt'])
+    if 'label' in record:
+      return [self.chat.encode(prompt + record['completion'], tools)]
     if self.kind == 'pairs':
       return [self.chat.encode(prompt + record[name], tools) for name in ('chosen', 'rejected')]
     if self.kind == 'steps':
@@ -482,6 +511,11 @@ class Encoder:
     return [(ids, np.zeros(len(ids), np.float32))]
 
 
+def label_of(kind, document):
+  """Returns the label of an unpaired preference, None of everything else."""
+  return json.loads(document).get('label') if kind == 'pairs' else None
+
+
 def untrained(name, chat, ids):
   """Returns the line for a conversation without a trained token.  name: its file and line."""
   text = chat.marked(ids)
@@ -489,5 +523,5 @@ def untrained(name, chat, ids):
   return f'{name} has no trained token: {text!r}'
 
 
-__all__ = ['FORMS', 'PAIR_NUMBERS', 'SUFFIXES', 'Encoder', 'TemplateError', 'normaliser', 'note_of',
-           'read_answers', 'read_prompt', 'read_records', 'texts', 'untrained']
+__all__ = ['FORMS', 'PAIR_NUMBERS', 'SUFFIXES', 'Encoder', 'TemplateError', 'label_of', 'normaliser',
+           'note_of', 'read_answers', 'read_prompt', 'read_records', 'texts', 'untrained']

@@ -86,12 +86,14 @@ def kind(manifest) -> str:
 
 
 def notes(manifest):
-  """Returns lines on what of the records is not trained: fields without a meaning, reasoning that was dropped."""
+  """Returns lines on the records: fields that are not used, reasoning that was dropped, completions without a pair."""
   lines = []
   if unused := manifest.get('unused_fields'):
     shown = [f'{name} ({count:,})' for name, count in sorted(unused.items(), key=lambda item: -item[1])]
     more = [f'{len(shown) - 20} more'] if len(shown) > 20 else []
     lines.append(f'fields not used, in how many records: {", ".join(shown[:20] + more)}')
+  if unpaired := manifest.get('unpaired'):
+    lines.append(f'unpaired preferences, for preference.loss=kto or apo_zero_unpaired: {unpaired:,} completions')
   if dropped := manifest.get('reasoning_dropped'):
     lines.append(f'reasoning dropped, which the template does not render: {dropped:,} records')
   return lines

@@ -103,6 +103,10 @@ class DataSpec:
         errors[folder] = e
     return manifests, errors
 
+  def unpaired(self):
+    """Returns the sources that hold unpaired preferences."""
+    return [folder for folder, manifest in self.manifests()[0].items() if manifest.get('unpaired')]
+
   def held(self):
     """Returns {folder: what it holds, such as 'pairs'} of the sources that are prepared."""
     return {folder: prepared.kind(manifest) for folder, manifest in self.manifests()[0].items()}

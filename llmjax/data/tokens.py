@@ -96,7 +96,7 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
   from llmjax.data import builders
 
   shutil.rmtree(folder / 'tokens', ignore_errors=True)
-  splits_found, refused, untrained, template = {}, [], [], None
+  splits_found, refused, untrained, template, unpaired = {}, [], [], None, 0
   is_text = spec.records == 'text'
   with contextlib.ExitStack() as stack:
     if not is_text:
@@ -113,12 +113,13 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
       with token_store.TokenStoreWriter(
           prepared.tokens_path(folder, split), vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id,
           eos_id=tokenizer.eos_id, weighted=not is_text) as store:
+        halves = _Halves(store, tokenizer)
         for number, item in enumerate(builders.iterate(documents)):
           name, text = item['id'].decode(), item['text'].decode()
           if is_text:
             reason, count = store.add(tokenizer.encode(text)), len(item['text'])
           else:
-            reason, count = _add_conversation(store, encode, name, text, untrained)
+            reason, count = _add_conversation(store, encode, name, text, untrained, halves)
           if reason:
             refused.append(Rejected(name, reason, bytes=len(item['text'])))
           else:
@@ -126,6 +127,7 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
           for field in (item['id'], item['text']):
             records.update(len(field).to_bytes(8, 'big') + field)
           progress(f'tokens of {split}', number + 1, len(documents))
+        unpaired += halves.finish()
       splits_found[split] = {
           'documents': store.meta['documents'], 'bytes': size, 'tokens': store.meta['tokens'],
           'records_sha256': records.hexdigest(),
@@ -148,7 +150,7 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
       'name': secrets.hide(pathlib.Path(spec.folder).name),
       'source': spec.source,
       **({} if is_text else {'records': spec.records, 'template': template,
-                             'reasoning_dropped': encode.reasoning_dropped}),
+                             'reasoning_dropped': encode.reasoning_dropped, 'unpaired': unpaired}),
       'request': request,
       'splits': splits_found,
       'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size,
@@ -160,10 +162,10 @@ def write_tokens(spec, folder, tokenizer, found, request, progress):
                    **{p: importlib.metadata.version(p) for p in packages}}}
 
 
-def _add_conversation(store, encode, name, text, untrained):
+def _add_conversation(store, encode, name, text, untrained, halves):
   """Appends a conversation's documents; returns (why it was refused or None, bytes of its text).
 
-  untrained: a list that gains a line where there is nothing to train.
+  untrained: a list that gains a line where there is nothing to train.  halves: where unpaired preferences go.
   """
   try:
     made, size = encode(text)
@@ -174,11 +176,45 @@ def _add_conversation(store, encode, name, text, untrained):
       if not np.any(weights[1:]):
         untrained.append(conversations.untrained(name, encode.chat, ids))
         return None, size
+  label = conversations.label_of(encode.kind, text)
+  if label is not None:
+    return halves.add(label, made[0]), size
   note = conversations.note_of(encode.kind, text)
   for ids, weights in made:
     if reason := store.add_weighted(ids, weights, note):
       return reason, 0
   return None, size
+
+
+class _Halves:
+  """Stores unpaired preferences as pairs: a good completion beside a bad one, to different prompts.
+
+  Each counts by itself in the losses that take them.  What has no other half at the end gets one without a trained
+  token.  Holds the tokens of those that wait for another half: of all, where a file has all good ones first.
+  """
+
+  def __init__(self, store, tokenizer):
+    self._store, self._waiting, self._count = store, {True: collections.deque(), False: collections.deque()}, 0
+    self._nothing = np.array([tokenizer.bos_id, tokenizer.eos_id], np.int32), np.zeros(2, np.float32)
+
+  def add(self, good, document):
+    """Stores a completion's (ids, weights), at once or later; returns why one is refused, or None."""
+    self._count += 1
+    self._waiting[good].append(document)
+    if not self._waiting[not good]:
+      return None
+    return self._store_pair(*(self._waiting[half].popleft() for half in (True, False)))
+
+  def finish(self):
+    """Stores what waits; returns how many completions there were."""
+    for good, waiting in self._waiting.items():
+      for document in waiting:
+        self._store_pair(*((document, self._nothing) if good else (self._nothing, document)))
+    return self._count
+
+  def _store_pair(self, *halves):
+    reasons = [self._store.add_weighted(*half, {}) for half in halves]
+    return next(filter(None, reasons), None)
 
 
 def _nothing_to_train(spec, untrained):

@@ -38,9 +38,10 @@ def run(spec, options):
   with open_rows(data, batch_size=options.rows, seed=spec.train.seed, split=options.split) as batches:
     places, batch = batches.describe(0), next(batches)
   each = len(batch['tokens']) // options.rows
+  halves = ('good', 'bad') if data.unpaired() else ('chosen', 'rejected')
   for row in range(len(batch['tokens'])):
     place, weights = places[row // each], batch['loss_mask'][row]
-    name = f'{place["source"]} row {place["row"]}' + (('', f', {("chosen", "rejected")[row % 2]}')[each - 1])
+    name = f'{place["source"]} row {place["row"]}' + (('', f', {halves[row % 2]}')[each - 1])
     used, trained = int((batch['segment_ids'][row] > 0).sum()), int((weights > 0).sum())
     extra = f' trained, of weight {weights.sum():g}' if weights.sum() != trained else ' trained'
     extra = f' steps ({", ".join(f"{w - JUDGED:g}" for w in weights[weights > 0])})' if kind == 'steps' else extra

@@ -25,7 +25,15 @@ from llmjax.model.spec import ModelSpec
 from llmjax.ops.limits import LIMITS
 from llmjax.parallel.spec import ROW_AXES, DistributedSpec, MeshSpec, PipelineSpec, indivisible
 from llmjax.plan.energy import CostSpec
-from llmjax.rl.spec import BATCH_LOSSES, DistillSpec, PolicySpec, PreferenceSpec, RewardModelSpec, RlSpec
+from llmjax.rl.spec import (
+    BATCH_LOSSES,
+    UNPAIRED_LOSSES,
+    DistillSpec,
+    PolicySpec,
+    PreferenceSpec,
+    RewardModelSpec,
+    RlSpec,
+)
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
 __all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'EvaluatedSpec', 'FinetuneSpec',
@@ -333,6 +341,12 @@ class FinetuneSpec(FromRunSpec):
       if preference.reference == 'adapters_off' and not self.adapter.kind:
         yield ('preference.reference=adapters_off needs adapters, and a base that stays as it is; write '
                'adapter.kind=lora, or preference.reference=precomputed')
+      if (unpaired := self.data.unpaired()) and preference.loss not in UNPAIRED_LOSSES:
+        yield (f'preference.loss={preference.loss} compares two completions of one prompt, and {", ".join(unpaired)} '
+               f'holds single ones with labels; write preference.loss={" or ".join(UNPAIRED_LOSSES)}')
+      if unpaired and preference.length_weight != 1.0:
+        yield ('preference.length_weight compares the lengths of two completions of one prompt, and unpaired ones have '
+               'one; write preference.length_weight=1')
       if preference.loss == 'kto' and preference.reference == 'precomputed':
         yield ('preference.loss=kto needs the reference at hand, for answers to other prompts; write '
                'preference.reference=copy, or adapters_off where adapters are trained')
@@ -353,6 +367,9 @@ class JudgedData(DataSpec):
 
   def problems(self):
     yield from super().problems()
+    if unpaired := self.unpaired():
+      yield (f'sources: {", ".join(unpaired)} holds single completions with labels, and a reward model learns from '
+             'pairs; prepare prompt, chosen and rejected')
     if len({*self.held().values()} & {*self.kinds}) > 1:
       yield ('sources: some hold pairs and some steps, and one reward model learns from one of them; leave the others '
              'out')

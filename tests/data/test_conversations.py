@@ -237,7 +237,7 @@ FLAGGED = {'messages': [USER, SAID]}
 
 
 @pytest.mark.parametrize(('kind', 'record', 'reason'), [
-    ('chat', {'prompt': 'q', 'completion': 'a', 'label': False}, 'label is false: the completion is a bad one'),
+    ('chat', {'prompt': 'q', 'completion': 'a', 'label': False}, 'label is false: a bad completion is not trained'),
     ('chat', {'instruction': 'q', 'output': 'a', 'kto_tag': 'false'}, 'kto_tag is false: .*--config.records=pairs'),
     ('pairs', {'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'label': 0}, 'label is false'),
     ('chat', {**FLAGGED, 'system': 's', 'system_prompt': 't'}, 'system and system_prompt and .* differ'),
@@ -464,6 +464,35 @@ def test_pairs_stay_together(tmp_path, small_folder):
       folder)['splits']['validation']['documents']
   with pytest.raises(ConfigError, match='holds pairs, and this command reads text or chat'):
     config.build(DataSpec, {'sources': {folder: 1.0}})
+
+
+@pytest.mark.parametrize('record', [
+    {'prompt': 'q', 'completion': 'a', 'label': False},
+    {'prompt': [USER], 'completion': [USER, SAID], 'label': 'False'},
+    {'messages': [USER, SAID], 'label': False}, {'instruction': 'q', 'output': 'a', 'kto_tag': False},
+    {'conversations': [turn('human', 'q'), turn('gpt', 'a')], 'kto_tag': 'false'}])
+def test_every_form_of_an_unpaired_preference(record):
+  assert normal('pairs', record) == {'prompt': [USER], 'completion': [SAID], 'label': False}
+  with pytest.raises(ValueError, match='is false: a bad completion'):
+    normal('chat', record)
+
+
+@pytest.mark.parametrize(('good', 'bad'), [(30, 10), (12, 20)])
+def test_unpaired_completions_are_halves_of_pairs(tmp_path, small_folder, good, bad):
+  (tmp_path / 'data.jsonl').write_text(''.join(
+      json.dumps({'prompt': f'q {i}', 'completion': f'{"good" if i < good else "bad"} {i}', 'label': i < good}) + '\n'
+      for i in range(good + bad)))
+  folder = prepare_records(tmp_path, small_folder, 'pairs')
+  assert prepared.read_manifest(folder)['unpaired'] == good + bad
+  spec, found = DataSpec(sources={folder: 1.0}, seq_len=32), []
+  tokenizer = stream.load_tokenizer(spec)
+  for split in prepared.SPLITS:
+    for batch in stream.eval_pairs(spec, split, 4):
+      for row, weights in enumerate(batch['loss_mask']):
+        said = tokenizer.decode(batch['targets'][row][weights > 0])
+        assert said.startswith(('good', 'bad')[row % 2]) or not said  # Good ones at even places, bad ones at odd ones.
+        found += [said] * bool(said)
+  assert sorted(int(said.split()[1]) for said in found) == list(range(good + bad))
 
 
 @pytest.mark.parametrize('template', ['llmjax', 'chatml', 'llama3', 'gemma', 'plain'])

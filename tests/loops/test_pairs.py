@@ -16,6 +16,7 @@ import pytest
 from llmjax import config, main
 from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.data import prepared
+from llmjax.data.spec import DataSpec
 from llmjax.evaluate import pairs as held_out
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import SamplingSpec
@@ -335,3 +336,16 @@ def test_kto_needs_completions_of_other_prompts(monkeypatch):
   assert 'write train.accumulation=1' in problems(train={'batch_size': 8, 'accumulation': 4})
   assert 'kto' not in problems(train={'batch_size': 2})
   assert 'kto' not in problems(train={'batch_size': 1}, preference={'loss': 'sigmoid'})
+
+
+def test_unpaired_preferences_need_a_loss_of_single_completions(monkeypatch):
+  monkeypatch.setattr(FinetuneSpec, 'prefers', True)
+  monkeypatch.setattr(DataSpec, 'unpaired', lambda self: ['data/kto'])
+
+  def problems(**preference):
+    return ' '.join(FinetuneSpec(preference=PreferenceSpec(reference='copy', **preference)).problems())
+
+  assert 'data/kto holds single ones with labels; write preference.loss=kto or apo_zero_unpaired' in problems()
+  assert 'single ones' not in problems(loss='kto') + problems(loss='apo_zero_unpaired')
+  assert 'write preference.length_weight=1' in problems(loss='kto', length_weight=0.5)
+  assert 'a reward model learns from pairs' in ' '.join(RewardSpec().data.problems())

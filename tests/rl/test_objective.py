@@ -309,3 +309,28 @@ def test_mismatched_completions_are_of_other_prompts():
   assert completions(objective.mismatch(padded)) == [[]] * 6
   with pytest.raises(ValueError, match='two pairs or more'):
     objective.mismatch({k: v[:2] for k, v in batch.items()})
+
+
+@pytest.mark.parametrize('loss', UNPAIRED_LOSSES)
+def test_a_completion_without_another_half_counts_by_itself(params, loss):
+  """The loss of three pairs of which one lacks its bad half is the mean over the five completions."""
+  rng = np.random.default_rng(0)
+  mask = np.zeros((6, 8), np.float32)
+  mask[:, 3:6] = 1
+  mask[5] = 0
+  batch = {'tokens': rng.integers(1, WORDS, (6, 8)), 'targets': rng.integers(1, WORDS, (6, 8)), 'loss_mask': mask,
+           'segment_ids': np.ones((6, 8), np.int32), 'positions': np.tile(np.arange(8, dtype=np.int32), (6, 1)),
+           'ref_logprobs': rng.normal(-9, 1, 6).astype(np.float32),
+           objective.MISMATCHED: rng.normal(-9, 1, 6).astype(np.float32)}
+  arguments = PreferenceSpec(loss=loss, reference='copy'), SPEC, TRAIN, 'cpu'
+  sums = lambda batch: np.asarray(objective.make_sequence_logprobs(*arguments)(params, batch), np.float64)
+  total, (weight, _) = objective.make_unpaired_loss(*arguments)(params, batch, None)
+  ratio = sums(batch) - batch['ref_logprobs']
+  other = objective.mismatch(batch)
+  whole = np.asarray(other['loss_mask']).any(1)
+  assert whole.tolist() == [True, True, True, False, True, False]  # Row 3 would get the completion that row 5 lacks.
+  kl = max(0.0, np.mean((sums(other) - batch[objective.MISMATCHED])[whole])) if loss == 'kto' else 0.0
+  sign = np.array([1, -1, 1, -1, 1])
+  expected = np.sum(1 / (1 + np.exp(arguments[0].beta * sign * (ratio[:5] - kl))))
+  assert float(weight) == 5
+  np.testing.assert_allclose(float(total), expected, rtol=1e-5)
