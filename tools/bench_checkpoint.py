@@ -3,11 +3,13 @@
   llmjax prepare --config=configs/data/python_docs.py
   python tools/bench_checkpoint.py --gigabytes=1 --output=checkpoints.json
 
-Three parts, each in processes of its own, medians over `--rounds`:
+Four parts, each in processes of its own, medians over `--rounds`:
 
 save     `Checkpoints.save` of a state of so many gigabytes (float32 parameters and two moments, stacked layers and two
          large matrices), five times: the seconds that it holds the caller up, beside those that copying every array
          to the host's memory takes by itself in the same process; then the seconds and CPU-seconds until it is sealed.
+peak     the highest resident memory while it is saved, less what the process had before, over the size of the state.
+         A save holds a copy of the state, as the next step may overwrite it: 1.0 is the least there can be.
 restore  the highest resident memory while it is restored, less what the process had before, over the size of the state.
          On a CPU the restored arrays are in the host's memory themselves, so 1.0 is the least there can be.
 run      the recipe `--config` for one of its checkpoint intervals with a save at the end, and for as many steps
@@ -55,19 +57,50 @@ def abstract_train_state(gigabytes):
                     key=leaf((2,), jnp.uint32))
 
 
+def make_state(gigabytes):
+  import jax
+  import numpy as np
+  rng = np.random.default_rng(0)
+
+  def fill(x):
+    values = rng.standard_normal(x.shape, np.float32) if x.dtype == np.float32 else np.ones(x.shape, x.dtype)
+    return jax.device_put(values, x.sharding, may_alias=False)
+
+  return jax.block_until_ready(jax.tree.map(fill, abstract_train_state(gigabytes)))
+
+
+def peak(args):
+  """Saves twice; returns figures."""
+  from llmjax.parallel.host import keep_freed_memory, share_arena
+  share_arena()  # As every loop does.
+  import jax
+
+  from llmjax.checkpoint.checkpoints import Checkpoints
+  state = make_state(args.gigabytes)
+  if args.keep_freed:
+    keep_freed_memory()
+  checkpoints, rows = Checkpoints(args.folder), []
+  for step in (1, 2):
+    pathlib.Path('/proc/self/clear_refs').write_text('5')  # Resets the highest.
+    before, _ = memory()
+    begin = time.perf_counter()
+    checkpoints.save(step, state, {'batches': step}, {})
+    checkpoints.wait()
+    after, highest = memory()
+    rows.append({'peak': highest - before, 'left': after - before, 'seconds': time.perf_counter() - begin})
+  checkpoints.close()
+  size = sum(x.nbytes for x in jax.tree.leaves(state))
+  return {'bytes': size, 'peak_over_state': [row['peak'] / size for row in rows],
+          'left_over_state': [row['left'] / size for row in rows], 'seconds': [row['seconds'] for row in rows]}
+
+
 def save(args):
   """Saves SAVES times; returns figures."""
   import jax
   import numpy as np
 
   from llmjax.checkpoint.checkpoints import Checkpoints
-  rng = np.random.default_rng(0)
-
-  def fill(x):
-    values = rng.standard_normal(x.shape, np.float32) if x.dtype == np.float32 else np.ones(x.shape, x.dtype)
-    return jax.device_put(values, x.sharding)
-
-  state = jax.tree.map(fill, abstract_train_state(args.gigabytes))
+  state = make_state(args.gigabytes)
   checkpoints, rows = Checkpoints(args.folder), []
   for step in range(1, SAVES + 1):
     begin = time.perf_counter()
@@ -148,17 +181,20 @@ def main():
   parser.add_argument('--config', default='configs/pretrain/quickstart.py')
   parser.add_argument('--interval', type=int, default=400, help="steps between the recipe's checkpoints")
   parser.add_argument('--output', default='')
-  parser.add_argument('--part', choices=('save', 'restore'), help=argparse.SUPPRESS)
+  parser.add_argument('--part', choices=('save', 'peak', 'restore'), help=argparse.SUPPRESS)
+  parser.add_argument('--keep_freed', type=int, default=1, help=argparse.SUPPRESS)
   parser.add_argument('--folder', help=argparse.SUPPRESS)
   args, args.overrides = parser.parse_known_args()
   os.environ['PYTHONPATH'] = str(ROOT)
   sys.path.insert(0, str(ROOT))
   if args.part:
-    print(json.dumps({'save': save, 'restore': restore}[args.part](args)))
+    print(json.dumps({'save': save, 'peak': peak, 'restore': restore}[args.part](args)))
     return
   with tempfile.TemporaryDirectory() as folder:
     args.folder = folder
     found = {'save': child(args, 'save', f'--folder={folder}')}
+    with tempfile.TemporaryDirectory() as other:
+      found['peak'] = child(args, 'peak', f'--folder={other}')
     rows = [child(args, 'restore', f'--folder={folder}') for _ in range(args.rounds)]
     found['restore'] = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     found['restore']['highest_peak_over_state'] = max(row['peak_over_state'] for row in rows)

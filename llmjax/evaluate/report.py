@@ -17,7 +17,7 @@ SAMPLE_STEPS, SAMPLE_CHARACTERS = 24, 3000  # So that long runs stay below a meg
 EVENTS = 100  # Of the newest, so that a run in trouble does not fill the page.
 EVENT_NAMES = {'start': 'start', 'bad_step': 'bad step', 'rollback': 'rollback', 'corruption': 'corruption',
                'straggler': 'slow process', 'early_stop': 'no more progress', 'stopped': 'stopped',
-               'interrupted': 'interrupted', 'done': 'done'}
+               'interrupted': 'interrupted', 'config_change': 'settings changed', 'done': 'done'}
 # Tables of evaluations: title, the measure that tells them (None: no other one does), columns (measure, head, format).
 EVALUATIONS = (
     ('held-out text', None, (

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from llmjax.checkpoint import seal
+from llmjax.checkpoint import recorded, seal
 from llmjax.config import ConfigError
 from llmjax.evaluate.metrics import read_lines
 from llmjax.loops import changes, harness, window
@@ -83,9 +84,33 @@ def workdir(finished, tmp_path):
   return tmp_path / 'run'
 
 
+def all_groups():
+  """Returns {name: spec class} of the groups of every command that trains."""
+  return {f.name: f.type for spec in (PretrainSpec, FinetuneSpec, RewardSpec, RlCommandSpec)
+          for f in dataclasses.fields(spec)}
+
+
+def test_every_recorded_path_is_absolute_and_found_after_a_move(tmp_path):
+  paths = {(name, f.name) for name, spec in all_groups().items() for f in dataclasses.fields(spec)
+           if f.metadata['kind'] == 'path'}
+  assert paths - {('train', 'compilation_cache')} == {*recorded.PATHS, *recorded.FOLDERS}
+  settings = {'train': {'init_from': 'runs/a', 'steps': 3}, 'data': {'sources': {'data/x': 0.5}, 'tokenizer': ''},
+              'evaluate': {'also': ['data/y']}}
+  found = recorded.absolute_paths(settings)
+  here = os.getcwd()
+  assert found == {'train': {'init_from': f'{here}/runs/a', 'steps': 3}, 'evaluate': {'also': [f'{here}/data/y']},
+                   'data': {'sources': {f'{here}/data/x': 0.5}, 'tokenizer': ''}}
+  (tmp_path / 'runs/b').mkdir(parents=True)
+  (tmp_path / 'data/x').mkdir(parents=True)
+  assert recorded.find_paths(found, tmp_path / 'runs/b') == found  # It is not known where the run was.
+  (tmp_path / 'runs/b/environment.json').write_text(json.dumps({'workdir': f'{here}/runs/b'}))
+  moved = recorded.find_paths(found, tmp_path / 'runs/b')
+  assert moved['data']['sources'] == {f'{tmp_path}/data/x': 0.5}  # It is there now.
+  assert moved['train']['init_from'] == f'{here}/runs/a'  # And this is gone, and stays as it was recorded.
+
+
 def test_every_setting_has_a_kind():
-  groups = {f.name: f.type for spec in (PretrainSpec, FinetuneSpec, RewardSpec, RlCommandSpec)
-            for f in dataclasses.fields(spec)}
+  groups = all_groups()
   assert set(groups) == set(changes.KINDS)
   for name, spec in groups.items():
     kind, others = changes.KINDS[name]
