@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llmjax import main
-from llmjax.evaluate import compare
+from llmjax.evaluate import compare, stages
 
 MODEL = {'num_layers': 2, 'd_model': 64, 'num_heads': 2, 'mlp_dim': 128, 'vocab_size': 512}
 EVIL = '<script>alert(1)</script>&'
@@ -219,11 +219,11 @@ def test_curves_of_one_metric_are_one_chart(life):
 
 def test_answers_to_the_same_prompt_stand_side_by_side(life):
   text, page, _ = read(life, 'base', 'sft', 'judge', 'tuned')
-  assert page.rows['prompt'] == ['base', 'sft', 'tuned']  # The reward model says nothing.
+  assert page.rows['prompt'] == [  # The reward model has none.
+      'base|greedy, as text to go on with', 'sft|greedy, as a chat', 'tuned|greedy, as a chat']
   assert page.rows['2 and 3?'] == ['of 2 and 3', '2 + 3 = 6\n#### 6', 'I say\n#### 5']
   assert page.rows['What does f do?'] == [EVIL, 'return  it.', 'Nothing.']
   assert [c for c in page.classes if c in ('ok', 'no')] == ['no', 'no', 'ok', 'no', 'ok', 'no']
-  assert 'only go on with text: base' in page.text
   assert EVIL not in text and page.tags.count('script') == 2  # The page's own.
 
 
@@ -239,8 +239,8 @@ def test_damaged_and_empty_folders_are_named_and_the_rest_is_shown(life):
 
 def test_the_same_name_twice_is_told_apart(life, tmp_path):
   write(tmp_path / 'other' / 'base', 'config.json', {'train': {}})
-  stages = compare.read_stages([life / 'base', tmp_path / 'other' / 'base'])
-  assert [s.name for s in stages] == [str(life / 'base'), str(tmp_path / 'other' / 'base')]
+  found = stages.read_stages([life / 'base', tmp_path / 'other' / 'base'])
+  assert [s.name for s in found] == [str(life / 'base'), str(tmp_path / 'other' / 'base')]
 
 
 @pytest.mark.parametrize('flags, line', [
