@@ -12,12 +12,13 @@ def evaluate(eval_step, params, batches, unit='pairs'):
   """Returns {'loss', unit: how many, and the means of what the loss reports} over all batches.
 
   eval_step: a jitted loss_fn(params, batch) -> (sum, (weight, aux)).  Sums are added in float64 and divided once, so
-  padding and batch size do not matter.
+  padding and batch size do not matter.  A router's penalty is no part of the loss here.
   """
   parts = list(in_flight.results(eval_step(params, batch) for batch in batches))
   if not parts:
     return {'loss': 0.0, unit: 0}
   loss, (weight, aux) = jax.tree.map(lambda *x: float(np.sum(np.asarray(x, np.float64))), *parts)
+  loss -= aux.pop('penalty', 0.0)
   divided = {name: total / max(weight, 1.0) for name, total in aux.items()}
   return {'loss': loss / max(weight, 1.0), unit: int(weight), **divided}
 

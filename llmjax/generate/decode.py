@@ -366,6 +366,7 @@ class Generator:
 
 @functools.partial(jax.jit, static_argnames=('compute_dtype',))
 def _prepare(params, *, compute_dtype):
-  """Returns unstacked parameters, matrices in compute_dtype; norms stay as they are."""
-  params = decoder.unstack(params)
-  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 1 else p, params, is_leaf=is_weight)
+  """Returns unstacked parameters, embedding, head and what `decoder.cast` casts in compute_dtype."""
+  params = decoder.cast(decoder.unstack(params), compute_dtype)
+  ends = {name: params[name] for name in ('embed', 'head') if name in params}
+  return {**params, **jax.tree.map(lambda p: p.astype(compute_dtype), ends, is_leaf=is_weight)}

@@ -5,6 +5,7 @@ positions turn the same pairs of features in both (the two halves of a head), so
 """
 
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -67,8 +68,8 @@ def export(folder, adapter, spec, base_name=''):
 def load(folder, params, name='default'):
   """Returns (adapter, AdapterSpec) of a folder as peft writes it, for a model of these parameters (or shapes).
 
-  Raises ConfigError, with all that is wrong, for what llmjax has not: other peft types, biases, ranks by
-  module, and entries whose name or shape is not this model's.
+  Raises ConfigError, with all that is wrong, for what llmjax has not: fields of the config beyond FIELDS that are set,
+  and entries whose name or shape is not this model's.
   """
   folder = pathlib.Path(folder)
   config = _read_config(folder / CONFIG)
@@ -147,21 +148,44 @@ def _entry(arrays, name):
   return next((n for n in (name, f'{name}.weight') if n in arrays), None)
 
 
+# Fields of a LoraConfig, and the values that mean here what they mean there; None: any, for it does not change what the
+# arrays stand for.  Methods that begin by changing the base (PiSSA, OLoRA, CorDA, LoftQ) leave arrays for that base.
+FIELDS = {
+    'peft_type': ('LORA',), 'task_type': ('CAUSAL_LM', None), 'bias': ('none',),
+    'init_lora_weights': (True, False, 'gaussian'), 'use_rslora': (True, False), 'use_dora': (True, False),
+    **dict.fromkeys(('r', 'lora_alpha', 'lora_dropout')),  # Checked by themselves.
+    **dict.fromkeys(('auto_mapping', 'base_model_name_or_path', 'revision', 'inference_mode', 'peft_version',
+                     'target_modules', 'exclude_modules', 'layers_pattern', 'runtime_config',
+                     'megatron_core', 'qalora_group_size')),  # The last two without effect unless another field is set.
+}
+
+
 def _read_config(file):
-  """Returns adapter_config.json; ConfigError when llmjax has not what it asks for."""
+  """Returns adapter_config.json; raises ConfigError, with all that is wrong, when llmjax has not what it asks for."""
   try:
     config = json.loads(file.read_bytes())
   except OSError as e:
     raise ConfigError([f'{file} cannot be read: {e.strerror or e}; give a folder that peft has written']) from e
   except (ValueError, RecursionError) as e:
     raise ConfigError([f'{file} is not JSON: {e}']) from e
-  if not isinstance(config, dict) or not isinstance(config.get('r'), int) or 'lora_alpha' not in config:
+  if not isinstance(config, dict) or not {'r', 'lora_alpha'} <= set(config):
     raise ConfigError([f'{file} is no config of a LoRA: it has no r and lora_alpha'])
-  refused = {'peft_type': config.get('peft_type', 'LORA') != 'LORA', 'bias': config.get('bias', 'none') != 'none',
-             'fan_in_fan_out': config.get('fan_in_fan_out'), 'rank_pattern': config.get('rank_pattern'),
-             'alpha_pattern': config.get('alpha_pattern'), 'modules_to_save': config.get('modules_to_save'),
-             'layers_to_transform': config.get('layers_to_transform'), 'lora_bias': config.get('lora_bias'),
-             'use_rslora and use_dora': config.get('use_rslora') and config.get('use_dora')}
-  if wrong := [name for name, found in refused.items() if found]:
-    raise ConfigError([f'{file}: {name}={config.get(name, True)!r} has no counterpart here' for name in wrong])
+  wrong = []
+  if type(config['r']) is not int or config['r'] < 1:
+    wrong.append(f'r={config["r"]!r} must be a whole number of at least 1')
+  for name, most in (('lora_alpha', math.inf), ('lora_dropout', 1)):
+    value = config.get(name) or 0
+    if type(value) not in (int, float) or not 0 <= value < most:
+      wrong.append(f'{name}={value!r} must be a number of at least 0' + f' and below {most}' * (most == 1))
+  for name, value in config.items():
+    if name in FIELDS:
+      known = FIELDS[name] is None or any(value is v or type(value) is str and value == v for v in FIELDS[name])
+    else:
+      known = value in (None, False, '') or value in ([], {})  # Switched off, also what later versions add.
+    if not known:
+      wrong.append(f'{name}={value!r} has no counterpart here')
+  if config.get('use_rslora') and config.get('use_dora'):
+    wrong.append('use_rslora and use_dora together have no counterpart here')
+  if wrong:
+    raise ConfigError([f'{file}: {line}' for line in wrong])
   return config

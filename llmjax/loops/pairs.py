@@ -89,6 +89,7 @@ def preference_job(spec, mesh, batches, workdir):
     return make_job(spec, mesh, batches, loss_fn, {split: {REFERENCE: t} for split, t in tables.items()})
   name = 'reference' if kept else 'base'
 
+  @functools.wraps(loss_fn)
   def with_reference(params, batch, key, frozen):
     found = {REFERENCE: score(frozen[name], batch)}
     if spec.preference.loss == 'kto':

@@ -34,7 +34,7 @@ def make_job(spec, mesh, batches, workdir):
   else:
     judge = objective.make_reward_judge(spec.model, spec.train, platform, spec.pipeline,
                                         centring=spec.reward.centring)
-  loss_fn = lambda params, batch, key: judge(params, batch, key)[0]
+  loss_fn = objective.as_loss(judge)
   if spec.judges_steps:
     job = harness.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, evaluators={}, sample=None,
                       describe=pretrain.make_describer(spec, batches))

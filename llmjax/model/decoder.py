@@ -8,6 +8,7 @@ it; `unembed` makes logits.  A loss takes hidden states and `output_matrix`, so 
 whole batch never exist.
 """
 
+import re
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,16 @@ REMAT = {
         names_which_can_be_saved=[], names_which_can_be_offloaded=['block_input', *KEPT],
         offload_src='device', offload_dst='pinned_host'),
 }
+
+
+# Whether a parameter is cast to the compute dtype before the layers, by its path; the first pattern that matches.  What
+# is not keeps its own: products with a router, value head or projection are in float32, and norms and biases widen what
+# they are applied to.  Embedding and head are cast where they are used.
+CAST = (
+    (r'(^|/)(router|scale|bias)$', False),
+    (r'^(embed|head|value|projection)/', False),
+    (r'(^|/)(query|key|value|out|gate|up|down)$', True),
+)
 
 
 def init_params(spec, key, param_dtype=jnp.float32):
@@ -177,11 +188,19 @@ def hidden_states(spec, params, tokens, context, kv_cache=None, *, compute_dtype
 
 
 def cast(params, compute_dtype):
-  """Returns the parameters with the blocks' matrices in compute_dtype.
+  """Returns the parameters with those that CAST names in compute_dtype.  params: the whole tree, or `blocks` alone.
 
-  Once, outside the layers: what is gathered over the mesh is then already small.
+  Once, outside the layers: what is gathered over the mesh is then already small.  Raises ValueError for a parameter
+  that no pattern names.
   """
-  return jax.tree.map(lambda p: p.astype(compute_dtype) if p.ndim > 2 else p, params, is_leaf=is_weight)
+  def one(path, p):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for pattern, is_cast in CAST:
+      if re.search(pattern, name):
+        return p.astype(compute_dtype) if is_cast else p
+    raise ValueError(f'no dtype pattern matches the parameter {name}; add one to CAST')
+
+  return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
 
 def embed(spec, params, tokens, compute_dtype):

@@ -276,8 +276,10 @@ class MoeMlp(nn.Module):
     up = weight('up', (e, d, f), ('experts', 'expert_embed', 'mlp'), 1)
     down = weight('down', (e, f, d), ('experts', 'mlp', 'expert_embed'), 1, (2 * spec.num_layers)**-0.5)
 
-    # In float32: close calls between experts would fall differently in bf16 (arXiv:2101.03961, 2.4).
-    logits = project(constrain(x, 'batch', 'length', 'act_embed').astype(jnp.float32), router)
+    # In float32: close calls between experts would fall differently in bf16 (arXiv:2101.03961, 2.4).  The precision is
+    # for TPUs and GPUs, which round the factors of a float32 product unless they are told not to.
+    wide = constrain(x, 'batch', 'length', 'act_embed').astype(jnp.float32)
+    logits = jnp.einsum('BTD,DE->BTE', wide, router.astype(jnp.float32), precision='highest')
     weights, ids, probabilities = by_rows(lambda rows: moe.route(rows, k), logits)
     mask = (context.segment_ids != 0).astype(jnp.float32)
     balance = moe.balance_loss(probabilities, ids, mask) / spec.num_layers

@@ -5,6 +5,7 @@ step; batches are dicts of [B, T] arrays, and [B] where a row has one of somethi
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from llmjax.model import decoder
 from llmjax.ops.losses import token_logprobs
 from llmjax.parallel.sharding import by_rows, sum_over_rows
 from llmjax.rl import distill, policy, preference, reward
-from llmjax.train.objectives import Forward
+from llmjax.train.objectives import Forward, count_targets, weighed, with_router_losses
 
 
 class TokenScores(NamedTuple):
@@ -44,12 +45,30 @@ def score_tokens(forward, params, batch, key=None, *, temperature=1.0, entropy=F
   return TokenScores(*(found if entropy else (found, None)), x, aux)
 
 
-def _with_penalty(loss, weight, aux, batch):
-  """Returns the loss with the penalty of a router, which is a sum over tokens: as large a part of it as elsewhere."""
-  if 'penalty' not in aux:
-    return loss
-  tokens = jnp.maximum(jnp.sum(batch['segment_ids'] != 0), 1)
-  return loss + aux['penalty'] * weight / tokens
+def _marked(batch):
+  """Returns which rows have a marked token, bool [B]."""
+  return jnp.max(batch['loss_mask'], axis=1) > 0
+
+
+def pair_weights(batch):
+  """Returns float32 [P]: 1 for every pair both of whose answers have a marked token, else 0."""
+  marked = _marked(batch)
+  return (marked[0::2] & marked[1::2]).astype(jnp.float32)
+
+
+def count_pairs(batch):
+  """Returns the weight of the losses of pairs."""
+  return jnp.sum(pair_weights(batch))
+
+
+def count_answers(batch):
+  """Returns the weight of the losses of single answers."""
+  return jnp.sum(_marked(batch).astype(jnp.float32))
+
+
+def count_labels(batch):
+  """Returns the weight of the loss of steps."""
+  return jnp.sum((batch['loss_mask'] != 0).astype(jnp.float32))
 
 
 def make_pair_loss(spec, model, train, platform, pipe=None, vocab_size=None):
@@ -61,6 +80,7 @@ def make_pair_loss(spec, model, train, platform, pipe=None, vocab_size=None):
   """
   forward = Forward(model, train, platform, pipe)
 
+  @weighed(count_pairs)
   def loss_fn(params, batch, key):
     batch = forward.order(batch)
     scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
@@ -71,7 +91,8 @@ def make_pair_loss(spec, model, train, platform, pipe=None, vocab_size=None):
     weights = (jnp.minimum(*halves(lengths)) > 0).astype(jnp.float32)
     loss, weight, aux = preference.pair_loss(spec, pairs, weights, _of_pairs(batch, 'probability'))
     aux |= _logged_logprobs(scores.logprobs, batch, weights)
-    return _with_penalty(loss, weight, scores.aux, batch), (weight, {**aux, **scores.aux})
+    loss, model_aux = with_router_losses(loss, weight, scores.aux, batch)
+    return loss, (weight, {**aux, **model_aux})
 
   return loss_fn
 
@@ -104,17 +125,19 @@ def make_unpaired_loss(spec, model, train, platform, pipe=None, vocab_size=None)
     pairs = (jnp.minimum(found[1][0::2], found[1][1::2]) > 0).astype(jnp.float32)
     # Divided by the number of completions, which is twice that of pairs.
     logged = {name: 2.0 * total for name, total in _logged_logprobs(scores.logprobs, batch, pairs).items()}
-    return *found, {**scores.aux, **logged}
+    return *found, scores.aux, logged
 
+  @weighed(count_answers)
   def loss_fn(params, batch, key):
-    logprobs, lengths, model_aux = sums(params, batch, key)
+    logprobs, lengths, model_aux, logged = sums(params, batch, key)
     good = jnp.arange(len(logprobs)) % 2 == 0
     weights, kl = (lengths > 0).astype(jnp.float32), 0.0
     if spec.loss == 'kto':
-      other, count, _ = sums(jax.lax.stop_gradient(params), mismatch(batch), None)
+      other, count, *_ = sums(jax.lax.stop_gradient(params), mismatch(batch), None)
       kl = preference.mismatched_kl(other, batch[MISMATCHED], (count > 0).astype(jnp.float32))
     loss, weight, aux = preference.unpaired_loss(spec, logprobs, batch['ref_logprobs'], good, kl, weights)
-    return _with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})
+    loss, model_aux = with_router_losses(loss, weight, model_aux, batch)
+    return loss, (weight, {**aux, **model_aux, **logged})
 
   return loss_fn
 
@@ -182,7 +205,16 @@ def make_reward_loss(model, train, platform, pipe=None, *, centring=0.0):
   batch['margin'], float32 [B], may say how far a pair's scores are to be apart; its first row's counts.
   """
   judge = make_reward_judge(model, train, platform, pipe, centring=centring)
-  return lambda params, batch, key: judge(params, batch, key)[0]
+  return as_loss(judge)
+
+
+def as_loss(judge):
+  """Returns the loss_fn of what `make_reward_judge` or `make_step_judge` returns."""
+  @functools.wraps(judge)
+  def loss_fn(params, batch, key):
+    return judge(params, batch, key)[0]
+
+  return loss_fn
 
 
 def make_reward_judge(model, train, platform, pipe=None, *, centring=0.0):
@@ -192,14 +224,16 @@ def make_reward_judge(model, train, platform, pipe=None, *, centring=0.0):
   """
   forward = Forward(model, train, platform, pipe)
 
+  @weighed(count_pairs, with_last_target)
   def judge(params, batch, key):
-    scores, model_aux = score_ends(forward, params, with_last_target(batch), key)
-    some = (jnp.max(batch['loss_mask'], axis=1) > 0)
-    weights = (some[0::2] & some[1::2]).astype(jnp.float32)
+    whole = with_last_target(batch)
+    scores, model_aux = score_ends(forward, params, whole, key)
+    weights = pair_weights(batch)
     loss, weight, aux = reward.bradley_terry(scores[0::2], scores[1::2], _of_pairs(batch, 'margin'), centring, weights,
                                              _of_pairs(batch, 'probability'))
     each = {'weight': weights, 'margin': scores[0::2] - scores[1::2], 'score': (scores[0::2] + scores[1::2]) / 2}
-    return (_with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})), each
+    loss, model_aux = with_router_losses(loss, weight, model_aux, whole)
+    return (loss, (weight, {**aux, **model_aux})), each
 
   return judge
 
@@ -213,6 +247,7 @@ def make_step_judge(model, train, platform, pipe=None):
   """
   forward = Forward(model, train, platform, pipe)
 
+  @weighed(count_labels)
   def judge(params, batch, key):
     x, model_aux = forward(params, forward.order(batch), key)
     values = forward.restore(decoder.token_values(params, x))
@@ -224,7 +259,8 @@ def make_step_judge(model, train, platform, pipe=None):
     before = jax.lax.cummax(jnp.where(batch['positions'] == 0, count - weights, 0.0), axis=1)
     each = {'weight': weights, 'margin': jnp.where(good, values, -values), 'score': values, 'good': good,
             'place': count - before}
-    return (_with_penalty(loss, weight, model_aux, batch), (weight, {**aux, **model_aux})), each
+    loss, model_aux = with_router_losses(loss, weight, model_aux, batch)
+    return (loss, (weight, {**aux, **model_aux})), each
 
   return judge
 
@@ -272,6 +308,10 @@ def make_policy_loss(spec, model, train, platform, pipe=None, *, temperature=1.0
   forward = Forward(model, train, platform, pipe)
   entropy = entropy or spec.entropy_coef > 0
 
+  def weigh(batch):
+    return policy.token_weights(spec.average, (batch['loss_mask'] != 0).astype(jnp.float32), max_length)[1]
+
+  @weighed(weigh)
   def loss_fn(params, batch, key):
     batch = forward.order(batch)
     scores = score_tokens(forward, params, batch, key, temperature=temperature, entropy=entropy,
@@ -287,7 +327,8 @@ def make_policy_loss(spec, model, train, platform, pipe=None, *, temperature=1.0
       value, _, value_aux = policy.value_loss(values, batch['old_values'], batch['returns'], weights, value_clip)
       loss = loss + value_coef * value
       aux = {**aux, **value_aux, 'value_loss': jax.lax.stop_gradient(value)}
-    return _with_penalty(loss, weight, scores.aux, batch), (weight, {**aux, **scores.aux})
+    loss, model_aux = with_router_losses(loss, weight, scores.aux, batch)
+    return loss, (weight, {**aux, **model_aux})
 
   return loss_fn
 
@@ -310,13 +351,15 @@ class Distillation:
     # Nothing of the teacher's is kept for a backward pass, so nothing is to be computed again.
     self.teacher = Forward(teacher, dataclasses.replace(train, neftune_alpha=0.0), platform, pipe)
 
+  @weighed(count_targets)
   def train(self, params, batch, key, frozen=None):
     """aux: sums `divergence` (nats), `nll` with loss hinton, `hidden_mse` and `hidden_cosine` where they count."""
     batch = self.student.order(batch)
     x, aux = self.student(params, batch, key)
     taught = self._hidden(frozen, batch)
     sums = self._sums(lambda *logits: distill.imitation(self.spec, *logits), params, x, frozen, taught, batch)
-    loss, mask = sums.pop('loss') + aux.get('penalty', 0.0), batch['loss_mask'].astype(jnp.float32)
+    mask = batch['loss_mask'].astype(jnp.float32)
+    loss, aux = with_router_losses(sums.pop('loss'), jnp.sum(mask), aux, batch)
     if self.spec.compares_hidden:
       mine = decoder.project_hidden(params, x)
       for name, weight in (('hidden_mse', self.spec.hidden_weight), ('hidden_cosine', self.spec.cosine_weight)):

@@ -1,6 +1,7 @@
 """Training objectives: each makes a loss_fn(params, batch, key) -> (sum, (weight, aux))."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -81,11 +82,54 @@ def with_adapters(loss_fn, specs, sees_frozen=False):
   loss_fn: of the model's parameters.  specs: {name: AdapterSpec}.  sees_frozen: loss_fn takes the frozen trees as
   well.  Dropout's key is folded from the step's.
   """
+  @functools.wraps(loss_fn)
   def adapted(params, batch, key, frozen):
     dropout_key = None if key is None else jax.random.fold_in(key, 1)
     return loss_fn(combine(frozen['base'], params, specs, key=dropout_key), batch, key, *[frozen] * sees_frozen)
 
   return adapted
+
+
+# Field of a microbatch, float32 [B]: what `router_scale` is of the batch that it is a part of.
+ROUTER_SCALE = 'router_scale'
+
+
+def router_scale(batch, weight):
+  """Returns what turns a sum over a batch's tokens into its mean times the weight of the loss, float32.
+
+  So a router's losses are means over all tokens, whatever the loss is a mean over: trained tokens, pairs, sequences.
+  """
+  return weight / jnp.maximum(jnp.sum(batch['segment_ids'] != 0), 1)
+
+
+def with_router_losses(loss, weight, aux, batch):
+  """Returns (loss + the router's penalty, aux), the router's losses in aux as sums that the weight divides.
+
+  aux: the model's, sums over the batch's tokens; empty without experts.
+  """
+  if not aux:
+    return loss, aux
+  scale = batch[ROUTER_SCALE][0] if ROUTER_SCALE in batch else router_scale(batch, weight)
+  aux = jax.tree.map(lambda total: total * scale, aux)
+  return loss + aux['penalty'], aux
+
+
+def weighed(weigh, forwarded=lambda batch: batch):
+  """Returns a decorator that gives a loss_fn its `router_scale`, a function of a batch.
+
+  A step that splits a batch needs it of the whole before it differentiates the first part.  weigh: function of a batch
+  to the weight that the loss_fn returns.  forwarded: to the batch that goes through the model.
+  """
+  def decorate(loss_fn):
+    loss_fn.router_scale = lambda batch: router_scale(forwarded(batch), weigh(batch))
+    return loss_fn
+
+  return decorate
+
+
+def count_targets(batch):
+  """Returns the weight of losses that are means over targets, by their weights."""
+  return jnp.sum(batch['loss_mask'].astype(jnp.float32))
 
 
 class Forward:
@@ -155,17 +199,23 @@ def next_token(model, train, platform, pipe=None):
   def loss_fn(params, batch, key):
     x, aux = forward(params, batch, key)
     loss, (weight, names) = score(params, x, batch)
-    return loss + aux.get('penalty', 0.0), (weight, {**names, **aux})
+    loss, aux = with_router_losses(loss, weight, aux, batch)
+    return loss, (weight, {**names, **aux})
 
   def reorder(loss_fn):
-    return lambda params, batch, key: loss_fn(params, forward.order(batch), key)
+    return weighed(count_targets)(lambda params, batch, key: loss_fn(params, forward.order(batch), key))
 
   if pipe is None or pipe.schedule != '1f1b':
     return reorder(loss_fn)
 
   def totals_and_gradients(params, batch, key):
     ends = {name: tree for name, tree in params.items() if name != 'blocks'}
-    layers = decoder.stage_fn(model, forward.context(batch, key), train.remat, forward.unroll)
+    run = decoder.stage_fn(model, forward.context(batch, key), train.remat, forward.unroll)
+
+    def layers(*arguments):
+      x, aux = run(*arguments)
+      return x, with_router_losses(0.0, count_targets(batch), aux, batch)[1]
+
     first = lambda ends, rows: decoder.embed(model, ends, rows['tokens'], forward.dtype)
     last = lambda ends, x, rows: score(ends, decoder.final_norm(model, ends, x), rows)
     blocks = decoder.cast(params['blocks'], forward.dtype)

@@ -1,5 +1,6 @@
 """Optimizers and schedules: one row of a table each, all from Optax."""
 
+import functools
 import math
 import re
 
@@ -144,6 +145,7 @@ def stop_frozen(loss_fn, patterns):
   if not patterns:
     return loss_fn
 
+  @functools.wraps(loss_fn)
   def stopped(params, *arguments):
     stop = lambda p, frozen: jax.lax.stop_gradient(p) if frozen else p
     return loss_fn(jax.tree.map(stop, params, find_frozen(patterns, params)), *arguments)

@@ -6,6 +6,7 @@ import optax
 
 from llmjax.parallel.sharding import require_divisible
 from llmjax.train.guard import judge
+from llmjax.train.objectives import ROUTER_SCALE
 
 
 def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=1):
@@ -17,6 +18,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
   divided once, so the result does not depend on how many there are (means of means would).
   metrics: float32 scalars `loss` (nats a target), `grad_norm` (before clipping), `lr`,
   `target_tokens` (the weight), `tokens` (all that are no padding), and the sums in aux divided by the weight.
+  A loss with a router's penalty is `objectives.weighed`, so that it does not depend on them either.
   together: so many rows in order, such as a pair's two, stay in one microbatch.
   guard: GuardSpec; tx is then `guard.watched`.  A bad step counts, but parameters and optimizer state stay
   as they are, to the bit; its metrics have the verdict (see `guard.judge`) as well.
@@ -41,6 +43,10 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
 
     microbatches = jax.tree.map(split, batch)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], microbatches), 0)
+    if 'penalty' in shapes[2] and hasattr(loss_fn, 'router_scale'):
+      # Of the whole batch: means of the parts' would depend on the parts.
+      rows = jax.tree.leaves(microbatches)[0].shape[:2]
+      microbatches[ROUTER_SCALE] = jnp.broadcast_to(loss_fn.router_scale(batch), rows)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def accumulate(total, item):

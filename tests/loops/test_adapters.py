@@ -150,6 +150,68 @@ def test_files_that_are_not_peft_s_are_refused(tmp_path):
     peft.load(tmp_path, shapes)
 
 
+# adapter_config.json of a plain LoRA as peft 0.21 writes it.
+PEFT_CONFIG = {
+    'alora_invocation_tokens': None, 'alpha_pattern': {}, 'arrow_config': None, 'auto_mapping': None,
+    'base_model_name_or_path': 'org/model', 'bias': 'none', 'corda_config': None, 'ensure_weight_tying': False,
+    'eva_config': None, 'exclude_modules': None, 'fan_in_fan_out': False, 'inference_mode': True,
+    'init_lora_weights': True, 'kasa_config': None, 'layer_replication': None, 'layers_pattern': None,
+    'layers_to_transform': None, 'loftq_config': {}, 'lora_alpha': 4, 'lora_bias': False, 'lora_dropout': 0.05,
+    'lora_ga_config': None, 'megatron_config': None, 'megatron_core': 'megatron.core', 'modules_to_save': None,
+    'monteclora_config': None, 'peft_type': 'LORA', 'peft_version': '0.21.2', 'qalora_group_size': 16, 'r': 2,
+    'rank_pattern': {}, 'revision': None, 'target_modules': ['lm_head'], 'target_parameters': None,
+    'task_type': 'CAUSAL_LM', 'trainable_token_indices': None, 'use_bdlora': None, 'use_dora': False,
+    'use_qalora': False, 'use_rslora': False, 'velora_config': None}
+
+
+@pytest.fixture
+def load_peft(tmp_path):
+  """A function of fields of the config to what loading an adapter of a head with them returns."""
+  safetensors.write(tmp_path / 'adapter_model.safetensors', {
+      'base_model.model.lm_head.lora_A.weight': np.ones((2, 4), np.float32),
+      'base_model.model.lm_head.lora_B.weight': np.ones((6, 2), np.float32)})
+
+  def load(**fields):
+    (tmp_path / 'adapter_config.json').write_text(json.dumps({**PEFT_CONFIG, **fields}))
+    return peft.load(tmp_path, {'head': {'kernel': np.zeros((4, 6))}})
+
+  return load
+
+
+@pytest.mark.parametrize('fields', [
+    {}, {'init_lora_weights': 'gaussian'}, {'init_lora_weights': False}, {'use_rslora': True}, {'task_type': None},
+    {'target_modules': 'all-linear'}, {'layers_to_transform': []}, {'a_field_of_2030': None}])
+def test_a_plain_lora_of_peft_is_read(load_peft, fields):
+  adapter, spec = load_peft(**fields)
+  assert adapter['head']['kernel']['a'].shape == (4, 2)
+  assert (spec.rank, spec.alpha, spec.dropout) == (2, 4, 0.05)
+  assert spec.kind == ('rslora' if fields.get('use_rslora') else 'lora')
+
+
+@pytest.mark.parametrize('fields', [
+    *({'init_lora_weights': name} for name in ('pissa', 'pissa_niter_16', 'olora', 'eva', 'corda', 'loftq', 'lora_ga',
+                                               'mica', 'orthogonal', 'PiSSA', None, 1)),
+    *({'bias': name} for name in ('all', 'lora_only', True)), {'task_type': 'SEQ_CLS'}, {'peft_type': 'ADALORA'},
+    {'use_qalora': True}, {'trainable_token_indices': [1, 2]}, {'trainable_token_indices': {'embed_tokens': [1]}},
+    {'modules_to_save': ['lm_head']}, {'layers_to_transform': [0]}, {'layers_to_transform': 1}, {'lora_bias': True},
+    {'fan_in_fan_out': True}, {'alpha_pattern': {'q_proj': 8}}, {'rank_pattern': {'q_proj': 8}},
+    {'layer_replication': [[0, 4], [2, 5]]}, {'megatron_config': {'x': 1}}, {'loftq_config': {'loftq_bits': 4}},
+    {'alora_invocation_tokens': [5]}, {'target_parameters': ['mlp.up']}, {'arrow_config': {'top_k': 2}},
+    {'ensure_weight_tying': True}, {'use_dora': 'yes'}, {'a_field_of_2030': 0.5}])
+def test_adapters_of_other_methods_are_refused(load_peft, fields):
+  (name, value), = fields.items()
+  with pytest.raises(ConfigError) as e:
+    load_peft(**fields)
+  assert len(e.value.problems) == 1 and e.value.problems[0].endswith(f': {name}={value!r} has no counterpart here')
+
+
+def test_all_that_is_wrong_with_a_peft_config_is_said_at_once(load_peft):
+  with pytest.raises(ConfigError) as e:
+    load_peft(r=0, lora_alpha='8', lora_dropout=1.5, use_rslora=True, use_dora=True, init_lora_weights='pissa')
+  assert [line.partition('adapter_config.json: ')[2].partition('=')[0].split()[0] for line in e.value.problems] == [
+      'r', 'lora_alpha', 'lora_dropout', 'init_lora_weights', 'use_rslora']
+
+
 def test_what_cannot_be_is_said_at_once():
   with pytest.raises(ConfigError) as e:
     build(PretrainSpec, {'adapter': {'kind': 'lora'}, 'pipeline': {'schedule': '1f1b'}})

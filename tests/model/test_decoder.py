@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmjax.generate.decode import Generator
 from llmjax.model import counts, decoder, presets
+from llmjax.model.layers import MoeMlp
 from llmjax.model.spec import ModelSpec
+from llmjax.ops import moe
 
 SPEC = ModelSpec(num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=48, vocab_size=67)
 VARIANTS = {
@@ -196,3 +199,44 @@ def test_flops_equal_the_compiler_count():
   square = 4 * spec.num_layers * spec.num_heads * spec.heads_dim * 128 * (128 - 129 / 2)
   ours = counts.train_flops_per_token(spec, 128) / 3 * 128 + square
   assert compiler == pytest.approx(ours, rel=0.05)
+
+
+MIXTURE = dataclasses.replace(SPEC, num_experts=8, shared_experts=1, qk_norm=True, value_head=True, projection=8)
+
+
+def test_every_parameter_is_cast_by_its_name():
+  shapes = jax.eval_shape(lambda: decoder.cast(decoder.init_params(MIXTURE, jax.random.key(0)), jnp.bfloat16))
+  dtypes = {jax.tree_util.keystr(path, simple=True, separator='/'): p.dtype
+            for path, p in jax.tree_util.tree_flatten_with_path(shapes)[0]}
+  narrow = {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16}
+  assert narrow == {*(f'blocks/attention/{name}' for name in ('query', 'key', 'value', 'out')),
+                    *(f'blocks/mlp/{part}{name}' for part in ('', 'shared/') for name in ('gate', 'up', 'down'))}
+  assert {'blocks/mlp/router', 'blocks/attention/query_norm/scale', 'value/kernel'} < {*dtypes} - narrow
+  with pytest.raises(ValueError, match='blocks/mystery'):
+    decoder.cast({'blocks': {'mystery': jnp.zeros((2, 3, 4))}}, jnp.bfloat16)
+
+
+def test_a_router_of_a_bfloat16_model_is_in_float32():
+  """Its losses are those of float64 logits of the very inputs that it has, and each token's experts are the same."""
+  params = random_params(MIXTURE)
+  layer = decoder.unstack(decoder.cast(params, jnp.bfloat16))['blocks'][0]['mlp']
+  x = jax.random.normal(jax.random.key(2), (2, T, MIXTURE.d_model)).astype(jnp.bfloat16)
+  _, positions, segments = rows()
+  context = decoder.make_context(MIXTURE, positions, segments)
+  _, aux = jax.jit(lambda p, x: MoeMlp(MIXTURE).apply({'params': p}, x, context))(layer, x)
+  logits = np.asarray(x, np.float64) @ np.asarray(params['blocks']['mlp']['router'][0], np.float64)
+  z = np.sum(np.log(np.exp(logits).sum(-1))**2) / MIXTURE.num_layers
+  np.testing.assert_allclose(aux['router_z'], z, rtol=1e-6)
+  weights, ids, probabilities = moe.route(jnp.asarray(logits, jnp.float32), MIXTURE.experts_per_token)
+  balance = moe.balance_loss(probabilities, ids, jnp.ones((2, T))) / MIXTURE.num_layers
+  np.testing.assert_allclose(aux['load_balance'], balance, rtol=1e-6)
+
+
+def test_generation_holds_what_training_casts():
+  """Embedding and head besides, which training casts where they are used."""
+  held = Generator(MIXTURE, random_params(MIXTURE), jnp.bfloat16).params
+  assert held['blocks'][0]['mlp']['router'].dtype == jnp.float32
+  assert held['blocks'][0]['attention_norm']['scale'].dtype == jnp.float32
+  for p in (held['blocks'][0]['attention']['query'], held['blocks'][0]['mlp']['gate'], held['embed']['table'],
+            held['head']['kernel']):
+    assert p.dtype == jnp.bfloat16

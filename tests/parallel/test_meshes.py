@@ -61,7 +61,7 @@ def packed_batch(seed=0):
       start, end = ends[i], ends[i + 1]
       rows['segment_ids'][b, start:end] = i + 1
       rows['positions'][b, start:end] = np.arange(end - start)
-      rows['loss_mask'][b, start:end] = rng.random(end - start) < 0.9
+      rows['loss_mask'][b, start:end] = rng.random(end - start) < 0.5
     rows['tokens'][b] = rng.integers(0, 96, T)
     rows['targets'][b] = rng.integers(0, 96, T)
   return rows

@@ -1,5 +1,6 @@
 """Distillation of models: each loss is its formula on whole logits, whatever the padding, accumulation and mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -25,6 +26,7 @@ WORDS, LENGTH = 32, 16
 BIG = ModelSpec(num_layers=2, d_model=32, num_heads=2, mlp_dim=32, vocab_size=WORDS, logits_soft_cap=5.0)
 SMALL = ModelSpec(num_layers=1, d_model=16, num_heads=2, mlp_dim=32, vocab_size=WORDS, tie_embeddings=True,
                   projection=32)
+MIXTURE = dataclasses.replace(SMALL, num_experts=4, mlp_dim=8, balance_loss=0.5, router_z_loss=0.1)
 TRAIN = TrainSpec(compute_dtype='float32')
 SPECS = {
     'reverse_kl': DistillSpec(teacher='t', loss='reverse_kl'),
@@ -52,8 +54,8 @@ def teacher():
   return noisy(BIG, 10)
 
 
-def make_lessons(spec, train=TRAIN):
-  lessons = Distillation(spec, SMALL, BIG, train, 'cpu')
+def make_lessons(spec, train=TRAIN, student=SMALL):
+  lessons = Distillation(spec, student, BIG, train, 'cpu')
   for forward in (lessons.student, lessons.teacher):  # Several chunks of logits, the last of them partly padding.
     forward.chunking['chunk_logits'] = 8 * WORDS * 2 * 3
   return lessons
@@ -114,9 +116,9 @@ def test_the_loss_is_its_formula(params, teacher, batch, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['hidden', 'top_k'])
-def test_padding_accumulation_and_batch_size(params, teacher, batch, name):
-  spec, lessons = SPECS[name], make_lessons(SPECS[name])
+@pytest.mark.parametrize('name, student', [('hidden', SMALL), ('top_k', SMALL), ('jsd', MIXTURE)])
+def test_padding_accumulation_and_batch_size(teacher, batch, name, student):
+  spec, lessons, params = SPECS[name], make_lessons(SPECS[name], student=student), noisy(student, 0)
 
   def step(batch, accumulation=1):
     tx = optax.sgd(1.0)

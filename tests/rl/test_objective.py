@@ -1,5 +1,8 @@
 """Objectives of a model: log-probabilities on meshes, and losses that see neither padding nor accumulation."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,12 +28,16 @@ TRAIN = TrainSpec(compute_dtype='float32')
 WORDS, LENGTH = 29, 16
 
 
-@pytest.fixture(scope='module')
-def params():
-  """Parameters that are no longer those of a start: values and probabilities differ from token to token."""
-  tree = decoder.init_params(SPEC, jax.random.key(0))
+def noisy(model):
+  """Returns parameters no longer those of a start: values and probabilities differ from token to token."""
+  tree = decoder.init_params(model, jax.random.key(0))
   noise = iter(jax.random.split(jax.random.key(1), 100))
   return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(noise), p.shape), tree)
+
+
+@pytest.fixture(scope='module')
+def params():
+  return noisy(SPEC)
 
 
 def draw_rows(count=8, seed=0, length=LENGTH):
@@ -198,32 +205,41 @@ def test_steps_on_a_mesh(params):
 
 
 LOSSES = {
-    'pairs': lambda: objective.make_pair_loss(
-        PreferenceSpec(sft_weight=0.1, length_weight=0.5), SPEC, TRAIN, 'cpu', vocab_size=WORDS),
-    'steps': lambda: lambda params, batch, key: objective.make_step_judge(SPEC, TRAIN, 'cpu')(params, batch, key)[0],
-    'reward': lambda: objective.make_reward_loss(SPEC, TRAIN, 'cpu', centring=0.01),
-    'ppo': lambda: objective.make_policy_loss(
-        PolicySpec(**NAMED['ppo'], entropy_coef=0.01), SPEC, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
-    'grpo': lambda: objective.make_policy_loss(
-        PolicySpec(**NAMED['grpo'], kl_coef=0.1), SPEC, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
+    'pairs': lambda model: objective.make_pair_loss(
+        PreferenceSpec(sft_weight=0.1, length_weight=0.5), model, TRAIN, 'cpu', vocab_size=WORDS),
+    'unpaired': lambda model: objective.make_unpaired_loss(
+        PreferenceSpec(loss='apo_zero_unpaired'), model, TRAIN, 'cpu', vocab_size=WORDS),
+    'steps': lambda model: objective.as_loss(objective.make_step_judge(model, TRAIN, 'cpu')),
+    'reward': lambda model: objective.make_reward_loss(model, TRAIN, 'cpu', centring=0.01),
+    'ppo': lambda model: objective.make_policy_loss(
+        PolicySpec(**NAMED['ppo'], entropy_coef=0.01), model, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
+    'grpo': lambda model: objective.make_policy_loss(
+        PolicySpec(**NAMED['grpo'], kl_coef=0.1), model, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
 }
+MIXTURE = dataclasses.replace(SPEC, num_experts=4, mlp_dim=8, balance_loss=0.5, router_z_loss=0.1)
+
+
+def batch_of(name, params):
+  batch = (pair_batch() if name in ('pairs', 'unpaired', 'reward') else step_batch() if name == 'steps'
+           else policy_batch(params))
+  return {key: a for key, a in batch.items() if (name, key) != ('reward', 'ref_logprobs')}
+
+
+def sgd_step(loss_fn, params, batch, accumulation=1, together=1):
+  """Returns (state, metrics) after a step of gradient descent at rate 1."""
+  tx = optax.sgd(1.0)
+  state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
+                     key=jax.random.key_data(jax.random.key(0)))
+  return jax.jit(make_train_step(loss_fn, tx, lambda step: 1.0, accumulation, together=together))(state, batch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['grpo', 'pairs', 'reward', 'ppo', 'steps'])
-def test_padding_and_accumulation(params, name):
-  loss_fn, pairs = LOSSES[name](), name in ('pairs', 'reward')
-  batch = pair_batch() if pairs else step_batch() if name == 'steps' else policy_batch(params)
-  if name == 'reward':
-    del batch['ref_logprobs']
-
-  def step(batch, accumulation=1):
-    tx = optax.sgd(1.0)
-    state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
-                       key=jax.random.key_data(jax.random.key(0)))
-    run = make_train_step(loss_fn, tx, lambda step: 1.0, accumulation, together=2 if pairs else 1)
-    return jax.jit(run)(state, batch)
-
+@pytest.mark.parametrize('name, model', [*((name, SPEC) for name in LOSSES), *((name, MIXTURE) for name in LOSSES)],
+                         ids=[*LOSSES, *(f'{name}-mixture' for name in LOSSES)])
+def test_padding_and_accumulation(params, name, model):
+  params = params if model == SPEC else noisy(model)
+  loss_fn, batch = LOSSES[name](model), batch_of(name, params)
+  step = functools.partial(sgd_step, loss_fn, params, together=2 if name in ('pairs', 'unpaired', 'reward') else 1)
   state, metrics = step(batch)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, params)
   assert max(jax.tree.leaves(moved)) > 1e-3
@@ -233,6 +249,21 @@ def test_padding_and_accumulation(params, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6), other[0].params, state.params)
     for key in metrics:
       np.testing.assert_allclose(other[1][key], metrics[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize('name', LOSSES)
+def test_the_routers_losses_are_means_over_all_tokens(name):
+  """Also in two parts of a batch, whose numbers of tokens and of pairs, answers, or sampled tokens differ."""
+  params = noisy(MIXTURE)
+  batch = batch_of(name, params)
+  shown = objective.with_last_target(batch) if name == 'reward' else batch
+  forward = Forward(MIXTURE, TRAIN, 'cpu')
+  aux = jax.jit(lambda params, batch: forward(params, batch, None)[1])(params, shown)
+  tokens = (shown['segment_ids'] != 0).sum()
+  together = 2 if name in ('pairs', 'unpaired', 'reward') else 1
+  _, metrics = sgd_step(LOSSES[name](MIXTURE), params, batch, 2, together)
+  for key in ('load_balance', 'router_z', 'penalty'):
+    np.testing.assert_allclose(metrics[key], aux[key] / tokens, rtol=1e-5, err_msg=key)
 
 
 def test_a_reward_model_reads_the_last_token(params):

@@ -88,6 +88,36 @@ def test_accumulation_changes_nothing(accumulation):
   assert_same(gradient(batch), gradient(batch, accumulation))
 
 
+MIXTURE = dataclasses.replace(MODEL, num_experts=4, mlp_dim=16, balance_loss=0.5, router_z_loss=0.1)
+
+
+def trained_part(batch, part):
+  """Returns the batch with so large a part of its targets trained, one at least."""
+  draw = np.random.default_rng(3).random(batch['loss_mask'].shape)
+  mask = batch['loss_mask'] * (draw < part)
+  mask[0, 0] = 1
+  return {**batch, 'loss_mask': mask}
+
+
+def test_the_routers_losses_do_not_depend_on_the_trained_part():
+  """Nor on accumulation, padding and batch size: they are means over all tokens, their gradient with them."""
+  plain = dataclasses.replace(MIXTURE, balance_loss=0.0, router_z_loss=0.0)
+  double = lambda batch: {k: np.concatenate([v, v]) for k, v in batch.items()}
+  padded = lambda batch: {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
+  share = lambda batch, *options: jax.tree.map(
+      jnp.subtract, *(gradient(batch, *options, model=model) for model in (MIXTURE, plain)))
+  expected, gradients = share(packed_batch())
+  assert float(expected['loss']) > 0.1
+  balance = gradient(packed_batch(), model=MIXTURE)[0]['load_balance']
+  for batch, options in ((trained_part(packed_batch(), 0.5), (2,)), (trained_part(packed_batch(), 0.01), (4,)),
+                         (double(trained_part(packed_batch(), 0.1)), (2,)),
+                         (padded(trained_part(packed_batch(), 0.1)), (4,))):
+    found, more = share(batch, *options)
+    assert float(found['loss']) == pytest.approx(float(expected['loss']), rel=1e-4)
+    assert_same(more, gradients, rtol=1e-3, atol=1e-5)
+    assert float(gradient(batch, *options, model=MIXTURE)[0]['load_balance']) == pytest.approx(float(balance), rel=1e-5)
+
+
 def test_padding_rows_and_their_content_change_nothing():
   batch = packed_batch()
   padded = {k: np.concatenate([v, np.zeros_like(v[:2])]) for k, v in batch.items()}
