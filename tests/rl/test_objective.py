@@ -251,7 +251,8 @@ def test_padding_and_accumulation(params, name, model):
       np.testing.assert_allclose(other[1][key], metrics[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[] if name in ('pairs', 'reward') else pytest.mark.slow)
+                                  for name in LOSSES])
 def test_the_routers_losses_are_means_over_all_tokens(name):
   """Also in two parts of a batch, whose numbers of tokens and of pairs, answers, or sampled tokens differ."""
   params = noisy(MIXTURE)
