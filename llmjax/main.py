@@ -4,10 +4,12 @@ absl flags carry a command's own options; `--config...` arguments fill its spec.
 and JAX with it, is imported only after everything the user typed has been checked.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
 import importlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -153,10 +155,12 @@ COMMANDS = {
 
 def main(argv=None):
   """Runs a command and exits: 0 done, 1 the command failed, 2 the command line is wrong."""
-  if argv is None:  # A process of our own; elsewhere the streams are the caller's.
+  own = argv is None  # A process of our own; elsewhere the streams are the caller's.
+  if own:
     for stream in filter(None, (sys.stdout, sys.stderr)):
       stream.reconfigure(errors='backslashreplace')  # Of what the terminal's encoding does not have.
     secrets.hide_output()
+    _repeat_lost_interrupts()
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
     try:
@@ -164,14 +168,42 @@ def main(argv=None):
     finally:
       if sys.stdout:
         sys.stdout.flush()
-  except KeyboardInterrupt:
-    for thread in threading.enumerate():
-      if isinstance(thread, threading.Timer):  # One of JAX's would hold the exit for a minute.
-        thread.cancel()
-    _fail(130, f'\nllmjax {" ".join(argv[:1])}: stopped by Ctrl-C')
+  except KeyboardInterrupt as e:
+    status = e.args[0] if e.args else 130  # Of another signal: see distributed.Stop.
+    print(f'\nllmjax {" ".join(argv[:1])}: stopped by {"Ctrl-C" if status == 130 else "a signal"}', file=sys.stderr)
+    if own:
+      _leave_at_once(status)
+    sys.exit(status)
   except BrokenPipeError:  # Whoever read the output, `head` for one, has had enough.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Nothing is left to fail at exit.
     sys.exit(141)
+
+
+def _leave_at_once(status):
+  """Ends an interrupted process without Python's finalization.
+
+  JAX raises KeyboardInterrupt out of a compilation while XLA's threads go on with it; finalization would take the
+  compiler's memory from under them, and end in a segmentation fault or never.
+  """
+  for child in multiprocessing.active_children():
+    child.terminate()
+  for stream in filter(None, (sys.stdout, sys.stderr)):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(status)
+
+
+def _repeat_lost_interrupts():
+  """Repeats a Ctrl-C that came inside a callback whose errors Python ignores, such as JAX's garbage collection."""
+  told = sys.unraisablehook
+
+  def hook(unraisable):
+    if unraisable.exc_type is KeyboardInterrupt:
+      threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+      told(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _import(module):

@@ -13,6 +13,13 @@ import llmjax
 _VERSION = tfds.core.Version('1.0.0')
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+  """Information on a dataset that no bucket of TFDS's has."""
+
+  def initialize_from_bucket(self):
+    """Does nothing.  TFDS's own asks its bucket, and leaves an empty temporary folder behind."""
+
+
 class _Documents(tfds.core.GeneratorBasedBuilder):
   """Records {'id', 'text'}, both str; `splits` maps a split to a function that yields them."""
 
@@ -26,7 +33,7 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
     super().__init__(file_format='array_record', **kwargs)
 
   def _info(self):
-    return tfds.core.DatasetInfo(
+    return _LocalInfo(
         builder=self, description=self._description or self.__class__.__doc__,
         features=tfds.features.FeaturesDict(
             {'id': tfds.features.Text(), 'text': tfds.features.Text()}),

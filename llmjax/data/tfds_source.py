@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import logging
+import tempfile
 
 from llmjax.config import ConfigError
 from llmjax.data.documents import Limits, Rejected, check_record, check_text
@@ -62,6 +63,18 @@ def _few_retries():
     logger.setLevel(before[1])
 
 
+@contextlib.contextmanager
+def _own_temporary_folder():
+  """Removes what TFDS, which leaves an empty folder for each builder, puts into the temporary folder."""
+  before = tempfile.tempdir
+  with tempfile.TemporaryDirectory() as folder:
+    tempfile.tempdir = folder
+    try:
+      yield
+    finally:
+      tempfile.tempdir = before
+
+
 def _find(name):
   """Returns the builder of a name; raises ConfigError naming the nearest known ones."""
   import tensorflow_datasets as tfds
@@ -69,7 +82,8 @@ def _find(name):
   from tensorflow_datasets.core import registered
 
   try:
-    return tfds.builder(name)
+    with _own_temporary_folder():
+      return tfds.builder(name)
   except registered.DatasetNotFoundError as e:
     known = tfds.list_builders(with_community_datasets=False)
     near = difflib.get_close_matches(name.split('/')[0], known, n=3, cutoff=0.5)

@@ -102,8 +102,9 @@ def _sit(loop):
     with distributed.agreed_stop() as stop:
       try:
         status = loop.run(stop)
-      except KeyboardInterrupt:
-        status = loop.interrupt()
+      except KeyboardInterrupt:  # Before the first step; XLA may be compiling still: see main.
+        loop.interrupt()
+        raise KeyboardInterrupt(stop.status) from None
       if status == 130:
         status = stop.status
   except BaseException:

@@ -276,6 +276,8 @@ def supervise(start, processes, policy, say=None):
 
   with contextlib.ExitStack() as stack:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+        continue  # Under nohup.
       stack.callback(signal.signal, signum, signal.signal(signum, forward))
     count, failures, attempt, refused, first = processes, 0, 0, False, None
     while True:

@@ -29,6 +29,7 @@ PORT = 8476
 SAY_SECONDS = 10.0
 # Arrivals within this time share a line, so that hundreds of hosts do not make hundreds of lines.
 SETTLE_SECONDS = 0.5
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # A run saves and stops after one of them.
 TWICE_SECONDS = 1.0  # Two signals within this time count as one.
 MEETING_SECONDS = 0.05  # Between two looks for the other processes.
 SLACK_SECONDS = 30.0  # A process waits so much longer than process 0 may, and then takes it for dead.
@@ -301,11 +302,12 @@ def _end(status):
 
 
 class Stop:
-  """Says after which step to stop, once Ctrl-C or SIGTERM has come: see agreed_stop."""
+  """Tells after which step to stop, once Ctrl-C, SIGTERM or SIGHUP has come: see agreed_stop."""
 
   def __init__(self, poll=None, tell=None):
     self._poll, self._tell = poll, tell  # Both of several processes, or neither.
     self._signum, self._asked, self._started = None, 0.0, False
+    self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
   def __call__(self, step):
     """Returns whether to stop, which all processes hear at the same step.  Call it before the first step, too."""
@@ -320,6 +322,9 @@ class Stop:
   def hear(self, signum):
     """Notes a signal.  Runs in a thread: the main one may be in a collective that never ends."""
     now = time.monotonic()
+    if signum == signal.SIGHUP:  # Whatever is printed to a terminal that is gone would be an error.
+      for stream in self._terminals:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     if self._signum is None:
       self._asked, self._signum = now, signum
       if self._tell:
@@ -338,9 +343,10 @@ class Stop:
 
 @contextlib.contextmanager
 def agreed_stop():
-  """Yields a Stop, whose stop(step) is true on all processes at one and the same step after Ctrl-C or SIGTERM.
+  """Yields a Stop, whose stop(step) is true on all processes at one and the same step after a signal of STOPPING.
 
-  Any one of them may get the signal.  A second one, a second later or more, ends the process at once.
+  Any one of them may get it.  A second one, a second later or more, ends the process at once.  SIGHUP stays ignored
+  where it is, as under nohup.
   """
   if threading.current_thread() is not threading.main_thread():  # Only it may handle signals.
     yield Stop()
@@ -363,8 +369,9 @@ def agreed_stop():
     thread.start()
     for ending in (ours.close, thread.join, theirs.close):  # The last one is done first: it ends the thread.
       stack.callback(ending)
-    stack.enter_context(_handling(signal.SIGTERM, stop.handle))
-    stack.enter_context(_handling(signal.SIGINT, stop.handle))
+    for signum in STOPPING:
+      if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+        stack.enter_context(_handling(signum, stop.handle))
     stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False))
     yield stop
 
@@ -372,7 +379,7 @@ def agreed_stop():
 def _listen_for_signals(pipe, hear):
   while numbers := pipe.recv(16):
     for number in numbers:
-      if number in (signal.SIGINT, signal.SIGTERM):
+      if number in STOPPING:
         hear(number)
 
 

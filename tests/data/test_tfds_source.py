@@ -1,4 +1,5 @@
 import pathlib
+import tempfile
 
 import pytest
 
@@ -81,3 +82,13 @@ def test_no_network_is_one_line(data_dir, monkeypatch):
   (problem,) = error.value.problems
   assert 'could not download' in problem and 'no route to host' in problem and '\n' not in problem
   assert '--text-dir' in problem and pathlib.Path(data_dir).name == 'tfds'
+
+
+def test_nothing_is_left_in_the_temporary_folder(data_dir, tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'temporary'))
+  (tmp_path / 'temporary').mkdir()
+  output = tmp_path / 'prepared'
+  corpus.prepare(PrepareSpec(source='tfds', name='tiny_texts', output=str(output), test_fraction=0.2,
+                             tokenizer=TokenizerSpec(vocab_size=300, sample_lines=100)))
+  assert tempfile.tempdir == str(tmp_path / 'temporary')
+  assert list((tmp_path / 'temporary').iterdir()) == []
