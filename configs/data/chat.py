@@ -1,8 +1,9 @@
 """Conversations or instructions to fine-tune on: add --config.path=FILE_OR_DIR (JSONL, JSON, Parquet).
 
-Records may be `messages` with `tools`, ShareGPT's `conversations`, `prompt` and `completion`, or Alpaca's `instruction`,
-`input`, `output`; docs/data_formats.md has all forms and fields.  Give the tokenizer of the model that is to learn: --config.tokenizer.path=runs/quickstart/tokenizer.model.
---config.records=pairs reads `prompt`, `chosen`, `rejected`, or `completion`, `label`; --config.records=prompts reads `prompt`, `answer`;
+Records may be `messages` with `tools`, ShareGPT's `conversations`, `prompt` and `completion`, or Alpaca's
+`instruction`, `input`, `output`; docs/data_formats.md has all forms and fields.  Give the tokenizer of the model that
+is to learn: --config.tokenizer.path=runs/quickstart/tokenizer.model.  --config.records=pairs reads `prompt`, `chosen`,
+`rejected`, or `prompt`, `completion`, `label`; --config.records=prompts reads `prompt`, `answer`;
 --config.records=steps `prompt` and `steps` of `text` and `label`.
 """
 

@@ -57,6 +57,13 @@ def _part(part, name):
   return read_text(part.get('text'), name)
 
 
+def read_objects(value):
+  """Returns a list of objects for an object of lists, as which TFDS gives a sequence of objects, else the value."""
+  if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+    return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+  return value
+
+
 def read_messages(value, role=None, ignored=None):
   """Returns a list of messages.  value: a list; or, with a role, text or one message.
 
@@ -64,9 +71,7 @@ def read_messages(value, role=None, ignored=None):
   """
   if isinstance(value, str) and role:
     return [{'content': read_text(value, 'content'), 'role': role}]
-  if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-    # TFDS gives a sequence of objects as an object of sequences.
-    value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+  value = read_objects(value)
   if isinstance(value, dict) and role:  # LLaMA-Factory's chosen and rejected.
     value = [value]
   if not isinstance(value, list) or not value:

@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 
+from llmjax.data.messages import read_objects
 from llmjax.text.templates import TemplateError
 
 SEPARATOR = '\n'
@@ -28,10 +29,8 @@ def read_steps(record):
   Raises ValueError with a reason.
   """
   steps, prompt = None, None
-  if isinstance(record.get('steps'), dict):  # TFDS gives a sequence of objects as an object of sequences.
-    steps = [dict(zip(record['steps'], row, strict=True)) for row in zip(*record['steps'].values(), strict=True)]
-  elif 'steps' in record:
-    steps = record['steps']
+  if 'steps' in record:
+    steps = read_objects(record['steps'])
   elif 'completions' in record and 'labels' in record:
     texts, labels = record['completions'], record['labels']
     if not isinstance(texts, list) or not isinstance(labels, list) or len(texts) != len(labels):

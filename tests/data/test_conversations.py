@@ -77,6 +77,7 @@ def test_every_form_of_steps(record):
     ('steps', {'prompt': 'q', 'answer': 'a'}, 'no prompt and steps of text and label;'),
     ('steps', {'steps': [{'text': 'a', 'label': 1}]}, 'no prompt before the steps'),
     ('steps', {'prompt': 'q', 'steps': []}, 'steps must be a list'),
+    ('steps', {'prompt': 'q', 'steps': {'text': 1}}, 'steps must be a list'),
     ('steps', {'prompt': 'q', 'steps': [{'text': 'a'}]}, 'the label of a step must be true, false, + or -'),
     ('steps', {'prompt': 'q', 'steps': [{'text': 'a', 'label': 1.5}]}, 'or a number from 0 to 1, not 1.5'),
     ('steps', {'prompt': 'q', 'steps': [{'text': 'a', 'rating': 2}]}, 'must be -1, 0 or 1, not 2'),

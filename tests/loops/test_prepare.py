@@ -11,6 +11,7 @@ from llmjax import config, main
 from llmjax.data import corpus, prepared, stream, token_store, tokens
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec, TokenizerSpec
 from llmjax.loops import prepare, progress
+from llmjax.text.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHARED = pathlib.Path(__file__).resolve().parents[2].parent / 'shared' / 'data'
@@ -49,6 +50,28 @@ def test_text_dir_flag_prints_counts_and_the_next_command(texts, tmp_path, capsy
   assert prepare.run(spec, options) == 0
   assert 'is prepared already; --force prepares it again' in capsys.readouterr().out
   assert not output.with_name('out.unfinished').exists()
+
+
+def test_records_that_are_all_refused_fail_with_the_reason(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path('tokenizer.model').write_bytes(train_tokenizer(LINES, vocab_size=320))
+  turns = [{'role': 'developer', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hi'},
+           {'role': 'assistant', 'content': 'Hello.', 'id': 'x'}]
+  pathlib.Path('a.jsonl').write_text(json.dumps({'messages': turns, 'source': 'web'}) + '\n')
+  command = ['prepare', f'--config={ROOT}/configs/data/chat.py', '--config.path=a.jsonl', '--config.output=out',
+             '--config.tokenizer.path=tokenizer.model', '--config.validation_fraction=0',
+             '--config.test_fraction=0']
+  with pytest.raises(SystemExit) as e:
+    main.main(command)
+  assert e.value.code == 2 and not prepared.is_prepared('out')
+  assert ('every record of train was refused, so nothing is prepared: 1 x the chat template llmjax does not render the '
+          'role developer (message 1); write the role system') in capsys.readouterr().err
+  turns[0]['role'] = 'system'
+  pathlib.Path('a.jsonl').write_text(json.dumps({'messages': turns, 'source': 'web'}) + '\n')
+  with pytest.raises(SystemExit) as e:
+    main.main(command)
+  assert not e.value.code
+  assert 'fields not used, in how many records: messages.id (1), source (1)' in capsys.readouterr().out
 
 
 RECORDS = {
