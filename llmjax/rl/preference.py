@@ -127,15 +127,20 @@ def _sppo_hard(pairs, spec, c, r):
   return jnp.square(c - 0.5 / spec.beta) + jnp.square(r + 0.5 / spec.beta)
 
 
+def _sorted(values, pairs):
+  """Returns the values in order; pairs of padding, which fill up the end of a batch, stay there."""
+  return jnp.sort(jnp.where(pairs.chosen_length > 0, values, 1e9))
+
+
 def _aot(pairs, spec, c, r):
   """Ratios of the policy above those of the reference in distribution (arXiv:2406.05882, paired)."""
   policy, reference = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
-  return _smoothed(spec.beta * (jnp.sort(policy) - jnp.sort(reference)), spec.label_smoothing)
+  return _smoothed(spec.beta * (_sorted(policy, pairs) - _sorted(reference, pairs)), spec.label_smoothing)
 
 
 def _aot_unpaired(pairs, spec, c, r):
   """Better answers above worse ones in distribution (arXiv:2406.05882, unpaired)."""
-  return _smoothed(spec.beta * (jnp.sort(c) - jnp.sort(r)), spec.label_smoothing)
+  return _smoothed(spec.beta * (_sorted(c, pairs) - _sorted(r, pairs)), spec.label_smoothing)
 
 
 def _apo_zero(pairs, spec, c, r):
