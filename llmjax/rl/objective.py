@@ -90,20 +90,22 @@ def make_pair_loss(spec, model, train, platform, pipe=None, vocab_size=None):
     pairs = preference.Pairs(*halves(sums), *halves(reference), *halves(lengths))
     weights = (jnp.minimum(*halves(lengths)) > 0).astype(jnp.float32)
     loss, weight, aux = preference.pair_loss(spec, pairs, weights, _of_pairs(batch, 'probability'))
-    aux |= _logged_logprobs(scores.logprobs, batch, weights)
+    aux |= _logged_logprobs(scores.logprobs, batch, jnp.repeat(weights, 2), weight)
     loss, model_aux = with_router_losses(loss, weight, scores.aux, batch)
     return loss, (weight, {**aux, **model_aux})
 
   return loss_fn
 
 
-def _logged_logprobs(logprobs, batch, weights):
-  """Returns the sums over pairs of `chosen_logprob` and `rejected_logprob`: of whole completions, nats.
+def _logged_logprobs(logprobs, batch, real, weight):
+  """Returns `chosen_logprob` and `rejected_logprob`: means of whole completions' sums, in nats, times `weight`.
 
-  The same for every loss: each token counts once, whatever weight the loss gives it.  weights: [P], 0 for padding.
+  The same for every loss: each token counts once, whatever weight the loss gives it.  real: float [B], 0 for what
+  counts nowhere.  weight: by which a step divides.
   """
   sums, _ = preference.sum_logprobs(jax.lax.stop_gradient(logprobs), batch['loss_mask'] != 0)
-  return {'chosen_logprob': jnp.sum(weights * sums[0::2]), 'rejected_logprob': jnp.sum(weights * sums[1::2])}
+  mean = lambda half: jnp.sum(real[half::2] * sums[half::2]) / jnp.maximum(jnp.sum(real[half::2]), 1.0)
+  return {'chosen_logprob': weight * mean(0), 'rejected_logprob': weight * mean(1)}
 
 
 # The reference's sums over the answers of `mismatch`, a field of KTO's batches.
@@ -122,10 +124,8 @@ def make_unpaired_loss(spec, model, train, platform, pipe=None, vocab_size=None)
     batch = forward.order(batch)
     scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
     found = preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch))
-    pairs = (jnp.minimum(found[1][0::2], found[1][1::2]) > 0).astype(jnp.float32)
-    # Divided by the number of completions, which is twice that of pairs.
-    logged = {name: 2.0 * total for name, total in _logged_logprobs(scores.logprobs, batch, pairs).items()}
-    return *found, scores.aux, logged
+    real = (found[1] > 0).astype(jnp.float32)  # Of unpaired completions one half may be nothing.
+    return *found, scores.aux, _logged_logprobs(scores.logprobs, batch, real, jnp.sum(real))
 
   @weighed(count_answers)
   def loss_fn(params, batch, key):

@@ -318,12 +318,17 @@ def test_every_loss_logs_the_same_log_probabilities(params, loss):
   batch['loss_mask'] *= 0.5
   batch[objective.MISMATCHED] = batch['ref_logprobs']
   make = objective.make_unpaired_loss if loss in UNPAIRED_LOSSES else objective.make_pair_loss
-  spec = PreferenceSpec(loss=loss, length_weight=0.5)
+  spec = PreferenceSpec(loss=loss, length_weight=1.0 if loss in UNPAIRED_LOSSES else 0.5)
   _, (weight, aux) = jax.jit(make(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS))(params, batch, None)
   logprobs = target_logprobs(params, batch)
   sums = np.where(np.asarray(batch['loss_mask']) > 0, logprobs, 0).sum(1)
   for name, half in (('chosen', sums[:8:2]), ('rejected', sums[1:8:2])):
     np.testing.assert_allclose(aux[f'{name}_logprob'] / weight, half.mean(), rtol=1e-5)
+  if loss in UNPAIRED_LOSSES:  # A good completion without a bad one beside it.
+    batch['loss_mask'] = batch['loss_mask'].at[1].set(0.0)
+    _, (weight, aux) = jax.jit(make(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS))(params, batch, None)
+    for name, half in (('chosen', sums[:8:2]), ('rejected', sums[3:8:2])):
+      np.testing.assert_allclose(aux[f'{name}_logprob'] / weight, half.mean(), rtol=1e-5)
 
 
 def target_logprobs(params, batch):
