@@ -16,7 +16,8 @@ class AdapterSpec:
   kind: str = setting('', 'train adapters of this kind; empty: train all weights', choices=('', *KINDS))
   rank: int = setting(16, 'columns of A and rows of B', minimum=1)
   alpha: float = setting(32.0, 'the product A B counts alpha / rank times; rslora: alpha / sqrt(rank)', minimum=0.0)
-  dropout: float = setting(0.0, "rate on the adapters' input, while training", minimum=0.0, maximum=0.9)
+  dropout: float = setting(0.0, "rate on the adapters' input, while training; stages and context of a mesh drop others "
+                           'than one device does', minimum=0.0, maximum=0.9)
   targets: tuple[str, ...] = setting(
       ('*/attention/*', '*/mlp/*'), 'matrices that get an adapter, by path: patterns such as */attention/query; '
       're:... is a regular expression of the whole path')

@@ -17,7 +17,7 @@ from llmjax.ops import moe
 from llmjax.ops.norms import rms_norm
 from llmjax.ops.products import dense, is_weight, project
 from llmjax.ops.rotary import apply_rope
-from llmjax.parallel.attention import attention
+from llmjax.parallel.attention import attention, to_zigzag
 from llmjax.parallel.chips import flops_per_byte
 from llmjax.parallel.experts import dropless, with_capacity
 from llmjax.parallel.sharding import WeightLayout, by_rows, constrain, mesh_size
@@ -60,11 +60,15 @@ def scaled_normal(in_dims, scale=1.0):
   return init
 
 
-def dropout(x, rate, key):
-  """Returns x with features zeroed at `rate` and the rest scaled up; x itself when key is None."""
+def dropout(x, rate, key, zigzag=False):
+  """Returns x with features zeroed at `rate` and the rest scaled up; x itself when key is None.
+
+  zigzag: the tokens of x [B, T, D] are in zigzag order; each is dropped where it is in the order of the text.
+  """
   if key is None or rate == 0.0:
     return x
   keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  keep = to_zigzag(keep) if zigzag else keep
   return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
@@ -317,14 +321,14 @@ class Block(nn.Module):
     x = checkpoint_name(x, 'block_input')
     y, kv_cache = Attention(spec, self.param_dtype, name='attention')(
         norm('attention_norm')(x), kv_cache, context)
-    x = constrain(x + dropout(y, spec.dropout, keys[0]), 'batch', 'block_length', 'act_embed')
+    x = constrain(x + dropout(y, spec.dropout, keys[0], context.zigzag), 'batch', 'block_length', 'act_embed')
     x = checkpoint_name(x, 'attended')
     y, aux = norm('mlp_norm')(x), {}
     if spec.num_experts:
       y, aux = MoeMlp(spec, self.param_dtype, name='mlp')(y, context)
     else:
       y = GatedMlp(spec, self.param_dtype, name='mlp')(y)
-    x = x + dropout(y, spec.dropout, keys[1])
+    x = x + dropout(y, spec.dropout, keys[1], context.zigzag)
     return constrain(x, 'batch', 'block_length', 'act_embed'), kv_cache, aux
 
 

@@ -30,8 +30,8 @@ class ModelSpec:
                                       minimum=0.0)
   logits_soft_cap: float = setting(0.0, 'the same for the output logits; 0: off', minimum=0.0)
   qk_norm: bool = setting(False, 'RMSNorm on queries and keys, per head')
-  dropout: float = setting(0.0, 'rate after attention and MLP, while training', minimum=0.0,
-                           maximum=0.9)
+  dropout: float = setting(0.0, 'rate after attention and MLP, while training; a pipeline drops others than one '
+                           'device does', minimum=0.0, maximum=0.9)
   num_experts: int = setting(0, 'experts of the MLP, each of mlp_dim; 0: one MLP for all tokens', minimum=0)
   experts_per_token: int = setting(2, 'experts that each token uses', minimum=1)
   shared_experts: int = setting(0, 'experts, besides, that every token uses', minimum=0)

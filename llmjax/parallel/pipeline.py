@@ -67,7 +67,9 @@ def forward(stage_fn, params, x, rows, *, microbatches, rounds=1):
       x = jnp.where((stage == 0) & (place < stages), feed, held)
       home = place % stages
       mine = jax.tree.map(lambda a: a[home, turn], rows)
-      y, aux = stage_fn(_group(params, place // stages, rounds), x, mine, home * slots + turn)
+      layers = place // stages
+      index = (layers * stages + stage) * microbatches + home * slots + turn
+      y, aux = stage_fn(_group(params, layers, rounds), x, mine, index)
       total = jax.tree.map(lambda t, a: t + jnp.where(valid, a, 0), total, aux)
       # What ends travels down the same way; after S ticks each is at home.
       drain = jnp.where(stage == stages - 1, y, drain)
@@ -119,7 +121,7 @@ def forward_backward(first_fn, stage_fn, last_fn, params, rows, *, microbatches)
       item = time - stage
       mine = pick(item)
       x = jnp.where(is_first, first_fn(ends, mine), held)
-      y, aux = stage_fn(blocks, x, mine, jnp.clip(item, 0, microbatches - 1))
+      y, aux = stage_fn(blocks, x, mine, stage * microbatches + jnp.clip(item, 0, microbatches - 1))
       valid = (item >= 0) & (item < microbatches)
       aux = jax.tree.map(lambda a: jnp.where(valid, a, 0), aux)
       return y, aux, stash.at[item % keep].set(x)
@@ -136,7 +138,7 @@ def forward_backward(first_fn, stage_fn, last_fn, params, rows, *, microbatches)
       valid = ((item >= 0) & (item < microbatches)).astype(jnp.float32)
       index, mine = jnp.clip(item, 0, microbatches - 1), pick(item)
       _, pullback, _ = jax.vjp(
-          lambda p, x: _with_penalty(stage_fn(p, x, mine, index)), blocks, stash[item % keep],
+          lambda p, x: _with_penalty(stage_fn(p, x, mine, stage * microbatches + index)), blocks, stash[item % keep],
           has_aux=True)
       d_blocks, d_x = pullback((d_y * valid.astype(d_y.dtype), valid))
       d_first = jnp.where(is_first, d_x, 0)

@@ -180,11 +180,10 @@ def answer_weights(spec, batch):
   mask = (batch['loss_mask'] != 0).astype(jnp.float32)
   if spec.length_weight == 1.0:
     return mask
-  # By place in the answer, which its position tells in any order of tokens.
+  # Tokens need not lie in order on a mesh: their positions say which is which.
   first = jnp.min(jnp.where(mask != 0, batch['positions'], jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
-  lengths = jnp.sum(mask, axis=1)
-  common = jnp.repeat(jnp.minimum(lengths[0::2], lengths[1::2]), 2)[:, None]
-  return jnp.where(batch['positions'] - first < common, mask, spec.length_weight * mask)
+  other = mask.reshape(-1, 2, mask.shape[1])[:, ::-1].reshape(mask.shape)
+  return preference.length_weights(mask, other, spec.length_weight, batch['positions'] - first + 1)
 
 
 def make_sequence_logprobs(spec, model, train, platform, pipe=None, vocab_size=None):

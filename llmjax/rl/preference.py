@@ -43,13 +43,14 @@ def sum_logprobs(logprobs, weights):
   return jnp.sum(jnp.where(weights != 0, weights * logprobs, 0.0), axis=1), jnp.sum(weights != 0, axis=1)
 
 
-def length_weights(mask, other_mask, weight):
-  """Returns the mask [B, T] with `weight` on the tokens by which an answer is longer than the other one.
+def length_weights(mask, other_mask, weight, place=None):
+  """Returns the mask [B, T] with `weight` on the tokens by which a completion is longer than the other one of its pair.
 
+  place: int [B, T], which token of its completion each marked one is, from 1; None: they lie in order.
   Source: LD-DPO, arXiv:2409.06411.
   """
   common = jnp.minimum(jnp.sum(mask != 0, 1), jnp.sum(other_mask != 0, 1))[:, None]
-  place = jnp.cumsum(mask != 0, axis=1)
+  place = jnp.cumsum(mask != 0, axis=1) if place is None else place
   return jnp.where(place <= common, 1.0, weight) * (mask != 0)
 
 

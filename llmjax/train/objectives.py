@@ -12,7 +12,7 @@ from llmjax.model import decoder
 from llmjax.ops.chunks import CHUNK_LOGITS
 from llmjax.ops.losses import chunked_cross_entropy
 from llmjax.parallel import pipeline
-from llmjax.parallel.attention import from_zigzag, zigzag_batch
+from llmjax.parallel.attention import from_zigzag, to_zigzag, zigzag_batch
 from llmjax.parallel.sharding import mesh_size, row_shards, sum_over_rows
 
 # Each platform's kernel.
@@ -178,7 +178,9 @@ class Forward:
       return None
     # Another key than the layers', which are split from the same one.
     noise_key = jax.random.fold_in(key, 0x4EF7)
-    return lambda x: x + embedding_noise(noise_key, x, batch['segment_ids'], self.train.neftune_alpha)
+    segments = self.restore(batch['segment_ids'])
+    noise = lambda x: embedding_noise(noise_key, x, segments, self.train.neftune_alpha)
+    return lambda x: x + (to_zigzag(noise(x)) if self.use_ring() else noise(x))
 
 
 def next_token(model, train, platform, pipe=None):

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
+from llmjax.model import decoder
+from llmjax.model.spec import ModelSpec
 from llmjax.ops import attention as table
 from llmjax.ops import blockwise
 from llmjax.parallel import attention as module
-from llmjax.parallel.mesh import make_mesh
+from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.spec import MeshSpec
+from llmjax.train.objectives import next_token
+from llmjax.train.spec import TrainSpec
 
 B, T, N, H = 4, 64, 4, 8
 BIG = 256  # Length where kernels, or the shape of the program, are looked at.
@@ -188,3 +192,20 @@ def test_refuses():
       run(module.attention, tensors, ids, implementation='splash')
   with pytest.raises(ValueError, match='zigzag order need'):
     run(module.attention, tensors, ids, 'ring')
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs 8 devices')
+def test_dropout_and_noise_do_not_depend_on_the_order_of_tokens():
+  """In zigzag order each token loses the features that it loses in the order of the text."""
+  model = ModelSpec(num_layers=2, d_model=16, num_heads=2, mlp_dim=16, vocab_size=32, dropout=0.3, tie_embeddings=True)
+  params = decoder.init_params(model, jax.random.key(0))
+  (tokens, targets), (segments, positions) = np.random.default_rng(0).integers(0, 32, (2, B, T)), draw()[1]
+  batch = {'tokens': tokens, 'targets': targets, 'loss_mask': (segments > 0).astype(np.float32),
+           'segment_ids': segments, 'positions': positions}
+  losses = []
+  for sizes, count in ((dict(data=2, context=4), 8), ({}, 1)):
+    mesh = make_mesh(MeshSpec(**sizes), jax.devices()[:count])
+    with jax.set_mesh(mesh):
+      loss_fn = next_token(model, TrainSpec(compute_dtype='float32', neftune_alpha=5.0), 'cpu')
+      losses.append(float(jax.jit(loss_fn)(params, place_batch(mesh, batch), jax.random.key(1))[0]))
+  assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -38,7 +38,8 @@ def test_every_microbatch_meets_every_layer_in_order(rounds, microbatches):
   def stage_fn(params, x, ids, index):
     for i in range(params.shape[0]):
       x = 3 * x + params[i]
-    return x, {'visits': jnp.float32(params.shape[0]), 'rows': jnp.sum(ids['row'] * 1.0)}
+    return x, {'visits': jnp.float32(params.shape[0]), 'rows': jnp.sum(ids['row'] * 1.0), 'index': index * 1.0,
+               'square': index * 1.0 * index}
 
   with jax.set_mesh(make_mesh(MeshSpec(data=-1, stage=stages))):
     run = jax.jit(lambda p, x: pipeline.forward(
@@ -50,6 +51,8 @@ def test_every_microbatch_meets_every_layer_in_order(rounds, microbatches):
   np.testing.assert_array_equal(y, expected)
   assert aux['visits'] == microbatches * 8
   assert aux['rows'] == stages * rounds * sum(range(rows))
+  numbers = np.arange(microbatches * stages * rounds)  # Each once: no two draw the same dropout.
+  assert (aux['index'], aux['square']) == (numbers.sum(), np.square(numbers).sum())
 
 
 def compiled_step(schedule, microbatches, rows_each=8):

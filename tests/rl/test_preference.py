@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmjax.ops import losses
-from llmjax.rl import preference, reward
+from llmjax.rl import objective, preference, reward
 from llmjax.rl.spec import PAIR_LOSSES, PreferenceSpec
 from tests.helpers import close
 
@@ -38,12 +38,13 @@ def token_logprobs(logits, ids):
   return jnp.take_along_axis(logprobs, ids[:, 1:, None], -1)[..., 0]
 
 
-def make_pairs(arrays, logits, length_weight=1.0):
+def make_pairs(arrays, logits, spec):
   count = len(logits) // 2
   mask = arrays['dpo/cmask'][:, 1:]
-  chosen, rejected = mask[:count], mask[count:]
-  weights = jnp.concatenate([preference.length_weights(chosen, rejected, length_weight),
-                             preference.length_weights(rejected, chosen, length_weight)])
+  # Product code has the two completions of a pair next to one another; here all chosen ones come first.
+  order = np.arange(2 * count).reshape(2, count).T.ravel()
+  positions = np.tile(np.arange(mask.shape[1]), (2 * count, 1))
+  weights = objective.answer_weights(spec, {'loss_mask': mask[order], 'positions': positions})[np.argsort(order)]
   policy, length = preference.sum_logprobs(token_logprobs(logits, arrays['dpo/ids']), weights)
   reference, _ = preference.sum_logprobs(token_logprobs(arrays['dpo/ref_logits'], arrays['dpo/ids']), weights)
   halves = [part for a in (policy, reference, length) for part in (a[:count], a[count:])]
@@ -57,7 +58,7 @@ def test_losses_of_token_logprobs(oracle, name):
   assert not list(spec.problems())
 
   def mean(logits):
-    loss, weight, aux = preference.pair_loss(spec, make_pairs(arrays, logits, spec.length_weight))
+    loss, weight, aux = preference.pair_loss(spec, make_pairs(arrays, logits, spec))
     return loss / weight, {key: value / weight for key, value in aux.items()}
 
   (loss, aux), grad = jax.jit(jax.value_and_grad(mean, has_aux=True))(arrays['dpo/logits'])
