@@ -42,6 +42,7 @@ DAMAGES = ('flip', 'truncate', 'delete')
 TIMED = re.compile(r'seconds|second$|mfu|memory|time')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 SHOWN = 10  # Problems on the screen.
+WIDTH = max(map(len, CHAOS_EVENTS.values()))
 LOOK_SECONDS = 0.003  # A save of a tiny model takes a few hundredths of a second.
 DISK_SECONDS = 60.0  # A full disk is emptied when the run has not met it so long.
 
@@ -398,7 +399,7 @@ class Chaos:
     number = next(i for i, e in enumerate(self.events, 1) if e is event)
     width = len(str(self.options.kills))
     back = format_duration(event.seconds) if event.seconds is not None else 'next event'
-    text = (f'{number:>{width}}/{self.options.kills}  {CHAOS_EVENTS[event.kind]:<34}  step {event.step:>5} -> '
+    text = (f'{number:>{width}}/{self.options.kills}  {CHAOS_EVENTS[event.kind]:<{WIDTH}}  step {event.step:>5} -> '
             f'{event.resumed:>5}  {event.lost:>3} lost  {back:>10}  {event.detail}')
     self.screen.say(text.rstrip())
 
