@@ -104,6 +104,15 @@ def test_expert():
   assert set(found) == {(kind, axes) for axes in ('expert', 'fsdp', 'fsdp+expert') for kind in over(axes)}
 
 
+@pytest.mark.slow
+def test_experts_with_a_capacity_exchange_slots_and_share_them_along_context():
+  found, _ = collectives(dataclasses.replace(MOE, capacity_factor=1.0), expert=2, context=4)
+  slots = T * 2 // 4  # Of an expert for a sequence; a quarter of them on each device.
+  exchanged = found['all-to-all', 'expert']
+  assert sum(math.prod(shape) * n for shape, n in exchanged) == 4 * L * B * 4 // 2 * slots // 4 * D
+  assert runs(found['reduce-scatter', 'context']) == 2 * L  # Of the result, and of the input's gradient.
+
+
 def test_two_slices_send_gradients_alone_between_them():
   found, _ = collectives(DENSE, data=1, fsdp=4, dcn_data=2)
   assert {kind for kind, axes in found if 'data' in axes} == {'all-reduce'}
