@@ -153,6 +153,10 @@ COMMANDS = {
 }
 
 
+# What the system says of paths that are wrong, and will be when the same command runs again.
+_WRONG_PATH = (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def main(argv=None):
   """Runs a command and exits: 0 done, 1 the command failed, 2 the command line is wrong."""
   own = argv is None  # A process of our own; elsewhere the streams are the caller's.
@@ -250,7 +254,7 @@ def _run(argv):
   except OSError as e:  # The file and the system's reason say it all; python -X dev shows where.
     if e.filename is None or sys.flags.dev_mode:
       raise
-    status = 2 if e.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG) else 1  # 2: it never will.
+    status = 2 if e.errno in _WRONG_PATH else 1
     _fail(status, f'llmjax {name}: {config.shown(str(e.filename), quote=False)}: {e.strerror}')
   sys.exit(status or 0)
 

@@ -1,6 +1,8 @@
 """The command line as its users meet it: quick help, and every mistake in one clear line."""
 
 import dataclasses
+import errno
+import os
 import re
 import shlex
 import signal
@@ -181,13 +183,14 @@ def test_output_in_an_encoding_that_lacks_a_character(tmp_path):
   assert "--config='\\xe9.py'" in done.stdout
 
 
-def test_a_file_that_fails_while_a_command_runs(capsys, monkeypatch):
+@pytest.mark.parametrize(('number', 'expected'), [(errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.EIO, 1)])
+def test_a_file_that_fails_while_a_command_runs(capsys, monkeypatch, number, expected):
   def fail(module):
-    raise PermissionError(13, 'Permission denied', 'runs/x/config.json')
+    raise OSError(number, os.strerror(number), 'runs/x/config.json')
 
   monkeypatch.setattr(main, '_import', fail)
   status, _, err = call_and_read(capsys, 'doctor')
-  assert (status, err) == (1, 'llmjax doctor: runs/x/config.json: Permission denied\n')
+  assert (status, err) == (expected, f'llmjax doctor: runs/x/config.json: {os.strerror(number)}\n')
 
 
 @pytest.mark.parametrize('argv', [['help', 'checkpoint', 'ls'], ['checkpoint', 'ls', '-h']])

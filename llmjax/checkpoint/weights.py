@@ -46,7 +46,9 @@ def no_run(workdir):
   try:
     if not isinstance(json.loads(file.read_bytes()), dict):
       yield f"workdir={workdir}: its config.json is no run's config; give the --workdir that `llmjax pretrain` had"
-  except (OSError, ValueError, RecursionError) as e:
+  except OSError as e:
+    yield f'workdir={workdir}: its config.json cannot be read: {e.strerror}'
+  except (ValueError, RecursionError) as e:
     yield (f'workdir={workdir}: its config.json is damaged ({" ".join(str(e).split())[:200]}); it is in every '
            f'checkpoint too: llmjax checkpoint show --workdir={workdir}')
 

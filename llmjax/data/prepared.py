@@ -47,6 +47,8 @@ def read_manifest(folder) -> dict:
   path = manifest_path(folder)
   try:
     manifest = json.loads(path.read_text(encoding='utf-8'))
+  except PermissionError as e:
+    raise ValueError(f'{path} cannot be read: {e.strerror}') from e
   except OSError as e:
     raise ValueError(f'{folder} is not a prepared folder: it has no manifest.json') from e
   except (ValueError, RecursionError) as e:

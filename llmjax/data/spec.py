@@ -188,6 +188,8 @@ class PrepareSpec:
         yield 'path is missing: name the folder or file with your text, --config.path=DIR'
       elif not os.path.exists(self.path):
         yield f'path={self.path}: there is no such file or folder{_near_path(self.path)}'
+      elif not os.access(self.path, os.R_OK):
+        yield f'path={self.path} cannot be read: you have no permission'
     elif self.path:
       yield f'path={self.path} is for your own text: add --config.source=text_dir'
     if self.source == 'tfds' and not self.name:
