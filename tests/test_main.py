@@ -8,13 +8,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 
 from llmjax import config, main
-from tests.helpers import call_and_read, run_process
+from tests.helpers import call_and_read, environment_of, run_process
 
 
 def test_overview_lists_every_command(capsys):
@@ -211,14 +210,12 @@ def test_ctrl_c_while_a_module_is_imported(tmp_path, monkeypatch, request):
   assert sys.modules.pop('slow_module').whole
 
 
-def test_ctrl_c_while_the_command_line_is_read(capsys, monkeypatch):
-  def interrupt(*args):
-    raise KeyboardInterrupt
-
-  timer = threading.Timer(60, print)  # As JAX starts one while it looks for devices.
-  timer.start()
-  monkeypatch.setattr(main, 'parse', interrupt)
-  status, _, err = call_and_read(capsys, 'pretrain')
-  timer.join(5)
-  assert not timer.is_alive()
-  assert (status, err) == (130, '\nllmjax pretrain: stopped by Ctrl-C\n')
+def test_ctrl_c_while_the_command_line_is_read(tmp_path):
+  code = ('import threading\nfrom llmjax import main\n'
+          'def interrupt(*args): raise KeyboardInterrupt\n'
+          'main.parse = interrupt\n'
+          'threading.Timer(60, print).start()\n'  # As JAX starts one while it looks for devices.
+          'main.main()\n')
+  done = subprocess.run([sys.executable, '-c', code, 'pretrain'], env=environment_of(), cwd=tmp_path, text=True,
+                        capture_output=True, timeout=50, check=False)
+  assert (done.returncode, done.stderr) == (130, '\nllmjax pretrain: stopped by Ctrl-C\n')
