@@ -263,7 +263,10 @@ class Loop:
 
   def _next_batch(self):
     """Returns a batch on the devices, and the stream's state once it is used up."""
-    return place_batch(self.job.mesh, next(self.job.batches)), self.job.batches.state
+    self.heart.beat(self.done, 'data')  # So that the others, who wait in the step, see who is late and why.
+    batch = place_batch(self.job.mesh, next(self.job.batches))
+    self.heart.beat(self.done)
+    return batch, self.job.batches.state
 
   def _compile(self, batch):
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""

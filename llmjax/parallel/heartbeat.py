@@ -22,6 +22,8 @@ LIMIT = 'LLMJAX_HANG_SECONDS'  # Set by a supervisor: the watchdog ends the proc
 PREEMPTED = 75
 HUNG = 76
 
+OF_STEPS = ('step', 'data')  # Phases: the devices work, or the loop waits for its next batch.
+
 FILE_BYTES = 512  # Overwritten in one write, so that a reader sees one record or the other.
 FLOOR_SECONDS = 300.0  # A limit that is found is never shorter: storage and data readers may stall for minutes.
 TIMES_LONGEST = 10.0
@@ -53,7 +55,7 @@ class Beat:
 
 def hang_limit(beat, hang_seconds=0.0, start_seconds=START_SECONDS):
   """Returns how many seconds a loop may stand still where it is.  hang_seconds: for steps; 0: found."""
-  if beat.phase != 'step':
+  if beat.phase not in OF_STEPS:
     return max(start_seconds, hang_seconds)
   return hang_seconds or max(FLOOR_SECONDS, TIMES_LONGEST * beat.longest)
 
@@ -107,13 +109,13 @@ class Heartbeat:
     """
     now, old = time.monotonic(), self.now
     longest = old.longest
-    if phase != 'step':
+    if phase not in OF_STEPS:
       self._waited = None  # What comes between steps is no measure of them.
     elif waited:
       if self._waited is not None:
         longest = max(longest, now - self._waited)
       self._waited, self._stepped = now, True
-    elif not self._stepped:
+    elif not self._stepped and phase == 'step':
       phase = 'starting'
     self._changed = now
     self._write(step=step, phase=phase, beats=old.beats + 1, longest=round(longest, 3),

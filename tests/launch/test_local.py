@@ -236,3 +236,69 @@ def get_config():
   assert 'rank 1 last seen at step 41 (step); rank 0 waits at step 42' in stacks
   assert 'in _read_key' in stacks  # Of the loop's thread, and not only the watchdog's.
   assert 'rank 1 has made no progress' in (folder / 'hung/stacks/1.txt').read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_late_is_waited_for_and_one_that_never_comes_is_named(folder):
+  (folder / 'absent.py').write_text('''
+import time
+import jax
+from llmjax.parallel import distributed
+from llmjax.parallel.spec import DistributedSpec
+
+def get_config():
+  with distributed.together(DistributedSpec()):
+    me = jax.process_index()
+    distributed._limits['start_timeout_seconds'], distributed.SAY_SECONDS = 6, 1
+    distributed.wait_for_all('started')
+    time.sleep(3 * me)
+    assert distributed.gather({'rank': me}, 'been late') == [{'rank': 0}, {'rank': 1}]
+    print('all were there', flush=True)
+    time.sleep(100 * me)
+    distributed.wait_for_all('opened the data')
+''')
+  out = launch(folder, 2, 1, 'pretrain', '--config=absent.py', '--workdir=x', status=1)
+  lines = out.splitlines()
+  assert 'llmjax: 1 of 2 processes here, waiting for rank 1 at: been late' in lines and 'all were there' in lines
+  (line,) = (line for line in lines if 'gave up' in line)
+  assert 'llmjax: 1 of 2 processes here, waiting for rank 1 at: opened the data: gave up after 6 s; look at' in line
+  assert 'Traceback' not in out
+
+
+# What a recipe does to the process that reads it: rank 1 stops or sleeps at a point of the run.
+LATE = '''
+import os, signal, time
+from llmjax.checkpoint import checkpoints
+from llmjax.data import stream
+from llmjax.parallel import heartbeat
+heartbeat.FLOOR_SECONDS, heartbeat.PULSE, heartbeat.SUPERVISED_PULSE = 3.0, 0.5, 0.5
+last = os.environ['LLMJAX_PROCESS_ID'] == '1'
+seconds, stops = float(os.environ.get('TEST_DELAY', 0)), os.environ.get('TEST_STOP')
+draw, restore = stream.BatchStream.__next__, checkpoints.Checkpoints.restore
+
+def delayed(self):
+  if last and seconds and self.state == 5:
+    time.sleep(seconds)
+  return draw(self)
+
+def stopped(self, *arguments):
+  if last and stops:
+    os.kill(os.getpid(), signal.SIGSTOP)
+  return restore(self, *arguments)
+
+stream.BatchStream.__next__, checkpoints.Checkpoints.restore = delayed, stopped
+'''
+
+
+@pytest.mark.slow
+def test_a_late_data_reader_is_named_and_waited_for_and_a_process_stopped_in_a_restore_ends_the_run(folder):
+  (folder / 'late.py').write_text(LATE + RECIPE)
+  train = ['pretrain', '--config=late.py', *TRAIN[2:], '--workdir=late', '--config.evaluate.splits=',
+           '--config.distributed.heartbeat_seconds=10']
+  out = launch(folder, 2, 1, *train, '--config.train.steps=8', TEST_DELAY='8')
+  assert 'rank 0 has made no progress for ' in out
+  assert ' (data); rank 0 waits at step ' in out
+  begin = time.monotonic()
+  out = launch(folder, 2, 1, *train, '--config.train.steps=9', TEST_STOP='1', status=134)
+  assert time.monotonic() - begin < 100
+  assert 'The following tasks are unhealthy (stopped sending heartbeats):\n1\n' in out  # JAX's own words.
