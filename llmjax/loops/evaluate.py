@@ -16,7 +16,7 @@ from llmjax.loops.pretrain import make_evaluators
 from llmjax.loops.spec import AnswersSpec, EvaluatedSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model import decoder
-from llmjax.parallel import distributed
+from llmjax.parallel import distributed, heartbeat, in_flight
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import DistributedSpec
@@ -36,7 +36,10 @@ def _evaluate(options):
     _check_tokenizer(workdir, spec)
   enable_compilation_cache(spec.train.compilation_cache)
   mesh, results = fitting_mesh(spec.mesh), {}
-  with jax.set_mesh(mesh):
+  watchdog = heartbeat.Heartbeat(jax.process_index(), jax.process_count(), stacks=workdir / 'stacks',
+                                 progress=in_flight.finished)
+  with jax.set_mesh(mesh), watchdog:
+    watchdog.beat(options.step, 'evaluate')
     params, _, _, step = load_params(
         workdir, options.step,
         shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
