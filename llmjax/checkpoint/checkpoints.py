@@ -50,7 +50,7 @@ REMOVALS = 10  # How often the remains of a failed save are looked for.
 _SAVES = itertools.count()  # All processes count alike.
 MEETING_SECONDS = 0.2  # How often a process looks whether another one's part of the save has failed.
 LEAVE_SECONDS = 10.0  # A process that fails alone waits so long for its part of a save.
-READ_PARTS = 10  # A restore has at most this share of its arrays in flight, or the largest of them.
+PARTS = 10  # A save or a restore has at most this share of its arrays in flight, or the largest of them.
 
 
 class SaveError(Exception):
@@ -83,15 +83,19 @@ class Checkpoints:
     self.folder = checkpoints_folder(workdir)
     self.spec = spec or CheckpointSpec()
     self.passed_over = []
-    self._orbax = self._make_writer()
+    self._orbax = None  # Made for the first save.
     _quieten_failed_saves()
     self._meeting = None  # Of the processes that write the save in flight, where there are several.
     self._thread, self._outcome, self._cleared = None, None, False
     self._finished = collections.deque()
 
-  def _make_writer(self):
+  def _make_writer(self, state):
+    """Returns the writer of states like this one, which has a tenth of it in flight: what it encodes is a copy."""
+    arrays = lambda: ocp.StandardCheckpointHandler(save_concurrent_gb=_in_flight_gb(jax.tree.leaves(state)))
+    handlers = ocp.CompositeCheckpointHandler(params=arrays(), optimizer=arrays(), stream=ocp.JsonCheckpointHandler(),
+                                              spec=ocp.JsonCheckpointHandler())
     # Asynchronous creation would leave Orbax's threads waiting for minutes when a folder cannot be made.
-    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
+    return ocp.AsyncCheckpointer(handlers, async_options=ocp.options.AsyncOptions(
         create_directories_asynchronously=False,
         barrier_sync_fn=lambda *, key, timeout_ms: self._meeting.wait(key, timeout_ms)))
 
@@ -131,6 +135,7 @@ class Checkpoints:
       if names := find_nonfinite({'params': state.params, 'optimizer': rest}):
         raise SaveError(f'{names[0]} is not finite' + f', nor are {len(names) - 1} more' * (len(names) > 1))
       self._prepare()
+      self._orbax = self._orbax or self._make_writer(state)
       self._orbax.save(self._partial(step), force=True, args=ocp.args.Composite(
           params=ocp.args.StandardSave(state.params), optimizer=ocp.args.StandardSave(rest),
           stream=ocp.args.JsonSave(stream), spec=ocp.args.JsonSave(spec)))
@@ -181,7 +186,8 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._orbax.close()
+      if self._orbax:
+        self._orbax.close()
 
   def leave(self):
     """Lets the save in flight end if it can without the other processes, which may not come; tells nothing."""
@@ -257,7 +263,7 @@ class Checkpoints:
         self._meeting.check()
       except distributed.AbsentError:
         # It may go on writing until its timeout, and would keep the next save waiting.
-        self._orbax = self._make_writer()
+        self._orbax = None
         raise
     if errors:
       raise errors[0]
@@ -590,8 +596,14 @@ def _make_reader(abstract):
 
   abstract: ShapeDtypeStructs with shardings.
   """
+  return ocp.StandardCheckpointHandler(restore_concurrent_gb=_in_flight_gb(jax.tree.leaves(abstract)))
+
+
+def _in_flight_gb(arrays):
+  """Returns how many GB of these arrays are read or written at a time: a part of all, and the largest at least."""
+  arrays = [x for x in arrays if hasattr(x, 'sharding')]  # And not NumPy's, which are small.
   here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize * len(x.sharding.addressable_devices)
-             for x in jax.tree.leaves(abstract))
+             for x in arrays)
   # What was written by one device is read in one piece, and may have been float32.
-  largest = max((math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in jax.tree.leaves(abstract)), default=0)
-  return ocp.StandardCheckpointHandler(restore_concurrent_gb=(max(here / READ_PARTS, largest) + 1) / 1e9)
+  largest = max((math.prod(x.shape) * max(x.dtype.itemsize, 4) for x in arrays), default=0)
+  return (max(here / PARTS, largest) + 1) / 1e9
