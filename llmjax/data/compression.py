@@ -5,6 +5,7 @@ here all that was read before a fault comes out, and then the fault is raised.
 """
 
 import codecs
+import importlib
 import io
 import zlib
 
@@ -134,7 +135,7 @@ def _unzstd(member, data):
 
 def _import(name):
   try:
-    return __import__(name)
+    return importlib.import_module(name)
   except ImportError as e:
     raise OSError(f'it needs the package {name}: pip install {name}') from e
 

@@ -38,7 +38,7 @@ class Counted:
 
 
 def run_perplexity(step):
-  perplexity.evaluate(lambda params, batch: step(batch), None, (jnp.ones(3),) * PROGRAMS)
+  perplexity.evaluate(lambda params, batch: step(batch), None, (jnp.ones(4),) * PROGRAMS)
 
 
 def run_pairs(step):
