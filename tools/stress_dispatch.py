@@ -2,11 +2,12 @@
 
   python tools/stress_dispatch.py cause  [--devices=8] [--programs=3000] [--repeat=3] [--seconds=60]
   python tools/stress_dispatch.py train  [--devices=8] [--steps=10000] [--repeat=20] [--seconds=1200]
-  python tools/stress_dispatch.py speed  [--devices=1,8] [--steps=60] [--repeat=6]
+  python tools/stress_dispatch.py speed  [--devices=1,8] [--steps=1200] [--repeat=5]
 
 cause  tiny programs with collectives, without llmjax, waiting after every 2nd, 10th, 31st, 100th or never
 train  `llmjax pretrain` of tiny steps with a single log line, evaluation included
-speed  the train loop with at most 2 steps in flight and with 24, turn by turn: steps/s and CPU-seconds a step
+speed  the train loop with at most 2, 3 and 24 steps in flight, turn by turn: tokens/s and CPU-seconds a run; small
+       steps are a tenth as many
 
 Every run of the first two is a process of its own; one that is not done after `--seconds` hangs.
 """
@@ -24,6 +25,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WAITS = (2, 10, 31, 100, 0)
+LIMITS = (2, 3, 24)  # More than 31 may hang.
 
 CAUSE = '''
 import sys
@@ -137,26 +139,27 @@ def measure_speed_here(options):
     (folder / 'recipe.py').write_text(RECIPE)
     devices = int(options.devices)
     for size, model in (('tiny', {}), ('small', {'num_layers': 2, 'd_model': 128, 'mlp_dim': 512})):
-      recipe = load_recipe('recipe.py')
+      recipe, steps = load_recipe('recipe.py'), options.steps // 10 if model else options.steps
       recipe['model'] |= model
       recipe['mesh'] = {'data': 1, 'fsdp': devices, 'tensor': 1}
-      recipe['train'] |= {'steps': options.steps, 'log_every': options.steps // 3, 'eval_every': 0}
+      recipe['train'] |= {'steps': steps, 'log_every': steps // 4, 'eval_every': 0}
       recipe['evaluate'] = {'splits': ()}
       if model:
         recipe['data'] |= {'seq_len': 64}
       spec = config.build(PretrainSpec, recipe)
-      for number in range(options.repeat):
-        for limit in (2, 24) if number % 2 else (24, 2):
+      for number in range(options.repeat + 1):  # The first round warms up.
+        for limit in LIMITS if number % 2 else LIMITS[::-1]:
           in_flight.LIMIT = limit
           workdir, begin = folder / f'{size}-{number}-{limit}', time.process_time()
           with contextlib.redirect_stdout(io.StringIO()):
             status = pretrain.run(spec, PretrainOptions(workdir=str(workdir)))
           assert status == 0
           rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-          rate = statistics.mean(row['train/tokens_per_second'] for row in rows[1:] if 'train/loss' in row)
-          found[size, limit].append((rate, time.process_time() - begin))
+          rate = statistics.median(row['train/tokens_per_second'] for row in rows[1:] if 'train/loss' in row)
+          if number:
+            found[size, limit].append((rate, time.process_time() - begin))
   for size in ('tiny', 'small'):
-    for limit in (24, 2):
+    for limit in LIMITS:
       rates, cpu = zip(*found[size, limit], strict=True)
       print(f'{devices} device{"s" * (devices > 1)}, {size} steps, {limit} in flight: '
             f'median {statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}), '
@@ -173,7 +176,7 @@ def main():
   parser.add_argument('--repeat', type=int)
   parser.add_argument('--seconds', type=float)
   options = parser.parse_args()
-  defaults = {'cause': ('8', 0, 3, 60.0), 'train': ('8', 10_000, 20, 1200.0)}.get(options.part, ('1,8', 60, 6, 0.0))
+  defaults = {'cause': ('8', 0, 3, 60.0), 'train': ('8', 10_000, 20, 1200.0)}.get(options.part, ('1,8', 1200, 5, 0.0))
   for name, value in zip(('devices', 'steps', 'repeat', 'seconds'), defaults, strict=True):
     if getattr(options, name) is None:
       setattr(options, name, value)
