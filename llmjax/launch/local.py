@@ -30,7 +30,7 @@ class LocalOptions:
   shrink: bool = setting(False, 'restart with the processes that are left, where the mesh allows it')
   hang_seconds: float = setting(0.0, 'a loop that stands still longer hangs, and is ended; must be more than '
                                 'log_every steps take. 0: with --restart, 10 times the longest wait for steps so '
-                                'far, a minute at least', minimum=0.0)
+                                'far, 5 minutes at least', minimum=0.0)
   start_seconds: float = setting(START_SECONDS, 'longest start, compilation, evaluation or save', minimum=1.0)
 
   def problems(self):
