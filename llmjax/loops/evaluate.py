@@ -13,6 +13,7 @@ from llmjax.evaluate.compressors import compressor_bits_per_byte
 from llmjax.evaluate.report import write_report
 from llmjax.loops import rl
 from llmjax.loops.pretrain import make_evaluators
+from llmjax.loops.sources import template_problems
 from llmjax.loops.spec import AnswersSpec, EvaluatedSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model import decoder
@@ -70,6 +71,8 @@ def _specs(options, settings):
   if not options.sources:
     return {'': of_run(EvaluatedSpec, {**settings, 'data': data})}
   settings['evaluate'] |= {'also': [], 'by_source': False}
+  if problems := list(template_problems(options.sources, options.workdir)):
+    raise config.ConfigError([f"--{problem.removeprefix('data.')}" for problem in problems])
   specs = {}
   for folder in options.sources:
     held = prepared.kind(prepared.read_manifest(folder))

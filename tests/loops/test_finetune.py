@@ -293,6 +293,9 @@ def test_another_chat_template_than_the_run_s_is_refused_unless_asked_for(small,
     line += ' --config.data.allow_mismatch=true'
   spec, _ = main.parse(main.COMMANDS['finetune'], shlex.split(line)[1:])
   assert spec.data.sources == {'marked': 1.0}
+  if 'teacher' in arguments:
+    call('evaluate --workdir=small --sources=marked', status=2)
+    assert '--sources: marked was prepared with the chat template plain, and small was' in capsys.readouterr().err
   # A reward model reads the policy's own tokens, so it must know them.
   judge = pathlib.Path('judge')
   shutil.copytree('small', judge, dirs_exist_ok=True)
