@@ -64,11 +64,11 @@ def make_generator(args):
   import numpy as np
 
   from llmjax.generate.decode import Generator
-  from llmjax.model import decoder
+  from llmjax.model.model import Model
   from llmjax.model.spec import ModelSpec
 
   spec = ModelSpec(**SIZES)
-  params = jax.jit(decoder.init_params, static_argnums=0)(spec, jax.random.key(0))
+  params = jax.jit(Model(spec).init)(jax.random.key(0))
   kernel = params['head']['kernel']  # Zeros at first: every token would be the likeliest.
   params['head']['kernel'] = 0.05 * jax.random.normal(jax.random.key(1), kernel.shape)
   flat = jax.tree_util.tree_flatten_with_path(params)[0]

@@ -80,7 +80,7 @@ def build_step(args):
   from llmjax.adapt.lora import adapter_names, init_adapter
   from llmjax.adapt.quantize import quantize_tree
   from llmjax.adapt.spec import AdapterSpec
-  from llmjax.model import decoder
+  from llmjax.model.model import Model
   from llmjax.model.spec import ModelSpec
   from llmjax.parallel.host import keep_freed_memory, share_arena
   from llmjax.parallel.mesh import make_mesh, place_batch
@@ -111,18 +111,19 @@ def build_step(args):
   with jax.set_mesh(mesh):
     batch = place_batch(mesh, batch)
     platform = mesh.devices.flat[0].platform
-    loss_fn = objectives.next_token(model, train, platform)
+    loss_fn = objectives.next_token(objectives.make_model(model, train, platform))
     if args.pair_loss:
-      loss_fn = objective.make_pair_loss(PreferenceSpec(loss=args.pair_loss), model, train, platform, None)
+      loss_fn = objective.make_pair_loss(PreferenceSpec(loss=args.pair_loss),
+                                         objectives.make_model(model, train, platform))
     trained = frozen = None
     if args.adapter:
       kind, _, quantized = args.adapter.partition('+')
       adapter = AdapterSpec(kind=kind, rank=args.rank, dropout=args.dropout, quantize=quantized)
       base = init_state(model, optax.identity(), 0, 'float32', mesh)[0].params
-      base = quantize_tree(base, quantized, decoder.param_names(model), lambda n: tree_shardings(mesh, n)
+      base = quantize_tree(base, quantized, Model(model).param_names(), lambda n: tree_shardings(mesh, n)
                            ) if quantized else base
       trained = Trained(lambda key, base: {'bench': init_adapter(adapter, base, key)},
-                        {'bench': adapter_names(adapter, decoder.param_names(model))}, (base,))
+                        {'bench': adapter_names(adapter, Model(model).param_names())}, (base,))
       loss_fn, frozen = objectives.with_adapters(loss_fn, {'bench': adapter}), {'base': base}
       del base
     state, shardings = init_state(model, tx, 0, 'float32', mesh, trained=trained, frozen=frozen)

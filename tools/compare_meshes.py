@@ -43,7 +43,7 @@ import test_meshes
 from llmjax.config import to_dict
 from llmjax.loops.mesh import abstract_pretraining, compile_step, local_bytes
 from llmjax.loops.spec import LayoutSpec, PretrainSpec
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.pipeline import bubble
@@ -118,9 +118,9 @@ def alone(kind):
 def forward_flops(model):
   """Returns the FLOPs of the hidden states of a batch."""
   def forward(params, tokens):
-    return decoder.hidden_states(model, params, tokens, decoder.make_context(model, tokens, tokens))[0]
+    return Model(model).apply(params, {'tokens': tokens, 'positions': tokens, 'segment_ids': tokens})[0]
 
-  params = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
+  params = Model(model).abstract_params()
   tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), 'int32')
   return count_products(jax.jit(forward).lower(params, tokens).compile().as_text())
 

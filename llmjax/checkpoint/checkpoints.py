@@ -39,7 +39,7 @@ from llmjax.checkpoint.arrays import Arrays, read_json
 from llmjax.checkpoint.recorded import find_paths
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel import distributed
 from llmjax.train.state import TrainState
@@ -538,7 +538,7 @@ def load_params(workdir, step=0, shardings=None):
   step = find_step(workdir, step)
   model = config.build(ModelSpec, settings['model'])
   dtype = settings['train']['param_dtype']
-  shapes = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0), dtype))
+  shapes = Model(model).abstract_params(dtype)
   if shardings is None:
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     tree = jax.tree.map(lambda _: single, shapes)

@@ -8,13 +8,13 @@ from llmjax.parallel import in_flight
 BINS = 10
 
 
-def evaluate(eval_step, params, batches, unit='pairs'):
+def evaluate(eval_step, params, frozen, batches, unit='pairs'):
   """Returns {'loss', unit: how many, and the means of what the loss reports} over all batches.
 
-  eval_step: a jitted loss_fn(params, batch) -> (sum, (weight, aux)).  Sums are added in float64 and divided once, so
-  padding and batch size do not matter.  A router's penalty is no part of the loss here.
+  eval_step: a jitted loss_fn(params, frozen, batch) -> (sum, (weight, aux)).  Sums are added in float64 and divided
+  once, so padding and batch size do not matter.  A router's penalty is no part of the loss here.
   """
-  parts = list(in_flight.results(eval_step(params, batch) for batch in batches))
+  parts = list(in_flight.results(eval_step(params, frozen, batch) for batch in batches))
   if not parts:
     return {'loss': 0.0, unit: 0}
   loss, (weight, aux) = jax.tree.map(lambda *x: float(np.sum(np.asarray(x, np.float64))), *parts)

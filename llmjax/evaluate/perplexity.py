@@ -10,16 +10,15 @@ from llmjax.parallel import in_flight
 
 
 def make_eval_step(loss_fn, token_bytes, names=()):
-  """Returns step(params, batch, ...) -> float32 [4 + n]: summed nats, targets, their UTF-8 bytes, and sequences.
+  """Returns step(params, frozen, batch) -> float32 [4 + n]: summed nats, targets, their UTF-8 bytes, and sequences.
 
   loss_fn: as for training, called without a key, so without dropout.  token_bytes: int [V], the bytes
-  that each token id stands for.  names: of n sums in the loss's aux that come behind.  What else the step gets goes
-  to the loss.
+  that each token id stands for.  names: of n sums in the loss's aux that are appended.
   """
   token_bytes = jnp.asarray(token_bytes, jnp.float32)
 
-  def eval_step(params, batch, *more):
-    loss, (weight, aux) = loss_fn(params, batch, None, *more)
+  def eval_step(params, frozen, batch):
+    loss, (weight, aux) = loss_fn(params, frozen, batch, None)
     # Ids above the tokenizer's are padding of the vocabulary and never targets.
     size = jnp.take(token_bytes, batch['targets'], mode='clip')
     sequences = jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # The others pad the batch.
@@ -29,14 +28,14 @@ def make_eval_step(loss_fn, token_bytes, names=()):
   return jax.jit(eval_step)
 
 
-def evaluate(eval_step, params, batches, names=()):
+def evaluate(eval_step, params, frozen, batches, names=()):
   """Returns {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'sequences'} and the means of `names`.
 
   Sums are added in float64 and divided once, so padding and batch size do not matter.  loss is nats a
   target; bits_per_byte counts the end-of-document targets' bits too, as a compressor must.
   """
   sums = np.zeros(4 + len(names))
-  for part in in_flight.results(eval_step(params, batch) for batch in batches):
+  for part in in_flight.results(eval_step(params, frozen, batch) for batch in batches):
     sums += np.asarray(part, np.float64)
   nats, tokens, size, sequences, *more = (float(s) for s in sums)
   loss = nats / max(tokens, 1.0)

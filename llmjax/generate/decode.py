@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llmjax.generate.spec import SamplingSpec
-from llmjax.model import decoder
+from llmjax.model.cache import Cache
+from llmjax.model.model import Execution, Model
 from llmjax.ops import sampling as sampling_ops
 from llmjax.ops.products import is_weight
 from llmjax.parallel import in_flight
@@ -36,22 +37,6 @@ MIN_CACHE, MIN_CACHE_ROWS = 256, 8
 STOP_IDS = 8  # Stop token ids come in multiples of this, so that their number is no new program.
 
 
-class Cache(NamedTuple):
-  """Keys and values of the tokens so far.
-
-  layers: for each layer {'keys', 'values'} [B, K, S, H].  positions: int32 [B, S], of
-  the slots' tokens.
-  segment_ids: int32 [B, S], 1 where a slot holds a token, else 0.  index: int32 [], the next free
-  slot. lengths: int32 [B], tokens held, which is the position of the next one.
-  """
-
-  layers: list
-  positions: jax.Array
-  segment_ids: jax.Array
-  index: jax.Array
-  lengths: jax.Array
-
-
 def bucket(length, minimum=MIN_BUCKET):
   """Returns the least of 4, 5, 6 or 7 times a power of two that is at least `length` and `minimum`.
 
@@ -62,68 +47,35 @@ def bucket(length, minimum=MIN_BUCKET):
   return -(-length // unit) * unit
 
 
-def init_cache(spec, batch, slots, dtype=jnp.float32):
-  """Returns an empty Cache."""
-  shape = (batch, spec.kv_heads, slots, spec.heads_dim)
-  layers = [{'keys': jnp.zeros(shape, dtype), 'values': jnp.zeros(shape, dtype)}
-            for _ in range(spec.num_layers)]
-  blank = jnp.zeros((batch, slots), jnp.int32)
-  return Cache(layers, blank, blank, jnp.zeros((), jnp.int32), jnp.zeros((batch,), jnp.int32))
-
-
-def grow_cache(cache, slots):
-  """Returns the cache with its free slots extended to `slots` in all."""
-  extra = slots - cache.positions.shape[1]
-  grow = lambda x, axis: jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)])
-  return cache._replace(layers=jax.tree.map(lambda x: grow(x, 2), cache.layers),
-                        positions=grow(cache.positions, 1), segment_ids=grow(cache.segment_ids, 1))
-
-
-def prefill(spec, params, tokens, lengths, *, compute_dtype=jnp.float32):
+def prefill(model, params, tokens, lengths, step=1):
   """Returns (logits float32 [B, V] of the token after each prompt, a full Cache of P slots).
 
-  params: unstacked (`decoder.unstack`).  tokens: int32 [B, P], each row's prompt at its right end.
-  lengths: int32 [B], at least 1.
+  params: unstacked (`Model.unstack`).  tokens: int32 [B, P], each prompt at the right end.  lengths: int32 [B],
+  at least 1.  step: tokens of a later `decode_step`, at most.
   """
   batch, slots = tokens.shape
-  # Padding has positions below 0: they rise along the row, as aligned attention wants them to.
+  # Padding has positions below 0: they rise along the sequence, as aligned masks promise.
   positions = (jnp.arange(slots) - (slots - lengths[:, None])).astype(jnp.int32)
-  segment_ids = (positions >= 0).astype(jnp.int32)
-  cache = init_cache(spec, batch, slots, compute_dtype)
-  # Keys and queries are the same slots here, so attention may skip those after the query: aligned.
-  context = decoder.make_context(
-      spec, positions, segment_ids, implementation='blockwise', aligned=True,
-      cache={'index': 0, 'positions': positions, 'segment_ids': segment_ids})
-  x, layers, _ = decoder.hidden_states(spec, params, tokens, context, _pin(cache.layers),
-                                       compute_dtype=compute_dtype)
-  cache = Cache(layers, positions, segment_ids, jnp.asarray(slots, jnp.int32), lengths)
-  return decoder.unembed(spec, params, x[:, -1]), cache
+  inputs = {'tokens': tokens, 'positions': positions, 'segment_ids': (positions >= 0).astype(jnp.int32)}
+  x, cache, _ = model.apply(params, inputs, cache=_pin(model.init_cache(batch, slots, step)))
+  return model.logits(params, x[:, -1]), cache
 
 
-def decode_step(spec, params, cache, tokens, *, compute_dtype=jnp.float32):
+def decode_step(model, params, cache, tokens):
   """Returns (logits float32 [B, T, V] of the token after each of `tokens`, the Cache with them).
 
-  tokens: int32 [B, T]; T is 1 in plain decoding, more when a draft is checked or a prompt goes on.
-  The cache must have T free slots.
+  tokens: int32 [B, T]; T is 1 in plain decoding, more when a draft is verified or a prompt continues.  The cache must
+  have T free slots.
   """
-  batch, count = tokens.shape
-  start = (0, cache.index)
-  new_positions = cache.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
-  new_segments = jnp.ones((batch, count), jnp.int32)
-  positions = jax.lax.dynamic_update_slice(cache.positions, new_positions, start)
-  segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, new_segments, start)
-  context = decoder.make_context(
-      spec, new_positions, new_segments, implementation='blockwise', aligned=False,
-      cache={'index': cache.index, 'positions': positions, 'segment_ids': segment_ids})
-  x, layers, _ = decoder.hidden_states(spec, params, tokens, context, cache.layers,
-                                       compute_dtype=compute_dtype)
-  cache = Cache(_pin(layers), positions, segment_ids, cache.index + count, cache.lengths + count)
-  return decoder.unembed(spec, params, x), cache
+  positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+  inputs = {'tokens': tokens, 'positions': positions, 'segment_ids': jnp.ones_like(positions)}
+  x, cache, _ = model.apply(params, inputs, cache=cache)
+  return model.logits(params, x), _pin(cache)
 
 
-def _pin(layers):
-  """Returns the cache laid out over the mesh, if one is set: rows over data, heads over tensor."""
-  return jax.tree.map(lambda x: constrain(x, 'batch', 'kv_heads', None, None), layers)
+def _pin(cache):
+  """Returns the cache with its layers sharded over the mesh, if one is set: sequences over data, heads over tensor."""
+  return cache.replace(layers=jax.tree.map(lambda x: constrain(x, 'batch', 'kv_heads', None, None), cache.layers))
 
 
 class _State(NamedTuple):
@@ -165,25 +117,26 @@ def _see(seen, token):
   return seen.at[jnp.arange(seen.shape[0]), token].set(True)
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'compute_dtype'))
-def _start(spec, params, tokens, lengths, keys, choice, *, compute_dtype):
+@functools.partial(jax.jit, static_argnames='model')
+def _start(model, params, tokens, lengths, keys, choice):
   """Returns (the state after prefill and the first token, that token [B], its logprob [B])."""
-  logits, cache = prefill(spec, params, tokens, lengths, compute_dtype=compute_dtype)
+  logits, cache = prefill(model, params, tokens, lengths)
   seen = jnp.zeros(logits.shape, bool)
   # Padding must not count as seen: it is sent out of range, where a scatter drops it.
-  ids = jnp.where(cache.segment_ids > 0, tokens, logits.shape[-1])
+  held = jnp.arange(tokens.shape[1]) >= tokens.shape[1] - lengths[:, None]
+  ids = jnp.where(held, tokens, logits.shape[-1])
   seen = jax.vmap(lambda row, row_ids: row.at[row_ids].set(True, mode='drop'))(seen, ids)
   token, logprob, done = _choose(choice, logits, seen, keys, lengths)
   return _State(cache, token, done, _see(seen, token), keys), token, logprob
 
 
-@functools.partial(jax.jit, static_argnames=('slots',))
-def _grow(cache, slots):
-  return grow_cache(cache, slots)
+@functools.partial(jax.jit, static_argnames=('model', 'slots'))
+def _grow(model, cache, slots):
+  return model.grow_cache(cache, slots)
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'compute_dtype'), donate_argnames=('state',))
-def _decode_chunk(spec, params, state, choice, steps, *, compute_dtype):
+@functools.partial(jax.jit, static_argnames='model', donate_argnames='state')
+def _decode_chunk(model, params, state, choice, steps):
   """Returns (state, tokens int32 [B, CHUNK], logprobs [B, CHUNK], the steps done) after `steps` at
   most.
 
@@ -197,8 +150,7 @@ def _decode_chunk(spec, params, state, choice, steps, *, compute_dtype):
 
   def step(carry):
     count, state, tokens, logprobs = carry
-    logits, cache = decode_step(spec, params, state.cache, state.token[:, None],
-                                compute_dtype=compute_dtype)
+    logits, cache = decode_step(model, params, state.cache, state.token[:, None])
     token, logprob, is_stop = _choose(choice, logits[:, 0], state.seen, state.keys, cache.lengths)
     token, logprob = jnp.where(state.done, 0, token), jnp.where(state.done, 0.0, logprob)
     put = lambda rows, new: jax.lax.dynamic_update_slice(rows, new[:, None], (0, count))
@@ -232,11 +184,11 @@ class Generator:
     rows warn.
     """
     self.spec, self.mesh = model_spec, mesh
-    self.compute_dtype = jnp.dtype(compute_dtype)
+    self.model = Model(model_spec, Execution(compute_dtype=jnp.dtype(compute_dtype).name))
     self.bos_id, self.context_length = bos_id, context_length
     self.vocab_size = vocab_size or model_spec.vocab_size
     with self.on_mesh():
-      self.params = _prepare(params, compute_dtype=self.compute_dtype)
+      self.params = _prepare(self.model, params)
 
   def generate(self, prompts, max_new_tokens, sampling=None, key=None, stop_ids=(), drawn_logprobs=False):
     """Returns a Generation: (tokens [B, max_new_tokens], logprobs, lengths).
@@ -303,10 +255,9 @@ class Generator:
       done = done | stops.any(1)
       return tokens, logprobs, counts
 
-    run = {'compute_dtype': self.compute_dtype}
     with self.on_mesh():
-      state, token, logprob = _start(self.spec, self.params, self.place_rows(padded),
-                                     self.place_rows(lengths), self.place_rows(keys), choice, **run)
+      state, token, logprob = _start(self.model, self.params, self.place_rows(padded),
+                                     self.place_rows(lengths), self.place_rows(keys), choice)
     yield cut(token[:, None], logprob[:, None])
     made, slots = 1, padded.shape[1]
     least = max(MIN_BUCKET, MIN_CACHE * MIN_CACHE_ROWS // max(rows, MIN_CACHE_ROWS))
@@ -316,11 +267,10 @@ class Generator:
       if used == slots:
         slots = bucket(max(min(total, 2 * used), least))
         with self.on_mesh():
-          state = state._replace(cache=_grow(state.cache, slots))
+          state = state._replace(cache=_grow(self.model, state.cache, slots))
       steps = min(chunk, CHUNK, max_new_tokens - made, slots - used)
       with self.on_mesh():
-        state, tokens, logprobs, count = _decode_chunk(
-            self.spec, self.params, state, choice, np.int32(steps), **run)
+        state, tokens, logprobs, count = _decode_chunk(self.model, self.params, state, choice, np.int32(steps))
       count = int(self.fetch(count))
       yield cut(tokens[:, :count], logprobs[:, :count])
       made += count
@@ -364,9 +314,9 @@ class Generator:
     return np.asarray(in_flight.wait(x))
 
 
-@functools.partial(jax.jit, static_argnames=('compute_dtype',))
-def _prepare(params, *, compute_dtype):
-  """Returns unstacked parameters, embedding, head and what `decoder.cast` casts in compute_dtype."""
-  params = decoder.cast(decoder.unstack(params), compute_dtype)
+@functools.partial(jax.jit, static_argnames='model')
+def _prepare(model, params):
+  """Returns unstacked parameters; embedding, head and what `Model.cast` casts are in the compute dtype."""
+  params = model.cast(model.unstack(params))
   ends = {name: params[name] for name in ('embed', 'head') if name in params}
-  return {**params, **jax.tree.map(lambda p: p.astype(compute_dtype), ends, is_leaf=is_weight)}
+  return {**params, **jax.tree.map(lambda p: p.astype(model.dtype), ends, is_leaf=is_weight)}

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.generate.decode import bucket
-from llmjax.model import decoder
 from llmjax.ops import sampling as sampling_ops
 from llmjax.parallel.mesh import batch_shards
 
@@ -39,20 +38,20 @@ def score(generator, prompts, continuations):
     padded_row[len(padded_row) - len(row):] = row
   lengths = np.asarray([len(row) for row in rows], np.int32)
   with generator.on_mesh():
-    found = _score(generator.spec, generator.params, generator.place_rows(padded), generator.place_rows(lengths),
-                   np.int32(generator.vocab_size), tail=tail, compute_dtype=generator.compute_dtype)
+    found = _score(generator.model, generator.params, generator.place_rows(padded), generator.place_rows(lengths),
+                   np.int32(generator.vocab_size), tail=tail)
   found = generator.fetch(found)
   return [row[tail - count:] for row, count in zip(found, counts, strict=False)]
 
 
-@functools.partial(jax.jit, static_argnames=('spec', 'tail', 'compute_dtype'))
-def _score(spec, params, tokens, lengths, vocab_size, *, tail, compute_dtype):
+@functools.partial(jax.jit, static_argnames=('model', 'tail'))
+def _score(model, params, tokens, lengths, vocab_size, *, tail):
   """Returns float32 [B, tail]: log-probabilities of the last `tail` tokens.  tokens: int32 [B, S], right-aligned."""
   slots = tokens.shape[1]
   positions = (jnp.arange(slots) - (slots - lengths[:, None])).astype(jnp.int32)
-  context = decoder.make_context(spec, positions, (positions >= 0).astype(jnp.int32), implementation='blockwise')
-  x, _, _ = decoder.hidden_states(spec, params, tokens, context, compute_dtype=compute_dtype)
-  logits = decoder.unembed(spec, params, x[:, -tail - 1:-1])
+  batch = {'tokens': tokens, 'positions': positions, 'segment_ids': (positions >= 0).astype(jnp.int32)}
+  x, _, _ = model.apply(params, batch)
+  logits = model.logits(params, x[:, -tail - 1:-1])
   logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, sampling_ops.REMOVED)
   logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
   return jnp.take_along_axis(logprobs, tokens[:, -tail:, None], axis=-1)[..., 0]

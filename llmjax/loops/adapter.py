@@ -1,6 +1,5 @@
 """`llmjax adapter show | merge | export | import`: adapters outside of training."""
 
-import functools
 import json
 import os
 import pathlib
@@ -29,7 +28,7 @@ from llmjax.checkpoint.recorded import absolute_paths
 from llmjax.config import ConfigError
 from llmjax.interop import peft
 from llmjax.loops.adapters import initial_checkpoint
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.train.state import TrainState
 
@@ -90,7 +89,7 @@ def import_peft(options):
   run_folder = checkpoint.parent.parent
   settings = read_config(run_folder)
   model = config.build(ModelSpec, settings['model'])
-  shapes = jax.eval_shape(functools.partial(decoder.init_params, model), jax.random.key(0))
+  shapes = Model(model).abstract_params()
   adapter, spec = peft.load(options.peft, shapes)
   settings['adapter'] = config.to_dict(spec)
   settings['train'] = {**settings['train'], 'init_from': str(checkpoint), 'param_dtype': 'float32'}
@@ -108,8 +107,7 @@ def _load(options):
   settings = read_config(options.workdir)
   model = config.build(ModelSpec, settings['model'])
   single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  shapes = jax.eval_shape(
-      lambda: decoder.init_params(model, jax.random.key(0), settings['train']['param_dtype']))
+  shapes = Model(model).abstract_params(settings['train']['param_dtype'])
   abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=single), shapes)
   _, adapters, specs = load_adapters(checkpoint, abstract, with_base=False)
   return checkpoint, adapters, specs, settings

@@ -11,7 +11,7 @@ from llmjax.adapt.quantize import quantize_tree
 from llmjax.checkpoint import bases
 from llmjax.checkpoint.checkpoints import find_step, is_adapter, require_good, restore_params
 from llmjax.config import ConfigError
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.train.objectives import with_adapters
 from llmjax.train.state import Trained, abstract_params, zero_rules
@@ -98,12 +98,12 @@ class Adapting:
     frozen = frozen or self.abstract_frozen()
     dtype, adapter = jnp.dtype(self.spec.train.param_dtype), self.spec.adapter
     init = lambda key, base: {adapter.name: init_adapter(adapter, base, key, dtype)}
-    names = {adapter.name: adapter_names(adapter, decoder.param_names(self.spec.model))}
+    names = {adapter.name: adapter_names(adapter, Model(self.spec.model).param_names())}
     return Trained(init, names, (frozen['base'],))
 
-  def loss_fn(self, loss_fn, sees_frozen=False):
-    """Returns the loss of adapters and frozen arrays for a loss of the model's parameters."""
-    return with_adapters(loss_fn, self.specs, sees_frozen)
+  def loss_fn(self, loss_fn):
+    """Returns the loss_fn of the adapters for one of the model's parameters."""
+    return with_adapters(loss_fn, self.specs)
 
   def parameters(self, state):
     """Returns a state's parameters as the model takes them."""
@@ -119,7 +119,7 @@ class Adapting:
 
   def _quantize(self, base):
     kind = self.spec.adapter.quantize
-    return quantize_tree(base, kind, decoder.param_names(self.spec.model), self._place) if kind else base
+    return quantize_tree(base, kind, Model(self.spec.model).param_names(), self._place) if kind else base
 
   def _place(self, names):
     return tree_shardings(self.mesh, names, zero_rules(self.spec.mesh.zero, 3))

@@ -15,7 +15,7 @@ from llmjax.loops import start
 from llmjax.loops.adapters import checkpoint_of
 from llmjax.loops.kept import Kept
 from llmjax.loops.sources import run_folder
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.parallel.sharding import tree_shardings
@@ -61,14 +61,15 @@ class Lessons:
     self.kept = Kept(pathlib.Path(workdir) / FOLDER, 'teacher', 'distill.teacher', source,
                      lambda: checkpoint_of('distill.teacher', source))
     self.path = self.kept.checkpoint()
-    self.lessons = Distillation(spec.distill, spec.model, self.model, spec.train, mesh.devices.flat[0].platform,
-                                spec.pipeline)
+    self.lessons = Distillation(spec.distill, start.make_model(spec, mesh),
+                                start.make_model(dataclasses.replace(spec, model=self.model), mesh),
+                                spec.train.neftune_alpha)
     self.evaluate = self.lessons.evaluate
 
   def load(self):
     """Returns the teacher's parameters, divided as the mesh says."""
     return load_params(run_folder(self.path), int(self.path.name), shardings=lambda model: tree_shardings(
-        self.mesh, decoder.param_names(model)))[0]
+        self.mesh, Model(model).param_names()))[0]
 
   def teach(self, job):
     """Returns the job with the teacher's loss, and what that and the first step need."""
@@ -76,7 +77,7 @@ class Lessons:
     if self.spec.distill.on_policy:
       job = self._on_policy(job)
     if not self.spec.distill.top_k:
-      return dataclasses.replace(job, loss_fn=self.lessons.train, sees_frozen=True, initial=initial,
+      return dataclasses.replace(job, loss_fn=self.lessons.train, initial=initial,
                                  load_frozen=lambda: {'teacher': self.load()})
     for name, table in self.columns(self.spec.data, 'train').items():
       job.batches.attach(name, table)

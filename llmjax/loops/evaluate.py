@@ -16,7 +16,7 @@ from llmjax.loops.pretrain import make_evaluators
 from llmjax.loops.sources import template_problems
 from llmjax.loops.spec import AnswersSpec, EvaluatedSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.parallel import distributed, heartbeat, in_flight
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
@@ -43,7 +43,7 @@ def _evaluate(options):
     watchdog.beat(options.step, 'evaluate')
     params, _, _, step = load_params(
         workdir, options.step,
-        shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
+        shardings=lambda model: tree_shardings(mesh, Model(model).param_names()))
     for source, spec in specs.items():
       for name, measured in _measure(spec, mesh, params):
         results[f'{name}:{source}' if source else name] = {**measured, 'step': step, 'seq_len': spec.data.seq_len}
@@ -107,7 +107,7 @@ def _measure(spec, mesh, params):
   evaluations = spec.evaluations()
   for name, evaluate in make_evaluators(spec, mesh).items():
     split, sources = evaluations[name]
-    measured = evaluate(params)
+    measured = evaluate(params, {})
     # A compressor gets the whole split, so it stands beside a model that was given the whole split alone.
     whole = not spec.evaluate.limit or measured['sequences'] < spec.evaluate.limit
     yield name, {**measured, **(_baselines(split, sources) if whole else {}),

@@ -23,7 +23,7 @@ from llmjax.generate.stops import TextStream
 from llmjax.loops.compiling import Stopwatch
 from llmjax.loops.spec import EvaluatedSpec, FinishedSpec, of_run
 from llmjax.loops.workdir import enable_compilation_cache
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
@@ -141,7 +141,7 @@ def load_generator(options, run_spec):
   mesh = fitting_mesh(run_spec.mesh)
   params, model, _, step = load_params(
       options.workdir, options.step,
-      shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
+      shardings=lambda model: tree_shardings(mesh, Model(model).param_names()))
   kept = pathlib.Path(options.workdir) / 'tokenizer.model'
   tokenizer = Tokenizer(kept) if kept.exists() else stream.load_tokenizer(run_spec.data)
   # CPUs have no fast bf16 product, so float32 costs nothing there and is closer to the truth.

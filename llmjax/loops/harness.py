@@ -49,11 +49,11 @@ class Job:
   harness reads.  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data),
   `restore(state)` and `close()`.  One that is made with the model has `is_due`, whether its next batch needs the
   parameters, and `refill(params)`, which is called then and returns metrics.
-  loss_fn: see train/step.py.  evaluators: name -> function of the parameters that returns metrics.
+  loss_fn: see train/step.py.  evaluators: name -> function of (params, frozen) that returns metrics.
   sample: function of the parameters that returns [(prompt, continuation)], or None.  describe: function of
   a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
-  together: rows in order that belong together.  sees_frozen: the loss takes the state's frozen trees as well,
-  `loss_fn(params, batch, key, frozen)`: the base of adapters, and what `load_frozen` returns, {name: parameters}.
+  together: rows in order that belong together.  load_frozen: function that returns {name: parameters} that the
+  loss reads and that do not train, beside the base of adapters, or None.
   initial: function of fresh parameters to those that a new run starts from, laid out as they are, or None.
   """
 
@@ -65,7 +65,6 @@ class Job:
   sample: Callable | None
   describe: Callable | None = None
   together: int = 1
-  sees_frozen: bool = False
   load_frozen: Callable | None = None
   initial: Callable | None = None
   ledger: Ledger | None = None  # `start.run` supplies these.
@@ -237,9 +236,9 @@ class Loop:
     return target, drawn, position
 
   def _load_frozen(self):
-    """Returns the trees that the loss sees and that do not change, by name, or None."""
+    """Returns the trees that the loss sees and that do not change, by name."""
     parts = [load() for load in (self.adapting and self.adapting.load_frozen, self.job.load_frozen) if load]
-    return {name: tree for part in parts for name, tree in part.items()} or None
+    return {name: tree for part in parts for name, tree in part.items()}
 
   def _parameters(self):
     """Returns the parameters as the model takes them."""
@@ -272,7 +271,7 @@ class Loop:
     """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
     loss_fn = self.job.loss_fn
     if self.adapting:
-      loss_fn = self.adapting.loss_fn(loss_fn, self.job.sees_frozen)
+      loss_fn = self.adapting.loss_fn(loss_fn)
     loss_fn = stop_frozen(loss_fn, self.spec.optimizer.freeze)
     step = make_train_step(loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
                            self.spec.guard, self.job.together)
@@ -428,7 +427,7 @@ class Loop:
     self.heart.beat(step, 'evaluate')
     for name, evaluator in self.job.evaluators.items():
       with charged(self.ledger, 'eval') as watch:
-        values = evaluator(self._parameters(), *[self.state.frozen] * self.job.sees_frozen)
+        values = evaluator(self._parameters(), self.state.frozen)
         seconds = watch.seconds
       metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
       self.writers.write(step, metrics)

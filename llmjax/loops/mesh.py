@@ -105,7 +105,9 @@ def abstract_pretraining(spec, mesh):
   rule, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
   tx = watched(rule, spec.guard.window)
   state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero)
-  loss_fn = objectives.next_token(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
+  loss_fn = objectives.next_token(
+      objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline),
+      z_loss=spec.train.z_loss, neftune_alpha=spec.train.neftune_alpha)
   step = make_train_step(loss_fn, tx, schedule, spec.train.accumulation, spec.guard)
   return step, state, abstract_batch(spec, mesh)
 

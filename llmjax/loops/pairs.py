@@ -30,15 +30,14 @@ def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
 
   columns: {split: {field: float32 [pairs, 2]}} for the splits that are evaluated.  options: of the Job.
   """
-  eval_step = jax.jit(lambda params, batch, *frozen: loss_fn(params, batch, None, *frozen))
+  eval_step = jax.jit(lambda params, frozen, batch: loss_fn(params, frozen, batch, None))
 
   def evaluator(split):
     described = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
 
-    def evaluate(params, *frozen):
+    def evaluate(params, frozen):
       found = read_split(spec, mesh, split, (columns or {}).get(split), spec.evaluate.limit)
-      values = pairs.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params, found)
-      return {**values, **described}
+      return {**pairs.evaluate(eval_step, params, frozen, found), **described}
 
     return evaluate
 
@@ -73,13 +72,13 @@ def make_describer(spec, batches):
 def preference_job(spec, mesh, batches, workdir):
   """Returns the harness.Job of the spec's preference loss, and its reference as the spec wants it."""
   start.keep_template(spec, workdir)
-  platform, vocab_size = mesh.devices.flat[0].platform, stream.vocab_size(spec.data)
-  arguments = (spec.preference, spec.model, spec.train, platform, spec.pipeline, vocab_size)
+  model, vocab_size = start.make_model(spec, mesh), stream.vocab_size(spec.data)
   unpaired = spec.preference.loss in UNPAIRED_LOSSES
-  loss_fn = (objective.make_unpaired_loss if unpaired else objective.make_pair_loss)(*arguments)
+  loss_fn = (objective.make_unpaired_loss if unpaired else objective.make_pair_loss)(
+      spec.preference, model, vocab_size, spec.train.neftune_alpha)
   if spec.preference.loss in FREE_LOSSES:
     return make_job(spec, mesh, batches, loss_fn)
-  score = objective.make_sequence_logprobs(*arguments)
+  score = objective.make_sequence_logprobs(spec.preference, model, vocab_size)
   kept = None if spec.preference.reference == 'adapters_off' else Kept(
       workdir / 'reference', 'reference', 'train.init_from', spec.train.init_from,
       lambda: initial_checkpoint(spec.train.init_from))
@@ -90,14 +89,14 @@ def preference_job(spec, mesh, batches, workdir):
   name = 'reference' if kept else 'base'
 
   @functools.wraps(loss_fn)
-  def with_reference(params, batch, key, frozen):
+  def with_reference(params, frozen, batch, key):
     found = {REFERENCE: score(frozen[name], batch)}
     if spec.preference.loss == 'kto':
       found[objective.MISMATCHED] = score(frozen[name], objective.mismatch(batch))
-    return loss_fn(params, {**batch, **jax.lax.stop_gradient(found)}, key)
+    return loss_fn(params, frozen, {**batch, **jax.lax.stop_gradient(found)}, key)
 
   load = (lambda: {name: load_initial(spec, mesh, kept.checkpoint())}) if kept else None
-  return make_job(spec, mesh, batches, with_reference, sees_frozen=True, load_frozen=load)
+  return make_job(spec, mesh, batches, with_reference, load_frozen=load)
 
 
 def score_reference(spec, mesh, score, kept):

@@ -26,7 +26,8 @@ def make_job(spec, mesh, batches, workdir):
   encode = lambda text: np.array([tokenizer.bos_id, *tokenizer.encode(text)])
   job = harness.Job(
       spec=spec, mesh=mesh, batches=batches,
-      loss_fn=objectives.next_token(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline),
+      loss_fn=objectives.next_token(start.make_model(spec, mesh), z_loss=spec.train.z_loss,
+                                    neftune_alpha=spec.train.neftune_alpha),
       evaluators={}, sample=make_sampler(spec, mesh, encode, (tokenizer.eos_id,)),
       describe=make_describer(spec, batches))
   if not spec.distill.teacher:
@@ -38,12 +39,12 @@ def make_job(spec, mesh, batches, workdir):
 
 
 def make_evaluators(spec, mesh, loss_fn=None, names=(), columns=lambda data, split: None):
-  """Returns {name of an evaluation: function of the parameters to perplexity, bits per byte, and what they are of}.
+  """Returns {name of an evaluation: function of (params, frozen) to perplexity, bits per byte, and what they are of}.
 
   loss_fn: whose sum is the targets' negative log-likelihood; what else an evaluation gets it gets, too.  names: of
   sums in its aux whose means are reported.  columns: function of the DataSpec and split to fields of their batches.
   """
-  loss_fn = loss_fn or objectives.likelihood(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
+  loss_fn = loss_fn or objectives.likelihood(start.make_model(spec, mesh))
   token_bytes = stream.load_tokenizer(spec.data).token_bytes()
   eval_step = perplexity.make_eval_step(loss_fn, token_bytes, names)
   batch_size = start.eval_rows(spec, mesh)
@@ -53,11 +54,10 @@ def make_evaluators(spec, mesh, loss_fn=None, names=(), columns=lambda data, spl
     found = columns(data, split)
     described = stream.describe_evaluation(data, split, spec.evaluate.limit)
 
-    def evaluate(params, *frozen):
+    def evaluate(params, frozen):
       batches = stream.eval_batches(data, split, batch_size, spec.evaluate.limit, blocks=batch_blocks(mesh),
                                     block_count=batch_shards(mesh), columns=found)
-      values = perplexity.evaluate(lambda params, batch: eval_step(params, batch, *frozen), params,
-                                   (place_batch(mesh, b) for b in batches), names)
+      values = perplexity.evaluate(eval_step, params, frozen, (place_batch(mesh, b) for b in batches), names)
       return {**values, **described}
 
     return evaluate

@@ -28,12 +28,11 @@ def run(spec, options):
 def make_job(spec, mesh, batches, workdir):
   """Returns the harness.Job of the Bradley-Terry loss of pairs, or of the cross-entropy of steps."""
   start.keep_template(spec, workdir)
-  platform = mesh.devices.flat[0].platform
+  model, noise = start.make_model(spec, mesh), spec.train.neftune_alpha
   if spec.judges_steps:
-    judge = objective.make_step_judge(spec.model, spec.train, platform, spec.pipeline)
+    judge = objective.make_step_judge(model, noise)
   else:
-    judge = objective.make_reward_judge(spec.model, spec.train, platform, spec.pipeline,
-                                        centring=spec.reward.centring)
+    judge = objective.make_reward_judge(model, centring=spec.reward.centring, neftune_alpha=noise)
   loss_fn = objective.as_loss(judge)
   if spec.judges_steps:
     job = harness.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, evaluators={}, sample=None,
@@ -52,17 +51,17 @@ def make_evaluator(spec, mesh, judge, split, workdir):
   unit = 'steps' if spec.judges_steps else 'pairs'
   described = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
 
-  def evaluate(params):
+  def evaluate(params, frozen):
     parts, counts = [], []
 
-    def judged(params, batch):
+    def judged(params, frozen, batch):
       sums, each, sequences = step(params, batch)
       counts.append(int(sequences))
       parts.append({name: np.asarray(a).ravel() for name, a in each.items()})
       return sums
 
     read = (_read_rows if spec.judges_steps else pairs.read_split)(spec, mesh, split, limit=spec.evaluate.limit)
-    values = held_out.evaluate(judged, params, read, unit)
+    values = held_out.evaluate(judged, params, frozen, read, unit)
     each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     real = each['weight'] > 0
     each = {name: a[real] for name, a in each.items()}

@@ -16,7 +16,7 @@ from llmjax.loops.adapters import checkpoint_of, initial_checkpoint, load_initia
 from llmjax.loops.kept import Kept
 from llmjax.loops.sources import run_folder
 from llmjax.loops.spec import prompt_data
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.rl import objective, rollout
@@ -41,7 +41,8 @@ def make_job(spec, mesh, prompts, workdir):
   tokenizer = stream.load_tokenizer(spec.data)
   with start.keep_template(spec, workdir) as chat:
     stop_ids = chat.stop_ids
-  scorer = rollout.Scorer(spec.model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
+  model = start.make_model(spec, mesh)
+  scorer = rollout.Scorer(model, mesh, rows=spec.train.batch_size,
                           temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size)
   score = reward_model(spec, mesh, tokenizer) if 'model' in spec.rl.rewards else None
   reference = None
@@ -52,8 +53,8 @@ def make_job(spec, mesh, prompts, workdir):
   source = RolloutSource(spec, mesh, prompts, tokenizer, workdir, stop_ids=stop_ids, scorer=scorer,
                          reference=reference, score=score)
   loss_fn = objective.make_policy_loss(
-      spec.policy, spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline,
-      temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size, max_length=spec.rl.max_new_tokens,
+      spec.policy, model, temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size,
+      max_length=spec.rl.max_new_tokens,
       value_coef=spec.policy.value_coef if spec.model.value_head else 0.0, value_clip=spec.policy.value_clip)
   return harness.Job(
       spec=spec, mesh=mesh, batches=source, loss_fn=loss_fn, describe=source.describe, sample=None,
@@ -61,7 +62,7 @@ def make_job(spec, mesh, prompts, workdir):
                   for split in spec.evaluate.splits})
 
 
-def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params):
+def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params, frozen=None):
   """Returns the mean reward of the likeliest answers to a split's prompts, or to a sample of evaluate.limit."""
   prompts = stream.eval_prompts(prompt_data(spec), split, spec.evaluate.limit)
   generator = Generator(spec.model, params, jnp.dtype(spec.train.compute_dtype), mesh,
@@ -93,10 +94,12 @@ def reward_model(spec, mesh, tokenizer):
   except ConfigError as e:
     raise ConfigError([f'rl.reward_model={spec.rl.reward_model}: its {p}' for p in e.problems]) from e
   params, model, _, _ = load_params(
-      run_folder(path), int(path.name), shardings=lambda model: tree_shardings(mesh, decoder.param_names(model)))
+      run_folder(path), int(path.name), shardings=lambda model: tree_shardings(mesh, Model(model).param_names()))
+  scorer_model = start.make_model(dataclasses.replace(spec, model=model), mesh)
   of_steps = settings['reward'].get('scores') == 'steps'
-  scorer = rollout.RewardScorer(model, spec.train, mesh, spec.pipeline, rows=spec.train.batch_size,
-                                length=spec.data.seq_len + 1, reduce=spec.rl.step_score if of_steps else '')
+  scorer = rollout.RewardScorer(
+      scorer_model, mesh, rows=spec.train.batch_size, length=spec.data.seq_len + 1,
+      reduce=spec.rl.step_score if of_steps else '')
 
   def score(answers):
     places = [rollout.places_of_steps(tokenizer, a) for a in answers] if of_steps else None

@@ -240,7 +240,7 @@ class PretrainSpec:
     model, size = self.model, mesh.size
     heads, rows = ('tensor',), ROW_AXES
     wholes = [('model.num_heads', model.num_heads, heads, 1, ''),
-              ('model.num_kv_heads', model.kv_heads, heads, 1, ''),
+              ('model.num_kv_heads', model.resolved_kv_heads, heads, 1, ''),
               ('model.mlp_dim', model.mlp_dim, heads, 1, ''),
               ('model.d_model', model.d_model, rows if mesh.zero else rows[1:], 1, ''),
               ('data.seq_len', self.data.seq_len, ('context', 'tensor'), 1, '')]
@@ -253,7 +253,8 @@ class PretrainSpec:
              f'mesh.fsdp={size("fsdp") * size("expert")}')
     kernel = self.train.attention
     if kernel in LIMITS:
-      limit = LIMITS[kernel](self.data.seq_len, model.heads_dim, model.attention_soft_cap, self.train.compute_dtype)
+      limit = LIMITS[kernel](self.data.seq_len, model.resolved_head_dim, model.attention_soft_cap,
+                             self.train.compute_dtype)
       if size('context') > 1:
         limit = f'works on whole sequences, and mesh.context={size("context")} shards them'
       if limit:

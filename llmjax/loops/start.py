@@ -67,6 +67,11 @@ def _open_rows(spec, mesh):
                             blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
 
 
+def make_model(spec, mesh):
+  """Returns the Model of a command's spec as it runs on a mesh."""
+  return objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
+
+
 def eval_rows(spec, mesh):
   """Returns how many rows an evaluation takes at a time: evaluate.batch_size, or more where the mesh needs it."""
   shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)

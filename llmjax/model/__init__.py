@@ -1,1 +1,1 @@
-"""The functional transformer: specs, leaf layers, Block, the decoder, presets, counts."""
+"""Language models as values: `Model`, built from a `ModelSpec`."""

@@ -1,15 +1,15 @@
-"""Attention in plain XLA: who sees whom, the definition over the whole square, and the same by blocks.
+"""Attention in plain XLA: the definition over the whole [T, S] square, and the same in blocks of queries.
 
 Letters: B batch, T query length, S key length, K key/value heads, G query heads that share one, H head_dim.
-Queries are [B, K, G, T, H] and keys and values [B, K, S, H]: repeated keys never exist, and every product
-is a plain batched matrix product.  `options` are (window, soft_cap, scale, aligned) of
-`ops.attention.attention`, and ids the (segment_ids, positions) of either side, int [B, T] or [B, S].
+Queries are [B, K, G, T, H] and keys and values [B, K, S, H]: keys are never repeated, and every product is a plain
+batched matrix product.  `options` is an `Options`, `mask` an `ops.masks.Mask`.
 
-`forward` and `backward` are those of any set of keys: attention over a row that lies on several devices
-is made of them (parallel/attention.py).
+`forward` and `backward` take any subset of the keys: ring attention combines them over devices
+(parallel/attention.py).
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,49 +25,45 @@ BLOCK = 128
 MAX_BLOCKS = 16
 
 
-def visible(q_ids, k_ids, window):
-  """Returns bool [B, T, S], who sees whom.  q_ids, k_ids: (segment_ids, positions) of each side."""
-  (q_segment, q_position), (k_segment, k_position) = q_ids, k_ids
-  distance = q_position[:, :, None] - k_position[:, None, :]
-  mask = (q_segment[:, :, None] == k_segment[:, None, :]) & (distance >= 0)
-  return mask if window is None else mask & (distance < window)
+class Options(NamedTuple):
+  """soft_cap: logits become soft_cap * tanh(logits / soft_cap); None: off.  scale: factor of the logits."""
+
+  soft_cap: float | None
+  scale: float
 
 
-def _masked_logits(options, q, k, q_ids, k_ids):
+def _masked_logits(options, q, k, mask):
   """Returns float32 logits [B, K, G, T, S], MASKED where invisible."""
-  window, soft_cap, scale, _ = options
+  soft_cap, scale = options
   logits = scale * jnp.einsum('BKGTH,BKSH->BKGTS', q, k, preferred_element_type=jnp.float32)
   if soft_cap is not None:
     logits = soft_cap * jnp.tanh(logits / soft_cap)
-  return jnp.where(visible(q_ids, k_ids, window)[:, None, None], logits, MASKED)
+  return jnp.where(mask.visible()[:, None, None], logits, MASKED)
 
 
-def reference_attention(options, q, k, v, q_ids, k_ids):
+def reference_attention(options, q, k, v, mask):
   """The definition, over the whole square at once."""
-  p = jax.nn.softmax(_masked_logits(options, q, k, q_ids, k_ids), axis=-1)
+  p = jax.nn.softmax(_masked_logits(options, q, k, mask), axis=-1)
   return jnp.einsum('BKGTS,BKSH->BKGTH', p.astype(v.dtype), v,
                     preferred_element_type=jnp.float32).astype(v.dtype)
 
 
-def _blocks(options, length, keys):
-  """Yields slices (queries, keys) that together hold all that is visible."""
-  window, _, _, aligned = options
+def _blocks(mask, length, keys):
+  """Yields slices (queries, keys) that together cover all visible pairs."""
   size = max(BLOCK, -(-length // MAX_BLOCKS))
   for start in range(0, length, size):
     stop = min(start + size, length)
-    # Positions rise by at least 1 a token, so what is `window` tokens away is out of its reach.
-    first = max(0, start - window + 1) if aligned and window is not None else 0
-    yield slice(start, stop), slice(first, stop if aligned else keys)
+    yield slice(start, stop), mask.key_range(start, stop, keys)
 
 
-def forward(options, q, k, v, q_ids, k_ids, dtype=jnp.float32):
+def forward(options, q, k, v, mask, dtype=jnp.float32):
   """Returns (means of values [B, K, G, T, H] of dtype, float32 log of the softmax's denominator [..., 1]).
 
   `merge` joins those over several sets of keys; the means are float32 for that.
   """
   outs, log_sums = [], []
-  for t, s in _blocks(options, q.shape[3], k.shape[2]):
-    logits = _masked_logits(options, q[..., t, :], k[..., s, :], _cut(q_ids, t), _cut(k_ids, s))
+  for t, s in _blocks(mask, q.shape[3], k.shape[2]):
+    logits = _masked_logits(options, q[..., t, :], k[..., s, :], mask.block(t, s))
     top = logits.max(axis=-1, keepdims=True)
     p = jnp.exp(logits - top)
     total = p.sum(axis=-1, keepdims=True)
@@ -90,18 +86,18 @@ def row_sums(out, d_out):
   return jnp.einsum('BKGTH,BKGTH->BKGT', d_out, out, preferred_element_type=jnp.float32)[..., None]
 
 
-def backward(options, q, k, v, q_ids, k_ids, log_sum, delta, d_out):
+def backward(options, q, k, v, mask, log_sum, delta, d_out):
   """Returns float32 (d_q, d_k, d_v): what these keys add to the gradients.
 
   log_sum: of all keys that the queries see, these among them; with it the probabilities are made again
   (FlashAttention-2, arXiv:2307.08691, algorithm 2).  delta: `row_sums`.  d_out: [B, K, G, T, H].
   """
-  _, soft_cap, scale, _ = options
+  soft_cap, scale = options
   d_q = []
   d_k, d_v = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-  for t, s in _blocks(options, q.shape[3], k.shape[2]):
+  for t, s in _blocks(mask, q.shape[3], k.shape[2]):
     q_t, d_out_t, k_s, v_s = q[..., t, :], d_out[..., t, :], k[..., s, :], v[..., s, :]
-    logits = _masked_logits(options, q_t, k_s, _cut(q_ids, t), _cut(k_ids, s))
+    logits = _masked_logits(options, q_t, k_s, mask.block(t, s))
     p = jnp.exp(logits - log_sum[..., t, :])
     d_p = jnp.einsum('BKGTH,BKSH->BKGTS', d_out_t, v_s, preferred_element_type=jnp.float32)
     d_logits = p * (d_p - delta[..., t, :])
@@ -115,30 +111,26 @@ def backward(options, q, k, v, q_ids, k_ids, log_sum, delta, d_out):
   return jnp.concatenate(d_q, axis=3), d_k, d_v
 
 
-def _cut(ids, part):
-  return tuple(x[:, part] for x in ids)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def blockwise_attention(options, q, k, v, q_ids, k_ids):
+def blockwise_attention(options, q, k, v, mask):
   """The same by blocks of queries; the backward pass makes the probabilities again.
 
   Saves the output and one number a query instead of the square.  The blocks are unrolled, because XLA's
   CPU backend runs loop bodies slower.
   """
-  return _blockwise_fwd(options, q, k, v, q_ids, k_ids)[0]
+  return _blockwise_fwd(options, q, k, v, mask)[0]
 
 
-def _blockwise_fwd(options, q, k, v, q_ids, k_ids):
+def _blockwise_fwd(options, q, k, v, mask):
   # Both marked: were one of them not kept, the backward pass would run this whole forward pass again.
-  out, log_sum = (checkpoint_name(x, 'attention') for x in forward(options, q, k, v, q_ids, k_ids, v.dtype))
-  return out, (q, k, v, q_ids, k_ids, out, log_sum)
+  out, log_sum = (checkpoint_name(x, 'attention') for x in forward(options, q, k, v, mask, v.dtype))
+  return out, (q, k, v, mask, out, log_sum)
 
 
 def _blockwise_bwd(options, residuals, d_out):
-  q, k, v, q_ids, k_ids, out, log_sum = residuals
-  grads = backward(options, q, k, v, q_ids, k_ids, log_sum, row_sums(out, d_out), d_out)
-  return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None, None
+  q, k, v, mask, out, log_sum = residuals
+  grads = backward(options, q, k, v, mask, log_sum, row_sums(out, d_out), d_out)
+  return *(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True)), None
 
 
 def _sum_over_queries(square, x):

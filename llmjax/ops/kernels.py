@@ -1,35 +1,39 @@
 """Attention kernels of one platform each: TPU splash attention, cuDNN flash attention.
 
-Both take what `ops.blockwise` takes, in the same letters, but only aligned rows.  `limits` says in words
-what a kernel cannot do.  With emulate=True a kernel runs anywhere, slowly, for tests.
+Both take the arguments of `ops.blockwise`, in the same letters, but only aligned masks.  `kernel_problem` returns what
+a kernel does not support.  With emulate=True a kernel runs on any platform, slowly, for tests.
 """
 
 import jax
 import jax.numpy as jnp
 
-from llmjax.ops.blockwise import visible
 from llmjax.ops.limits import LANES, LIMITS
 
 
-def kernel_problem(name, q, k, options):
-  """Returns what keeps a kernel from these queries and keys, or None."""
-  if not options[3]:
-    return 'works on whole rows, not against a cache or a part of a row'
-  return LIMITS[name](q.shape[3], q.shape[-1], options[1], str(q.dtype))
+def kernel_problem(name, q, k, mask, options):
+  """Returns why a kernel cannot take these arguments, or None."""
+  if not mask.aligned:
+    return 'works on whole sequences, not against a cache or a part of a sequence'
+  if name == 'splash' and mask.k_prefix is not None:
+    return 'has no prefix mask'
+  return LIMITS[name](q.shape[3], q.shape[-1], options.soft_cap, str(q.dtype))
 
 
-def splash_attention(options, q, k, v, q_ids, k_ids, emulate=False):
+def splash_attention(options, q, k, v, mask, emulate=False):
   """The TPU kernel of jax.experimental.pallas: blocks that no query sees are not computed.
 
-  Order in the row stands for positions, so a window needs positions that rise by 1 within a segment.
+  The kernel takes order in the sequence for positions: a window needs positions that rise by 1 within a segment.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-  window, soft_cap, scale, _ = options
   batch, kv_heads, group, length, head_dim = q.shape
-  shape = (length, length)
-  mask = (splash_attention_mask.CausalMask(shape) if window is None
-          else splash_attention_mask.LocalMask(shape, (window - 1, 0), 0))
+  shape, reach = (length, length), None if mask.window is None else mask.window - 1
+  if mask.causal:
+    pattern = (splash_attention_mask.CausalMask(shape) if reach is None
+               else splash_attention_mask.LocalMask(shape, (reach, 0), 0))
+  else:
+    pattern = (splash_attention_mask.FullMask(shape) if reach is None
+               else splash_attention_mask.LocalMask(shape, (reach, reach), 0))
   # Large blocks keep the matrix unit busy; these fit VMEM forward and backward at any head_dim to 256.
   block_q, block_kv = _block(length, 512), _block(length, 1024 if head_dim <= 128 else 512)
   sizes = splash_attention_kernel.BlockSizes(
@@ -37,10 +41,10 @@ def splash_attention(options, q, k, v, q_ids, k_ids, emulate=False):
       block_kv_dkv=block_kv, block_kv_dkv_compute=_block(block_kv, 512), block_q_dq=block_q, block_kv_dq=block_kv)
   heads = kv_heads * group
   kernel = splash_attention_kernel.make_splash_mha(
-      splash_attention_mask.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-      attn_logits_soft_cap=soft_cap, residual_checkpoint_name='attention', interpret=emulate)
-  q = (q * jnp.float32(scale)).astype(q.dtype)  # The kernel does not scale.
-  segments = splash_attention_kernel.SegmentIds(q_ids[0], k_ids[0])
+      splash_attention_mask.MultiHeadMask([pattern] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+      attn_logits_soft_cap=options.soft_cap, residual_checkpoint_name='attention', interpret=emulate)
+  q = (q * jnp.float32(options.scale)).astype(q.dtype)  # The kernel does not scale.
+  segments = splash_attention_kernel.SegmentIds(mask.q_segment_ids, mask.k_segment_ids)
   out = jax.vmap(kernel)(q.reshape(batch, heads, length, head_dim), k, v, segments)
   return out.reshape(q.shape)
 
@@ -50,8 +54,8 @@ def _block(length, most):
   return next(b for b in range(min(most, length) // LANES * LANES, 0, -LANES) if length % b == 0)
 
 
-def cudnn_attention(options, q, k, v, q_ids, k_ids, emulate=False):
-  """The GPU kernel.  Segments and window are a mask [B, 1, T, S] that all heads share.
+def cudnn_attention(options, q, k, v, mask, emulate=False):
+  """The GPU kernel, with a mask [B, 1, T, S] that all heads share.
 
   cuDNN's own sliding window does not go with a mask on every version, and its packed rows are not reached
   by JAX's public function; `is_causal` still lets it leave out the half of the square above the diagonal.
@@ -59,6 +63,7 @@ def cudnn_attention(options, q, k, v, q_ids, k_ids, emulate=False):
   batch, kv_heads, group, length, head_dim = q.shape
   rows = lambda a: a.swapaxes(1, 2)
   out = jax.nn.dot_product_attention(
-      rows(q.reshape(batch, -1, length, head_dim)), rows(k), rows(v), scale=options[2], is_causal=True,
-      mask=visible(q_ids, k_ids, options[0])[:, None], implementation='xla' if emulate else 'cudnn')
+      rows(q.reshape(batch, -1, length, head_dim)), rows(k), rows(v), scale=options.scale,
+      is_causal=mask.causal and mask.k_prefix is None,
+      mask=mask.visible()[:, None], implementation='xla' if emulate else 'cudnn')
   return rows(out).reshape(q.shape)

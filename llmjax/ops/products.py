@@ -52,7 +52,7 @@ def project(x, w, in_dims=1, layout=None):
   w: an array or a Weight.  It is used in x's dtype and the result has it too; sums are at least float32
   inside the product on every platform.  layout: how the weight lies on a mesh, with `names` of its axes and
   methods `fetch(w)` and `give_back(gradient)`; both passes fetch it anew, so that no pass keeps what it
-  fetched.  Where its `at_once` is true, a TPU's backward pass computes both gradients before it uses one:
+  fetched.  Where its `join_gradients` is true, a TPU's backward pass computes both gradients before it uses one:
   what they come from is then free; left alone, the compiler puts off the weight's for as long as that
   hides communication.  The gradient of a weight (of x) that is not differentiated is not computed, and what it would
   need is not kept.  Raises TypeError when the shapes do not meet.
@@ -123,7 +123,7 @@ def _product_bwd(in_dims, layout, residuals, d_out):
     return None, None
   d_x = None if w is None else contract_back(d_out, fetch(w, layout), in_dims)
   d_w = None if x is None else weight_gradient(x, d_out, in_dims)
-  if layout is not None and layout.at_once and x is not None and w is not None:
+  if layout is not None and layout.join_gradients and x is not None and w is not None:
     d_x, d_w = jax.lax.platform_dependent(
         d_x, d_w, tpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *both: both)
   return d_x, d_w if d_w is None or layout is None else layout.give_back(d_w)

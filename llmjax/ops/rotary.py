@@ -1,41 +1,89 @@
 """Rotary position embedding."""
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 
-def rotary_angles(positions, head_dim, theta=10000.0):
-  """Returns (cos, sin), each float32 [B, T, 1, H/2], of the angles position * theta^(-2i/H).
+class RopeScaling(NamedTuple):
+  """How wavelengths are stretched for sequences longer than `original_length`.
 
-  positions: int [B, T].  float32 throughout: bf16 keeps 8 significand bits, so positions past 256
-  would collide.  Source: RoFormer, arXiv:2104.09864, section 3.2.2.
+  kind: none; linear (arXiv:2306.15595, eq. 1); llama3 (arXiv:2407.21783, section 3.4.1; the published code's
+  interpolation); yarn (arXiv:2309.00071, section 3.2 and 3.4).  factor: of the length.  low, high: llama3's frequency
+  factors; YaRN's beta_slow and beta_fast, in rotations over the original length.
   """
-  frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+
+  kind: str = 'none'
+  factor: float = 1.0
+  original_length: int = 8192
+  low: float = 1.0
+  high: float = 4.0
+
+
+NO_SCALING = RopeScaling()
+
+
+def rotary_frequencies(dim, theta, scaling=NO_SCALING):
+  """Returns (float32 [dim/2] radians a position, factor of cos and sin)."""
+  frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+  if scaling.kind == 'none':
+    return frequencies, 1.0
+  if scaling.kind == 'linear':
+    return frequencies / scaling.factor, 1.0
+  if scaling.kind == 'llama3':
+    rotations = scaling.original_length * frequencies / (2 * math.pi)
+    keep = jnp.clip((rotations - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / scaling.factor), 1.0
+  # YaRN: the feature that makes so many rotations over the original length; a linear ramp lies between the two.
+  index = lambda rotations: dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+  first, last = max(math.floor(index(scaling.high)), 0), min(math.ceil(index(scaling.low)), dim - 1)
+  ramp = jnp.clip((jnp.arange(dim // 2) - first) / max(last - first, 1e-3), 0.0, 1.0)
+  return frequencies * (1 - ramp + ramp / scaling.factor), 0.1 * math.log(scaling.factor) + 1.0
+
+
+def rotary_angles(positions, dim, theta=10000.0, scaling=NO_SCALING):
+  """Returns (cos, sin), each float32 [B, T, 1, dim/2], of the angles position * theta^(-2i/dim), scaled.
+
+  positions: int [B, T].  dim: features that are rotated.  float32 throughout: bf16 keeps 8 significand bits, so
+  positions past 256 would collide.  Source: RoFormer, arXiv:2104.09864, section 3.2.2.
+  """
+  frequencies, factor = rotary_frequencies(dim, theta, scaling)
   angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-  return jnp.cos(angles), jnp.sin(angles)
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  return (cos, sin) if factor == 1.0 else (factor * cos, factor * sin)
+
+
+def apply_rope(x, angles):
+  """Returns x with feature i rotated together with feature i + R/2 (the half-split form of Llama).
+
+  x: [B, T, N, H].  angles: (cos, sin) from `rotary_angles`, of the first R <= H features; the others stay as they are.
+  The result has x's dtype.
+  """
+  dim = 2 * angles[0].shape[-1]
+  if dim == x.shape[-1]:
+    return _rotate(x, angles)
+  return jnp.concatenate([_rotate(x[..., :dim], angles), x[..., dim:]], axis=-1)
 
 
 @jax.custom_vjp
-def apply_rope(x, angles):
-  """Returns x with feature i turned together with feature i + H/2 (the half-split form of Llama).
-
-  x: [B, T, N, H].  angles: (cos, sin) from `rotary_angles`.  The result has x's dtype.
-  """
-  return jax.lax.platform_dependent(x, *angles, tpu=_turn_by_product, default=_turn)
+def _rotate(x, angles):
+  return jax.lax.platform_dependent(x, *angles, tpu=_rotate_by_product, default=_rotate_halves)
 
 
-# The gradient is turned back.
-apply_rope.defvjp(lambda x, angles: (apply_rope(x, angles), angles),
-                  lambda angles, g: (apply_rope(g, (angles[0], -angles[1])), None))
+# The gradient is rotated back.
+_rotate.defvjp(lambda x, angles: (_rotate(x, angles), angles),
+               lambda angles, g: (_rotate(g, (angles[0], -angles[1])), None))
 
 
-def _turn(x, cos, sin):
+def _rotate_halves(x, cos, sin):
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return rotated.astype(x.dtype)
 
 
-def _turn_by_product(x, cos, sin):
+def _rotate_by_product(x, cos, sin):
   """The same, the halves exchanged by a product with a permutation, which is exact.
 
   A TPU's vector unit moves features between lanes slowly; its matrix unit has time to spare.  The compiler

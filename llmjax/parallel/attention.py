@@ -29,28 +29,26 @@ from llmjax.parallel.sharding import auto_axes, axes_of, constrain, mesh_size
 AXIS = 'context'
 
 
-def attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids, implementation='blockwise',
-              aligned=True, zigzag=False, **options):
+def attention(q, k, v, mask, *, implementation='blockwise', zigzag=False, **options):
   """Returns `ops.attention.attention` of the same arguments, on the mesh that is set.
 
-  zigzag: says that the tokens of every row lie in the order of `zigzag_order`; attention then goes round
-  the ring, in plain XLA whatever the implementation.  Otherwise tokens lie in order, and where `context`
-  is larger than 1, aligned rows gather their keys.
-  Raises ValueError where `implementation` names nothing that can do it.
+  zigzag: the tokens of every sequence are in `zigzag_order`; ring attention runs, in plain XLA whatever the
+  implementation.  Otherwise tokens are in order, and where `context` is larger than 1, aligned masks gather their keys.
+  Raises ValueError where `implementation` names nothing that supports the arguments.
   """
   mesh = jax.sharding.get_abstract_mesh()
   free = auto_axes(mesh)
-  ids = {'q_positions': q_positions, 'k_positions': k_positions, 'q_segment_ids': q_segment_ids,
-         'k_segment_ids': k_segment_ids}
-  along = AXIS in free and aligned and q.shape[1] % mesh.shape[AXIS] == 0
+  along = AXIS in free and mask.aligned and q.shape[1] % mesh.shape[AXIS] == 0
   if zigzag and not along:
-    raise ValueError('rows in zigzag order need the whole row, divided over the mesh axis context')
+    raise ValueError('sequences in zigzag order must be whole and sharded over the mesh axis context')
+  if zigzag and (not mask.causal or mask.k_prefix is not None):
+    raise ValueError('ring attention is causal; for other masks write train.context_attention=gather')
   plain = table.plain(implementation)
   if along and not plain:
-    raise ValueError(f'{implementation} attention works on whole rows; with mesh.context above 1 write '
+    raise ValueError(f'{implementation} attention works on whole sequences; with mesh.context above 1 write '
                      'attention=auto or blockwise')
   if not free:
-    return table.attention(q, k, v, **ids, aligned=aligned, implementation=implementation, **options)
+    return table.attention(q, k, v, mask, implementation=implementation, **options)
 
   # All axes that are not handled yet, those of size 1 among them: a TPU kernel lowers only where none is
   # left, and what is not named in a spec would be summed over.
@@ -58,7 +56,7 @@ def attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids
   k, v, heads = _divide_heads(q, k, v, [a for a in axes_of('act_heads') if a in names])
   rows = tuple(a for a in axes_of('batch') if a in names)
   if q.shape[0] % math.prod(mesh.shape[a] for a in rows):
-    rows = ()  # Too few to share; every device works on all of them.
+    rows = ()  # Too few sequences to shard; every device computes all of them.
   length = AXIS if along or (AXIS in names and AXIS not in free) else None
   tensor, flat = PartitionSpec(rows or None, length, heads), PartitionSpec(rows or None, length)
   if zigzag:
@@ -66,10 +64,9 @@ def attention(q, k, v, *, q_positions, k_positions, q_segment_ids, k_segment_ids
   elif along:
     local = functools.partial(_gather, implementation=plain, **options)
   else:
-    local = lambda q, k, v, ids: table.attention(q, k, v, **ids, aligned=aligned, implementation=implementation,
-                                                 **options)
+    local = functools.partial(table.attention, implementation=implementation, **options)
   return jax.shard_map(local, in_specs=(tensor, tensor, tensor, flat), out_specs=tensor,
-                       axis_names=set(names), check_vma=False)(q, k, v, ids)
+                       axis_names=set(names), check_vma=False)(q, k, v, mask)
 
 
 def _divide_heads(q, k, v, axes):
@@ -89,12 +86,13 @@ def _divide_heads(q, k, v, axes):
   return k, v, tuple(axes) or None
 
 
-def _gather(q, k, v, ids, *, implementation, **options):
+def _gather(q, k, v, mask, *, implementation, **options):
   """The local queries against the keys of all devices.  Half of what is computed is masked."""
   gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
-  ids = {name: gather(a) if name.startswith('k_') else a for name, a in ids.items()}
-  return table.attention(q, gather(k), gather(v), **ids, implementation=implementation, aligned=False,
-                         **options)
+  prefix = None if mask.k_prefix is None else gather(mask.k_prefix)
+  mask = mask.replace(k_positions=gather(mask.k_positions), k_segment_ids=gather(mask.k_segment_ids), k_prefix=prefix,
+                      aligned=False)
+  return table.attention(q, gather(k), gather(v), mask, implementation=implementation, **options)
 
 
 def zigzag_order(length, parts=None):
@@ -128,52 +126,50 @@ def zigzag_batch(batch):
   return {name: constrain(to_zigzag(a), 'batch', 'length') if a.ndim > 1 else a for name, a in batch.items()}
 
 
-def _ring(q, k, v, ids, *, window=None, soft_cap=None, scale=None):
+def _ring(q, k, v, mask, *, soft_cap=None, scale=None):
   """Ring attention of this device's tokens, in zigzag order.  Shapes as in `ops.attention.attention`."""
   batch, length, heads, head_dim = q.shape
   kv_heads = k.shape[2]
-  options = (window, soft_cap, head_dim**-0.5 if scale is None else scale)
+  options = blockwise.Options(soft_cap, head_dim**-0.5 if scale is None else scale)
   q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
-  out = ring(options, q, k.swapaxes(1, 2), v.swapaxes(1, 2), (ids['q_segment_ids'], ids['q_positions']))
+  out = ring(options, q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
   return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def ring(options, q, k, v, ids):
-  """Returns attention over the whole row, of this device's tokens; inside a shard_map over `context`.
+def ring(options, q, k, v, mask):
+  """Returns attention of this device's tokens over the whole sequence; inside a shard_map over `context`.
 
-  options: (window, soft_cap, scale).  q: [B, K, G, T, H], k, v: [B, K, T, H], in zigzag order, T tokens on
-  each device.  ids: (segment_ids, positions), int [B, T].  The backward pass goes round as well: the
-  gradients of keys and values travel with them, float32, and come home with the last turn.
+  options: a blockwise.Options.  q: [B, K, G, T, H], k, v: [B, K, T, H], in zigzag order, T tokens on each device.
+  mask: of these tokens among themselves.  The backward pass goes round as well: the gradients of keys and values
+  travel with them, float32, and arrive home with the last turn.
   """
-  return _ring_fwd(options, q, k, v, ids)[0]
+  return _ring_fwd(options, q, k, v, mask)[0]
 
 
-def _ring_fwd(options, q, k, v, ids):
-  result = blockwise.forward((*options, True), q, k, v, ids, ids)
-  held, place = (k, v, ids), 0
-  for turn in _turns(options[0], q.shape[3] // 2):
+def _ring_fwd(options, q, k, v, mask):
+  result = blockwise.forward(options, q, k, v, mask)
+  held, place = (k, v, (mask.k_segment_ids, mask.k_positions)), 0
+  for turn in _turns(mask.window, q.shape[3] // 2):
     held, place = _hand_on(held, turn - place), turn
-    q_parts, k_parts, v_parts, q_ids, k_ids = _visible(turn, q, held, ids)
-    found = blockwise.forward((*options, False), q_parts, k_parts, v_parts, q_ids, k_ids)
-    result = _merge_queries(turn, result, found)
+    result = _merge_queries(turn, result, blockwise.forward(options, *_visible(turn, q, held, mask)))
   out, log_sum = (checkpoint_name(a, 'attention') for a in (result[0].astype(v.dtype), result[1]))
-  return out, (q, k, v, ids, out, log_sum)
+  return out, (q, k, v, mask, out, log_sum)
 
 
 def _ring_bwd(options, residuals, d_out):
-  q, k, v, ids, out, log_sum = residuals
+  q, k, v, mask, out, log_sum = residuals
   delta = blockwise.row_sums(out, d_out)
-  d_q, *d_held = blockwise.backward((*options, True), q, k, v, ids, ids, log_sum, delta, d_out)
-  held, place = (k, v, ids), 0
-  for turn in _turns(options[0], q.shape[3] // 2):
+  d_q, *d_held = blockwise.backward(options, q, k, v, mask, log_sum, delta, d_out)
+  held, place = (k, v, (mask.k_segment_ids, mask.k_positions)), 0
+  for turn in _turns(mask.window, q.shape[3] // 2):
     (held, d_held), place = _hand_on((held, d_held), turn - place), turn
     of_queries = [_queries(turn, a, 3) for a in (log_sum, delta, d_out)]
-    more_q, *more = blockwise.backward((*options, False), *_visible(turn, q, held, ids), *of_queries)
+    more_q, *more = blockwise.backward(options, *_visible(turn, q, held, mask), *of_queries)
     d_q = d_q + _spread(turn, more_q, 3, first_low=False)
     d_held = [a + _spread(turn, d, 2, first_low=True) for a, d in zip(d_held, more, strict=True)]
   d_k, d_v = _hand_on(d_held, -place)
-  return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), (None, None)
+  return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 ring.defvjp(_ring_fwd, _ring_bwd)
@@ -218,11 +214,14 @@ def _keys(turn, a, axis):
   return jnp.concatenate([low, jnp.where(_from_before(turn), low, high)])
 
 
-def _visible(turn, q, held, ids):
-  """Returns (q, k, v, q_ids, k_ids) of the two squares of this turn, as a batch twice as large."""
-  k, v, k_ids = held
-  return (_queries(turn, q, 3), _keys(turn, k, 2), _keys(turn, v, 2),
-          tuple(_queries(turn, a, 1) for a in ids), tuple(_keys(turn, a, 1) for a in k_ids))
+def _visible(turn, q, held, mask):
+  """Returns (q, k, v, mask) of the two squares of this turn, as a batch twice as large."""
+  k, v, (segment_ids, positions) = held
+  queries = functools.partial(_queries, turn, axis=1)
+  keys = functools.partial(_keys, turn, axis=1)
+  mask = mask.replace(q_positions=queries(mask.q_positions), q_segment_ids=queries(mask.q_segment_ids),
+                      k_positions=keys(positions), k_segment_ids=keys(segment_ids), aligned=False)
+  return _queries(turn, q, 3), _keys(turn, k, 2), _keys(turn, v, 2), mask
 
 
 def _spread(turn, a, axis, first_low):

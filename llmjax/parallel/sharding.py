@@ -149,10 +149,10 @@ def mirrored(state, params):
 
 @dataclasses.dataclass(frozen=True)
 class WeightLayout:
-  """How a weight lies on the mesh that is set: the logical names of its axes.  at_once: see `ops.products.project`."""
+  """The logical axis names of a weight on the mesh that is set.  join_gradients: see `ops.products.project`."""
 
   names: tuple[str, ...]
-  at_once: bool = False
+  join_gradients: bool = False
 
   def fetch(self, w):
     """Returns the weight as a product takes it, gathered over `data` first and `fsdp` after.

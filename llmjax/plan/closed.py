@@ -107,9 +107,9 @@ def mlp_width(spec):
 
 
 def kept_values(spec):
-  """Returns {what: values of a token} that each layer keeps for the backward pass (model/decoder.py has the table)."""
+  """Returns {what: values of a token} that each layer keeps for the backward pass (model/stack.py has the table)."""
   m = spec.model
-  d, q, kv = m.d_model, m.num_heads * m.heads_dim, m.kv_heads * m.heads_dim
+  d, q, kv = m.d_model, m.num_heads * m.resolved_head_dim, m.resolved_kv_heads * m.resolved_head_dim
   f = mlp_width(spec)
   heads = {'queries': q, 'keys and values': 2 * kv}
   wide = {'gate and up of the MLP': 2 * f}
@@ -191,13 +191,13 @@ def estimate_seconds(spec, topology):
   tokens = train.batch_size * spec.data.seq_len / devices  # Of a step, on one device.
   attention = counts.train_flops_per_token(m, spec.data.seq_len) - 6 * counts.matmul_params(m)
   layers_params = counts.matmul_params(m) - m.vocab_size * m.d_model
-  out = m.d_model * m.num_heads * m.heads_dim
+  out = m.d_model * m.num_heads * m.resolved_head_dim
   again = {'mlp': 2 * m.num_layers * _mlp_products(m) / 3 / layers_params, 'full': 1.0,
            'out': m.num_layers * out / layers_params}.get(train.remat, 0.0)
   products = (6 + 2 * again) * layers_params + 6 * m.vocab_size * m.d_model
   # Two backward kernels each compute the attention weights again: 9 products of which the model's own count has 6.
   kernel = attention * (9 + 2 * (train.remat == 'full')) / 6
-  kernel *= (1 + KEYS_OF_BLOCK / max(spec.data.seq_len, KEYS_OF_BLOCK)) / min(m.heads_dim / topology.array, 1)
+  kernel *= (1 + KEYS_OF_BLOCK / max(spec.data.seq_len, KEYS_OF_BLOCK)) / min(m.resolved_head_dim / topology.array, 1)
   peak = topology.device_peak
   passes = STREAM_PASSES.get(topology.chip.name, OTHER_STREAM_PASSES)
   stream = tokens * m.num_layers * m.d_model * 2 * passes
@@ -258,7 +258,7 @@ def communicate(spec, topology):
     add('all-gather', ('tensor',), stream, stream, 6 * m.num_layers * times)
     add('reduce-scatter', ('tensor',), stream, stream, 4 * m.num_layers * times)
   if (ring := size('context')) > 1:
-    keys = 2 * tokens * m.kv_heads * m.heads_dim * compute
+    keys = 2 * tokens * m.resolved_kv_heads * m.resolved_head_dim * compute
     add('collective-permute', ('context',), keys, keys, 4 * (ring - 1) * m.num_layers * times)
   if size('expert') > 1:
     add('all-to-all', ('expert',), stream * m.experts_per_token, stream * m.experts_per_token / 4,

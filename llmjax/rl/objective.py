@@ -1,10 +1,9 @@
 """From a model and a batch to token log-probabilities and values, and the loss_fn of each kind of training.
 
-Letters: B rows, T tokens, D width.  Each loss_fn(params, batch, key) -> (sum, (weight, aux)) is for the one train
-step; batches are dicts of [B, T] arrays, and [B] where a row has one of something.
+Letters: B rows, T tokens, D width.  Each loss_fn(params, frozen, batch, key) -> (sum, (weight, aux)) is for the one
+train step; batches are dicts of [B, T] arrays, and [B] where a row has one of something.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -12,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from llmjax.data.steps import JUDGED
-from llmjax.model import decoder
 from llmjax.ops.losses import token_logprobs
 from llmjax.parallel.sharding import by_rows, sum_over_rows
 from llmjax.rl import distill, policy, preference, reward
-from llmjax.train.objectives import Forward, count_targets, weighed, with_router_losses
+from llmjax.train.objectives import count_targets, forward, weighed, with_router_losses
 
 
 class TokenScores(NamedTuple):
@@ -28,20 +26,21 @@ class TokenScores(NamedTuple):
   aux: dict
 
 
-def score_tokens(forward, params, batch, key=None, *, temperature=1.0, entropy=False, vocab_size=None):
-  """Returns the TokenScores of an ordered batch: what the model says of batch['targets'].
+def score_tokens(model, params, batch, key=None, *, temperature=1.0, entropy=False, vocab_size=None,
+                 neftune_alpha=0.0):
+  """Returns the TokenScores of batch['targets'] in an ordered batch.
 
-  forward: a train.objectives.Forward.  temperature: divides the logits before the softmax, as in the sampler that
+  model: a Model.  temperature: divides the logits before the softmax, as in the sampler that
   drew the targets.  vocab_size: the tokenizer's, where the model's is rounded up.  No device holds the logits of all.
   """
-  x, aux = forward(params, batch, key)
-  matrix, vocab_axis = forward.matrix(params)
+  x, aux = forward(model, params, batch, key, neftune_alpha)
+  matrix, vocab_axis = model.output_matrix(params)
 
   def score(matrix, x, targets):
     return token_logprobs(x, matrix, targets, temperature=temperature, entropy=entropy, vocab_size=vocab_size,
-                          vocab_axis=vocab_axis, **forward.chunking)
+                          vocab_axis=vocab_axis, **model.chunking)
 
-  found = by_rows(score, x, batch['targets'], weights=matrix)
+  found = by_rows(score, x, batch['targets'], weights=matrix.astype(model.dtype))
   return TokenScores(*(found if entropy else (found, None)), x, aux)
 
 
@@ -71,19 +70,17 @@ def count_labels(batch):
   return jnp.sum((batch['loss_mask'] != 0).astype(jnp.float32))
 
 
-def make_pair_loss(spec, model, train, platform, pipe=None, vocab_size=None):
+def make_pair_loss(spec, model, vocab_size=None, neftune_alpha=0.0):
   """Returns the loss_fn of a PreferenceSpec's pairs.
 
   batch: rows 2 i and 2 i + 1 are the better and the worse answer to one prompt, loss_mask marks the answers, and
   `ref_logprobs`, float32 [B], has the reference's sums over them (as `sequence_logprobs` makes) unless the loss
   needs none.  The weight is the number of pairs; a pair without a marked token counts nowhere.
   """
-  forward = Forward(model, train, platform, pipe)
-
   @weighed(count_pairs)
-  def loss_fn(params, batch, key):
-    batch = forward.order(batch)
-    scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
+  def loss_fn(params, frozen, batch, key):
+    batch = model.order(batch)
+    scores = score_tokens(model, params, batch, key, vocab_size=vocab_size, neftune_alpha=neftune_alpha)
     sums, lengths = preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch))
     reference = batch.get('ref_logprobs', jnp.zeros_like(sums))
     halves = lambda a: (a[0::2], a[1::2])
@@ -112,23 +109,21 @@ def _logged_logprobs(logprobs, batch, real, weight):
 MISMATCHED = 'ref_logprobs_mismatched'
 
 
-def make_unpaired_loss(spec, model, train, platform, pipe=None, vocab_size=None):
+def make_unpaired_loss(spec, model, vocab_size=None, neftune_alpha=0.0):
   """Returns the loss_fn of a PreferenceSpec that takes single answers; batches as of `make_pair_loss`.
 
   The better answer of a pair counts as good, the worse one as bad.  For loss kto batches also have `MISMATCHED`, the
   reference's sums over `mismatch(batch)`.  The weight is the number of answers.
   """
-  forward = Forward(model, train, platform, pipe)
-
   def sums(params, batch, key):
-    batch = forward.order(batch)
-    scores = score_tokens(forward, params, batch, key, vocab_size=vocab_size)
+    batch = model.order(batch)
+    scores = score_tokens(model, params, batch, key, vocab_size=vocab_size, neftune_alpha=neftune_alpha)
     found = preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch))
     real = (found[1] > 0).astype(jnp.float32)  # Of unpaired completions one half may be nothing.
     return *found, scores.aux, _logged_logprobs(scores.logprobs, batch, real, jnp.sum(real))
 
   @weighed(count_answers)
-  def loss_fn(params, batch, key):
+  def loss_fn(params, frozen, batch, key):
     logprobs, lengths, model_aux, logged = sums(params, batch, key)
     good = jnp.arange(len(logprobs)) % 2 == 0
     weights, kl = (lengths > 0).astype(jnp.float32), 0.0
@@ -186,47 +181,43 @@ def answer_weights(spec, batch):
   return preference.length_weights(mask, other, spec.length_weight, batch['positions'] - first + 1)
 
 
-def make_sequence_logprobs(spec, model, train, platform, pipe=None, vocab_size=None):
+def make_sequence_logprobs(spec, model, vocab_size=None, neftune_alpha=0.0):
   """Returns the function (params, batch) -> float32 [B] that makes `ref_logprobs` of a batch, without gradient."""
-  forward = Forward(model, train, platform, pipe)
-
   def sequence_logprobs(params, batch):
-    batch = forward.order(batch)
-    scores = score_tokens(forward, params, batch, vocab_size=vocab_size)
+    batch = model.order(batch)
+    scores = score_tokens(model, params, batch, vocab_size=vocab_size)
     return preference.sum_logprobs(scores.logprobs, answer_weights(spec, batch))[0]
 
   return sequence_logprobs
 
 
-def make_reward_loss(model, train, platform, pipe=None, *, centring=0.0):
+def make_reward_loss(model, *, centring=0.0, neftune_alpha=0.0):
   """Returns the loss_fn of a reward model (a model with value_head) on pairs of rows, as `make_pair_loss` has them.
 
   batch['margin'], float32 [B], may say how far a pair's scores are to be apart; its first row's counts.
   """
-  judge = make_reward_judge(model, train, platform, pipe, centring=centring)
+  judge = make_reward_judge(model, centring=centring, neftune_alpha=neftune_alpha)
   return as_loss(judge)
 
 
 def as_loss(judge):
   """Returns the loss_fn of what `make_reward_judge` or `make_step_judge` returns."""
   @functools.wraps(judge)
-  def loss_fn(params, batch, key):
+  def loss_fn(params, frozen, batch, key):
     return judge(params, batch, key)[0]
 
   return loss_fn
 
 
-def make_reward_judge(model, train, platform, pipe=None, *, centring=0.0):
+def make_reward_judge(model, *, centring=0.0, neftune_alpha=0.0):
   """Returns the function (params, batch, key) -> (what the loss_fn returns, {name: float32 [P]} of every pair).
 
   weight: 0 for a pair of padding.  margin: of its scores.  score: their mean.  Else as `make_reward_loss`.
   """
-  forward = Forward(model, train, platform, pipe)
-
   @weighed(count_pairs, with_last_target)
   def judge(params, batch, key):
     whole = with_last_target(batch)
-    scores, model_aux = score_ends(forward, params, whole, key)
+    scores, model_aux = score_ends(model, params, whole, key, neftune_alpha)
     weights = pair_weights(batch)
     loss, weight, aux = reward.bradley_terry(scores[0::2], scores[1::2], _of_pairs(batch, 'margin'), centring, weights,
                                              _of_pairs(batch, 'probability'))
@@ -237,19 +228,17 @@ def make_reward_judge(model, train, platform, pipe=None, *, centring=0.0):
   return judge
 
 
-def make_step_judge(model, train, platform, pipe=None):
+def make_step_judge(model, neftune_alpha=0.0):
   """Returns the same function of a model that judges steps; what it says of each target is [B, T].
 
   batch: loss_mask is 1 + a step's label at the target behind its last token, else 0 (see `data.steps`); the value
   head is read there.  weight: 1 at those targets.  margin: the score, with its sign changed where the step is bad.
   good: whether the label is above a half.  place: which step of its document that is, from 1.
   """
-  forward = Forward(model, train, platform, pipe)
-
   @weighed(count_labels)
   def judge(params, batch, key):
-    x, model_aux = forward(params, forward.order(batch), key)
-    values = forward.restore(decoder.token_values(params, x))
+    x, model_aux = forward(model, params, model.order(batch), key, neftune_alpha)
+    values = model.restore(model.values(params, x))
     weights = (batch['loss_mask'] != 0).astype(jnp.float32)
     labels = batch['loss_mask'] - JUDGED
     loss, weight, aux = reward.process_loss(values, labels, weights)
@@ -277,26 +266,25 @@ def with_last_target(batch):
           'positions': put('positions', before(batch['positions']) + 1)}
 
 
-def make_end_scores(model, train, platform, pipe=None):
+def make_end_scores(model):
   """Returns the function (params, batch) -> float32 [B] of what a reward model says of rows, their last target too."""
-  forward = Forward(model, train, platform, pipe)
-  return lambda params, batch: score_ends(forward, params, with_last_target(batch))[0]
+  return lambda params, batch: score_ends(model, params, with_last_target(batch))[0]
 
 
-def score_ends(forward, params, batch, key=None):
+def score_ends(model, params, batch, key=None, neftune_alpha=0.0):
   """Returns (float32 [B], aux of the model): the value head's number at each row's last token, wherever padding lies.
 
   The last token is the input of the highest position; it need not be the last of the array.
   """
-  batch = forward.order(batch)
-  x, aux = forward(params, batch, key)
-  values = decoder.token_values(params, x)
+  batch = model.order(batch)
+  x, aux = forward(model, params, batch, key, neftune_alpha)
+  values = model.values(params, x)
   real = batch['segment_ids'] != 0
   last = jnp.max(jnp.where(real, batch['positions'], -1), axis=1, keepdims=True)
   return jnp.sum(jnp.where(real & (batch['positions'] == last), values, 0.0), axis=1), aux
 
 
-def make_policy_loss(spec, model, train, platform, pipe=None, *, temperature=1.0, vocab_size=None, value_coef=0.0,
+def make_policy_loss(spec, model, *, temperature=1.0, vocab_size=None, value_coef=0.0,
                      value_clip=0.2, max_length=None, entropy=False):
   """Returns the loss_fn of a PolicySpec, and of the value head where value_coef is above 0.
 
@@ -304,23 +292,22 @@ def make_policy_loss(spec, model, train, platform, pipe=None, *, temperature=1.0
   them; `ref_logprobs` [B, T] is there when the KL is wanted, `old_values` and `returns` [B, T] for the value head.
   entropy: report the policy's entropy also where it is no part of the loss.
   """
-  forward = Forward(model, train, platform, pipe)
   entropy = entropy or spec.entropy_coef > 0
 
   def weigh(batch):
     return policy.token_weights(spec.average, (batch['loss_mask'] != 0).astype(jnp.float32), max_length)[1]
 
   @weighed(weigh)
-  def loss_fn(params, batch, key):
-    batch = forward.order(batch)
-    scores = score_tokens(forward, params, batch, key, temperature=temperature, entropy=entropy,
+  def loss_fn(params, frozen, batch, key):
+    batch = model.order(batch)
+    scores = score_tokens(model, params, batch, key, temperature=temperature, entropy=entropy,
                           vocab_size=vocab_size)
     mask = batch['loss_mask']
     loss, weight, aux = policy.policy_loss(
         spec, scores.logprobs, batch['old_logprobs'], batch['advantages'], mask,
         ref_logprobs=batch.get('ref_logprobs'), entropies=scores.entropies, max_length=max_length)
     if value_coef:
-      values = decoder.token_values(params, scores.hidden)
+      values = model.values(params, scores.hidden)
       # Weighed as the policy's tokens are, so that both are divided by the same weight.
       weights, _ = policy.token_weights(spec.average, (mask != 0).astype(jnp.float32), max_length)
       value, _, value_aux = policy.value_loss(values, batch['old_values'], batch['returns'], weights, value_clip)
@@ -339,35 +326,32 @@ TEACHER = ('teacher_logprobs', 'teacher_ids')
 class Distillation:
   """The loss_fns of a student that imitates a teacher: `train` of a DistillSpec, and `evaluate`.
 
-  They are (params, batch, key, frozen) -> (sum, (weight, aux)), the teacher's parameters in frozen['teacher'];
-  without `frozen`, batches have the fields TEACHER.  loss_mask weighs the targets; all sums are over them.
+  The teacher's parameters are frozen['teacher'], or else batches have the fields TEACHER.  loss_mask weighs the
+  targets; all sums are over them.
   """
 
-  def __init__(self, spec, student, teacher, train, platform, pipe=None):
-    """student, teacher: their ModelSpecs, of one vocabulary."""
-    self.spec, self.pipe = spec, pipe
-    self.student = Forward(student, train, platform, pipe)
-    # Nothing of the teacher's is kept for a backward pass, so nothing is to be computed again.
-    self.teacher = Forward(teacher, dataclasses.replace(train, neftune_alpha=0.0), platform, pipe)
+  def __init__(self, spec, student, teacher, neftune_alpha=0.0):
+    """student, teacher: Models of one vocabulary.  neftune_alpha: of the student."""
+    self.spec, self.student, self.teacher, self._neftune_alpha = spec, student, teacher, neftune_alpha
 
   @weighed(count_targets)
-  def train(self, params, batch, key, frozen=None):
+  def train(self, params, frozen, batch, key):
     """aux: sums `divergence` (nats), `nll` with loss hinton, `hidden_mse` and `hidden_cosine` where they count."""
     batch = self.student.order(batch)
-    x, aux = self.student(params, batch, key)
+    x, aux = forward(self.student, params, batch, key, self._neftune_alpha)
     taught = self._hidden(frozen, batch)
     sums = self._sums(lambda *logits: distill.imitation(self.spec, *logits), params, x, frozen, taught, batch)
     mask = batch['loss_mask'].astype(jnp.float32)
     loss, aux = with_router_losses(sums.pop('loss'), jnp.sum(mask), aux, batch)
     if self.spec.compares_hidden:
-      mine = decoder.project_hidden(params, x)
+      mine = self.student.project_hidden(params, x)
       for name, weight in (('hidden_mse', self.spec.hidden_weight), ('hidden_cosine', self.spec.cosine_weight)):
         if weight:
           sums[name], _ = getattr(distill, name)(mine, taught, mask)
           loss = loss + weight * sums[name]
     return loss, (jnp.sum(mask), {**jax.lax.stop_gradient(sums), **aux})
 
-  def evaluate(self, params, batch, key=None, frozen=None):
+  def evaluate(self, params, frozen, batch, key=None):
     """The sum is the student's negative log-likelihood, in nats; aux has `teacher_kl`, KL(teacher || student)."""
     def both(student, teacher, targets, mask):
       kl = distill.top_k_kl(student, *teacher, mask) if isinstance(teacher, tuple) else (
@@ -375,27 +359,28 @@ class Distillation:
       return {'nll': distill.negative_log_likelihood(student, targets, mask)[0], 'teacher_kl': kl[0]}
 
     batch = self.student.order(batch)
-    x, _ = self.student(params, batch, key)
+    x, _ = forward(self.student, params, batch, key)
     sums = self._sums(both, params, x, frozen, self._hidden(frozen, batch), batch)
     return sums.pop('nll'), (jnp.sum(batch['loss_mask'].astype(jnp.float32)), sums)
 
   def top_k(self, params, batch):
     """Returns the teacher's TEACHER fields of a batch, by its parameters, in the order of the row."""
     batch = self.teacher.order(batch)
-    x, _ = self.teacher(params, batch, None)
-    matrix, vocab_axis = self.teacher.matrix(params)
+    x, _ = forward(self.teacher, params, batch)
+    matrix, vocab_axis = self.teacher.output_matrix(params)
     score = lambda w, x: distill.top_k(x, w, self.spec.top_k, vocab_axis=vocab_axis, **self.teacher.chunking)
-    return dict(zip(TEACHER, map(self.teacher.restore, by_rows(score, x, weights=matrix)), strict=True))
+    found = by_rows(score, x, weights=matrix.astype(self.teacher.dtype))
+    return dict(zip(TEACHER, map(self.teacher.restore, found), strict=True))
 
   def _hidden(self, frozen, batch):
     """Returns the teacher's final hidden states of an ordered batch, or None where it is not in memory."""
-    if frozen is None:
+    if 'teacher' not in (frozen or {}):
       return None
-    return jax.lax.stop_gradient(self.teacher(frozen['teacher'], batch, None)[0])
+    return jax.lax.stop_gradient(forward(self.teacher, frozen['teacher'], batch)[0])
 
   def _sums(self, loss, params, x, frozen, taught, batch):
     """Returns loss(student logits, teacher logits or their likeliest, targets, mask), summed over all rows."""
-    matrix, axis = decoder.output_matrix(self.student.model, params)
+    matrix, axis = self.student.output_matrix(params)
     chunking = {**self.student.chunking, 'soft_cap': (self.student.chunking['soft_cap'],
                                                       self.teacher.chunking['soft_cap'])}
     rows = batch['targets'], batch['loss_mask']
@@ -406,7 +391,7 @@ class Distillation:
         return distill.in_chunks(likeliest, (x, matrix), None, *rows, vocab_axis=(axis,), **chunking)
 
       return sum_over_rows(sums, matrix, x, *(batch[name] for name in TEACHER), *rows)
-    other, other_axis = decoder.output_matrix(self.teacher.model, jax.lax.stop_gradient(frozen['teacher']))
+    other, other_axis = self.teacher.output_matrix(jax.lax.stop_gradient(frozen['teacher']))
 
     def sums(matrices, x, taught, *rows):
       return distill.in_chunks(loss, (x, matrices[0]), (taught, matrices[1]), *rows, vocab_axis=(axis, other_axis),

@@ -15,11 +15,10 @@ import numpy as np
 
 from llmjax.data import steps
 from llmjax.generate.spec import SamplingSpec
-from llmjax.model import decoder
 from llmjax.parallel import in_flight
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.rl import advantages, objective, reward, rewards
-from llmjax.train.objectives import Forward
+from llmjax.train.objectives import forward
 
 
 def make_rows(prompts, answers, seq_len):
@@ -90,15 +89,14 @@ class _InParts:
 class RewardScorer:
   """What a reward model says of whole rows of tokens, read at some of them: at the last one, or behind every step."""
 
-  def __init__(self, model, train, mesh, pipe, *, rows, length, reduce=''):
+  def __init__(self, model, mesh, *, rows, length, reduce=''):
     """rows: how many at a time.  length: tokens of the longest.  reduce: of steps, for `reward.process_score`."""
-    forward = Forward(model, train, mesh.devices.flat[0].platform, pipe)
     unit = 2 * mesh.shape['context'] * mesh.shape['tensor']
     self._length = -(-length // unit) * unit
 
     def score(params, batch):
-      batch = forward.order(batch)
-      values, places = decoder.token_values(params, forward(params, batch, None)[0]), batch['loss_mask']
+      batch = model.order(batch)
+      values, places = model.values(params, forward(model, params, batch)[0]), batch['loss_mask']
       scores = reward.process_score(values, places, reduce) if reduce else reward.score_at_end(values, places)
       return {'scores': scores}
 
@@ -124,18 +122,17 @@ def places_of_steps(tokenizer, answer):
 class Scorer:
   """Log-probabilities, entropies and values of whole iterations, a few rows at a time, as the trainer has them."""
 
-  def __init__(self, model, train, mesh, pipe, *, rows, temperature=1.0, vocab_size=None):
-    """rows: how many at a time, over all devices."""
-    forward = Forward(model, train, mesh.devices.flat[0].platform, pipe)
+  def __init__(self, model, mesh, *, rows, temperature=1.0, vocab_size=None):
+    """model: a Model.  rows: how many at a time, over all devices."""
 
     def score(params, batch, with_values):
-      batch = forward.order(batch)
-      found = objective.score_tokens(forward, params, batch, temperature=temperature, entropy=True,
+      batch = model.order(batch)
+      found = objective.score_tokens(model, params, batch, temperature=temperature, entropy=True,
                                      vocab_size=vocab_size)
       out = {'logprobs': found.logprobs, 'entropies': found.entropies}
       if with_values:
-        out['values'] = decoder.token_values(params, found.hidden)
-      return {name: forward.restore(a) for name, a in out.items()}
+        out['values'] = model.values(params, found.hidden)
+      return {name: model.restore(a) for name, a in out.items()}
 
     self._score = _InParts(score, mesh, rows, 1)
 

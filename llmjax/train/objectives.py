@@ -1,4 +1,7 @@
-"""Training objectives: each makes a loss_fn(params, batch, key) -> (sum, (weight, aux))."""
+"""Training objectives: each makes a loss_fn(params, frozen, batch, key) -> (sum, (weight, aux)).
+
+frozen: dict of arrays that the loss reads and that do not train, such as a teacher's parameters.
+"""
 
 import dataclasses
 import functools
@@ -8,12 +11,12 @@ import jax.numpy as jnp
 
 from llmjax.adapt.lora import combine
 from llmjax.config import ConfigError
-from llmjax.model import decoder
+from llmjax.model.model import Execution, Model
 from llmjax.ops.chunks import CHUNK_LOGITS
 from llmjax.ops.losses import chunked_cross_entropy
 from llmjax.parallel import pipeline
-from llmjax.parallel.attention import from_zigzag, to_zigzag, zigzag_batch
-from llmjax.parallel.sharding import mesh_size, row_shards, sum_over_rows
+from llmjax.parallel.attention import to_zigzag
+from llmjax.parallel.sharding import row_shards, sum_over_rows
 
 # Each platform's kernel.
 KERNELS = {'tpu': 'splash', 'gpu': 'cudnn'}
@@ -58,10 +61,18 @@ def require_remat(name, device):
                          'train.remat=minimal'])
 
 
-def likelihood(model, train, platform, pipe=None):
+def make_model(spec, train, platform, pipe=None):
+  """Returns the Model of a ModelSpec as a TrainSpec runs it on a platform.  pipe: PipelineSpec, or None."""
+  return Model(spec, Execution(
+      compute_dtype=train.compute_dtype, attention=resolve_attention(train.attention, platform), remat=train.remat,
+      unroll=resolve_unroll(train, spec.num_layers, platform), pipeline=pipe, ring=train.context_attention == 'ring',
+      chunk_logits=CHUNK_LOGITS if platform == 'cpu' else ACCELERATOR_CHUNK_LOGITS))
+
+
+def likelihood(model):
   """Returns the loss_fn of evaluation: the targets' negative log-likelihood and nothing else."""
-  return next_token(dataclasses.replace(model, balance_loss=0.0, router_z_loss=0.0),
-                    dataclasses.replace(train, z_loss=0.0, neftune_alpha=0.0), platform, pipe)
+  return next_token(dataclasses.replace(
+      model, spec=dataclasses.replace(model.spec, balance_loss=0.0, router_z_loss=0.0)))
 
 
 def embedding_noise(key, x, segment_ids, alpha):
@@ -76,16 +87,15 @@ def embedding_noise(key, x, segment_ids, alpha):
   return (jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0) * scale[..., None]).astype(x.dtype)
 
 
-def with_adapters(loss_fn, specs, sees_frozen=False):
-  """Returns the loss_fn(params, batch, key, frozen) of adapters {name: adapter} on frozen['base'].
+def with_adapters(loss_fn, specs):
+  """Returns the loss_fn of adapters {name: adapter} on frozen['base'], for one of the model's parameters.
 
-  loss_fn: of the model's parameters.  specs: {name: AdapterSpec}.  sees_frozen: loss_fn takes the frozen trees as
-  well.  Dropout's key is folded from the step's.
+  specs: {name: AdapterSpec}.  Dropout's key is folded from the step's.
   """
   @functools.wraps(loss_fn)
-  def adapted(params, batch, key, frozen):
+  def adapted(params, frozen, batch, key):
     dropout_key = None if key is None else jax.random.fold_in(key, 1)
-    return loss_fn(combine(frozen['base'], params, specs, key=dropout_key), batch, key, *[frozen] * sees_frozen)
+    return loss_fn(combine(frozen['base'], params, specs, key=dropout_key), frozen, batch, key)
 
   return adapted
 
@@ -132,105 +142,62 @@ def count_targets(batch):
   return jnp.sum(batch['loss_mask'].astype(jnp.float32))
 
 
-class Forward:
-  """What every objective does first: a batch through the model, as far as the final hidden states."""
-
-  def __init__(self, model, train, platform, pipe=None):
-    """pipe: see `decoder.hidden_states`."""
-    self.model, self.train, self.pipe = model, train, pipe
-    self.dtype = jnp.dtype(train.compute_dtype)
-    self.implementation = resolve_attention(train.attention, platform)
-    self.unroll = resolve_unroll(train, model.num_layers, platform)
-    # How logits are cut: see `ops.losses`.
-    self.chunking = {'soft_cap': model.logits_soft_cap or None,
-                     'chunk_logits': CHUNK_LOGITS if platform == 'cpu' else ACCELERATOR_CHUNK_LOGITS}
-
-  def use_ring(self):
-    return self.train.context_attention == 'ring' and mesh_size('context') > 1
-
-  def order(self, batch):
-    """Returns the batch in the order of tokens that the model wants on the mesh that is set."""
-    return zigzag_batch(batch) if self.use_ring() else batch
-
-  def restore(self, a):
-    """Returns an array [B, T, ...] of an ordered batch in the order of the row."""
-    return from_zigzag(a) if self.use_ring() else a
-
-  def context(self, rows, key):
-    return decoder.make_context(self.model, rows['positions'], rows['segment_ids'],
-                                implementation=self.implementation, key=key if self.model.dropout else None,
-                                zigzag=self.use_ring())
-
-  def __call__(self, params, batch, key):
-    """Returns (final normalised hidden states [B, T, D], aux) of an ordered batch.  key: None for no dropout."""
-    x, _, aux = decoder.hidden_states(
-        self.model, params, batch['tokens'], self.context(batch, key), compute_dtype=self.dtype,
-        remat=self.train.remat, unroll=self.unroll, pipe=self.pipe, perturb=self._perturb(batch, key))
-    return x, aux
-
-  def matrix(self, params):
-    """Returns (output matrix in the dtype of products, vocab_axis)."""
-    matrix, vocab_axis = decoder.output_matrix(self.model, params)
-    return matrix.astype(self.dtype), vocab_axis
-
-  def _perturb(self, batch, key):
-    if not self.train.neftune_alpha or key is None:
-      return None
+def forward(model, params, batch, key=None, neftune_alpha=0.0):
+  """Returns (final hidden states [B, T, D], aux) of an ordered batch.  key: of dropout and noise; None for neither."""
+  perturb = None
+  if neftune_alpha and key is not None:
     # Another key than the layers', which are split from the same one.
-    noise_key = jax.random.fold_in(key, 0x4EF7)
-    segments = self.restore(batch['segment_ids'])
-    noise = lambda x: embedding_noise(noise_key, x, segments, self.train.neftune_alpha)
-    return lambda x: x + (to_zigzag(noise(x)) if self.use_ring() else noise(x))
+    noise_key, segments = jax.random.fold_in(key, 0x4EF7), model.restore(batch['segment_ids'])
+    noise = lambda x: embedding_noise(noise_key, x, segments, neftune_alpha)
+    perturb = lambda x: x + (to_zigzag(noise(x)) if model.use_ring() else noise(x))
+  x, _, aux = model.apply(params, batch, key=key, perturb=perturb)
+  return x, aux
 
 
-def next_token(model, train, platform, pipe=None):
-  """Returns the loss_fn of language modelling; its sum is in nats.  pipe: see `decoder.hidden_states`."""
-  forward = Forward(model, train, platform, pipe)
+def next_token(model, *, z_loss=0.0, neftune_alpha=0.0):
+  """Returns the loss_fn of language modelling; its sum is in nats.
 
+  z_loss, neftune_alpha: see TrainSpec.
+  """
   def score(params, x, rows):
     """Returns (sum of losses, (weight, aux)) of final hidden states x [B, T, D]."""
-    matrix, vocab_axis = forward.matrix(params)
+    matrix, vocab_axis = model.output_matrix(params)
 
     def sums(matrix, x, targets, loss_mask):
       loss, weight, aux = chunked_cross_entropy(
-          x, matrix, targets, loss_mask, z_loss=train.z_loss, vocab_axis=vocab_axis, **forward.chunking)
+          x, matrix, targets, loss_mask, z_loss=z_loss, vocab_axis=vocab_axis, **model.chunking)
       return loss, (weight, aux)
 
-    return sum_over_rows(sums, matrix, x, rows['targets'], rows['loss_mask'])
+    return sum_over_rows(sums, matrix.astype(model.dtype), x, rows['targets'], rows['loss_mask'])
 
-  def loss_fn(params, batch, key):
-    x, aux = forward(params, batch, key)
+  def plain(params, batch, key):
+    x, aux = forward(model, params, batch, key, neftune_alpha)
     loss, (weight, names) = score(params, x, batch)
     loss, aux = with_router_losses(loss, weight, aux, batch)
     return loss, (weight, {**names, **aux})
 
-  def reorder(loss_fn):
-    return weighed(count_targets)(lambda params, batch, key: loss_fn(params, forward.order(batch), key))
-
-  if pipe is None or pipe.schedule != '1f1b':
-    return reorder(loss_fn)
+  pipe = model.execution.pipeline
 
   def totals_and_gradients(params, batch, key):
     ends = {name: tree for name, tree in params.items() if name != 'blocks'}
-    run = decoder.stage_fn(model, forward.context(batch, key), train.remat, forward.unroll)
+    run = model.stage(key)
 
     def layers(*arguments):
       x, aux = run(*arguments)
       return x, with_router_losses(0.0, count_targets(batch), aux, batch)[1]
 
-    first = lambda ends, rows: decoder.embed(model, ends, rows['tokens'], forward.dtype)
-    last = lambda ends, x, rows: score(ends, decoder.final_norm(model, ends, x), rows)
-    blocks = decoder.cast(params['blocks'], forward.dtype)
+    last = lambda ends, x, rows: score(ends, model.normalize(ends, x), rows)
+    blocks = model.cast({'blocks': params['blocks']})['blocks']
     stages = pipeline.num_stages()
     totals, (d_ends, d_blocks) = pipeline.forward_backward(
-        first, layers, last, (ends, blocks), batch,
+        model.embed, layers, last, (ends, blocks), batch,
         microbatches=pipe.count(stages, batch['tokens'].shape[0] // row_shards()))
     grads = {**d_ends, 'blocks': d_blocks}
     return totals, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
   @jax.custom_vjp
   def one_forward_one_backward(params, batch, key):
-    return loss_fn(params, batch, key)
+    return plain(params, batch, key)
 
   def backward(grads, cotangents):
     scale, _ = cotangents  # Only the sum has a gradient.
@@ -238,7 +205,9 @@ def next_token(model, train, platform, pipe=None):
 
   one_forward_one_backward.defvjp(totals_and_gradients, backward)
 
-  def dispatch(params, batch, key):
-    return (one_forward_one_backward if pipeline.num_stages() > 1 else loss_fn)(params, batch, key)
+  @weighed(count_targets)
+  def loss_fn(params, frozen, batch, key):
+    staged = pipe is not None and pipe.schedule == '1f1b' and pipeline.num_stages() > 1
+    return (one_forward_one_backward if staged else plain)(params, model.order(batch), key)
 
-  return reorder(dispatch)
+  return loss_fn

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import NamedSharding
 
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.parallel import sharding
 
 
@@ -17,16 +17,16 @@ from llmjax.parallel import sharding
 class TrainState:
   """All that a step reads and writes.
 
-  step: int32, optimizer steps done.  key: PRNG key that every step's randomness is folded from.  frozen: a
-  tree of arrays that the loss sees and the step passes on as they are, such as the base of adapters or a
-  reference model; None for none.  They have no gradient and no optimizer state.
+  step: int32, optimizer steps done.  key: PRNG key that every step's randomness is folded from.  frozen:
+  {name: tree of arrays} that the loss reads and the step passes on, such as the base of adapters or a reference model.
+  They have no gradient and no optimizer state.
   """
 
   step: jax.Array
   params: dict
   opt_state: tuple
   key: jax.Array
-  frozen: Any = None
+  frozen: dict = struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +57,13 @@ def init_state(model, tx, seed, param_dtype, mesh, zero=0, trained=None, frozen=
   shardings = state_shardings(jax.eval_shape(init, *trained.inputs), trained.names, mesh, zero)
   state = jax.jit(init, out_shardings=shardings)(*trained.inputs)
   layout = jax.tree.map(lambda x: x.sharding, frozen)
-  return state.replace(frozen=frozen), shardings.replace(frozen=layout)
+  return state.replace(frozen=frozen or {}), shardings.replace(frozen=layout or {})
 
 
 def abstract_state(model, tx, param_dtype, mesh, zero=0, trained=None):
   """Returns the TrainState of ShapeDtypeStructs with their shardings: what a checkpoint restores into.
 
-  Its `frozen` is None: checkpoints leave out what does not change.
+  Its `frozen` is empty: checkpoints leave out what does not change.
   """
   trained = trained or _whole(model, param_dtype)
 
@@ -78,13 +78,15 @@ def abstract_state(model, tx, param_dtype, mesh, zero=0, trained=None):
 
 def abstract_params(model, param_dtype, mesh, zero=0):
   """Returns the ShapeDtypeStructs of a model's parameters with their shardings."""
-  shapes = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0), jnp.dtype(param_dtype)))
-  layout = sharding.tree_shardings(mesh, decoder.param_names(model), zero_rules(zero, 3))
-  return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, layout)
+  model = Model(model)
+  layout = sharding.tree_shardings(mesh, model.param_names(), zero_rules(zero, 3))
+  return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n),
+                      model.abstract_params(param_dtype), layout)
 
 
 def _whole(model, param_dtype):
-  return Trained(lambda key: decoder.init_params(model, key, jnp.dtype(param_dtype)), decoder.param_names(model))
+  model = Model(model)
+  return Trained(lambda key: model.init(key, jnp.dtype(param_dtype)), model.param_names())
 
 
 def _make(params, tx, key):

@@ -12,8 +12,7 @@ from llmjax.train.objectives import ROUTER_SCALE
 def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=1):
   """Returns step(state, batch) -> (state, metrics), pure; the caller jits it and donates the state.
 
-  loss_fn(params, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.  A
-  state with frozen arrays gives it those too: loss_fn(params, batch, key, frozen).
+  loss_fn(params, frozen, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.
   batch: leaves [B, ...].  Sums, weights and gradients are added over `accumulation` microbatches and
   divided once, so the result does not depend on how many there are (means of means would).
   metrics: float32 scalars `loss` (nats a target), `grad_norm` (before clipping), `lr`,
@@ -27,10 +26,8 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
   def add_microbatches(state, batch, key):
-    params, frozen = state.params, () if state.frozen is None else (state.frozen,)
-
     def one(rows, index):
-      (loss, (weight, aux)), grads = grad_fn(params, rows, jax.random.fold_in(key, index), *frozen)
+      (loss, (weight, aux)), grads = grad_fn(state.params, state.frozen, rows, jax.random.fold_in(key, index))
       return loss, weight, aux, grads
 
     if accumulation == 1:

@@ -11,7 +11,7 @@ import pytest
 from llmjax.adapt.lora import adapter_names, init_adapter
 from llmjax.adapt.quantize import quantize_tree
 from llmjax.adapt.spec import AdapterSpec
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.sharding import tree_shardings
@@ -47,7 +47,7 @@ def batch():
 
 @functools.cache
 def base_of(kind):
-  params = jax.jit(lambda k: decoder.init_params(MODELS[kind], k))(jax.random.key(0))
+  params = jax.jit(Model(MODELS[kind]).init)(jax.random.key(0))
   if 'head' in params:
     params['head']['kernel'] = 0.2 * jax.random.normal(jax.random.key(9), params['head']['kernel'].shape)
   return jax.device_get(params)
@@ -58,7 +58,7 @@ def train(kind, sizes, spec, steps=3):
   model = MODELS[kind]
   mesh_spec = MeshSpec(**(sizes or {}))
   mesh = make_mesh(mesh_spec, jax.devices()[:1] if sizes is None else None)
-  names, place = decoder.param_names(model), lambda n: tree_shardings(mesh, n, zero_rules(mesh_spec.zero, 3))
+  names, place = Model(model).param_names(), lambda n: tree_shardings(mesh, n, zero_rules(mesh_spec.zero, 3))
   tx = optax.sgd(0.5)
 
   def moved(key, base):
@@ -70,8 +70,8 @@ def train(kind, sizes, spec, steps=3):
     base = quantize_tree(base, spec.quantize, names, place, delete=False) if spec.quantize else base
     trained = Trained(moved, {'one': adapter_names(spec, names)}, (base,))
     state, shardings = init_state(model, tx, 0, 'float32', mesh, mesh_spec.zero, trained, {'base': base})
-    loss_fn = objectives.with_adapters(objectives.next_token(
-        model, TrainSpec(compute_dtype='float32', scan_unroll=1), 'cpu', PipelineSpec(microbatches=2)), {'one': spec})
+    loss_fn = objectives.with_adapters(objectives.next_token(objectives.make_model(
+        model, TrainSpec(compute_dtype='float32', scan_unroll=1), 'cpu', PipelineSpec(microbatches=2))), {'one': spec})
     step = jax.jit(make_train_step(loss_fn, tx, lambda _: 0.5), donate_argnums=0, out_shardings=(shardings, None))
     losses = []
     for _ in range(steps):

@@ -14,7 +14,7 @@ from llmjax.adapt.matrices import find_targets, matrices, matrix_axes
 from llmjax.adapt.quantize import quantize_tree
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.config import ConfigError, find_problems
-from llmjax.model import decoder
+from llmjax.model.model import Execution, Model
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.products import project
 from llmjax.train import objectives
@@ -34,7 +34,7 @@ ALL = ('*',)
 
 @functools.cache
 def base_of(kind):
-  params = jax.jit(lambda k: decoder.init_params(MODELS[kind], k))(jax.random.key(0))
+  params = jax.jit(Model(MODELS[kind]).init)(jax.random.key(0))
   if 'head' in params:  # It starts at zero, which would hide the rest.
     params['head']['kernel'] = 0.2 * jax.random.normal(jax.random.key(9), params['head']['kernel'].shape)
   return jax.device_get(params)
@@ -76,10 +76,8 @@ def reference_weight(w, factors, spec, in_dims):
 
 @functools.partial(jax.jit, static_argnums=1)
 def logits(params, model):
-  batch = batch_of()
-  context = decoder.make_context(model, batch['positions'], batch['segment_ids'], implementation='reference')
-  x, _, _ = decoder.hidden_states(model, params, batch['tokens'], context)
-  return decoder.unembed(model, params, x)
+  model = Model(model, Execution(attention=('reference',)))
+  return model.logits(params, model.apply(params, batch_of())[0])
 
 
 @pytest.mark.parametrize('kind', ['lora', 'rslora', 'dora'])
@@ -160,10 +158,10 @@ def test_several_adapters_add_up_by_their_weights():
 def test_gradients_equal_those_through_the_merged_weights(kind, model, remat):
   spec, base = AdapterSpec(kind=kind, rank=3, targets=ALL), base_of(model)
   adapters, batch = {'one': moved(spec, base)}, batch_of()
-  loss_fn = objectives.next_token(MODELS[model], dataclasses.replace(TRAIN, remat=remat), 'cpu')
+  loss_fn = objectives.next_token(objectives.make_model(MODELS[model], dataclasses.replace(TRAIN, remat=remat), 'cpu'))
   adapted = objectives.with_adapters(loss_fn, {'one': spec})
-  through_merged = lambda adapters: loss_fn(lora.merge(base, adapters, {'one': spec}), batch, None)[0]
-  found = jax.jit(jax.grad(lambda a: adapted(a, batch, None, {'base': base})[0]))(adapters)
+  through_merged = lambda adapters: loss_fn(lora.merge(base, adapters, {'one': spec}), {}, batch, None)[0]
+  found = jax.jit(jax.grad(lambda a: adapted(a, {'base': base}, batch, None)[0]))(adapters)
   expected = jax.jit(jax.grad(through_merged))(adapters)
   for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(expected)[0], jax.tree.leaves(found), strict=True):
     scale = np.abs(x).max()
@@ -193,7 +191,8 @@ def train(spec, steps=3, accumulation=1, key=1, batch=None, lr=1e-2):
   state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key_data(jax.random.key(key)),
                      frozen)
   before = jax.device_get(state)
-  loss_fn = objectives.with_adapters(objectives.next_token(MODELS['dense'], TRAIN, 'cpu'), {'one': spec})
+  plain = objectives.next_token(objectives.make_model(MODELS['dense'], TRAIN, 'cpu'))
+  loss_fn = objectives.with_adapters(plain, {'one': spec})
   step, losses = jax.jit(make_train_step(loss_fn, tx, schedule, accumulation), donate_argnums=0), []
   state = jax.tree.map(jnp.copy, state)
   for _ in range(steps):
@@ -250,17 +249,17 @@ def test_dropout_differs_by_layer_and_weight_and_keeps_the_mean():
 def test_the_gradient_of_what_is_frozen_is_not_computed():
   """FLOPs of the compiled program: forward and the input's gradient, without the third part of the weights'."""
   model = dataclasses.replace(MODELS['dense'], d_model=128, mlp_dim=256, num_kv_heads=2, vocab_size=512)
-  base = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
+  base = Model(model).abstract_params()
   spec, batch = AdapterSpec(kind='lora', rank=1), batch_of()
 
   def flops(remat, unroll):
     train = dataclasses.replace(TRAIN, remat=remat, scan_unroll=unroll)
-    loss_fn = objectives.next_token(model, train, 'cpu')
+    loss_fn = objectives.next_token(objectives.make_model(model, train, 'cpu'))
     adapted = objectives.with_adapters(loss_fn, {'one': spec})
     adapters = jax.eval_shape(lambda b: {'one': lora.init_adapter(spec, b, jax.random.key(0))}, base)
     count = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()['flops']
-    full = count(jax.grad(lambda p: loss_fn(p, batch, None)[0]), base)
-    return full, count(jax.grad(lambda a, b: adapted(a, batch, None, {'base': b})[0]), adapters, base)
+    full = count(jax.grad(lambda p: loss_fn(p, {}, batch, None)[0]), base)
+    return full, count(jax.grad(lambda a, b: adapted(a, {'base': b}, batch, None)[0]), adapters, base)
 
   for remat, unroll, most in (('none', 0, 0.72), ('full', 1, 0.80)):
     full, found = flops(remat, unroll)

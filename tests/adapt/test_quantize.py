@@ -9,7 +9,7 @@ import pytest
 
 from llmjax.adapt.quantize import NF4, block_size, quantize, quantize_tree
 from llmjax.config import ConfigError
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.products import dense, project
 from llmjax.parallel.sharding import WeightLayout
@@ -98,14 +98,13 @@ def test_a_model_in_few_bits(experts):
   """The blocks' matrices are quantised and nothing else; the model of the parts is the model of their values."""
   model = ModelSpec(num_layers=2, d_model=32, num_heads=2, mlp_dim=48, vocab_size=64, num_experts=experts,
                     tie_embeddings=True)
-  params = jax.jit(lambda k: decoder.init_params(model, k))(jax.random.key(0))
+  params = jax.jit(Model(model).init)(jax.random.key(0))
   tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 64)
 
   @jax.jit
   def logits(params):
-    context = decoder.make_context(model, jnp.tile(jnp.arange(8), (2, 1)), jnp.ones((2, 8), jnp.int32))
-    x, _, _ = decoder.hidden_states(model, params, tokens, context)
-    return decoder.unembed(model, params, x)
+    batch = {'tokens': tokens, 'positions': jnp.tile(jnp.arange(8), (2, 1)), 'segment_ids': jnp.ones_like(tokens)}
+    return Model(model).logits(params, Model(model).apply(params, batch)[0])
 
   quantized = quantize_tree(params, 'int8')
   plain = jax.tree.map(dense, quantized, is_leaf=lambda x: hasattr(x, 'dense'))

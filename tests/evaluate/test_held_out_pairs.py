@@ -10,7 +10,7 @@ from llmjax.evaluate import pairs
 def test_means_do_not_depend_on_how_pairs_lie_in_batches():
   margins = np.random.default_rng(0).normal(size=12).astype(np.float32)
 
-  def step(params, batch):
+  def step(params, frozen, batch):
     weight = jnp.sum(batch['real'])
     return jnp.sum(batch['real'] * batch['x'] ** 2), (weight, {'accuracy': jnp.sum(batch['real'] * (batch['x'] > 0))})
 
@@ -20,11 +20,11 @@ def test_means_do_not_depend_on_how_pairs_lie_in_batches():
       yield {'x': np.pad(part, (0, size - len(part)), constant_values=9),
              'real': np.pad(np.ones(len(part)), (0, size - len(part)))}
 
-  found = pairs.evaluate(step, None, batches(12))
+  found = pairs.evaluate(step, None, {}, batches(12))
   assert found == {'loss': pytest.approx(float(np.mean(margins ** 2)), rel=1e-6), 'pairs': 12,
                    'accuracy': pytest.approx(float(np.mean(margins > 0)))}
   for size in (1, 5):
-    assert pairs.evaluate(step, None, batches(size)) == pytest.approx(found, rel=1e-6)
+    assert pairs.evaluate(step, None, {}, batches(size)) == pytest.approx(found, rel=1e-6)
 
 
 def test_calibration_is_zero_off_for_a_model_that_is_as_often_right_as_it_says():

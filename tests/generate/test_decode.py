@@ -9,7 +9,7 @@ import pytest
 
 from llmjax.generate import decode
 from llmjax.generate.spec import SamplingSpec
-from llmjax.model import decoder
+from llmjax.model.model import Execution, Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.sharding import tree_shardings
@@ -27,7 +27,7 @@ LENGTHS = (5, 37, 1, 0, 20)
 
 @functools.cache
 def make_params(spec):
-  params = jax.jit(decoder.init_params, static_argnums=0)(spec, jax.random.key(0))
+  params = jax.jit(Model(spec).init)(jax.random.key(0))
   if not spec.tie_embeddings:
     kernel = params['head']['kernel']
     params['head']['kernel'] = 0.5 * jax.random.normal(jax.random.key(1), kernel.shape)
@@ -48,10 +48,9 @@ def prompts():
 def full_logits(spec, params, rows):
   """Returns the logits [B, T, V] of rows [B, T], without a cache."""
   positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
-  context = decoder.make_context(spec, positions, jnp.ones(rows.shape, int),
-                                 implementation='reference')
-  x, _, _ = decoder.hidden_states(spec, params, rows, context)
-  return decoder.unembed(spec, params, x)
+  model = Model(spec, Execution(attention=('reference',)))
+  batch = {'tokens': rows, 'positions': positions, 'segment_ids': jnp.ones(rows.shape, int)}
+  return model.logits(params, model.apply(params, batch)[0])
 
 
 @pytest.mark.parametrize('name', ['plain', pytest.param('varied', marks=pytest.mark.slow)])
@@ -74,21 +73,22 @@ def test_greedy_equals_the_full_forward(name, prompts):
 def test_prefill_and_steps_give_the_logits_of_the_full_forward(name):
   spec = SPECS[name]
   params = make_params(spec)
-  layers = jax.jit(decoder.unstack)(params)
-  prefill = jax.jit(decode.prefill, static_argnums=0)
+  model = Model(spec)
+  layers = jax.jit(model.unstack)(params)
+  prefill = jax.jit(decode.prefill, static_argnums=(0, 4))
   decode_step = jax.jit(decode.decode_step, static_argnums=0)
   rows = jax.random.randint(jax.random.key(5), (2, 20), 0, VOCAB)
   want = full_logits(spec, params, rows)
-  logits, cache = prefill(spec, layers, rows[:, :9], jnp.full(2, 9))
+  logits, cache = prefill(model, layers, rows[:, :9], jnp.full(2, 9), 4)
   np.testing.assert_allclose(logits, want[:, 8], atol=1e-5)
-  cache = decode.grow_cache(cache, 24)
+  cache = model.grow_cache(cache, 24, step=4)
   start = 9
   for count in (1, 4, 4, 1):  # Several tokens at once, as for a draft or a prompt that goes on.
-    logits, cache = decode_step(spec, layers, cache, rows[:, start:start + count])
+    logits, cache = decode_step(model, layers, cache, rows[:, start:start + count])
     np.testing.assert_allclose(logits, want[:, start:start + count], atol=1e-5)
     start += count
   # From an empty cache, with no prefill at all.
-  logits, _ = decode_step(spec, layers, decode.init_cache(spec, 2, 24), rows)
+  logits, _ = decode_step(model, layers, model.init_cache(2, 24), rows)
   np.testing.assert_allclose(logits, want, atol=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_cache_grows(prompts, monkeypatch):
   monkeypatch.setattr(decode, 'MIN_CACHE', 8)
   slots = []
   grow = decode._grow
-  monkeypatch.setattr(decode, '_grow', lambda cache, n: slots.append(n) or grow(cache, n))
+  monkeypatch.setattr(decode, '_grow', lambda model, cache, n: slots.append(n) or grow(model, cache, n))
   made = make_generator('plain').generate(prompts, 60)
   np.testing.assert_array_equal(made.tokens, want.tokens)
   assert slots == [80, 112]  # A prompt of 37 lies in 40 slots; 99 are needed in the end.
@@ -192,7 +192,7 @@ def test_a_mesh_gives_the_same_tokens(prompts):
   spec, key = SPECS['plain'], jax.random.key(3)
   want = make_generator('plain').generate(prompts, 20, SAMPLED, key)
   mesh = make_mesh(MeshSpec(data=2, fsdp=2, tensor=2))
-  params = jax.device_put(make_params(spec), tree_shardings(mesh, decoder.param_names(spec)))
+  params = jax.device_put(make_params(spec), tree_shardings(mesh, Model(spec).param_names()))
   generator = decode.Generator(spec, params, mesh=mesh, bos_id=BOS)
   made = generator.generate(prompts, 20, SAMPLED, key)  # Five rows on four shards.
   np.testing.assert_array_equal(made.tokens, want.tokens)

@@ -53,11 +53,12 @@ def train(workdir, steps, adapter=None, source=''):
       optimizer=OptimizerSpec(lr=0.01, schedule='constant'), logs=LogsSpec(writers=()), evaluate=EvaluateSpec(),
       adapter=adapter or AdapterSpec())
   seen = []
-  evaluate = lambda params: seen.append(jax.tree.structure(params)) or {'loss': 1.0}
+  evaluate = lambda params, frozen: seen.append(jax.tree.structure(params)) or {'loss': 1.0}
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
   claim_workdir(workdir, spec)
   job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), ledger=Ledger(workdir), sample=None,
-                    loss_fn=objectives.next_token(MODEL, spec.train, 'cpu'), evaluators={'validation': evaluate})
+                    loss_fn=objectives.next_token(objectives.make_model(MODEL, spec.train, 'cpu')),
+                    evaluators={'validation': evaluate})
   with jax.set_mesh(mesh):
     return harness.train(job, workdir)
 

@@ -59,7 +59,7 @@ def train(workdir, fingerprint='of no text', **groups):
   mesh, batches = make_mesh(spec.mesh, jax.devices()[:1]), Batches(spec.train.batch_size, fingerprint)
   attempt = claim_workdir(workdir, spec)
   job = harness.Job(spec=spec, mesh=mesh, batches=batches, ledger=Ledger(workdir), sample=None,
-                    loss_fn=objectives.next_token(spec.model, spec.train, 'cpu'), evaluators={})
+                    loss_fn=objectives.next_token(objectives.make_model(spec.model, spec.train, 'cpu')), evaluators={})
   with jax.set_mesh(mesh):
     return harness.train(job, workdir, attempt), batches
 

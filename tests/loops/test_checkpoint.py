@@ -42,7 +42,7 @@ class Batches:
     pass
 
 
-def loss_fn(params, batch, key, lost_at=0):
+def loss_fn(params, frozen, batch, key, lost_at=0):
   """The sum of squares; from batch `lost_at` on, infinite."""
   scale = jnp.where((batch['tokens'][0, 0] == lost_at) & (lost_at > 0), jnp.inf, 1.0)
   loss = scale * sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params))
@@ -56,7 +56,7 @@ def train(workdir, steps, losses=(), log_every=1, lost_at=0, **checkpoint):
       optimizer=OptimizerSpec(warmup_steps=0, schedule='constant', clip_norm=0.0), logs=LogsSpec(writers=()),
       checkpoint=CheckpointSpec(**checkpoint), evaluate=EvaluateSpec())
   measured = iter(losses)
-  evaluators = {'validation': lambda params: {'loss': next(measured)}} if losses else {}
+  evaluators = {'validation': lambda params, frozen: {'loss': next(measured)}} if losses else {}
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
   claim_workdir(workdir, spec)
   job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), ledger=Ledger(workdir), sample=None,

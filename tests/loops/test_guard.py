@@ -65,8 +65,8 @@ steep.defvjp(lambda x: (x, None), lambda _, g: (jnp.where(g == 0, g, jnp.nan),))
 def poisoned(loss_fn):
   """Gives a batch with one of the three tokens what it stands for.  One program for all tests compiles once."""
 
-  def loss(params, batch, key):
-    total, rest = loss_fn(params, batch, key)
+  def loss(params, frozen, batch, key):
+    total, rest = loss_fn(params, frozen, batch, key)
     holds = lambda token: jnp.any(batch['tokens'] == token)
     total = jnp.where(holds(STEEP), steep(total), total)
     return total * jnp.where(holds(POISON), jnp.nan, 1.0) * jnp.where(holds(SPIKE), 100.0, 1.0), rest
@@ -85,7 +85,8 @@ def train(workdir, devices=1, mesh_spec=MESHES['one device'][1], bad=(), token=P
                       checkpoint=CheckpointSpec(keep=20), logs=LogsSpec(writers=()))
   batches = Batches(mesh, bad, token)
   job = harness.Job(spec=spec, mesh=mesh, batches=batches, evaluators=evaluators or {}, sample=None,
-                    loss_fn=poisoned(objectives.next_token(MODEL, spec.train, 'cpu')), ledger=Ledger(workdir),
+                    loss_fn=poisoned(objectives.next_token(objectives.make_model(MODEL, spec.train, 'cpu'))),
+                    ledger=Ledger(workdir),
                     describe=lambda number: [{'source': 'random', 'row': number, 'text': ['…']}])
   with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
     if states is not None:
@@ -242,7 +243,7 @@ def test_a_device_that_differs_stops_the_run_before_it_saves(tmp_path, capsys):
 
 def test_early_stopping(tmp_path, capsys):
   curve = iter([3.0, 2.0, 2.5, 2.0, 9.0, 9.0])
-  evaluators = {'validation': lambda params: {'loss': next(curve)}}
+  evaluators = {'validation': lambda params, frozen: {'loss': next(curve)}}
   status, _ = train(tmp_path, steps=12, evaluators=evaluators, eval_every=1, patience=3)
   assert status == 0
   assert 'stopped at step 5: eval/validation/loss has no new best in 3 evaluations' in capsys.readouterr().out
@@ -263,7 +264,7 @@ def test_patience_needs_something_to_watch():
 
 @pytest.mark.slow
 def test_a_count_of_patience_survives_a_restart(tmp_path):
-  evaluators = {'validation': lambda params: {'loss': 1.0}}
+  evaluators = {'validation': lambda params, frozen: {'loss': 1.0}}
   train(tmp_path, steps=2, evaluators=evaluators, eval_every=1, patience=3)
   train(tmp_path, steps=12, evaluators=evaluators, eval_every=1, patience=3)
   assert [e['step'] for e in events(tmp_path, 'early_stop')] == [4]

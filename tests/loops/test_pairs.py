@@ -26,6 +26,7 @@ from llmjax.parallel.mesh import make_mesh
 from llmjax.rl import feedback, objective
 from llmjax.rl.spec import PreferenceSpec
 from llmjax.text.tokenizer import Tokenizer
+from llmjax.train import objectives
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -166,7 +167,7 @@ def true_accuracy(workdir):
   params, model, _, _ = load_params(workdir)
   spec = dataclasses.replace(spec, model=model, data=dataclasses.replace(spec.data, sources={'data/clean_pairs': 1.0}))
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
-  score = jax.jit(objective.make_end_scores(model, spec.train, 'cpu', spec.pipeline))
+  score = jax.jit(objective.make_end_scores(objectives.make_model(model, spec.train, 'cpu')))
   with jax.set_mesh(mesh):
     scores = np.concatenate([np.asarray(score(params, batch)) for batch in pairs.read_split(spec, mesh, 'validation')])
   real = scores[:2 * 150]
@@ -197,7 +198,7 @@ def test_a_process_reward_model_finds_which_steps_are_good(judging_steps):
       ('evaluate.batch_size', '7'), ('data.packing', 'pad'), ('data.seq_len', '90')])
   params, model, _, _ = load_params('runs/steps')
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
-  judge = objective.make_step_judge(model, spec.train, 'cpu', spec.pipeline)
+  judge = objective.make_step_judge(objectives.make_model(model, spec.train, 'cpu'))
   with jax.set_mesh(mesh):
     again = reward.make_evaluator(spec, mesh, judge, 'validation', folder)(params)
   for name, value in again.items():

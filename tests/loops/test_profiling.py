@@ -19,7 +19,7 @@ def traced(tmp_path_factory):
   def step(x):
     return jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, length=4)[0]
 
-  x = jnp.full((384, 384), 0.01)
+  x = jnp.full((768, 768), 0.005)
   step(x).block_until_ready()
   profiler = profiling.Profiler(workdir, '2:5', say=said.append)
   for i in range(1, 8):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.model import decoder
+from llmjax.model import stack
+from llmjax.model.model import Execution, Model
 from llmjax.model.spec import ModelSpec
 from llmjax.train import objectives
 from llmjax.train.spec import REMATS
@@ -25,9 +26,8 @@ def compiled(remat, unroll=1):
   positions = jnp.broadcast_to(jnp.arange(T), tokens.shape)
 
   def loss(params):
-    context = decoder.make_context(SPEC, positions, jnp.ones_like(tokens))
-    x, _, _ = decoder.hidden_states(SPEC, params, tokens, context, remat=remat, unroll=unroll)
-    return jnp.sum(jnp.sin(x))
+    batch = {'tokens': tokens, 'positions': positions, 'segment_ids': jnp.ones_like(tokens)}
+    return jnp.sum(jnp.sin(Model(SPEC, Execution(remat=remat, unroll=unroll)).apply(params, batch)[0]))
 
   return jax.jit(jax.grad(loss)).lower(params()).compile()
 
@@ -36,7 +36,7 @@ def compiled(remat, unroll=1):
 def params():
   """Random numbers of the right size: nothing of the initializers is at stake."""
   rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(lambda: decoder.init_params(SPEC, jax.random.key(1)))
+  shapes = Model(SPEC).abstract_params()
   return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), shapes)
 
 
@@ -49,7 +49,7 @@ def flops(remat, **kwargs):
 
 
 def test_every_name_has_a_policy():
-  assert set(decoder.REMAT) == set(REMATS)
+  assert set(stack.REMAT) == set(REMATS)
 
 
 @pytest.mark.parametrize(('remat', 'unroll'), [
@@ -76,8 +76,8 @@ def products(remat):
 
 def loss_of(p, remat):
   tokens = jnp.zeros((B, T), jnp.int32)
-  context = decoder.make_context(SPEC, tokens + jnp.arange(T), tokens + 1)
-  return jnp.sum(decoder.hidden_states(SPEC, p, tokens, context, remat=remat)[0])
+  batch = {'tokens': tokens, 'positions': tokens + jnp.arange(T), 'segment_ids': tokens + 1}
+  return jnp.sum(Model(SPEC, Execution(remat=remat)).apply(p, batch)[0])
 
 
 def test_products_computed_again():
@@ -107,5 +107,5 @@ def test_offload_is_refused_where_there_is_no_such_memory():
 def test_offload_moves_what_is_kept_to_the_host():
   """Each kept value is put on the host in the forward loop, and back on the device in the backward loop."""
   text = str(jax.make_jaxpr(jax.grad(lambda p: loss_of(p, 'offload')))(params()))
-  kept = len(decoder.KEPT) + 2  # attention marks two arrays, and the block's input is moved too.
+  kept = len(stack.KEPT) + 2  # attention marks two arrays, and the block's input is moved too.
   assert text.count('devices=(MemorySpace.Host') == text.count('devices=(MemorySpace.Device') == kept

@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies
 
 from llmjax.ops import blockwise as module
 from llmjax.ops.attention import attention
+from llmjax.ops.masks import Mask
 
 PLAIN = ('blockwise', 'reference')  # Kernels are tested in test_kernels.py.
 
@@ -21,7 +22,7 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(module, 'MAX_BLOCKS', 4)
 
 
-def numpy_attention(q, k, v, q_ids, k_ids, window=None, soft_cap=None, scale=None):
+def numpy_attention(q, k, v, q_ids, k_ids, window=None, soft_cap=None, scale=None, causal=True, prefix=None):
   """Float64, one query and head at a time.  ids: (segment_ids, positions)."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   (q_segment, q_position), (k_segment, k_position) = q_ids, k_ids
@@ -30,9 +31,11 @@ def numpy_attention(q, k, v, q_ids, k_ids, window=None, soft_cap=None, scale=Non
   out = np.zeros(q.shape)
   for b, t, n in np.ndindex(*q.shape[:3]):
     distance = q_position[b, t] - k_position[b]
-    seen = (q_segment[b, t] == k_segment[b]) & (distance >= 0)
+    seen = q_segment[b, t] == k_segment[b]
+    if causal:
+      seen &= (distance >= 0) | (False if prefix is None else prefix[b])
     if window is not None:
-      seen &= distance < window
+      seen &= np.abs(distance) < window
     if not seen.any():
       continue
     logits = scale * k[b, seen, n // group] @ q[b, t, n]
@@ -62,14 +65,16 @@ def rows(*packed):
   return tuple(np.concatenate(part) for part in zip(*packed, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=('window', 'soft_cap', 'scale', 'implementation', 'aligned'))
-def call(q, k, v, q_ids, k_ids, **options):
-  return attention(q, k, v, q_positions=q_ids[1], k_positions=k_ids[1], q_segment_ids=q_ids[0],
-                   k_segment_ids=k_ids[0], **options)
+@functools.partial(jax.jit, static_argnames=('window', 'causal', 'soft_cap', 'scale', 'implementation', 'aligned'))
+def call(q, k, v, q_ids, k_ids, prefix=None, window=None, causal=True, aligned=True, **options):
+  mask = Mask(q_ids[1], q_ids[0], k_ids[1], k_ids[0], prefix, causal, window, aligned)
+  return attention(q, k, v, mask, **options)
 
 
 IDS = rows(packed_ids([5, 1, 12], 21), packed_ids([21], 21))
-OPTIONS = [{}, {'window': 9, 'soft_cap': 2.0, 'scale': 0.7}]
+PREFIX = np.arange(21)[None] % 7 < 3
+OPTIONS = [{}, {'window': 9, 'soft_cap': 2.0, 'scale': 0.7}, {'causal': False}, {'causal': False, 'window': 4},
+           {'prefix': np.repeat(PREFIX, 2, axis=0)}, {'prefix': np.repeat(PREFIX, 2, axis=0), 'window': 6}]
 
 
 @pytest.mark.parametrize('implementation', PLAIN)
@@ -116,6 +121,14 @@ def test_other_segments_and_the_future_change_nothing(implementation):
   np.testing.assert_array_equal(before[:, :15], after[:, :15])
   after = run(q, k.at[:, :10].set(9.0), v.at[:, :10].set(-9.0))
   np.testing.assert_array_equal(before[:, 10:], after[:, 10:])
+
+
+@pytest.mark.parametrize('implementation', PLAIN)
+def test_cross_attention_sees_all_of_its_segment(implementation):
+  q, k, v = draw(12, keys=20)
+  q_ids, k_ids = (rows(packed_ids([5, 7], n), packed_ids([9], n)) for n in (12, 20))
+  out = call(q, k, v, q_ids, k_ids, causal=False, aligned=False, implementation=implementation)
+  np.testing.assert_allclose(out, numpy_attention(q, k, v, q_ids, k_ids, causal=False), atol=1e-5)
 
 
 def test_cache_of_which_part_is_filled():

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.ops import attention as table
 from llmjax.ops import blockwise
+from llmjax.ops.masks import self_attention
 from llmjax.parallel import attention as module
 from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.spec import MeshSpec
-from llmjax.train.objectives import next_token
+from llmjax.train.objectives import make_model, next_token
 from llmjax.train.spec import TrainSpec
 
 B, T, N, H = 4, 64, 4, 8
@@ -38,7 +39,7 @@ def draw(length=T, kv_heads=2, heads=N, head_dim=H, batch=B, dtype=jnp.float32):
   return tensors, (segments, positions)
 
 
-def run(call, tensors, ids, kind='gather', **options):
+def run(call, tensors, ids, kind='gather', window=None, **options):
   """Returns (out, *gradients) in the rows' order of a weighted sum of outputs."""
   zigzag = kind == 'ring'
   weights = jnp.asarray(np.random.default_rng(1).normal(size=tensors[0].shape), jnp.float32)
@@ -48,8 +49,7 @@ def run(call, tensors, ids, kind='gather', **options):
     options['zigzag'] = True
 
   def total(*tensors):
-    out = call(*tensors, q_positions=ids[1], k_positions=ids[1], q_segment_ids=ids[0], k_segment_ids=ids[0],
-               **options)
+    out = call(*tensors, self_attention(ids[1], ids[0], window=window), **options)
     return jnp.sum(out.astype(jnp.float32) * weights), out
 
   grads, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*tensors)
@@ -116,11 +116,10 @@ def test_a_kernel_and_a_ring_run_inside_another_shard_map():
       ('ring', dict(stage=2, context=2, data=2), (tensors, ids), plain),
       ('gather', dict(stage=2, context=2, data=2), (tensors, ids), plain)):
 
-    def staged(q, k, v, **options):
-      ids = {name: options.pop(name) for name in list(options) if name.endswith(('positions', 'ids'))}
+    def staged(q, k, v, mask, **options):
       stage = jax.P('stage')
-      return jax.shard_map(lambda q, k, v, ids: module.attention(q, k, v, **ids, **options),
-                           in_specs=stage, out_specs=stage, axis_names={'stage'}, check_vma=False)(q, k, v, ids)
+      return jax.shard_map(functools.partial(module.attention, **options), in_specs=stage, out_specs=stage,
+                           axis_names={'stage'}, check_vma=False)(q, k, v, mask)
 
     with jax.set_mesh(make_mesh(MeshSpec(**sizes))):
       assert_near(run(staged, *inputs, kind), want)
@@ -152,8 +151,7 @@ def program(kind, window=None, batch=1):
   with jax.set_mesh(mesh):
     place = lambda a: jax.device_put(a, jax.NamedSharding(mesh, jax.P(None, 'context')))
     total = lambda q, k, v, s, p: jnp.sum(jnp.square(module.attention(
-        q, k, v, q_positions=p, k_positions=p, q_segment_ids=s, k_segment_ids=s, zigzag=kind == 'ring',
-        window=window)))
+        q, k, v, self_attention(p, s, window=window), zigzag=kind == 'ring')))
     args = jax.tree.map(place, (q, k, v, *ids))
     traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*args)
     return traced.lower().compile().as_text(), dot_flops(traced.jaxpr.jaxpr)
@@ -188,9 +186,11 @@ def test_refuses():
   with jax.set_mesh(make_mesh(MeshSpec(data=1, context=8))):
     with pytest.raises(ConfigError, match='write 48 or 64, or train.context_attention=gather'):
       module.zigzag_order(56)
-    with pytest.raises(ValueError, match='splash attention works on whole rows.*auto or blockwise'):
+    with pytest.raises(ValueError, match='splash attention works on whole sequences.*auto or blockwise'):
       run(module.attention, tensors, ids, implementation='splash')
-  with pytest.raises(ValueError, match='zigzag order need'):
+    with pytest.raises(ValueError, match='ring attention is causal; for other masks write train.context_attention'):
+      module.attention(*tensors, self_attention(*ids[::-1], causal=False), zigzag=True)
+  with pytest.raises(ValueError, match='zigzag order must be whole'):
     run(module.attention, tensors, ids, 'ring')
 
 
@@ -198,7 +198,7 @@ def test_refuses():
 def test_dropout_and_noise_do_not_depend_on_the_order_of_tokens():
   """In zigzag order each token loses the features that it loses in the order of the text."""
   model = ModelSpec(num_layers=2, d_model=16, num_heads=2, mlp_dim=16, vocab_size=32, dropout=0.3, tie_embeddings=True)
-  params = decoder.init_params(model, jax.random.key(0))
+  params = Model(model).init(jax.random.key(0))
   (tokens, targets), (segments, positions) = np.random.default_rng(0).integers(0, 32, (2, B, T)), draw()[1]
   batch = {'tokens': tokens, 'targets': targets, 'loss_mask': (segments > 0).astype(np.float32),
            'segment_ids': segments, 'positions': positions}
@@ -206,6 +206,6 @@ def test_dropout_and_noise_do_not_depend_on_the_order_of_tokens():
   for sizes, count in ((dict(data=2, context=4), 8), ({}, 1)):
     mesh = make_mesh(MeshSpec(**sizes), jax.devices()[:count])
     with jax.set_mesh(mesh):
-      loss_fn = next_token(model, TrainSpec(compute_dtype='float32', neftune_alpha=5.0), 'cpu')
-      losses.append(float(jax.jit(loss_fn)(params, place_batch(mesh, batch), jax.random.key(1))[0]))
+      loss_fn = next_token(make_model(model, TrainSpec(compute_dtype='float32'), 'cpu'), neftune_alpha=5.0)
+      losses.append(float(jax.jit(loss_fn)(params, {}, place_batch(mesh, batch), jax.random.key(1))[0]))
   assert losses[0] == pytest.approx(losses[1], rel=1e-5)

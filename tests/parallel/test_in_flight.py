@@ -38,11 +38,11 @@ class Counted:
 
 
 def run_perplexity(step):
-  perplexity.evaluate(lambda params, batch: step(batch), None, (jnp.ones(4),) * PROGRAMS)
+  perplexity.evaluate(lambda params, frozen, batch: step(batch), None, {}, (jnp.ones(4),) * PROGRAMS)
 
 
 def run_pairs(step):
-  pairs.evaluate(lambda params, batch: (step(batch)[0], (batch[0], {})), None, (jnp.ones(3),) * PROGRAMS)
+  pairs.evaluate(lambda params, frozen, batch: (step(batch)[0], (batch[0], {})), None, {}, (jnp.ones(3),) * PROGRAMS)
 
 
 def run_tables(step):

@@ -96,7 +96,7 @@ def run(model, mesh_spec, pipe=None, steps=10, compute_dtype='float32', **train)
     abstract = abstract_state(model, tx, 'float32', mesh, zero=mesh_spec.zero if mesh_spec else 0)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     state = jax.device_put(initial, shardings)
-    loss_fn = objectives.next_token(model, train, 'cpu', pipe)
+    loss_fn = objectives.next_token(objectives.make_model(model, train, 'cpu', pipe))
     step = jax.jit(make_train_step(loss_fn, tx, lambda _: 1.0, train.accumulation), donate_argnums=0,
                    out_shardings=(shardings, None))
     losses = []

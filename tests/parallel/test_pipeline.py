@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel import pipeline, sharding
 from llmjax.parallel.mesh import make_mesh
@@ -60,16 +60,17 @@ def compiled_step(schedule, microbatches, rows_each=8):
   model = ModelSpec(num_layers=4, d_model=64, num_heads=2, mlp_dim=128, vocab_size=128)
   mesh, length = make_mesh(MeshSpec(data=2, stage=4)), 64
   with jax.set_mesh(mesh):
-    layout = sharding.tree_shardings(mesh, decoder.param_names(model))
+    layout = sharding.tree_shardings(mesh, Model(model).param_names())
     params = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n),
-                          jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0))), layout)
+                          Model(model).abstract_params(), layout)
     rows = jax.NamedSharding(mesh, sharding.mesh_spec(('batch', 'length')))
     batch = {name: jax.ShapeDtypeStruct((microbatches * rows_each, length), dtype, sharding=rows)
              for name, dtype in (('tokens', jnp.int32), ('targets', jnp.int32), ('positions', jnp.int32),
                                  ('segment_ids', jnp.int32), ('loss_mask', jnp.float32))}
-    loss_fn = objectives.next_token(model, TrainSpec(compute_dtype='float32', remat='full', scan_unroll=1),
-                                    'cpu', PipelineSpec(schedule=schedule, microbatches=microbatches))
-    return jax.jit(jax.grad(lambda p, b: loss_fn(p, b, None)[0]), out_shardings=layout).lower(
+    loss_fn = objectives.next_token(objectives.make_model(
+        model, TrainSpec(compute_dtype='float32', remat='full', scan_unroll=1), 'cpu',
+        PipelineSpec(schedule=schedule, microbatches=microbatches)))
+    return jax.jit(jax.grad(lambda p, b: loss_fn(p, {}, b, None)[0]), out_shardings=layout).lower(
         params, batch).compile()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.sharding import tree_shardings
@@ -17,7 +17,7 @@ from llmjax.parallel.spec import MeshSpec
 from llmjax.rl import distill, rollout
 from llmjax.rl.objective import TEACHER, Distillation
 from llmjax.rl.spec import DistillSpec
-from llmjax.train.objectives import Forward, next_token
+from llmjax.train.objectives import make_model, next_token
 from llmjax.train.spec import TrainSpec
 from llmjax.train.state import TrainState
 from llmjax.train.step import make_train_step
@@ -39,7 +39,7 @@ SPECS = {
 
 @functools.partial(jax.jit, static_argnums=0)
 def noisy(model, seed):
-  tree = decoder.init_params(model, jax.random.key(seed))
+  tree = Model(model).init(jax.random.key(seed))
   noise = iter(jax.random.split(jax.random.key(seed + 1), 100))
   return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(noise), p.shape), tree)
 
@@ -55,10 +55,9 @@ def teacher():
 
 
 def make_lessons(spec, train=TRAIN, student=SMALL):
-  lessons = Distillation(spec, student, BIG, train, 'cpu')
-  for forward in (lessons.student, lessons.teacher):  # Several chunks of logits, the last of them partly padding.
-    forward.chunking['chunk_logits'] = 8 * WORDS * 2 * 3
-  return lessons
+  # Several chunks of logits, the last of them partly padding.
+  chunked = lambda m: dataclasses.replace(m, execution=dataclasses.replace(m.execution, chunk_logits=8 * WORDS * 2 * 3))
+  return Distillation(spec, *(chunked(make_model(model, train, 'cpu')) for model in (student, BIG)))
 
 
 @pytest.fixture(scope='module')
@@ -75,8 +74,9 @@ def whole_logits(params, teacher, batch):
   """Returns hidden states and logits [B, T, V] of both, all at once."""
   found = []
   for model, tree in ((SMALL, params), (BIG, teacher)):
-    x, _ = Forward(model, TRAIN, 'cpu')(tree, batch, None)
-    found.append((x, decoder.unembed(model, tree, x)))
+    model = make_model(model, TRAIN, 'cpu')
+    x, _, _ = model.apply(tree, batch)
+    found.append((x, model.logits(tree, x)))
   return found
 
 
@@ -99,14 +99,14 @@ def by_formula(spec, params, teacher, batch):
 
 
 def frozen_of(spec, teacher):
-  return () if spec.top_k else ({'teacher': teacher},)
+  return {} if spec.top_k else {'teacher': teacher}
 
 
 @pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * (name in ('reverse_kl', 'jsd')))
                                   for name in SPECS])
 def test_the_loss_is_its_formula(params, teacher, batch, name):
   spec, lessons = SPECS[name], make_lessons(SPECS[name])
-  run = lambda p: lessons.train(p, batch, None, *frozen_of(spec, teacher))
+  run = lambda p: lessons.train(p, frozen_of(spec, teacher), batch, None)
   both = lambda p: (jax.value_and_grad(run, has_aux=True)(p),
                     jax.value_and_grad(lambda p: by_formula(spec, p, teacher, batch))(p))
   ((loss, (weight, aux)), grad), expected = jax.jit(both)(params)
@@ -123,7 +123,7 @@ def test_padding_accumulation_and_batch_size(teacher, batch, name, student):
   def step(batch, accumulation=1):
     tx = optax.sgd(1.0)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
-                       key=jax.random.key_data(jax.random.key(0)), frozen=(*frozen_of(spec, teacher), None)[0])
+                       key=jax.random.key_data(jax.random.key(0)), frozen=frozen_of(spec, teacher))
     return jax.jit(make_train_step(lessons.train, tx, lambda step: 1.0, accumulation))(state, batch)
 
   state, metrics = step(batch)
@@ -150,13 +150,13 @@ def test_meshes(params, teacher, batch, name, sizes):
   spec = SPECS[name]
 
   def make(mesh):
-    lessons = Distillation(spec, SMALL, BIG, TRAIN, 'cpu')
-    place = lambda model, tree: jax.device_put(tree, tree_shardings(mesh, decoder.param_names(model)))
+    lessons = Distillation(spec, make_model(SMALL, TRAIN, 'cpu'), make_model(BIG, TRAIN, 'cpu'))
+    place = lambda model, tree: jax.device_put(tree, tree_shardings(mesh, Model(model).param_names()))
     frozen = frozen_of(spec, place(BIG, teacher))
     with jax.set_mesh(mesh):
       rows = place_batch(mesh, batch)
-      found = jax.jit(jax.value_and_grad(lessons.train, has_aux=True))(place(SMALL, params), rows, None, *frozen)
-      held_out = jax.jit(lessons.evaluate)(place(SMALL, params), rows, None, *frozen)
+      found = jax.jit(jax.value_and_grad(lessons.train, has_aux=True))(place(SMALL, params), frozen, rows, None)
+      held_out = jax.jit(lessons.evaluate)(place(SMALL, params), frozen, rows, None)
       table = jax.jit(lessons.top_k)(place(BIG, teacher), rows) if spec.top_k else {}
     return jax.device_get((found, held_out, {k: v[batch['segment_ids'] != 0] for k, v in table.items()}))
 
@@ -168,22 +168,22 @@ def test_meshes(params, teacher, batch, name, sizes):
 @pytest.mark.slow
 def test_evaluation_is_the_ordinary_one_and_the_teachers_distance(params, teacher, batch):
   lessons, tied = make_lessons(SPECS['jsd']), make_lessons(DistillSpec(teacher='t', top_k=WORDS))
-  nats, (weight, aux) = jax.jit(lessons.evaluate)(params, batch, None, {'teacher': teacher})
-  expected, (count, _) = jax.jit(next_token(SMALL, TRAIN, 'cpu'))(params, batch, None)
+  nats, (weight, aux) = jax.jit(lessons.evaluate)(params, {'teacher': teacher}, batch, None)
+  expected, (count, _) = jax.jit(next_token(make_model(SMALL, TRAIN, 'cpu')))(params, {}, batch, None)
   np.testing.assert_allclose([nats, weight], [expected, count], rtol=1e-5)
   (_, student), (_, taught) = whole_logits(params, teacher, batch)
   kl = distill.forward_kl(student, taught, batch['loss_mask'])[0]
   np.testing.assert_allclose(aux['teacher_kl'], kl, rtol=1e-4)
   all_words = {**batch, **jax.jit(tied.top_k)(teacher, batch)}
-  np.testing.assert_allclose(jax.jit(tied.evaluate)(params, all_words, None)[1][1]['teacher_kl'], kl, rtol=1e-4)
-  loss = jax.jit(tied.train)(params, all_words, None)[0]
+  np.testing.assert_allclose(jax.jit(tied.evaluate)(params, {}, all_words, None)[1][1]['teacher_kl'], kl, rtol=1e-4)
+  loss = jax.jit(tied.train)(params, {}, all_words, None)[0]
   np.testing.assert_allclose(loss, kl, rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_a_part_of_nothing_is_the_datas_own_loss(params, teacher, batch):
   lessons = make_lessons(DistillSpec(teacher='t', loss='hinton', alpha=0.0))
-  run = lambda p: lessons.train(p, batch, None, {'teacher': teacher})[0]
-  plain = lambda p: next_token(SMALL, TRAIN, 'cpu')(p, batch, None)[0]
+  run = lambda p: lessons.train(p, {'teacher': teacher}, batch, None)[0]
+  plain = lambda p: next_token(make_model(SMALL, TRAIN, 'cpu'))(p, {}, batch, None)[0]
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
                jax.jit(jax.value_and_grad(run))(params), jax.jit(jax.value_and_grad(plain))(params))

@@ -11,14 +11,14 @@ import pytest
 
 from llmjax.data.steps import JUDGED
 from llmjax.generate.decode import Generator
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import MeshSpec
 from llmjax.rl import objective, rollout
 from llmjax.rl.spec import NAMED, UNPAIRED_LOSSES, PolicySpec, PreferenceSpec, RlSpec
-from llmjax.train.objectives import Forward
+from llmjax.train.objectives import make_model
 from llmjax.train.spec import TrainSpec
 from llmjax.train.state import TrainState
 from llmjax.train.step import make_train_step
@@ -30,7 +30,7 @@ WORDS, LENGTH = 29, 16
 
 def noisy(model):
   """Returns parameters no longer those of a start: values and probabilities differ from token to token."""
-  tree = decoder.init_params(model, jax.random.key(0))
+  tree = Model(model).init(jax.random.key(0))
   noise = iter(jax.random.split(jax.random.key(1), 100))
   return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(noise), p.shape), tree)
 
@@ -80,7 +80,7 @@ def test_sampler_and_trainer_agree(params, temperature):
   batch = rollout.make_rows(repeated, answers, LENGTH)
   assert len({len(a) for a in answers}) > 2 and max(a.max() for a in answers) < WORDS
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
-  scorer = rollout.Scorer(SPEC, TRAIN, mesh, None, rows=8, temperature=temperature, vocab_size=WORDS)
+  scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, temperature=temperature, vocab_size=WORDS)
   found = scorer(params, batch, True)
   sampled = rollout.spread(logprobs, repeated, LENGTH)
   assert max(rollout.disagreement(sampled, found['logprobs'], batch['loss_mask'])) < 1e-5
@@ -95,7 +95,7 @@ def test_what_top_p_takes_away_is_seen(params):
   rl = RlSpec(group=1, max_new_tokens=8, top_p=0.5)
   answers, logprobs = rollout.sample(Generator(SPEC, params, vocab_size=WORDS), prompts, 1, rl, jax.random.key(3), ())
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
-  scorer = rollout.Scorer(SPEC, TRAIN, mesh, None, rows=8, vocab_size=WORDS)
+  scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, vocab_size=WORDS)
   batch = rollout.make_rows(prompts, answers, LENGTH)
   gaps = (rollout.spread(logprobs, prompts, LENGTH) - scorer(params, batch)['logprobs'])[batch['loss_mask'] > 0]
   assert (gaps > -1e-5).all() and (gaps < -np.log(0.5) + 1e-5).all() and gaps.mean() > 0.1
@@ -111,11 +111,12 @@ def test_meshes(params, sizes):
   spec = PolicySpec(**NAMED['grpo'], kl_coef=0.1, entropy_coef=0.01)
 
   def make(mesh):
-    loss_fn = objective.make_policy_loss(spec, SPEC, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS, temperature=0.8)
-    scorer = rollout.Scorer(SPEC, TRAIN, mesh, None, rows=8, vocab_size=WORDS)
-    own = jax.device_put(params, tree_shardings(mesh, decoder.param_names(SPEC)))
+    loss_fn = objective.make_policy_loss(spec, make_model(SPEC, TRAIN, 'cpu'), value_coef=0.5, vocab_size=WORDS,
+                                         temperature=0.8)
+    scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, vocab_size=WORDS)
+    own = jax.device_put(params, tree_shardings(mesh, Model(SPEC).param_names()))
     with jax.set_mesh(mesh):
-      found = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(own, place_batch(mesh, batch), None)
+      found = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(own, {}, place_batch(mesh, batch), None)
     return jax.device_get((found, scorer(own, batch, True)))
 
   expected = make(make_mesh(MeshSpec(data=1), jax.devices()[:1]))
@@ -163,7 +164,7 @@ def wider(batch, left, right, rows=0):
 
 
 def test_steps_are_judged_alike_however_they_lie_in_rows(params):
-  judge, packed = jax.jit(objective.make_step_judge(SPEC, TRAIN, 'cpu')), step_batch()
+  judge, packed = jax.jit(objective.make_step_judge(make_model(SPEC, TRAIN, 'cpu'))), step_batch()
   alone = {name: np.zeros((2 * len(a), LENGTH), a.dtype) for name, a in packed.items()}
   for row in range(2 * len(packed['tokens'])):
     (there,) = np.nonzero(packed['segment_ids'][row // 2] == row % 2 + 1)
@@ -192,9 +193,10 @@ def test_steps_on_a_mesh(params):
   batch = step_batch()
 
   def judged(mesh):
-    own = jax.device_put(params, tree_shardings(mesh, decoder.param_names(SPEC)))
+    own = jax.device_put(params, tree_shardings(mesh, Model(SPEC).param_names()))
     with jax.set_mesh(mesh):
-      return jax.device_get(jax.jit(objective.make_step_judge(SPEC, TRAIN, 'cpu'))(own, place_batch(mesh, batch), None))
+      judge = jax.jit(objective.make_step_judge(make_model(SPEC, TRAIN, 'cpu')))
+      return jax.device_get(judge(own, place_batch(mesh, batch), None))
 
   expected = judged(make_mesh(MeshSpec(data=1), jax.devices()[:1]))
   found = judged(make_mesh(MeshSpec(data=2, context=2, tensor=2), jax.devices()))
@@ -206,15 +208,16 @@ def test_steps_on_a_mesh(params):
 
 LOSSES = {
     'pairs': lambda model: objective.make_pair_loss(
-        PreferenceSpec(sft_weight=0.1, length_weight=0.5), model, TRAIN, 'cpu', vocab_size=WORDS),
+        PreferenceSpec(sft_weight=0.1, length_weight=0.5), make_model(model, TRAIN, 'cpu'), vocab_size=WORDS),
     'unpaired': lambda model: objective.make_unpaired_loss(
-        PreferenceSpec(loss='apo_zero_unpaired'), model, TRAIN, 'cpu', vocab_size=WORDS),
-    'steps': lambda model: objective.as_loss(objective.make_step_judge(model, TRAIN, 'cpu')),
-    'reward': lambda model: objective.make_reward_loss(model, TRAIN, 'cpu', centring=0.01),
+        PreferenceSpec(loss='apo_zero_unpaired'), make_model(model, TRAIN, 'cpu'), vocab_size=WORDS),
+    'steps': lambda model: objective.as_loss(objective.make_step_judge(make_model(model, TRAIN, 'cpu'))),
+    'reward': lambda model: objective.make_reward_loss(make_model(model, TRAIN, 'cpu'), centring=0.01),
     'ppo': lambda model: objective.make_policy_loss(
-        PolicySpec(**NAMED['ppo'], entropy_coef=0.01), model, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
+        PolicySpec(**NAMED['ppo'], entropy_coef=0.01), make_model(model, TRAIN, 'cpu'),
+        value_coef=0.5, vocab_size=WORDS),
     'grpo': lambda model: objective.make_policy_loss(
-        PolicySpec(**NAMED['grpo'], kl_coef=0.1), model, TRAIN, 'cpu', value_coef=0.5, vocab_size=WORDS),
+        PolicySpec(**NAMED['grpo'], kl_coef=0.1), make_model(model, TRAIN, 'cpu'), value_coef=0.5, vocab_size=WORDS),
 }
 MIXTURE = dataclasses.replace(SPEC, num_experts=4, mlp_dim=8, balance_loss=0.5, router_z_loss=0.1)
 
@@ -258,8 +261,8 @@ def test_the_routers_losses_are_means_over_all_tokens(name):
   params = noisy(MIXTURE)
   batch = batch_of(name, params)
   shown = objective.with_last_target(batch) if name == 'reward' else batch
-  forward = Forward(MIXTURE, TRAIN, 'cpu')
-  aux = jax.jit(lambda params, batch: forward(params, batch, None)[1])(params, shown)
+  model = make_model(MIXTURE, TRAIN, 'cpu')
+  aux = jax.jit(lambda params, batch: model.apply(params, batch)[2])(params, shown)
   tokens = (shown['segment_ids'] != 0).sum()
   together = 2 if name in ('pairs', 'unpaired', 'reward') else 1
   _, metrics = sgd_step(LOSSES[name](MIXTURE), params, batch, 2, together)
@@ -270,18 +273,17 @@ def test_the_routers_losses_are_means_over_all_tokens(name):
 def test_a_reward_model_reads_the_last_token(params):
   """Of a pair's row the last target, too; and the same number as for the whole answer at once."""
   prompts, answers, batch = draw_rows()
-  forward = Forward(SPEC, TRAIN, 'cpu')
   whole = jax.tree.map(jnp.asarray, objective.with_last_target({k: jnp.asarray(v) for k, v in batch.items()}))
-  scores, _ = objective.score_ends(forward, params, whole)
+  scores, _ = objective.score_ends(make_model(SPEC, TRAIN, 'cpu'), params, whole)
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
   rows = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
   for size, length in ((8, 14), (3, 31)):  # The batch and the padding change nothing.
-    scorer = rollout.RewardScorer(SPEC, TRAIN, mesh, None, rows=size, length=length)
+    scorer = rollout.RewardScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=size, length=length)
     np.testing.assert_allclose(scorer(params, rows), scores, rtol=1e-5, atol=1e-5)
     places = [range(len(row)) for row in rows]  # As if every token ended a step.
     each = np.array([scorer(params, [row[:i + 1] for i in range(len(row))]) for row in rows[:1]])
     for reduce, expected in (('min', np.min), ('product', np.prod)):
-      of_steps = rollout.RewardScorer(SPEC, TRAIN, mesh, None, rows=size, length=length, reduce=reduce)
+      of_steps = rollout.RewardScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=size, length=length, reduce=reduce)
       np.testing.assert_allclose(of_steps(params, rows, places)[0], expected(1 / (1 + np.exp(-each[0]))), rtol=1e-5)
   other = scorer(params, [np.append(r[:-1], (r[-1] + 1) % WORDS) for r in rows])
   assert np.abs(other - scores).min() > 1e-4
@@ -290,10 +292,10 @@ def test_a_reward_model_reads_the_last_token(params):
 def test_dpo_of_a_fresh_reference_is_log_2(params):
   batch = pair_batch()
   spec = PreferenceSpec()
-  sums = objective.make_sequence_logprobs(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS)
+  sums = objective.make_sequence_logprobs(spec, make_model(SPEC, TRAIN, 'cpu'), vocab_size=WORDS)
   batch['ref_logprobs'] = jax.jit(sums)(params, batch)
-  loss_fn = objective.make_pair_loss(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS)
-  loss, (weight, aux) = jax.jit(loss_fn)(params, batch, None)
+  loss_fn = objective.make_pair_loss(spec, make_model(SPEC, TRAIN, 'cpu'), vocab_size=WORDS)
+  loss, (weight, aux) = jax.jit(loss_fn)(params, {}, batch, None)
   np.testing.assert_allclose(loss / weight, np.log(2), rtol=1e-6)
   assert weight == 4 and aux['margin'] == 0
 
@@ -302,11 +304,11 @@ def test_the_first_step_of_an_iteration_is_on_policy(params):
   """What the scorer says is what the loss sees: no ratio but 1, nothing clipped."""
   batch = policy_batch(params)
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
-  scorer = rollout.Scorer(SPEC, TRAIN, mesh, None, rows=4, vocab_size=WORDS, temperature=0.9)
+  scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=4, vocab_size=WORDS, temperature=0.9)
   batch['old_logprobs'] = scorer(params, batch)['logprobs']
   spec = PolicySpec(clip_low=1e-4)
-  loss_fn = objective.make_policy_loss(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS, temperature=0.9)
-  _, (weight, aux) = jax.jit(loss_fn)(params, batch, None)
+  loss_fn = objective.make_policy_loss(spec, make_model(SPEC, TRAIN, 'cpu'), vocab_size=WORDS, temperature=0.9)
+  _, (weight, aux) = jax.jit(loss_fn)(params, {}, batch, None)
   assert aux['clip_fraction'] == 0
   np.testing.assert_allclose(aux['ratio'] / weight, 1.0, rtol=1e-5)
 
@@ -319,22 +321,21 @@ def test_every_loss_logs_the_same_log_probabilities(params, loss):
   batch[objective.MISMATCHED] = batch['ref_logprobs']
   make = objective.make_unpaired_loss if loss in UNPAIRED_LOSSES else objective.make_pair_loss
   spec = PreferenceSpec(loss=loss, length_weight=1.0 if loss in UNPAIRED_LOSSES else 0.5)
-  _, (weight, aux) = jax.jit(make(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS))(params, batch, None)
+  _, (weight, aux) = jax.jit(make(spec, make_model(SPEC, TRAIN, 'cpu'), vocab_size=WORDS))(params, {}, batch, None)
   logprobs = target_logprobs(params, batch)
   sums = np.where(np.asarray(batch['loss_mask']) > 0, logprobs, 0).sum(1)
   for name, half in (('chosen', sums[:8:2]), ('rejected', sums[1:8:2])):
     np.testing.assert_allclose(aux[f'{name}_logprob'] / weight, half.mean(), rtol=1e-5)
   if loss in UNPAIRED_LOSSES:  # A good completion without a bad one beside it.
     batch['loss_mask'] = batch['loss_mask'].at[1].set(0.0)
-    _, (weight, aux) = jax.jit(make(spec, SPEC, TRAIN, 'cpu', vocab_size=WORDS))(params, batch, None)
+    _, (weight, aux) = jax.jit(make(spec, make_model(SPEC, TRAIN, 'cpu'), vocab_size=WORDS))(params, {}, batch, None)
     for name, half in (('chosen', sums[:8:2]), ('rejected', sums[3:8:2])):
       np.testing.assert_allclose(aux[f'{name}_logprob'] / weight, half.mean(), rtol=1e-5)
 
 
 def target_logprobs(params, batch):
   """Returns log p(target) of each place, [B, T]."""
-  forward = Forward(SPEC, TRAIN, 'cpu')
-  return np.asarray(objective.score_tokens(forward, params, batch, vocab_size=WORDS).logprobs)
+  return np.asarray(objective.score_tokens(make_model(SPEC, TRAIN, 'cpu'), params, batch, vocab_size=WORDS).logprobs)
 
 
 def test_mismatched_completions_are_of_other_prompts():
@@ -359,9 +360,9 @@ def test_a_completion_without_another_half_counts_by_itself(params, loss):
            'segment_ids': np.ones((6, 8), np.int32), 'positions': np.tile(np.arange(8, dtype=np.int32), (6, 1)),
            'ref_logprobs': rng.normal(-9, 1, 6).astype(np.float32),
            objective.MISMATCHED: rng.normal(-9, 1, 6).astype(np.float32)}
-  arguments = PreferenceSpec(loss=loss, reference='copy'), SPEC, TRAIN, 'cpu'
+  arguments = PreferenceSpec(loss=loss, reference='copy'), make_model(SPEC, TRAIN, 'cpu')
   sums = lambda batch: np.asarray(objective.make_sequence_logprobs(*arguments)(params, batch), np.float64)
-  total, (weight, _) = objective.make_unpaired_loss(*arguments)(params, batch, None)
+  total, (weight, _) = objective.make_unpaired_loss(*arguments)(params, {}, batch, None)
   ratio = sums(batch) - batch['ref_logprobs']
   other = objective.mismatch(batch)
   whole = np.asarray(other['loss_mask']).any(1)

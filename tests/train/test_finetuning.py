@@ -75,8 +75,8 @@ def test_small_weights_divide_as_large_ones_do(store):
 
 def test_pairs_stay_in_one_microbatch():
   """A loss of pairs that is not linear in rows is the same however many microbatches there are."""
-  def loss_fn(params, batch, key):
-    del key
+  def loss_fn(params, frozen, batch, key):
+    del frozen, key
     chosen, rejected = (batch['x'] @ params['w']).reshape(-1, 2).T
     return -jax.nn.log_sigmoid(chosen - rejected).sum(), (jnp.float32(len(chosen)), {})
 
@@ -107,10 +107,12 @@ def test_neftune_noise_is_algorithm_1():
 def test_neftune_is_for_training_alone(store):
   batch, train = rows(store, 'best_fit', 16), dataclasses.replace(TRAIN, neftune_alpha=5.0)
   params = fresh_state(optax.sgd(1.0)).params
-  loss = lambda make, spec, key: float(jax.jit(make(MODEL, spec, 'cpu'))(params, batch, key)[0])
-  plain = loss(objectives.next_token, TRAIN, None)
-  assert loss(objectives.likelihood, train, jax.random.key(0)) == plain
-  noisy = [loss(objectives.next_token, train, key) for key in (None, jax.random.key(0), jax.random.key(1))]
+  model = objectives.make_model(MODEL, train, 'cpu')
+  loss = lambda loss_fn, key: float(jax.jit(loss_fn)(params, {}, batch, key)[0])
+  plain = loss(objectives.next_token(model), None)
+  assert loss(objectives.likelihood(model), jax.random.key(0)) == plain
+  with_noise = objectives.next_token(model, neftune_alpha=train.neftune_alpha)
+  noisy = [loss(with_noise, key) for key in (None, jax.random.key(0), jax.random.key(1))]
   assert noisy[0] == plain and len({round(x, 4) for x in noisy}) == 3
 
 
@@ -118,7 +120,7 @@ def trained(spec, store, steps=2):
   """Returns (state before, state after, metrics) of some steps by an OptimizerSpec."""
   tx, schedule = make_optimizer(spec, 10)
   state = fresh_state(tx)
-  loss_fn = stop_frozen(objectives.next_token(MODEL, TRAIN, 'cpu'), spec.freeze)
+  loss_fn = stop_frozen(objectives.next_token(objectives.make_model(MODEL, TRAIN, 'cpu')), spec.freeze)
   step = jax.jit(make_train_step(loss_fn, tx, schedule))
   after = state
   for _ in range(steps):

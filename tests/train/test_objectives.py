@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.model.decoder import init_params
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.spec import MeshSpec
-from llmjax.train.objectives import next_token, resolve_attention
+from llmjax.train.objectives import make_model, next_token, resolve_attention
 from llmjax.train.spec import TrainSpec
 
 
@@ -41,13 +41,13 @@ def test_the_kernel_does_not_change_the_loss():
            'loss_mask': np.ones((4, 128), np.float32),
            'segment_ids': np.repeat([[1, 2]], 64, axis=1) * np.ones((4, 1), np.int64),
            'positions': np.tile(np.arange(64), (4, 2))}
-  params = init_params(model, jax.random.key(0))
+  params = Model(model).init(jax.random.key(0))
   params['head']['kernel'] = jax.random.normal(jax.random.key(1), params['head']['kernel'].shape)
 
   def gradient(dtype, attention):
     train = TrainSpec(attention=attention, compute_dtype=dtype)
-    loss_fn = next_token(model, train, 'cpu')
-    return jax.jit(jax.grad(lambda p, b: loss_fn(p, b, None)[0]))(params, jax.tree.map(jnp.asarray, batch))
+    loss_fn = next_token(make_model(model, train, 'cpu'))
+    return jax.jit(jax.grad(lambda p, b: loss_fn(p, {}, b, None)[0]))(params, jax.tree.map(jnp.asarray, batch))
 
   for sizes, devices, dtype, kernel, tolerance in (
       (dict(data=2, fsdp=2, tensor=2), 8, 'float32', 'splash', 1e-5), ({}, 1, 'bfloat16', 'cudnn', 3e-2)):

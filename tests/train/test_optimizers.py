@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.train.optimizers import OPTIMIZERS, decay_mask, make_optimizer, make_schedule, matrix_axes
 from llmjax.train.spec import SCHEDULES, OptimizerSpec
@@ -119,7 +119,7 @@ MODEL = ModelSpec(num_layers=2, d_model=8, num_heads=2, mlp_dim=4, vocab_size=16
 
 def decoder_params():
   """Returns {path: parameter} of a decoder with every kind of parameter, all ones and a bias besides."""
-  shapes = jax.eval_shape(lambda: decoder.init_params(MODEL, jax.random.key(0)))
+  shapes = Model(MODEL).abstract_params()
   params = jax.tree.map(lambda s: jnp.ones(s.shape), shapes)
   params['blocks']['mlp']['shared']['bias'] = jnp.ones((2, 4))
   return params
@@ -283,7 +283,7 @@ def test_muon_equals_numpy():
 
 def test_muon_takes_every_matrix_of_the_blocks_and_nothing_else():
   model = ModelSpec(num_layers=2, d_model=8, num_heads=2, mlp_dim=16, vocab_size=32)
-  params = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
+  params = Model(model).abstract_params()
   is_axes = lambda x: x is None or hasattr(x, 'output_axis')
   flat = jax.tree_util.tree_flatten_with_path(matrix_axes(params), is_leaf=is_axes)[0]
   for path, axes in flat:

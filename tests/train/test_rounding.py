@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from llmjax.model import decoder
+from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.spec import MeshSpec
@@ -181,7 +181,7 @@ def test_moments_are_float32_for_narrow_parameters_too():
 def test_abstract_parameters_have_the_same_state():
   model = ModelSpec(num_layers=1, d_model=8, num_heads=2, mlp_dim=16, vocab_size=32)
   tx, _ = make_optimizer(OptimizerSpec(moment_dtype='bfloat16'), 10)
-  params = jax.eval_shape(lambda: decoder.init_params(model, jax.random.key(0)))
+  params = Model(model).abstract_params()
   state = jax.eval_shape(tx.init, params)
   again = jax.eval_shape(lambda p, s: tx.update(p, s, p)[1], params, state)
   kinds = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)

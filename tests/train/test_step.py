@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.model import decoder
+from llmjax.model.model import Execution, Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.spec import MeshSpec, PipelineSpec
@@ -42,7 +42,7 @@ def packed_batch(seed=0, batch=4, length=16):
 
 
 def fresh_state(tx, model=MODEL, seed=0):
-  params = jax.jit(lambda k: decoder.init_params(model, k))(jax.random.key(seed))
+  params = jax.jit(Model(model).init)(jax.random.key(seed))
   if not model.tie_embeddings:  # The head starts at zero, which would hide the rest.
     params['head']['kernel'] = 0.2 * jax.random.normal(jax.random.key(9), params['head']['kernel'].shape)
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
@@ -51,7 +51,7 @@ def fresh_state(tx, model=MODEL, seed=0):
 
 def gradient(batch, accumulation=1, train=TRAIN, model=MODEL):
   """Returns (metrics, gradient) as the step sees them, from a plain SGD step of size 1."""
-  loss_fn = objectives.next_token(model, train, 'cpu')
+  loss_fn = objectives.next_token(objectives.make_model(model, train, 'cpu'))
   state = fresh_state(SGD, model)
   step = jax.jit(make_train_step(loss_fn, SGD, lambda _: 1.0, accumulation))
   after, metrics = step(state, batch)
@@ -64,10 +64,8 @@ def assert_same(a, b, rtol=2e-5, atol=1e-6):
 
 
 def reference_loss(params, batch):
-  context = decoder.make_context(MODEL, batch['positions'], batch['segment_ids'],
-                                 implementation='reference')
-  x, _, _ = decoder.hidden_states(MODEL, params, batch['tokens'], context)
-  logprobs = jax.nn.log_softmax(decoder.unembed(MODEL, params, x))
+  model = Model(MODEL, Execution(attention=('reference',)))
+  logprobs = jax.nn.log_softmax(model.logits(params, model.apply(params, batch)[0]))
   picked = jnp.take_along_axis(logprobs, batch['targets'][..., None], axis=-1)[..., 0]
   return -jnp.sum(picked * batch['loss_mask']) / jnp.sum(batch['loss_mask'])
 
@@ -146,7 +144,7 @@ def test_bfloat16_is_near_float32():
 
 def test_dropout_follows_the_step_and_is_repeatable():
   model = dataclasses.replace(MODEL, dropout=0.3)
-  step = jax.jit(make_train_step(objectives.next_token(model, TRAIN, 'cpu'), SGD, lambda _: 1.0))
+  step = jax.jit(make_train_step(objectives.next_token(objectives.make_model(model, TRAIN, 'cpu')), SGD, lambda _: 1.0))
   state, batch = fresh_state(SGD, model), packed_batch()
   loss = lambda s: float(step(s, batch)[1]['loss'])
   assert loss(state) == loss(state)
@@ -157,15 +155,16 @@ def test_dropout_follows_the_step_and_is_repeatable():
 def test_first_loss_is_the_entropy_of_a_uniform_guess(tied):
   model = dataclasses.replace(MODEL, vocab_size=1024, tie_embeddings=tied)
   batch = packed_batch()
-  params = jax.jit(lambda k: decoder.init_params(model, k))(jax.random.key(0))
-  loss, (weight, _) = jax.jit(objectives.next_token(model, TRAIN, 'cpu'))(params, batch, None)
+  params = jax.jit(Model(model).init)(jax.random.key(0))
+  loss_fn = objectives.next_token(objectives.make_model(model, TRAIN, 'cpu'))
+  loss, (weight, _) = jax.jit(loss_fn)(params, {}, batch, None)
   assert float(loss / weight) == pytest.approx(np.log(1024), abs=0.05)
 
 
 def test_learns_one_batch_by_heart():
   spec = OptimizerSpec(lr=1e-2, warmup_steps=5, weight_decay=0.0)
   tx, schedule = make_optimizer(spec, 80)
-  step = jax.jit(make_train_step(objectives.next_token(MODEL, TRAIN, 'cpu'), tx, schedule),
+  step = jax.jit(make_train_step(objectives.next_token(objectives.make_model(MODEL, TRAIN, 'cpu')), tx, schedule),
                  donate_argnums=0)
   state, batch = fresh_state(tx), packed_batch()
   losses = []
@@ -193,7 +192,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused_as_by_the_command(sequ
   layout = jax.NamedSharding(mesh, jax.P())
   state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layout),
                        jax.eval_shape(lambda: fresh_state(SGD, model)))
-  loss_fn = objectives.next_token(model, train, 'cpu', PipelineSpec(microbatches=4))
+  loss_fn = objectives.next_token(objectives.make_model(model, train, 'cpu', PipelineSpec(microbatches=4)))
   with jax.set_mesh(mesh), pytest.raises(ConfigError) as refused:
     lower_step(make_train_step(loss_fn, SGD, lambda _: 1.0, accumulation), state, batch)
   assert str(refused.value) == f'{said}, or change the mesh'

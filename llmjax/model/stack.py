@@ -1,0 +1,191 @@
+"""Stacks of blocks: layers of one shape are stacked on a leading axis and scanned, one period of a pattern a turn.
+
+`params['blocks']` has leaves [layers, ...].  A model whose layers differ in shape (dense first, experts after) has one
+such tree for each stack, by name: {'dense': ..., 'moe': ...}.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llmjax.model.block import Block, layer_kinds
+
+# What `minimal` keeps of a block besides its input, by the `checkpoint_name`s in model/ and ops/attention.py.  Values
+# a token, and the FLOPs to make one of them again:
+#
+#   query, key, value   N H + 2 K H   2 D          attended   D     2 N H, and a sum over `tensor`
+#   attention           N H + N       2 T          gate, up   2 F   2 D
+#
+# Every product costs as much a value as any other, so what is left out is what costs no product: norms, the
+# activation and its product with `up`, and the `down` projection, whose result the backward pass does not
+# need.  Without any remat a block keeps those too, 8 D + 5 F values and more.  8 layers, D 512, F 1408, T
+# 512, B 8, float32, XLA's CPU backend (temporary memory of the gradient, scanned; FLOPs of it, unrolled):
+#
+#   none 2198 MiB, 802.0 GFLOP     minimal 1045 MiB, +0.7%     ... without attended         981 MiB, +2.8%
+#   dots  980 MiB, +1.5%           full     404 MiB, +23%      ... without gate             875 MiB, +6.5%
+#                                                              ... without query, key, value 853 MiB, +7.9%
+#                                                              ... without gate and up       729 MiB, +12.4%
+KEPT = ('query', 'key', 'value', 'attention', 'attended', 'gate', 'up')
+
+REMAT = {
+    'none': None,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'minimal': jax.checkpoint_policies.save_only_these_names(*KEPT),
+    # One product more, for an eleventh of the memory: the first place to save where `minimal` just does not fit.
+    'out': jax.checkpoint_policies.save_only_these_names(*(n for n in KEPT if n != 'attended')),
+    'mlp': jax.checkpoint_policies.save_only_these_names(*(n for n in KEPT if n not in ('gate', 'up'))),
+    'full': jax.checkpoint_policies.nothing_saveable,
+    # What `minimal` keeps and the block's input, in the host's memory.  A CPU's is the same memory.
+    'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=['block_input', *KEPT],
+        offload_src='device', offload_dst='pinned_host'),
+}
+
+
+def init_stacks(spec, key, param_dtype, x, context):
+  """Returns the boxed parameters of all blocks; every leaf has a leading 'layers' axis."""
+  kinds = layer_kinds(spec)
+  names = list(dict.fromkeys(kind.stack for kind in kinds))
+  # One stack draws the keys that it always drew; several draw theirs from one each.
+  keys = [key] if len(names) == 1 else jax.random.split(key, len(names))
+  stacks = {}
+  for name, stack_key in zip(names, keys, strict=True):
+    members = [kind for kind in kinds if kind.stack == name]
+    block = Block(spec, members[0], param_dtype)
+    stacked = jax.vmap(lambda k, block=block: block.init(k, x, None, context)['params'])(
+        jax.random.split(stack_key, len(members)))
+    lift = lambda p: nn.LogicallyPartitioned(p.value, ('layers', *p.names))
+    stacks[name] = jax.tree.map(lift, stacked, is_leaf=lambda p: isinstance(p, nn.Partitioned))
+  return stacks if len(stacks) > 1 else stacks[names[0]]
+
+
+def unstack(spec, blocks):
+  """Returns the blocks as a list of layers.
+
+  A loop over the list reads each weight where it is; a scan over the stack first copies every layer out of it, which
+  doubles the memory traffic of a decoding step.
+  """
+  kinds, counts, layers = layer_kinds(spec), {}, []
+  for kind in kinds:
+    index = counts[kind.stack] = counts.get(kind.stack, -1) + 1
+    layers.append(jax.tree.map(lambda leaf, i=index: leaf[i], _stacks(kinds, blocks)[kind.stack]))
+  return layers
+
+
+def _stacks(kinds, blocks):
+  """Returns {name of the stack: its tree}."""
+  names = {kind.stack for kind in kinds}
+  return blocks if len(names) > 1 else {names.pop(): blocks}
+
+
+def period(kinds):
+  """Returns the length of the shortest pattern that the layers repeat from the first one on, at least twice or wholly.
+
+  What is left at the end may be the beginning of the pattern.
+  """
+  return next(p for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
+
+
+def apply_stacks(spec, blocks, x, context, cache=None, remat='none', unroll=1, kinds=None):
+  """Runs the blocks in order; returns (x [B, T, D], the layers' caches or None, aux summed over layers).
+
+  blocks: stacked, scanned `unroll` periods of the pattern at a time, or a list of layers.  cache: a list of the layers'
+  caches, which needs a list of layers, or None.  context.key: the key that the layers' dropout keys come from, or None.
+  kinds: of these layers, by default those of the whole model.
+  """
+  kinds = layer_kinds(spec) if kinds is None else kinds
+  use_keys = context.key is not None and spec.dropout > 0
+  keys = jax.random.split(context.key, len(kinds)) if use_keys else None
+
+  def run(kind, params, x, layer_cache, key):
+    return Block(spec, kind).apply({'params': params}, x, layer_cache, context.replace(key=key))
+
+  if isinstance(blocks, list):
+    return _unrolled(kinds, blocks, x, keys, cache, run, remat)
+  # Layers before the pattern begins (dense ones before a mixture) are unrolled, as are those after its last period.
+  start = next((i for i in range(len(kinds)) if kinds[i:] and period(kinds[i:]) <= max((len(kinds) - i) // 2, 1)), 0)
+  size = period(kinds[start:])
+  turns = (len(kinds) - start) // size
+  if start or size > 1 or turns * size != len(kinds):
+    return _scan_period(spec, kinds, blocks, x, keys, run, remat, unroll, (start, size, turns))
+
+  def body(x, layer):
+    params, key = layer
+    x, _, aux = run(kinds[0], params, x, None, key)
+    return x, aux
+
+  x, aux = jax.lax.scan(_remat(body, remat, in_loop=unroll == 1), x, (blocks, keys), unroll=unroll)
+  return x, None, jax.tree.map(lambda a: a.sum(0), aux)
+
+
+def _remat(body, remat, in_loop):
+  """Returns the body under a rematerialization policy."""
+  if remat == 'none':
+    return body
+  # Inside a loop nothing can be shared between the passes; unrolled, XLA would merge what is computed again with what
+  # was computed before, and keep it.
+  return jax.checkpoint(body, policy=REMAT[remat], prevent_cse=not in_loop)
+
+
+def _unrolled(kinds, layers, x, keys, cache, run, remat):
+  caches, auxes = [], []
+  for i, (kind, params) in enumerate(zip(kinds, layers, strict=True)):
+    body = _remat(lambda x, layer, kind=kind: _regroup(run(kind, layer[0], x, layer[1], layer[2])), remat, False)
+    x, (layer_cache, aux) = body(x, (params, None if cache is None else cache[i], None if keys is None else keys[i]))
+    caches.append(layer_cache)
+    auxes.append(aux)
+  return x, None if cache is None else caches, _sum_aux(auxes)
+
+
+def _regroup(result):
+  x, cache, aux = result
+  return x, (cache, aux)
+
+
+def _sum_aux(auxes):
+  """Returns the sum of dicts of scalars; layers without experts have none."""
+  names = dict.fromkeys(name for aux in auxes for name in aux)
+  return {name: jnp.stack([aux[name] for aux in auxes if name in aux]).sum(0) for name in names}
+
+
+def _scan_period(spec, kinds, blocks, x, keys, run, remat, unroll, plan):
+  """`apply_stacks` of a pattern of several layers: a scan over its periods, the rest unrolled."""
+  start, size, turns = plan
+  stacks, stop, pattern = _stacks(kinds, blocks), start + size * turns, kinds[start:start + size]
+  count = lambda name, a, b: sum(kind.stack == name for kind in kinds[a:b])
+
+  def part(a, b):
+    """Returns the layers a to b of every stack that has some."""
+    found = {}
+    for name, tree in stacks.items():
+      first, number = count(name, 0, a), count(name, a, b)
+      if number:
+        found[name] = jax.tree.map(lambda leaf, s=slice(first, first + number): leaf[s], tree)
+    return found
+
+  def loose(x, a, b):
+    """Runs the layers a to b one after the other."""
+    own, used, layers = part(a, b), {}, []
+    for kind in kinds[a:b]:
+      index = used[kind.stack] = used.get(kind.stack, -1) + 1
+      layers.append(jax.tree.map(lambda leaf, i=index: leaf[i], own[kind.stack]))
+    x, _, aux = _unrolled(kinds[a:b], layers, x, None if keys is None else keys[a:b], None, run, remat)
+    return x, aux
+
+  def body(x, turn):
+    params, turn_keys = turn
+    used, auxes = {}, []
+    for i, kind in enumerate(pattern):
+      index = used[kind.stack] = used.get(kind.stack, -1) + 1
+      layer = jax.tree.map(lambda leaf, i=index: leaf[i], params[kind.stack])
+      x, _, aux = run(kind, layer, x, None, None if turn_keys is None else turn_keys[i])
+      auxes.append(aux)
+    return x, _sum_aux(auxes)
+
+  x, first = loose(x, 0, start)
+  params = jax.tree.map(lambda leaf: leaf.reshape(turns, -1, *leaf.shape[1:]), part(start, stop))
+  turn_keys = None if keys is None else keys[start:stop].reshape(turns, size)
+  x, middle = jax.lax.scan(_remat(body, remat, in_loop=unroll == 1), x, (params, turn_keys),
+                           unroll=min(max(unroll // size, 1), turns))
+  x, last = loose(x, stop, len(kinds))
+  return x, None, _sum_aux([first, jax.tree.map(lambda a: a.sum(0), middle), last])
