@@ -3,11 +3,13 @@
   python tools/stress_dispatch.py cause  [--devices=8] [--programs=3000] [--repeat=3] [--seconds=60]
   python tools/stress_dispatch.py train  [--devices=8] [--steps=10000] [--repeat=20] [--seconds=1200]
   python tools/stress_dispatch.py speed  [--devices=1,8] [--steps=1200] [--repeat=5]
+  python tools/stress_dispatch.py late   [--seconds=60]
 
 cause  tiny programs with collectives, without llmjax, waiting after every 2nd, 10th, 31st, 100th or never
 train  `llmjax pretrain` of tiny steps with a single log line, evaluation included
 speed  the train loop with at most 2, 3 and 24 steps in flight, turn by turn: tokens/s and CPU-seconds a run; small
        steps are a tenth as many
+late   two processes, of which one's data reader sleeps for `--seconds` at step 5: prints the output of the run
 
 Every run of the first two is a process of its own; one that is not done after `--seconds` hangs.
 """
@@ -113,6 +115,33 @@ def stress_training(options):
   return 0 if done else 1
 
 
+LATE = RECIPE + """
+import os, time
+from llmjax.data import stream
+draw = stream.BatchStream.__next__
+
+def delayed(self):
+  if os.environ['LLMJAX_PROCESS_ID'] == '1' and self.state == 5:
+    time.sleep({seconds})
+  return draw(self)
+
+stream.BatchStream.__next__ = delayed
+"""
+
+
+def delay_reader(options):
+  sys.path.insert(0, str(ROOT))
+  from tests.helpers import prepare_words
+  with tempfile.TemporaryDirectory() as folder:
+    folder = prepare_words(pathlib.Path(folder))
+    (folder / 'recipe.py').write_text(LATE.replace('{seconds}', str(options.seconds)))
+    run = ['launch', 'local', '--processes=2', '--devices-per-process=1', '--', 'pretrain', '--config=recipe.py',
+           '--config.mesh.tensor=1', '--config.mesh.data=1', '--config.train.steps=8', '--config.train.log_every=1',
+           '--workdir=run']
+    return subprocess.run([sys.executable, '-m', 'llmjax', *run], cwd=folder, check=False,
+                          env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}).returncode
+
+
 def measure_speed(options):
   """Prints what the limit costs, on each number of devices in a process of its own."""
   for devices in options.devices.split(','):
@@ -169,18 +198,20 @@ def measure_speed_here(options):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('part', choices=('cause', 'train', 'speed', 'speed-here'))
+  parser.add_argument('part', choices=('cause', 'train', 'speed', 'speed-here', 'late'))
   parser.add_argument('--devices')
   parser.add_argument('--programs', type=int, default=3000)
   parser.add_argument('--steps', type=int)
   parser.add_argument('--repeat', type=int)
   parser.add_argument('--seconds', type=float)
   options = parser.parse_args()
-  defaults = {'cause': ('8', 0, 3, 60.0), 'train': ('8', 10_000, 20, 1200.0)}.get(options.part, ('1,8', 1200, 5, 0.0))
+  defaults = {'cause': ('8', 0, 3, 60.0), 'train': ('8', 10_000, 20, 1200.0), 'late': ('1', 8, 1, 60.0)}.get(
+      options.part, ('1,8', 1200, 5, 0.0))
   for name, value in zip(('devices', 'steps', 'repeat', 'seconds'), defaults, strict=True):
     if getattr(options, name) is None:
       setattr(options, name, value)
-  parts = {'cause': show_cause, 'train': stress_training, 'speed': measure_speed, 'speed-here': measure_speed_here}
+  parts = {'cause': show_cause, 'train': stress_training, 'speed': measure_speed, 'speed-here': measure_speed_here,
+           'late': delay_reader}
   return parts[options.part](options)
 
 
