@@ -42,112 +42,112 @@ class Command:
 
 COMMANDS = {
     'prepare': Command(
-        'text to a corpus, a tokenizer and a token store', 'llmjax.loops.prepare',
-        'llmjax.loops.spec:PrepareOptions', 'llmjax.loops.spec:PrepareSpec',
+        'text to a corpus, a tokenizer and a token store', 'llmjax.commands.prepare',
+        'llmjax.run.spec:PrepareOptions', 'llmjax.run.spec:PrepareSpec',
         'llmjax prepare --config=configs/data/python_docs.py'),
     'pretrain': Command(
         'train a language model from scratch, or go on with a run', 'llmjax.loops.pretrain',
-        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:PretrainSpec',
+        'llmjax.run.spec:PretrainOptions', 'llmjax.run.spec:PretrainSpec',
         'llmjax pretrain --config=configs/pretrain/quickstart.py --workdir=runs/quickstart'),
     'finetune': Command(
         "go on with a run's model on conversations, or on other text", 'llmjax.loops.finetune',
-        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:FinetuneSpec',
+        'llmjax.run.spec:PretrainOptions', 'llmjax.run.spec:FinetuneSpec',
         'llmjax finetune --config=configs/finetune/chat.py --workdir=runs/chat'),
     'reward': Command(
         "let a run's model learn to score answers, from pairs of a better and a worse one", 'llmjax.loops.reward',
-        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:RewardSpec',
+        'llmjax.run.spec:PretrainOptions', 'llmjax.run.spec:RewardSpec',
         'llmjax reward --config=configs/reward/pairs.py --workdir=runs/reward'),
     'rl': Command(
         "let a run's model learn from what its own answers are worth", 'llmjax.loops.rl',
-        'llmjax.loops.spec:PretrainOptions', 'llmjax.loops.spec:RlCommandSpec',
+        'llmjax.run.spec:PretrainOptions', 'llmjax.run.spec:RlCommandSpec',
         'llmjax rl --config=configs/rl/sums_grpo.py --workdir=runs/rl'),
     'preview': Command(
-        'rows of a recipe as text, with what is trained told apart', 'llmjax.loops.preview',
-        'llmjax.loops.spec:PreviewOptions', 'llmjax.loops.spec:PreviewSpec',
+        'rows of a recipe as text, with what is trained told apart', 'llmjax.commands.preview',
+        'llmjax.run.spec:PreviewOptions', 'llmjax.run.spec:PreviewSpec',
         'llmjax preview --config=configs/finetune/chat.py --rows=3'),
     'feedback revise': Command(
-        'a model criticises and rewrites its answers by written principles', 'llmjax.loops.feedback',
-        'llmjax.rl.feedback:ReviseOptions', None,
+        'a model criticises and rewrites its answers by written principles', 'llmjax.commands.feedback',
+        'llmjax.post.ai_feedback:ReviseOptions', None,
         'llmjax feedback revise --workdir=runs/chat --principles=configs/feedback/principles.toml '
         '--prompts=prompts.jsonl --output=data/revised.jsonl'),
     'feedback prefer': Command(
-        'a model says which of two answers follows the principles better', 'llmjax.loops.feedback',
-        'llmjax.rl.feedback:PreferOptions', None,
+        'a model says which of two answers follows the principles better', 'llmjax.commands.feedback',
+        'llmjax.post.ai_feedback:PreferOptions', None,
         'llmjax feedback prefer --workdir=runs/critic --policy=runs/chat --principles=configs/feedback/principles.toml '
         '--prompts=prompts.jsonl --output=data/preferences.jsonl'),
     'evaluate': Command(
         'held-out perplexity and bits per byte of a run, beside gzip and xz',
-        'llmjax.loops.evaluate', 'llmjax.loops.spec:EvaluateOptions', None,
+        'llmjax.loops.evaluate', 'llmjax.run.spec:EvaluateOptions', None,
         'llmjax evaluate --workdir=runs/quickstart'),
     'generate': Command(
         'sample text from a run, streamed to the terminal', 'llmjax.loops.generate',
-        'llmjax.loops.spec:GenerateOptions', None,
+        'llmjax.run.spec:GenerateOptions', None,
         "llmjax generate --workdir=runs/quickstart --prompt='def '"),
     'report': Command(
-        "write a run's report.html again, or one page about several runs", 'llmjax.loops.report',
-        'llmjax.loops.spec:ReportOptions', None, 'llmjax report --workdir=runs/quickstart --compare=runs/chat,runs/rl'),
+        "write a run's report.html again, or one page about several runs", 'llmjax.commands.report',
+        'llmjax.run.spec:ReportOptions', None, 'llmjax report --workdir=runs/quickstart --compare=runs/chat,runs/rl'),
     'mesh': Command(
-        'how a recipe lies on devices: mesh, parameters, memory, collectives', 'llmjax.loops.mesh',
-        'llmjax.loops.spec:MeshOptions', 'llmjax.loops.spec:LayoutSpec',
+        'how a recipe lies on devices: mesh, parameters, memory, collectives', 'llmjax.commands.mesh',
+        'llmjax.run.spec:MeshOptions', 'llmjax.run.spec:LayoutSpec',
         'llmjax mesh --config=configs/pretrain/quickstart.py --config.mesh.fsdp=4 --devices=8'),
     'plan': Command(
-        'memory, speed and cost of a run on TPUs, from its compiled program, without any', 'llmjax.loops.plan',
-        'llmjax.loops.spec:PlanOptions', 'llmjax.loops.spec:PlanSpec',
+        'memory, speed and cost of a run on TPUs, from its compiled program, without any', 'llmjax.commands.plan',
+        'llmjax.run.spec:PlanOptions', 'llmjax.run.spec:PlanSpec',
         'llmjax plan --config=configs/pretrain/llama2_7b.py --topology=v5p:4x4x4'),
     'checkpoint ls': Command(
-        "a run's checkpoints: size, time, metric, good or damaged", 'llmjax.loops.checkpoint',
+        "a run's checkpoints: size, time, metric, good or damaged", 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:ListOptions', None, 'llmjax checkpoint ls --workdir=runs/quickstart'),
     'checkpoint verify': Command(
-        'read every file of the checkpoints; name those that are damaged', 'llmjax.loops.checkpoint',
+        'read every file of the checkpoints; name those that are damaged', 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:VerifyOptions', None, 'llmjax checkpoint verify --workdir=runs/quickstart'),
     'checkpoint show': Command(
         'what is in a checkpoint: config, position in the data, arrays and their norms',
-        'llmjax.loops.checkpoint', 'llmjax.checkpoint.spec:ShowOptions', None,
+        'llmjax.commands.checkpoint', 'llmjax.checkpoint.spec:ShowOptions', None,
         'llmjax checkpoint show 400 --workdir=runs/quickstart'),
     'checkpoint diff': Command(
-        'how far the arrays of two checkpoints are apart', 'llmjax.loops.checkpoint',
+        'how far the arrays of two checkpoints are apart', 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:DiffOptions', None, 'llmjax checkpoint diff 400 800 --workdir=runs/quickstart'),
     'checkpoint prune': Command(
-        'remove the checkpoints that are not to be kept', 'llmjax.loops.checkpoint',
+        'remove the checkpoints that are not to be kept', 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:PruneOptions', None,
         'llmjax checkpoint prune --workdir=runs/quickstart --dry-run'),
     'checkpoint seal': Command(
-        'vouch for checkpoints of a version that did not seal them', 'llmjax.loops.checkpoint',
+        'vouch for checkpoints of a version that did not seal them', 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:SealOptions', None, 'llmjax checkpoint seal 400 --workdir=runs/quickstart'),
     'adapter show': Command(
-        "an adapter's settings, its base and its arrays", 'llmjax.loops.adapter',
+        "an adapter's settings, its base and its arrays", 'llmjax.commands.adapter',
         'llmjax.adapt.spec:AdapterShowOptions', None, 'llmjax adapter show --workdir=runs/lora'),
     'adapter merge': Command(
-        'put an adapter into its base: a run with plain weights', 'llmjax.loops.adapter',
+        'put an adapter into its base: a run with plain weights', 'llmjax.commands.adapter',
         'llmjax.adapt.spec:AdapterMergeOptions', None, 'llmjax adapter merge --workdir=runs/lora --output=runs/merged'),
     'adapter export': Command(
-        'write an adapter as peft keeps it', 'llmjax.loops.adapter', 'llmjax.adapt.spec:AdapterExportOptions', None,
+        'write an adapter as peft keeps it', 'llmjax.commands.adapter', 'llmjax.adapt.spec:AdapterExportOptions', None,
         'llmjax adapter export --workdir=runs/lora --output=adapter'),
     'adapter import': Command(
-        "read peft's adapter for a run", 'llmjax.loops.adapter', 'llmjax.adapt.spec:AdapterImportOptions', None,
+        "read peft's adapter for a run", 'llmjax.commands.adapter', 'llmjax.adapt.spec:AdapterImportOptions', None,
         'llmjax adapter import --peft=adapter --init-from=runs/quickstart --workdir=runs/imported'),
     'chaos': Command(
         'prove on this machine that a run survives: kill it again and again, compare every bit',
-        'llmjax.loops.chaos', 'llmjax.loops.spec:ChaosOptions', 'llmjax.loops.spec:PretrainSpec',
+        'llmjax.cluster.chaos', 'llmjax.run.spec:ChaosOptions', 'llmjax.run.spec:PretrainSpec',
         'llmjax chaos --config=configs/pretrain/quickstart.py --steps=200 --kills=20'),
     'doctor': Command(
-        'versions, devices, memory, disk, and what is wrong with them', 'llmjax.loops.doctor',
-        'llmjax.loops.spec:DoctorOptions', None, 'llmjax doctor'),
+        'versions, devices, memory, disk, and what is wrong with them', 'llmjax.run.doctor',
+        'llmjax.run.spec:DoctorOptions', None, 'llmjax doctor'),
     'launch local': Command(
-        'start a command as several processes of this machine', 'llmjax.launch.local',
-        'llmjax.launch.local:LocalOptions', None,
+        'start a command as several processes of this machine', 'llmjax.cluster.local',
+        'llmjax.cluster.local:LocalOptions', None,
         'llmjax launch local --processes=2 --devices-per-process=4 -- pretrain --config=FILE --workdir=DIR',
         launches=True),
     'launch tpu-vm': Command(
-        'start a command on all hosts of a Cloud TPU VM', 'llmjax.launch.tpu_vm',
-        'llmjax.launch.tpu_vm:TpuVmOptions', None,
+        'start a command on all hosts of a Cloud TPU VM', 'llmjax.cluster.tpu_vm',
+        'llmjax.cluster.tpu_vm:TpuVmOptions', None,
         'llmjax launch tpu-vm --name=pod --zone=us-east5-b -- pretrain --config=FILE --workdir=DIR', launches=True),
     'launch slurm': Command(
-        'submit a command to Slurm', 'llmjax.launch.slurm', 'llmjax.launch.slurm:SlurmOptions', None,
+        'submit a command to Slurm', 'llmjax.cluster.slurm', 'llmjax.cluster.slurm:SlurmOptions', None,
         'llmjax launch slurm --nodes=4 --gpus-per-node=8 -- pretrain --config=FILE --workdir=DIR',
         launches=True),
     'launch gke': Command(
-        'submit a command to Kubernetes as a JobSet', 'llmjax.launch.gke', 'llmjax.launch.gke:GkeOptions', None,
+        'submit a command to Kubernetes as a JobSet', 'llmjax.cluster.gke', 'llmjax.cluster.gke:GkeOptions', None,
         'llmjax launch gke --name=run --image=IMAGE --accelerator=tpu-v6e-slice --topology=4x4 -- '
         'pretrain --config=FILE --workdir=DIR', launches=True),
 }

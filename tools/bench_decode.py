@@ -100,8 +100,8 @@ def build_rollout(args):
   import jax
   import numpy as np
 
-  from llmjax.rl import rollout
-  from llmjax.rl.spec import RlSpec
+  from llmjax.post import rollout
+  from llmjax.post.spec import RlSpec
 
   spec = RlSpec(max_new_tokens=args.new, temperature=1.0)
 

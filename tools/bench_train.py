@@ -86,8 +86,8 @@ def build_step(args):
   from llmjax.parallel.mesh import make_mesh, place_batch
   from llmjax.parallel.sharding import tree_shardings
   from llmjax.parallel.spec import MeshSpec
-  from llmjax.rl import objective
-  from llmjax.rl.spec import PreferenceSpec
+  from llmjax.post import objective
+  from llmjax.post.spec import PreferenceSpec
   from llmjax.train import objectives
   from llmjax.train.optimizers import make_optimizer
   from llmjax.train.spec import OptimizerSpec, TrainSpec

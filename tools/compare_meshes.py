@@ -40,9 +40,8 @@ import jax
 import numpy as np
 import test_meshes
 
+from llmjax.commands.mesh import abstract_pretraining, compile_step, local_bytes
 from llmjax.config import to_dict
-from llmjax.loops.mesh import abstract_pretraining, compile_step, local_bytes
-from llmjax.loops.spec import LayoutSpec, PretrainSpec
 from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
@@ -50,6 +49,7 @@ from llmjax.parallel.pipeline import bubble
 from llmjax.parallel.spec import AXES, MeshSpec, PipelineSpec
 from llmjax.plan.collectives import find_collectives, summarize
 from llmjax.plan.flops import count_products
+from llmjax.run.spec import LayoutSpec, PretrainSpec
 
 PROGRAM = {
     'dense': ModelSpec(num_layers=8, d_model=256, num_heads=8, mlp_dim=704, vocab_size=4096),

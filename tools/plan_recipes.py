@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 
-from llmjax.loops.plan_jobs import Job, run_jobs
+from llmjax.plan.jobs import Job, run_jobs
 from llmjax.plan.words import gib
 
 

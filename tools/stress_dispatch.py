@@ -159,8 +159,8 @@ def measure_speed_here(options):
   from llmjax import config
   from llmjax.config import load_recipe
   from llmjax.loops import pretrain
-  from llmjax.loops.spec import PretrainOptions, PretrainSpec
   from llmjax.parallel import in_flight
+  from llmjax.run.spec import PretrainOptions, PretrainSpec
   from tests.helpers import prepare_words
   found = collections.defaultdict(list)
   with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

@@ -18,7 +18,7 @@ from llmjax.checkpoint.checkpoints import read_config
 from llmjax.data import stream
 from llmjax.data.spec import DataSpec
 from llmjax.loops.generate import load_generator
-from llmjax.loops.spec import LayoutSpec, of_run
+from llmjax.run.spec import LayoutSpec, of_run
 
 
 def f1(said, right):

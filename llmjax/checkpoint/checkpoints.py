@@ -34,7 +34,7 @@ from llmjax import config
 from llmjax.adapt import lora
 from llmjax.adapt.quantize import quantize_tree
 from llmjax.adapt.spec import AdapterSpec
-from llmjax.checkpoint import bases, seal, weights
+from llmjax.checkpoint import bases, pickle_guard, seal
 from llmjax.checkpoint.arrays import Arrays, read_json
 from llmjax.checkpoint.recorded import find_paths
 from llmjax.checkpoint.spec import CheckpointSpec
@@ -470,7 +470,7 @@ def _gather(value):
 
 def read_config(workdir):
   """Returns the resolved config of a run's folder as nested dicts; ConfigError when it is not one."""
-  if refused := weights.refusal(workdir):
+  if refused := pickle_guard.refusal(workdir):
     raise ConfigError([f'--workdir={refused}'])
   file = epath.Path(workdir) / 'config.json'
   if not file.exists():
@@ -584,7 +584,7 @@ def load_adapters(checkpoint, abstract, with_base=True):
 
 def restore_params(checkpoint, abstract):
   """Returns the parameters of one checkpoint's folder, shaped and placed as `abstract` says."""
-  if refused := weights.refusal(checkpoint):
+  if refused := pickle_guard.refusal(checkpoint):
     raise ConfigError([refused])
   path = pathlib.Path(checkpoint).absolute() if '://' not in str(checkpoint) else checkpoint
   with ocp.Checkpointer(_make_reader(abstract)) as orbax:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from llmjax.checkpoint import weights
+from llmjax.checkpoint import pickle_guard
 from llmjax.config import setting
 
 # A metric with one of these in its name is better when it is higher.
@@ -45,7 +45,7 @@ class CheckpointSpec:
 def _workdir_problems(options):
   if not options.workdir:
     yield "workdir is missing; write --workdir=FOLDER, a run's folder such as runs/quickstart"
-  elif refused := weights.refusal(options.workdir):
+  elif refused := pickle_guard.refusal(options.workdir):
     yield f'workdir={refused}'
 
 

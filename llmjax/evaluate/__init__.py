@@ -1,1 +1,1 @@
-"""Perplexity, bits per byte, compressor baselines, the report."""
+"""Perplexity, bits per byte, held-out preferences, compressor baselines."""

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from llmjax.checkpoint import weights
+from llmjax.checkpoint import pickle_guard
 from llmjax.config import setting
 from llmjax.data import prepared
 
@@ -13,13 +13,13 @@ PLATFORMS = ('', 'cpu', 'gpu', 'tpu')
 def _workdir_problems(options):
   if not options.workdir:
     yield "workdir is missing; write --workdir=FOLDER, a run's folder such as runs/quickstart"
-  elif refused := weights.refusal(options.workdir):
+  elif refused := pickle_guard.refusal(options.workdir):
     yield f'workdir={refused}'
 
 
 def _run_problems(options):
   yield from _workdir_problems(options)
-  yield from weights.no_run(options.workdir)
+  yield from pickle_guard.no_run(options.workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,12 @@ class ReportOptions:
   def problems(self):
     yield from _workdir_problems(self)
     folders = (self.workdir, *self.compare)
-    yield from weights.no_run(self.workdir)
+    yield from pickle_guard.no_run(self.workdir)
     if self.compare:
       for folder in self.compare:
-        if refused := weights.refusal(folder):
+        if refused := pickle_guard.refusal(folder):
           yield f'compare={refused}'
-        yield from (p.replace('workdir', 'compare', 1) for p in weights.no_run(folder))
+        yield from (p.replace('workdir', 'compare', 1) for p in pickle_guard.no_run(folder))
       if twice := sorted({f for f in folders if [os.path.normpath(g) for g in folders].count(os.path.normpath(f)) > 1}):
         yield f'compare: {", ".join(twice)} is there twice; name every run once'
       if self.output and not self.output.endswith('.html'):

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from llmjax.checkpoint import weights
+from llmjax.checkpoint import pickle_guard
 from llmjax.config import setting
 
 ANSWERS = 'answers.jsonl'  # In a run's folder: what it says to the prompts of a file.
@@ -63,9 +63,9 @@ class GenerateOptions(SamplingSpec):
     yield from super().problems()
     if not self.workdir:
       yield 'workdir is missing; write --workdir=runs/NAME, the folder of a pretrain run'
-    elif refused := weights.refusal(self.workdir):
+    elif refused := pickle_guard.refusal(self.workdir):
       yield f'workdir={refused}'
-    yield from weights.no_run(self.workdir)
+    yield from pickle_guard.no_run(self.workdir)
     if self.prompt and self.prompt_file:
       yield 'prompt and prompt_file are both set; write one of them'
     if self.prompts and (self.prompt or self.prompt_file or self.num_samples > 1):

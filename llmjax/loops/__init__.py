@@ -1,1 +1,1 @@
-"""The thin loops: prepare, pretrain, evaluate, generate, doctor, and their harness."""
+"""The thin loops: one file for each stage that trains, evaluates or generates."""

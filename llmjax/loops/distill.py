@@ -11,16 +11,16 @@ from llmjax import config
 from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.config import ConfigError
 from llmjax.data import stream
-from llmjax.loops import start
-from llmjax.loops.adapters import checkpoint_of
-from llmjax.loops.kept import Kept
-from llmjax.loops.sources import run_folder
 from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.parallel.sharding import tree_shardings
-from llmjax.rl.objective import TEACHER, Distillation
-from llmjax.rl.on_policy import OnPolicyStream
+from llmjax.post.objective import TEACHER, Distillation
+from llmjax.post.on_policy import OnPolicyStream
+from llmjax.run import start
+from llmjax.run.cached_outputs import Kept
+from llmjax.run.initial import checkpoint_of
+from llmjax.run.sources import run_folder
 
 FOLDER = 'distill'  # In the run's folder: which teacher it has, and what that said.
 

@@ -10,17 +10,17 @@ from llmjax import config, secrets
 from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.data import prepared, stream
 from llmjax.evaluate.compressors import compressor_bits_per_byte
-from llmjax.evaluate.report import write_report
 from llmjax.loops import rl
 from llmjax.loops.pretrain import make_evaluators
-from llmjax.loops.sources import template_problems
-from llmjax.loops.spec import AnswersSpec, EvaluatedSpec, of_run
-from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model.model import Model
 from llmjax.parallel import distributed, heartbeat, in_flight
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import DistributedSpec
+from llmjax.report.report import write_report
+from llmjax.run.sources import template_problems
+from llmjax.run.spec import AnswersSpec, EvaluatedSpec, of_run
+from llmjax.run.workdir import enable_compilation_cache
 
 
 def run(spec, options):

@@ -3,14 +3,15 @@
 import dataclasses
 
 from llmjax.config import ConfigError
-from llmjax.loops import distill, pairs, pretrain, start
+from llmjax.loops import distill, preference, pretrain
+from llmjax.run import start
 from llmjax.text.templates import TemplateError
 
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
   if spec.prefers:
-    return start.run(spec, options, pairs.preference_job, pairs.open_batches)
+    return start.run(spec, options, preference.preference_job, preference.open_batches)
   return start.run(distill.settle(spec), options, make_job)
 
 

@@ -20,14 +20,14 @@ from llmjax.data.conversations import read_prompt, read_records
 from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
 from llmjax.generate.spec import ANSWERS, CHAT_TEMPLATE
 from llmjax.generate.stops import TextStream
-from llmjax.loops.compiling import Stopwatch
-from llmjax.loops.spec import EvaluatedSpec, FinishedSpec, of_run
-from llmjax.loops.workdir import enable_compilation_cache
 from llmjax.model.model import Model
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import DistributedSpec
+from llmjax.run.compile_time import Stopwatch
+from llmjax.run.spec import EvaluatedSpec, FinishedSpec, of_run
+from llmjax.run.workdir import enable_compilation_cache
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TemplateError
 from llmjax.text.tokenizer import Tokenizer

@@ -10,8 +10,9 @@ from llmjax.data import stream
 from llmjax.evaluate import perplexity
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import SamplingSpec
-from llmjax.loops import distill, harness, start
+from llmjax.loops import distill
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
+from llmjax.run import loop, start
 from llmjax.train import objectives
 
 
@@ -21,10 +22,10 @@ def run(spec, options):
 
 
 def make_job(spec, mesh, batches, workdir):
-  """Returns the harness.Job of next-token prediction on the spec's data, or of a teacher's predictions."""
+  """Returns the loop.Job of next-token prediction on the spec's data, or of a teacher's predictions."""
   tokenizer = stream.load_tokenizer(spec.data)
   encode = lambda text: np.array([tokenizer.bos_id, *tokenizer.encode(text)])
-  job = harness.Job(
+  job = loop.Job(
       spec=spec, mesh=mesh, batches=batches,
       loss_fn=objectives.next_token(start.make_model(spec, mesh), z_loss=spec.train.z_loss,
                                     neftune_alpha=spec.train.neftune_alpha),

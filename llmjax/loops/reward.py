@@ -9,10 +9,11 @@ import numpy as np
 
 from llmjax.data import stream
 from llmjax.evaluate import pairs as held_out
-from llmjax.loops import harness, pairs, pretrain, start
+from llmjax.loops import preference, pretrain
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
-from llmjax.rl import objective
+from llmjax.post import objective
+from llmjax.run import loop, start
 
 MARGINS = 'reward.json'  # In the run's folder: what the report plots of held-out pairs or steps.
 
@@ -22,11 +23,11 @@ def run(spec, options):
   scores = 'steps' if spec.judges_steps else 'answers'
   spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, value_head=True),
                              reward=dataclasses.replace(spec.reward, scores=scores))
-  return start.run(spec, options, make_job, None if spec.judges_steps else pairs.open_batches)
+  return start.run(spec, options, make_job, None if spec.judges_steps else preference.open_batches)
 
 
 def make_job(spec, mesh, batches, workdir):
-  """Returns the harness.Job of the Bradley-Terry loss of pairs, or of the cross-entropy of steps."""
+  """Returns the loop.Job of the Bradley-Terry loss of pairs, or of the cross-entropy of steps."""
   start.keep_template(spec, workdir)
   model, noise = start.make_model(spec, mesh), spec.train.neftune_alpha
   if spec.judges_steps:
@@ -35,10 +36,10 @@ def make_job(spec, mesh, batches, workdir):
     judge = objective.make_reward_judge(model, centring=spec.reward.centring, neftune_alpha=noise)
   loss_fn = objective.as_loss(judge)
   if spec.judges_steps:
-    job = harness.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, evaluators={}, sample=None,
+    job = loop.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, evaluators={}, sample=None,
                       describe=pretrain.make_describer(spec, batches))
   else:
-    job = pairs.make_job(spec, mesh, batches, loss_fn)
+    job = preference.make_job(spec, mesh, batches, loss_fn)
   evaluators = {split: make_evaluator(spec, mesh, judge, split, workdir) for split in spec.evaluate.splits}
   return dataclasses.replace(job, evaluators=evaluators)
 
@@ -60,7 +61,7 @@ def make_evaluator(spec, mesh, judge, split, workdir):
       parts.append({name: np.asarray(a).ravel() for name, a in each.items()})
       return sums
 
-    read = (_read_rows if spec.judges_steps else pairs.read_split)(spec, mesh, split, limit=spec.evaluate.limit)
+    read = (_read_rows if spec.judges_steps else preference.read_split)(spec, mesh, split, limit=spec.evaluate.limit)
     values = held_out.evaluate(judged, params, frozen, read, unit)
     each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     real = each['weight'] > 0

@@ -11,16 +11,16 @@ from llmjax.checkpoint.checkpoints import load_params, read_config
 from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.generate.decode import Generator
-from llmjax.loops import harness, start
-from llmjax.loops.adapters import checkpoint_of, initial_checkpoint, load_initial
-from llmjax.loops.kept import Kept
-from llmjax.loops.sources import run_folder
-from llmjax.loops.spec import prompt_data
 from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.sharding import tree_shardings
-from llmjax.rl import objective, rollout
-from llmjax.rl.source import RolloutSource
+from llmjax.post import objective, rollout
+from llmjax.post.source import RolloutSource
+from llmjax.run import loop, start
+from llmjax.run.cached_outputs import Kept
+from llmjax.run.initial import checkpoint_of, initial_checkpoint, load_initial
+from llmjax.run.sources import run_folder
+from llmjax.run.spec import prompt_data
 
 
 def run(spec, options):
@@ -37,7 +37,7 @@ def open_prompts(spec, mesh):
 
 
 def make_job(spec, mesh, prompts, workdir):
-  """Returns the harness.Job of the spec's policy loss on rollouts."""
+  """Returns the loop.Job of the spec's policy loss on rollouts."""
   tokenizer = stream.load_tokenizer(spec.data)
   with start.keep_template(spec, workdir) as chat:
     stop_ids = chat.stop_ids
@@ -56,7 +56,7 @@ def make_job(spec, mesh, prompts, workdir):
       spec.policy, model, temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size,
       max_length=spec.rl.max_new_tokens,
       value_coef=spec.policy.value_coef if spec.model.value_head else 0.0, value_clip=spec.policy.value_clip)
-  return harness.Job(
+  return loop.Job(
       spec=spec, mesh=mesh, batches=source, loss_fn=loss_fn, describe=source.describe, sample=None,
       evaluators={split: functools.partial(evaluate, spec, mesh, tokenizer, stop_ids, score, split)
                   for split in spec.evaluate.splits})

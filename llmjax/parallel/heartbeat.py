@@ -2,7 +2,7 @@
 
 Each process has a small file, `<folder>/<rank>.json`, that it overwrites in place: the loop at every step,
 and a thread all the time, so that a loop that stands still is told apart from a process that does.  The
-thread is the watchdog, too.  A supervisor (loops/supervise.py) reads the files.  No JAX here.
+thread is the watchdog, too.  A supervisor (cluster/supervise.py) reads the files.  No JAX here.
 """
 
 import contextlib

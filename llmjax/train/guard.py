@@ -3,7 +3,7 @@
 A step is bad when its loss or its gradient is not finite, or when the loss or the gradient's norm is a
 spike: far above the median of the steps before it, in units of their median absolute deviation.  A bad
 step changes neither parameters nor optimizer state, whatever the policy, so that no checkpoint holds it.
-What the host then does is in loops/recovery.py.
+What the host then does is in run/recovery.py.
 """
 
 import math

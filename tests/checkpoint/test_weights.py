@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llmjax import config
-from llmjax.checkpoint import weights
+from llmjax.checkpoint import pickle_guard
 from llmjax.generate.spec import GenerateOptions
-from llmjax.loops.spec import LayoutSpec
+from llmjax.run.spec import LayoutSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 # (file, name) of what would be forbidden elsewhere, with the reason.
@@ -39,7 +39,7 @@ class Evil:
 def evil_files(folder, witness):
   """Writes pickles under every name and disguise; returns their paths."""
   data = pickle.dumps(Evil(witness))
-  paths = [folder / f'model{suffix}' for suffix in weights.PICKLED]
+  paths = [folder / f'model{suffix}' for suffix in pickle_guard.PICKLED]
   for path in paths:
     path.write_bytes(data)
   for protocol in range(2, 6):
@@ -58,17 +58,17 @@ def evil_files(folder, witness):
 def test_pickles_are_refused_unread(tmp_path):
   witness = tmp_path / 'witness'
   for path in evil_files(tmp_path, witness):
-    line = weights.refusal(path)
+    line = pickle_guard.refusal(path)
     assert line and '\n' not in line and 'never loaded' in line and 'weights_only=True' in line, path
   assert not witness.exists()
   np.save(tmp_path / 'objects.npy', np.array([Evil(witness)], object), allow_pickle=True)
-  assert 'may hold pickled objects' in weights.refusal(tmp_path / 'objects.npy')
+  assert 'may hold pickled objects' in pickle_guard.refusal(tmp_path / 'objects.npy')
   (tmp_path / 'hub').mkdir()
   (tmp_path / 'hub' / 'pytorch_model.bin').write_bytes(b'x')
-  assert 'pytorch_model.bin' in weights.refusal(tmp_path / 'hub')
+  assert 'pytorch_model.bin' in pickle_guard.refusal(tmp_path / 'hub')
   (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
-  assert weights.refusal(tmp_path / 'run') is None
-  assert weights.refusal(tmp_path / 'absent') is None
+  assert pickle_guard.refusal(tmp_path / 'run') is None
+  assert pickle_guard.refusal(tmp_path / 'absent') is None
 
 
 def test_every_command_that_loads_weights_refuses_them(tmp_path):
@@ -87,7 +87,7 @@ def test_every_command_that_loads_weights_refuses_them(tmp_path):
 
 
 def test_the_way_to_convert_is_python():
-  code = weights.CONVERT.format('model.pt').split('"')[1]
+  code = pickle_guard.CONVERT.format('model.pt').split('"')[1]
   names = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
   assert {'load', 'save_file'} <= names
 

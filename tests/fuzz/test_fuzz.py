@@ -20,7 +20,7 @@ import zipfile
 import pytest
 
 from llmjax import config, main
-from llmjax.checkpoint import seal, weights
+from llmjax.checkpoint import pickle_guard, seal
 from llmjax.data import prepared, text_files, token_store
 from llmjax.data.documents import Document, Limits, Rejected
 from llmjax.data.spec import DataSpec
@@ -110,7 +110,7 @@ def test_command_lines(count, tmp_path, monkeypatch):
   ran = types.SimpleNamespace(run=lambda spec, options: 0)
   monkeypatch.setattr(main.importlib, 'import_module', lambda name: ran if name in modules and not name.startswith(
       'llmjax.launch') else load(name))
-  from llmjax.loops.spec import PretrainSpec
+  from llmjax.run.spec import PretrainSpec
   fields = [flag for flag, *_ in config.describe(PretrainSpec, '')] + ['workdir', 'step', 'text_dir', 'path', 'steps']
   values = [v.decode('utf-8', 'surrogateescape') for v in ODD if b'\0' not in v] + [
       '1', '0', '-5', '0.5', 'true', 'none', 'x', '1,2', '(1,', '{"a": 1}', "{'a': 'b'}", '{[]: 1}', '1:2', '∞', '--',
@@ -133,7 +133,7 @@ def test_command_lines(count, tmp_path, monkeypatch):
 
 @times(150, 2000)
 def test_recipes(count, tmp_path):
-  from llmjax.loops.spec import LayoutSpec
+  from llmjax.run.spec import LayoutSpec
   rng, wrong = random.Random(count), 0
   good = json.dumps(config.to_dict(LayoutSpec())).encode()
   for number in range(count):
@@ -244,8 +244,8 @@ def mutate_json(rng, value):
 @times(150, 3000)
 def test_manifests(count, tmp_path):
   rng, refused = random.Random(count), 0
+  from llmjax.commands.prepare import describe
   from llmjax.data import stream
-  from llmjax.loops.prepare import describe
   good = json.dumps(MANIFEST).encode()
   for number in range(count):
     data = mutate(rng, good) if number % 2 else json.dumps(mutate_json(rng, MANIFEST)).encode()
@@ -331,7 +331,7 @@ def test_checkpoint_folders(count, tmp_path):
 @times(100, 2000)
 def test_configs_of_runs_and_files_of_weights(count, tmp_path):
   from llmjax.checkpoint import checkpoints
-  from llmjax.loops.spec import LayoutSpec
+  from llmjax.run.spec import LayoutSpec
   rng, refused = random.Random(count), 0
   good = json.dumps(config.to_dict(LayoutSpec())).encode()
   for number in range(count):
@@ -339,10 +339,10 @@ def test_configs_of_runs_and_files_of_weights(count, tmp_path):
     workdir.mkdir()
     (workdir / 'config.json').write_bytes(
         mutate(rng, good) if number % 2 else json.dumps(mutate_json(rng, json.loads(good))).encode())
-    file = tmp_path / f'weights{rng.choice(weights.PICKLED + (".npy", ".safetensors", ""))}'
+    file = tmp_path / f'weights{rng.choice(pickle_guard.PICKLED + (".npy", ".safetensors", ""))}'
     file.write_bytes(mutate(rng, b'\x80\x04\x95' + bytes(100)))
     with at_most(SECONDS):
-      assert_plain([weights.refusal(file)])
+      assert_plain([pickle_guard.refusal(file)])
       try:
         config.build(LayoutSpec, checkpoints.read_config(workdir))
       except config.ConfigError as e:
@@ -355,7 +355,7 @@ def test_paths_that_are_none(tmp_path):
   """Names too long, without rights, with odd bytes: a line each, through every field that takes a path."""
   from llmjax.data.spec import PrepareOptions, PrepareSpec
   from llmjax.generate.spec import GenerateOptions
-  from llmjax.loops.spec import LayoutSpec, PretrainOptions
+  from llmjax.run.spec import LayoutSpec, PretrainOptions
   closed = tmp_path / 'closed'
   closed.mkdir()
   closed.chmod(0)

@@ -14,10 +14,10 @@ import pytest
 from llmjax import config, main
 from llmjax.checkpoint.checkpoints import load_params
 from llmjax.loops.distill import layer_copy
-from llmjax.loops.spec import FinetuneSpec, PretrainSpec, RewardSpec, RlCommandSpec
-from llmjax.rl import rollout
-from llmjax.rl.on_policy import is_on_policy, prompts_of
-from llmjax.rl.spec import DistillSpec
+from llmjax.post import rollout
+from llmjax.post.on_policy import is_on_policy, prompts_of
+from llmjax.post.spec import DistillSpec
+from llmjax.run.spec import FinetuneSpec, PretrainSpec, RewardSpec, RlCommandSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = '''

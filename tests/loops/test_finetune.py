@@ -14,8 +14,8 @@ import pytest
 from llmjax import config, main
 from llmjax.checkpoint.checkpoints import load_params
 from llmjax.data import stream
-from llmjax.loops.sources import reward_problems
-from llmjax.loops.spec import FinetuneSpec
+from llmjax.run.sources import reward_problems
+from llmjax.run.spec import FinetuneSpec
 from tests import helpers
 
 TINY = ('--config.model.num_layers=2 --config.model.d_model=32 --config.model.num_heads=2 --config.model.mlp_dim=64 '

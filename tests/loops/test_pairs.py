@@ -20,11 +20,12 @@ from llmjax.data.spec import DataSpec
 from llmjax.evaluate import pairs as held_out
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import SamplingSpec
-from llmjax.loops import pairs, reward
-from llmjax.loops.spec import FinetuneSpec, RewardSpec
+from llmjax.loops import preference as pairs
+from llmjax.loops import reward
 from llmjax.parallel.mesh import make_mesh
-from llmjax.rl import feedback, objective
-from llmjax.rl.spec import PreferenceSpec
+from llmjax.post import ai_feedback, objective
+from llmjax.post.spec import PreferenceSpec
+from llmjax.run.spec import FinetuneSpec, RewardSpec
 from llmjax.text.tokenizer import Tokenizer
 from llmjax.train import objectives
 
@@ -276,7 +277,7 @@ def test_two_processes_learn_from_a_reward_model_as_one_does(judged, policy):
 @pytest.mark.slow
 def test_a_critic_with_a_rule_lowers_what_it_forbids(folder):
   """Feedback on the model's own answers by a rule against one word, from a critic that likes the first place."""
-  rule = feedback.Principle('no_cats', prefer='Which list has fewer cats?')
+  rule = ai_feedback.Principle('no_cats', prefer='Which list has fewer cats?')
   cats = lambda text: text.split().count('cat')
 
   def judge(conversations):
@@ -290,8 +291,8 @@ def test_a_critic_with_a_rule_lowers_what_it_forbids(folder):
   first, second = speak('runs/words', 1500, seed=1), speak('runs/words', 1500, seed=2)
   records = [([{'role': 'user', 'content': f'list {i}:'}], a, b)
              for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b]
-  made = [row for row in feedback.compare(records, judge, [rule]) if row['probability'] > 0.5]
-  assert feedback.describe_places(made)['mean_bias'] > 0.02
+  made = [row for row in ai_feedback.compare(records, judge, [rule]) if row['probability'] > 0.5]
+  assert ai_feedback.describe_places(made)['mean_bias'] > 0.02
   pathlib.Path('data/cats.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in made))
   assert run('prepare', f'--config={ROOT}/configs/data/chat.py', '--config.template=plain', '--config.records=pairs',
              '--config.path=data/cats.jsonl', '--config.output=data/cats_pairs',

@@ -14,7 +14,7 @@ import pytest
 from llmjax import main
 from llmjax.checkpoint.checkpoints import load_params
 from llmjax.data import stream
-from llmjax.rl import rewards
+from llmjax.post import rewards
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ['--config.model.num_layers=1', '--config.model.d_model=16', '--config.model.num_heads=2',

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from llmjax.evaluate import pairs, perplexity
-from llmjax.loops import harness, kept
 from llmjax.parallel import in_flight
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.spec import MeshSpec
-from llmjax.rl import rollout
-from tests.loops import test_guard
+from llmjax.post import rollout
+from llmjax.run import cached_outputs
+from llmjax.run import loop as harness
+from tests.run import test_guard
 
 PROGRAMS = 12
 
@@ -48,8 +49,8 @@ def run_pairs(step):
 def run_tables(step):
   # A process that does not write the tables reads nothing, and must not run ahead for that.
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(kept.distributed, 'is_first', lambda: False)
-    kept._write({}, {}, (PROGRAMS,), in_flight.results({'x': step(jnp.ones(3))} for _ in range(PROGRAMS)))
+    patch.setattr(cached_outputs.distributed, 'is_first', lambda: False)
+    cached_outputs._write({}, {}, (PROGRAMS,), in_flight.results({'x': step(jnp.ones(3))} for _ in range(PROGRAMS)))
 
 
 def run_scores(step):

@@ -11,11 +11,12 @@ import sys
 import pytest
 
 from llmjax import config
-from llmjax.loops.plan import nearest_meshes, settle
-from llmjax.loops.spec import PlanSpec
+from llmjax.commands.plan import nearest_meshes, settle
 from llmjax.model.counts import count_params
-from llmjax.plan import closed, page
+from llmjax.plan import closed
 from llmjax.plan.topology import Topology, parse_topology
+from llmjax.report import plan_page
+from llmjax.run.spec import PlanSpec
 from tests.helpers import call_and_read
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -167,7 +168,7 @@ def test_the_nearest_meshes_fill_the_devices():
 
 def test_a_compiled_plan_has_a_picture_of_a_layer():
   event = dict(name='fusion.1', category='matmul', begin=0.0, seconds=0.001, lane='core', op_name='a<b')
-  svg = page.timeline({'name': 'while.1', 'seconds': 0.002, 'events': [event, {**event, 'lane': 'network'}]})
+  svg = plan_page.timeline({'name': 'while.1', 'seconds': 0.002, 'events': [event, {**event, 'lane': 'network'}]})
   assert svg.count('<rect') == 2
   assert 'a&lt;b' in svg
   assert 'width="497.60"' in svg  # Half of the width beside the words.

@@ -14,10 +14,11 @@ import sys
 import pytest
 
 from llmjax import config
-from llmjax.loops import plan_jobs, plan_search
-from llmjax.loops.plan import settle
-from llmjax.loops.spec import PlanOptions, PlanSpec, PretrainSpec
+from llmjax.commands.plan import settle
+from llmjax.plan import jobs as plan_jobs
+from llmjax.plan import search as plan_search
 from llmjax.plan.topology import parse_topology
+from llmjax.run.spec import PlanOptions, PlanSpec, PretrainSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = dict(num_layers=3, d_model=128, num_heads=2, num_kv_heads=2, mlp_dim=256, vocab_size=512, head_dim=64)
@@ -94,8 +95,8 @@ def test_chips_with_fast_memory_compute_more_results_apart():
   code = """if True:
       import json, sys
       from llmjax import config
-      from llmjax.loops.plan import lower, settle
-      from llmjax.loops.spec import PlanSpec
+      from llmjax.commands.plan import lower, settle
+      from llmjax.run.spec import PlanSpec
       from llmjax.plan.topology import parse_topology
       for name in ('v5p:2x2x1', 'v5e:2x2', 'v6e:2x2'):
         topology = parse_topology(name)
@@ -110,7 +111,7 @@ def test_chips_with_fast_memory_compute_more_results_apart():
 
 
 def test_what_does_not_fit_is_said_as_the_compiler_says_it():
-  from llmjax.loops import plan as command
+  from llmjax.commands import plan as command
   from llmjax.plan.memory import read_limit
   spec, topology = tiny_spec(), parse_topology('v5e:2x2')
   found = read_limit('Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.')
@@ -200,7 +201,7 @@ def test_the_search_ranks_what_fits_and_keeps_what_it_has(
 
 
 def test_kept_programs_are_compressed_json(tmp_path):
-  from llmjax.loops.plan import _keep
+  from llmjax.commands.plan import _keep
   _keep(tmp_path / 'a/b.json.gz', {'text': 'HloModule'})
   assert json.loads(gzip.decompress((tmp_path / 'a/b.json.gz').read_bytes())) == {'text': 'HloModule'}
   assert [p.name for p in (tmp_path / 'a').iterdir()] == ['b.json.gz']

@@ -11,10 +11,10 @@ import sys
 import pytest
 
 from llmjax import config
-from llmjax.loops.plan import settle
-from llmjax.loops.spec import PlanSpec
+from llmjax.commands.plan import settle
 from llmjax.plan import closed
 from llmjax.plan.topology import parse_topology
+from llmjax.run.spec import PlanSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ import pytest
 
 from llmjax.config import ConfigError
 from llmjax.parallel.chips import TPUS
-from llmjax.plan.energy import CostSpec, make_meter
+from llmjax.plan.meter import CostSpec, make_meter
 from llmjax.plan.topology import HOP_SECONDS, Place, collective_seconds, parse_topology
 
 MIB = 1 << 20

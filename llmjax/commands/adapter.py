@@ -1,0 +1,147 @@
+"""`llmjax adapter show | merge | export | import`: adapters outside of training."""
+
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax import config
+from llmjax.adapt.lora import count
+from llmjax.adapt.matrices import path_text
+from llmjax.adapt.spec import AdapterExportOptions, AdapterImportOptions, AdapterMergeOptions, AdapterShowOptions
+from llmjax.checkpoint import bases
+from llmjax.checkpoint.arrays import read_json
+from llmjax.checkpoint.checkpoints import (
+  Checkpoints,
+  checkpoints_folder,
+  find_step,
+  is_adapter,
+  load_adapters,
+  load_params,
+  read_config,
+)
+from llmjax.checkpoint.recorded import absolute_paths
+from llmjax.config import ConfigError
+from llmjax.interop import peft
+from llmjax.model.model import Model
+from llmjax.model.spec import ModelSpec
+from llmjax.run.initial import initial_checkpoint
+from llmjax.train.state import TrainState
+
+# Of a run's folder: what goes with its weights wherever they go.
+KEPT = ('tokenizer.model', 'chat_template.json')
+
+
+def run(spec, options):
+  """Does what the options are of; returns the exit status."""
+  del spec  # The command takes none.
+  return ACTIONS[type(options)](options)
+
+
+def show(options):
+  """Prints an adapter's settings, its base, and a row for each adapted weight."""
+  checkpoint, adapters, specs, _ = _load(options)
+  base = read_json(checkpoint, 'stream')['base']
+  print(f'{checkpoint}\nbase: {base["path"]}, SHA-256 of its parameters {base["sha256"]}')
+  for name, adapter in adapters.items():
+    spec = specs[name]
+    arrays, size = count(adapter)
+    print(f'{name}: {spec.kind}, rank {spec.rank}, alpha {spec.alpha:g} (scale {spec.scale:g}), dropout '
+          f'{spec.dropout:g}, base {spec.quantize or "not quantised"}; {size:,} values in {arrays} arrays')
+    flat = jax.tree_util.tree_flatten_with_path(adapter)[0]
+    width = max(len(path_text(path)) for path, _ in flat)
+    for path, leaf in flat:
+      shape = 'x'.join(map(str, leaf.shape))
+      print(f'  {path_text(path):<{width}}  {shape:>18}  norm {float(jnp.linalg.norm(leaf)):.6g}')
+  return 0
+
+
+def merge(options):
+  """Writes a run's folder whose weights have the adapter in them."""
+  output = _new_folder(options.output)
+  _require_adapter(options)
+  params, _, settings, step = load_params(options.workdir, options.step)
+  settings = {k: v for k, v in settings.items() if k != 'adapter'}
+  settings['train'] = {**settings['train'], 'init_from': ''}
+  _write_run(output, params, settings, step, {'batches': 0, 'fingerprint': 'merged'}, options.workdir)
+  print(f'{output}: step {step} of {options.workdir} and its base, in one')
+  return 0
+
+
+def export_peft(options):
+  """Writes the adapter as peft keeps it."""
+  output = _new_folder(options.output)
+  _, adapters, specs, settings = _load(options)
+  for name, adapter in adapters.items():
+    peft.export(output, jax.device_get(adapter), specs[name], options.base_name or settings['train']['init_from'])
+  print(f'{output}: {peft.CONFIG} and {peft.WEIGHTS}')
+  return 0
+
+
+def import_peft(options):
+  """Writes a run's folder that holds the adapter of a peft folder, on a run of ours as its base."""
+  output = _new_folder(options.workdir)
+  checkpoint = initial_checkpoint(options.init_from)
+  run_folder = checkpoint.parent.parent
+  settings = read_config(run_folder)
+  model = config.build(ModelSpec, settings['model'])
+  shapes = Model(model).abstract_params()
+  adapter, spec = peft.load(options.peft, shapes)
+  settings['adapter'] = config.to_dict(spec)
+  settings['train'] = {**settings['train'], 'init_from': str(checkpoint), 'param_dtype': 'float32'}
+  stream = {'batches': 0, 'fingerprint': 'imported', 'base': bases.identify(checkpoint)}
+  params = jax.tree.map(jnp.asarray, {spec.name: adapter})
+  _write_run(output, params, settings, 0, stream, run_folder)
+  arrays, size = count(adapter)
+  print(f'{output}: {spec.kind}, rank {spec.rank}, {size:,} values in {arrays} arrays, on {checkpoint}')
+  return 0
+
+
+def _load(options):
+  """Returns (checkpoint, adapters, specs, config) of a run."""
+  checkpoint = _require_adapter(options)
+  settings = read_config(options.workdir)
+  model = config.build(ModelSpec, settings['model'])
+  single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes = Model(model).abstract_params(settings['train']['param_dtype'])
+  abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=single), shapes)
+  _, adapters, specs = load_adapters(checkpoint, abstract, with_base=False)
+  return checkpoint, adapters, specs, settings
+
+
+def _require_adapter(options):
+  """Returns the checkpoint that the options name; ConfigError when it holds no adapter."""
+  checkpoint = checkpoints_folder(options.workdir) / str(find_step(options.workdir, options.step))
+  if not is_adapter(checkpoint):
+    raise ConfigError([f'--workdir={options.workdir} holds whole weights and no adapter; give a run with adapter.kind'])
+  return checkpoint
+
+
+def _new_folder(folder):
+  """Returns the path of a folder to write; ConfigError where there is something already."""
+  path = pathlib.Path(folder)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ConfigError([f'{folder} is there already; name a new folder'])
+  return path
+
+
+def _write_run(folder, params, settings, step, stream, source):
+  """Writes a run's folder with one checkpoint, which has no optimizer state."""
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / 'config.json').write_text(json.dumps(absolute_paths(settings), indent=2) + '\n')
+  for name in KEPT:
+    if os.path.exists(os.path.join(source, name)):
+      shutil.copyfile(os.path.join(source, name), folder / name)
+  state = TrainState(step=jnp.asarray(step, jnp.int32), params=params, opt_state=(),
+                     key=np.asarray(jax.random.key_data(jax.random.key(0))))
+  checkpoints = Checkpoints(folder)
+  checkpoints.save(step, state, stream, settings)
+  checkpoints.close()
+
+
+ACTIONS = {AdapterShowOptions: show, AdapterMergeOptions: merge, AdapterExportOptions: export_peft,
+           AdapterImportOptions: import_peft}

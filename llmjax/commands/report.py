@@ -1,0 +1,23 @@
+"""`llmjax report`: writes a run's report.html again from what is in its folder, or one page about several runs."""
+
+import pathlib
+
+from llmjax.config import ConfigError
+from llmjax.report.compare import write_comparison
+from llmjax.report.report import write_report
+
+
+def run(spec, options):
+  """Writes `<workdir>/report.html`, or the page of --compare, and says where it is."""
+  del spec  # The command takes no recipe.
+  if not pathlib.Path(options.workdir).is_dir():
+    raise ConfigError([f"--workdir={options.workdir}: there is no such folder; give a run's "
+                       'folder, the --workdir of a pretrain'])
+  if options.compare:
+    output = options.output or pathlib.Path(options.workdir) / 'compare.html'
+    try:
+      print(f'report  {write_comparison((options.workdir, *options.compare), output)}')
+    except OSError as e:
+      raise ConfigError([f'--output={output} cannot be written: {e.strerror or e}']) from e
+  else:
+    print(f'report  {write_report(options.workdir)}')

@@ -1,0 +1,1 @@
+"""Post-training: preference, reward, policy-gradient and distillation losses, rollouts, rewards, AI feedback."""

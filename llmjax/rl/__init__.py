@@ -1,1 +1,0 @@
-"""After pretraining: rewards, preferences, policies and distillation, as pure functions and one loop's parts."""

@@ -1,0 +1,131 @@
+"""What may change between the attempts of a run, and what a change means."""
+
+import dataclasses
+import os
+
+import jax
+
+from llmjax import config
+from llmjax.config import ConfigError
+from llmjax.train.optimizers import make_optimizer, make_schedule
+from llmjax.train.spec import OptimizerSpec
+
+HARMLESS = 'harmless'  # Lengths, intervals, devices, logs: every logged number means what it meant.
+MEANING = 'meaning'  # Numbers before and after mean different things: only with train.allow_changes=true.
+FIXED = 'fixed'  # The checkpoint's arrays, or its position in the data, have no meaning under another value.
+
+# {group: (what a change of its fields is, {field: another kind})}.  tests/run/test_changes.py holds that it is whole.
+KINDS = {
+    'model': (FIXED, {'preset': HARMLESS, 'init_scale': HARMLESS, 'dropout': MEANING, 'capacity_factor': MEANING,
+                      'balance_loss': MEANING, 'router_z_loss': MEANING}),
+    'data': (MEANING, {'workers': HARMLESS, 'tokenizer': HARMLESS, 'allow_mismatch': HARMLESS}),
+    'mesh': (HARMLESS, {}),
+    'distributed': (HARMLESS, {}),
+    'pipeline': (HARMLESS, {}),
+    'train': (HARMLESS, {'batch_size': MEANING, 'seed': MEANING, 'param_dtype': FIXED, 'compute_dtype': MEANING,
+                         'z_loss': MEANING, 'neftune_alpha': MEANING, 'init_from': MEANING}),
+    'optimizer': (MEANING, {'name': FIXED, 'moment_dtype': FIXED, 'freeze': FIXED}),
+    'adapter': (FIXED, {'alpha': MEANING, 'dropout': MEANING}),
+    'distill': (MEANING, {'teacher': HARMLESS, 'init': HARMLESS}),  # A teacher is known by its hash.
+    'preference': (MEANING, {'reference': HARMLESS}),
+    'reward': (MEANING, {'scores': FIXED}),
+    # A checkpoint in the middle of an iteration goes on with the sequences of its file.
+    'rl': (MEANING, {'prompts': FIXED, 'group': FIXED, 'epochs': FIXED}),
+    'policy': (MEANING, {'advantages': FIXED}),
+    'guard': (HARMLESS, {'window': FIXED}),
+    'checkpoint': (HARMLESS, {}),
+    'evaluate': (HARMLESS, {'limit': MEANING}),
+    'sample': (HARMLESS, {}),
+    'profile': (HARMLESS, {}),
+    'logs': (HARMLESS, {}),
+    'cost': (HARMLESS, {}),
+}
+ABOUT_CHANGES = (('train', 'allow_changes'), ('checkpoint', 'fresh_start'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """A setting that is not as it was.  kind: HARMLESS, MEANING or FIXED."""
+
+  field: str
+  old: object
+  new: object
+  kind: str = MEANING
+
+  def __str__(self):
+    return f'{self.field}: {config.shown(self.old)} -> {config.shown(self.new)}'
+
+
+def find_changes(before, now):
+  """Returns the Changes between two resolved configs, nested dicts with absolute paths."""
+  changes = []
+  for group, fields in now.items():
+    for name, new in fields.items():
+      old = before.get(group, {}).get(name, new)  # A field that is newer than the checkpoint has not changed.
+      if old != new and (group, name) not in ABOUT_CHANGES:
+        changes.append(Change(f'{group}.{name}', old, new, _kind(group, name, before, now)))
+  return changes
+
+
+def require_allowed(changes, allowed, workdir):
+  """Raises ConfigError for the changes that cannot be, or that need train.allow_changes."""
+  told = lambda c: f'{c.field} was {config.shown(c.old)} in {workdir} and is {config.shown(c.new)} now'
+  fixed = [f'{told(c)}, which its checkpoints do not fit; keep it, or give a new --workdir'
+           for c in changes if c.kind == FIXED]
+  meaning = [f'{told(c)}; keep it, give a new --workdir, or allow it with --config.train.allow_changes=true'
+             for c in changes if c.kind == MEANING]
+  if fixed or (meaning and not allowed):
+    raise ConfigError([*fixed, *(() if allowed else meaning)])
+
+
+def describe_jump(before, spec, step):
+  """Returns a line where the learning rate of the next step is not what the earlier settings would make it, or ''.
+
+  before: the config of the checkpoint of this step, as nested dicts.  A twentieth is not told.
+  """
+  if not before.get('optimizer') or not before.get('train', {}).get('steps'):
+    return ''
+  steps = before['train']['steps']
+  old = float(make_schedule(_optimizer_spec(before['optimizer']), steps)(step))
+  new = float(make_schedule(spec.optimizer, spec.train.steps)(step))
+  if abs(new - old) <= max(new, old) / 20:
+    return ''
+  shape = (f'; optimizer.schedule={spec.optimizer.schedule} spans train.steps, which was {steps} and is '
+           f'{spec.train.steps}')
+  return (f'the learning rate jumps at step {step}: {new:.3g}, where it would have been {old:.3g}'
+          + shape * (steps != spec.train.steps))
+
+
+def _optimizer_spec(settings):
+  known = {field.name for field in dataclasses.fields(OptimizerSpec)}
+  return config.build(OptimizerSpec, {k: v for k, v in settings.items() if k in known})
+
+
+def _kind(group, name, before, now):
+  default, others = KINDS[group]
+  old, new = before[group][name], now[group][name]
+  if group == 'optimizer' and others.get(name) != FIXED:
+    return MEANING if _state_shape(before[group]) == _state_shape({**before[group], name: new}) else FIXED
+  if (group, name) == ('train', 'batch_size') and 'rl' in now:
+    return FIXED  # Its position in the data is a number of minibatches.
+  if (group, name) == ('train', 'init_from') and now.get('adapter', {}).get('kind'):
+    return HARMLESS  # The base of an adapter is known by its hash.
+  if (group, name) == ('data', 'sources') and _moved(old, new):
+    return HARMLESS  # The fingerprint of the data says whether the folders hold what they held.
+  return others.get(name, default)
+
+
+def _moved(old, new):
+  """Returns whether two {folder: weight} are the same folders in other places."""
+  names = lambda sources: [(os.path.basename(folder), sources[folder]) for folder in sorted(sources)]
+  return names(old) == names(new)
+
+
+def _state_shape(settings):
+  """Returns the structure, shapes and dtypes of the optimizer state under an optimizer group, on a few parameters."""
+  spec = _optimizer_spec({**settings, 'freeze': ()})  # Patterns of a model's paths, which `KINDS` fixes.
+  leaf = lambda *shape: jax.ShapeDtypeStruct(shape, 'float32')
+  params = {'embed': {'table': leaf(8, 4)}, 'final_norm': {'scale': leaf(4)},
+            'blocks': {'attention': {'query': leaf(2, 4, 2, 2)}, 'mlp': {'up': leaf(2, 4, 8)}}}
+  state = jax.eval_shape(make_optimizer(spec, 1)[0].init, params)
+  return jax.tree.structure(state), [(x.shape, x.dtype) for x in jax.tree.leaves(state)]

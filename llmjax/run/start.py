@@ -1,0 +1,102 @@
+"""What every command that trains does before its first step: processes, folder, mesh, data."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import jax
+
+from llmjax.config import ConfigError
+from llmjax.data import stream
+from llmjax.generate.spec import CHAT_TEMPLATE
+from llmjax.parallel import distributed
+from llmjax.parallel.host import share_arena
+from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh
+from llmjax.run import determinism, doctor, loop
+from llmjax.run.doctor import require_platform
+from llmjax.run.environment import describe_data, describe_environment
+from llmjax.run.goodput import Ledger, process_age
+from llmjax.run.workdir import claim_workdir, enable_compilation_cache, hold_workdir
+from llmjax.train import objectives
+
+
+def run(spec, options, make_job, open_batches=None):
+  """Trains what the spec says in options.workdir; returns the exit status.
+
+  make_job(spec, mesh, batches, workdir) -> loop.Job without its ledger: all that differs between commands.
+  open_batches: function of (spec, mesh) to those batches; None: rows of tokens.
+  """
+  ledger = Ledger(options.workdir, age=process_age())
+  if spec.train.deterministic:
+    determinism.require()
+  if not doctor.accelerator_present():
+    share_arena()
+  with distributed.together(spec.distributed), hold_workdir(options.workdir), contextlib.ExitStack() as stack:
+    status = _train(spec, options, ledger, make_job, open_batches or _open_rows, stack)
+    if status == 1:  # After a save that failed, threads may wait for what it lacked.
+      distributed.leave_alone(status)
+    return status
+
+
+def _train(spec, options, ledger, make_job, open_batches, stack):
+  with ledger.charge('init'):
+    enable_compilation_cache(spec.train.compilation_cache)
+    require_platform(spec.train.platform)
+    spec = resolve(spec)
+    attempt = claim_workdir(options.workdir, spec)
+    workdir = attempt.workdir
+    heart = stack.enter_context(distributed.start_heartbeat(spec.distributed, workdir))
+    mesh = make_mesh(spec.mesh)
+    check_mesh(spec, mesh)
+    objectives.require_remat(spec.train.remat, mesh.devices.flat[0])
+    if distributed.is_first():
+      for name, content in (('environment', describe_environment(mesh, workdir)),
+                            ('data', describe_data(spec.data))):
+        (workdir / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+      if not (attempt.first and (workdir / 'tokenizer.model').exists()):
+        shutil.copyfile(stream.load_tokenizer(spec.data).path, workdir / 'tokenizer.model')
+    batches = open_batches(spec, mesh)
+  job = dataclasses.replace(make_job(spec, mesh, batches, workdir), ledger=ledger, heart=heart)
+  with jax.set_mesh(mesh):
+    return loop.train(job, workdir, attempt)
+
+
+def _open_rows(spec, mesh):
+  return stream.open_stream(spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
+                            blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
+
+
+def make_model(spec, mesh):
+  """Returns the Model of a command's spec as it runs on a mesh."""
+  return objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
+
+
+def eval_rows(spec, mesh):
+  """Returns how many rows an evaluation takes at a time: evaluate.batch_size, or more where the mesh needs it."""
+  shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)
+  return -(-(spec.evaluate.batch_size or spec.train.batch_size) // shards) * shards
+
+
+def keep_template(spec, workdir):
+  """Returns the ChatFormat of the data, None for text, after writing it into the run's folder for `generate --chat`."""
+  chat = stream.chat_format(spec.data)
+  if chat is not None and distributed.is_first():
+    chat.save(workdir / CHAT_TEMPLATE)
+  return chat
+
+
+def resolve(spec):
+  """Returns the spec with everything filled in that the data and the mesh decide."""
+  vocab_size = spec.model.vocab_size
+  if not vocab_size:
+    # A multiple of 128 shards evenly and fills a TPU's lanes.
+    vocab_size = -(-stream.vocab_size(spec.data) // 128) * 128
+  return dataclasses.replace(spec, model=dataclasses.replace(spec.model, vocab_size=vocab_size))
+
+
+def check_mesh(spec, mesh):
+  """Raises ConfigError when the mesh, now that its sizes are known, does not divide the run's arrays."""
+  sizes = {axis: size // getattr(spec.mesh, f'dcn_{axis}', 1) for axis, size in mesh.shape.items()}
+  if problems := list(spec.mesh_problems(dataclasses.replace(spec.mesh, **sizes))):
+    raise ConfigError(problems)

@@ -1,0 +1,52 @@
+"""Compiling is told apart from the time of everything else."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llmjax.loops.generate import describe_speed
+from llmjax.run import compile_time
+from llmjax.run.goodput import Ledger
+
+
+class Clock:
+  now = 0.0
+
+  def __call__(self):
+    return self.now
+
+
+def test_nested_events_count_once_and_others_not():
+  clock = Clock()
+  compiled = compile_time.CompileClock(clock)
+  for now, event, seconds in ((1.0, 'jaxpr_trace_duration', 0.5), (2.0, 'jaxpr_trace_duration', 0.5),
+                              (3.0, 'jaxpr_trace_duration', 2.75), (5.0, 'backend_compile_duration', 2.0)):
+    clock.now = now
+    compiled(compile_time.STAGES + event, seconds)
+  compiled('/jax/other', 99.0)
+  assert compiled.seconds == 2.75 + 2.0
+
+
+def test_a_stopwatch_leaves_compiling_out_and_the_ledger_has_it_apart(tmp_path):
+  ledger = Ledger(tmp_path)
+  with compile_time.charged(ledger, 'rollout') as first:
+    # A size of its own, so that nothing has compiled it before.
+    jax.jit(lambda x: jnp.sin(x @ x) + 1)(jnp.ones((37, 37))).block_until_ready()
+    time.sleep(0.05)
+  assert first.compiling > 0.005 and 0.05 <= first.seconds < first.seconds + first.compiling
+  assert ledger.seconds['compile'] == pytest.approx(first.compiling)
+  assert ledger.seconds['rollout'] >= 0.05
+  total = ledger.seconds['compile'] + ledger.seconds['rollout']
+  assert total == pytest.approx(first.seconds + first.compiling, abs=0.02)
+  with compile_time.charged(ledger, 'rollout') as second:
+    time.sleep(0.01)
+  assert second.compiling == 0
+
+
+def test_the_speed_of_a_generation_is_of_decoding_alone():
+  # One token after 0.05 s, then 100 in 0.2 s: a compilation of 20 s is no part of either.
+  assert describe_speed([0.05, 0.15, 0.25], [1, 50, 50], 20.06) == (
+      '0.05 s to the first token, then 500 tokens/s; compiled in 20.1 s')
+  assert describe_speed([0.05], [3], 0.0) == '0.05 s to the first token'
