@@ -14,7 +14,7 @@ from llmjax.train.rounding import keep_moments
 
 # Whether weight decay applies, by the last part of a parameter's path; the first pattern that matches.
 DECAY = (
-    (r'(^|/)(scale|magnitude|bias|table)$', False),
+    (r'(^|/)(scale|magnitude|bias|\w+_bias|table|positions)$', False),
     (r'(^|/)(kernel|query|key|value|out|gate|up|down|router|a|b)$', True),
 )
 

@@ -161,6 +161,28 @@ def test_first_loss_is_the_entropy_of_a_uniform_guess(tied):
   assert float(loss / weight) == pytest.approx(np.log(1024), abs=0.05)
 
 
+FORMS = {
+    'gpt2': dict(norm='layer', mlp='plain', activation='gelu', position_embedding='learned', max_positions=64,
+                 qkv_bias=True, out_bias=True, mlp_bias=True),
+    'gemma': dict(num_layers=3, norm_placement='both', attention_pattern=('local', 'global'), window=4,
+                  embedding_scale=4.0),
+    'bert': dict(causal=False, norm='layer', norm_placement='post', embedding_norm=True),
+}
+
+
+@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_models_of_other_forms_train(name, optimizer):
+  """Every parameter has a row for its weight decay and its dtype, and moves."""
+  model = dataclasses.replace(MODEL, **FORMS[name])
+  tx, schedule = make_optimizer(OptimizerSpec(name=optimizer, lr=1e-2, schedule='constant'), 10)
+  loss_fn = objectives.next_token(objectives.make_model(model, TrainSpec(compute_dtype='bfloat16'), 'cpu'))
+  state, batch = fresh_state(tx, model), packed_batch()
+  after, metrics = jax.jit(make_train_step(loss_fn, tx, schedule))(state, batch)
+  moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.params, state.params)
+  assert min(jax.tree.leaves(moved)) > 0 and np.isfinite(metrics['loss'])
+
+
 def test_learns_one_batch_by_heart():
   spec = OptimizerSpec(lr=1e-2, warmup_steps=5, weight_decay=0.0)
   tx, schedule = make_optimizer(spec, 80)
