@@ -61,18 +61,19 @@ SAME_STEP = """
 import sys
 import jax
 from llmjax import main
-from llmjax.loops import harness, mesh, start
+from llmjax.commands import mesh
+from llmjax.run import loop, start
 
-lowered = harness.lower_step
+lowered = loop.lower_step
 def compare(step, state, batch):
   text = lowered(step, state, batch).as_text()
   spec, _ = main.parse(main.COMMANDS['pretrain'], sys.argv[2:])
   spec = start.resolve(spec)
-  planned = lowered(*mesh.abstract_pretraining(spec, harness.jax.sharding.get_mesh())).as_text()
+  planned = lowered(*mesh.abstract_pretraining(spec, loop.jax.sharding.get_mesh())).as_text()
   print('the same step' if planned == text else 'another step', len(text))
   sys.exit(0)
 
-harness.lower_step = compare
+loop.lower_step = compare
 main.main(sys.argv[1:])
 """
 
