@@ -7,8 +7,8 @@ import dataclasses
 import doctest
 import re
 
-from llmjax.rl import maths
-from llmjax.rl.maths import final_number
+from llmjax.post import maths
+from llmjax.post.maths import final_number
 
 __all__ = ['TABLE', 'Answer', 'final_number', 'judge', 'total']
 _OUTPUT = doctest.OutputChecker()

@@ -13,6 +13,7 @@ import shlex
 
 from llmjax import secrets
 from llmjax.evaluate import metrics
+from llmjax.post import maths
 from llmjax.report import page
 from llmjax.report.runs import duration, number, steps_done
 from llmjax.report.stages import (
@@ -30,7 +31,6 @@ from llmjax.report.stages import (
   table_rows,
   wall_seconds,
 )
-from llmjax.rl import maths
 
 PROMPTS, CHARACTERS = 24, 900  # Of answers side by side, so that the page stays small.
 COLORS = 8

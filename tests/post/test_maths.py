@@ -7,7 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from llmjax.rl import maths
+from llmjax.post import maths
 
 EQUAL = [
     # Fractions and decimals.
