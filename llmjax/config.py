@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from llmjax import secrets
+from llmjax import renamed, secrets
 
 
 class ConfigError(Exception):
@@ -138,9 +138,9 @@ def build(spec_class, recipe, overrides=(), elsewhere=False):
   """Returns the frozen spec that the recipe and then the overrides ask for.
 
   recipe: nested mapping.  overrides: pairs ('train.steps', '200') of dotted name and text.  elsewhere: another machine
-  will run it, so that `problems()`, which reads files, counts only where all paths exist on this one.
+  will run it, so that `validate()`, which reads files, counts only where all paths exist on this one.
   Raises ConfigError with every problem: unknown fields, wrong types, bounds, and whatever the
-  specs' own `problems()` find.
+  specs' own `validate()` find.
   """
   problems = []
   values = {str(name): _copy(v) for name, v in recipe.items()}
@@ -205,8 +205,8 @@ def find_problems(spec, prefix=''):
     value = getattr(spec, field.name)
     if dataclasses.is_dataclass(value):
       yield from find_problems(value, f'{prefix}{field.name}.')
-  if hasattr(spec, 'problems'):
-    for problem in spec.problems():
+  if hasattr(spec, 'validate'):
+    for problem in spec.validate():
       yield f'{prefix}{problem}'
 
 
@@ -243,6 +243,8 @@ def _unknown(name, root):
   known = [flag for flag, *_ in describe(root, '')]
   if len(name) > 200:
     return f'{shown(name)} is not a field'
+  if name in renamed.FIELDS:
+    return f'{name} is now called {renamed.FIELDS[name]}; write {renamed.FIELDS[name]}'
   last = name.split('.')[-1]
   near = ([k for k in known if k.split('.')[-1] == last] or
           difflib.get_close_matches(name, known, n=1, cutoff=0.75) or
@@ -300,14 +302,14 @@ def _build(spec_class, values, prefix, problems, root):
       arguments[name] = _build(field.type, value, f'{prefix}{name}.', problems, root)
     else:
       try:
-        arguments[name] = _check(field, _convert(field.type, value))
+        arguments[name] = _check(field, _convert(field.type, value), prefix + name)
       except ValueError as e:
         plain = isinstance(value, tuple) and all(isinstance(v, str) for v in value)  # As they were typed.
         problems.append(f'{prefix}{name}={shown(",".join(value), quote=False) if plain else shown(value)} {e}')
   return None if problems else spec_class(**arguments)
 
 
-def _check(field, value):
+def _check(field, value, name):
   """Returns the value; raises ValueError when it breaks the field's bounds."""
   meta, is_mapping = field.metadata, isinstance(value, dict)
   many = is_mapping or isinstance(value, tuple)
@@ -318,6 +320,9 @@ def _check(field, value):
       if problem := path_problem(item):
         raise ValueError(f'has {shown(item)}, which {problem}' if many else problem)
     elif meta['choices'] is not None:
+      new = renamed.renamed_value(name, item)
+      if new:
+        raise ValueError(f'has {shown(item)}, which' * many + f' is now called {new}; write {new}'[not many:])
       raise ValueError(_wrong_choice(item, meta['choices'], many))
     number = value[item] if is_mapping else item
     if meta['minimum'] is not None and number < meta['minimum']:

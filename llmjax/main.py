@@ -20,7 +20,7 @@ import threading
 from absl import flags
 
 import llmjax
-from llmjax import config, secrets
+from llmjax import config, renamed, secrets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,7 +431,8 @@ def _parse_flags(options_class, arguments, spec=None):
       rest = values(['llmjax'] + arguments)[1:]
       break
     except flags.UnrecognizedFlagError as e:
-      near = difflib.get_close_matches(e.flagname, known, n=1)
+      near = ([renamed.FLAGS[e.flagname]] if e.flagname in renamed.FLAGS else
+              difflib.get_close_matches(e.flagname, known, n=1))
       if spec and e.flagname in [f for f, *_ in config.describe(_load(spec), '')]:
         near = [f'config.{e.flagname}']
       hint = f'; did you mean --{_with_dashes(near[0])}?' if near else (

@@ -5,8 +5,9 @@ import pickle
 
 import pytest
 
-from llmjax import config
+from llmjax import config, renamed
 from llmjax.config import setting
+from llmjax.run import spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Inner:
   names: tuple[str, ...] = setting((), 'names')
   weights: dict[str, float] = setting({'a': 1.0}, 'weights')
 
-  def problems(self):
+  def validate(self):
     if self.steps == 13:
       yield 'steps=13 brings bad luck; write 12'
 
@@ -29,7 +30,7 @@ class Outer:
   other: Inner = config.group(Inner)
 
 
-def problems(recipe, overrides=()):
+def validate(recipe, overrides=()):
   with pytest.raises(config.ConfigError) as e:
     config.build(Outer, recipe, overrides)
   return e.value.problems
@@ -50,7 +51,7 @@ def test_round_trip_through_json():
 
 
 def test_all_problems_at_once():
-  found = problems({'train': {'stepz': 3, 'rate': 2.0, 'flag': 'maybe'}, 'optimzer': 1},
+  found = validate({'train': {'stepz': 3, 'rate': 2.0, 'flag': 'maybe'}, 'optimzer': 1},
                    [('train.steps', 'many'), ('other.name', 'lino'), ('other', '3')])
   text = '\n'.join(found)
   assert 'train.stepz is not a field; did you mean train.steps?' in text
@@ -71,13 +72,13 @@ def test_all_problems_at_once():
     ('train.steps.more', 'train.steps.more is not a field'),
 ])
 def test_unknown_override_names_the_nearest(name, expected):
-  [problem] = problems({}, [(name, '1')])
+  [problem] = validate({}, [(name, '1')])
   assert expected in problem
 
 
 def test_relations_are_checked_once_fields_are_right():
-  assert problems({'train': {'steps': 13}}) == ['train.steps=13 brings bad luck; write 12']
-  assert len(problems({'train': {'steps': 13, 'rate': 'x'}})) == 1
+  assert validate({'train': {'steps': 13}}) == ['train.steps=13 brings bad luck; write 12']
+  assert len(validate({'train': {'steps': 13, 'rate': 'x'}})) == 1
 
 
 def test_recipe_files(tmp_path):
@@ -207,3 +208,31 @@ def test_choices_and_bounds_hold_for_each_item(field, text, problem):
     ("{'data/a: 1}", "{'data/a: 1}"), ('', {})])
 def test_a_mapping_may_be_one_name(text, value):
   assert config.parse_text(dict[str, float], text) == value
+
+
+def test_former_names_of_fields_and_values_name_the_present_ones():
+  recipe = {}
+  for old in renamed.FIELDS:
+    group, field = old.split('.')
+    recipe.setdefault(group, {})[field] = 1
+  specs = (spec.PretrainSpec, spec.RlCommandSpec, spec.RewardSpec)
+  known = {flag for spec_class in specs for flag, *_ in config.describe(spec_class, '')}
+  assert set(renamed.FIELDS.values()) <= known and not set(renamed.FIELDS) & known
+  lines = set()
+  for spec_class in specs:
+    with pytest.raises(config.ConfigError) as error:
+      config.build(spec_class, recipe)
+    lines |= set(error.value.problems)
+  for old, new in renamed.FIELDS.items():
+    assert f'{old} is now called {new}; write {new}' in lines
+  assert {flag for flag, *_ in config.describe(spec.PlanOptions, '')} >= set(renamed.FLAGS.values())
+
+
+def test_an_old_config_gets_the_present_names():
+  old = {'train': {'accumulation': 2, 'steps': 3}, 'rl': {'group': 4, 'rewards': {'maths': 1.0, 'exact': 0.5}}}
+  new, done = renamed.migrate(old)
+  assert new == {'train': {'gradient_accumulation_steps': 2, 'steps': 3},
+                 'rl': {'num_generations': 4, 'rewards': {'math': 1.0, 'exact': 0.5}}}
+  assert done == {'train.accumulation': 'train.gradient_accumulation_steps', 'rl.group': 'rl.num_generations',
+                  'rl.rewards.maths': 'rl.rewards.math'}
+  assert renamed.migrate(new) == (new, {}) and old['train'] == {'accumulation': 2, 'steps': 3}

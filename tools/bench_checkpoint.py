@@ -13,7 +13,7 @@ peak     the highest resident memory while it is saved, less what the process ha
 restore  the highest resident memory while it is restored, less what the process had before, over the size of the state.
          On a CPU the restored arrays are in the host's memory themselves, so 1.0 is the least there can be.
 run      the recipe `--config` for one of its checkpoint intervals with a save at the end, and for as many steps
-         without one: the share of wall time that its ledger charges to checkpoints, and the CPU-seconds of both.
+         without one: the share of wall time that its goodput charges to checkpoints, and the CPU-seconds of both.
 """
 
 import argparse

@@ -95,7 +95,7 @@ def build_step(args):
   from llmjax.train.step import make_train_step
   model = ModelSpec(**SPEC)
   together = 2 if args.pair_loss else 1  # A pair is two rows; as many rows at a time as without pairs.
-  accumulation = args.accumulation * together
+  accumulation = args.gradient_accumulation_steps * together
   train = TrainSpec(batch_size=args.batch, accumulation=accumulation, remat=args.remat, compute_dtype='float32')
   optimizer = OptimizerSpec(lr=LR, b1=B1, b2=B2, epsilon=EPSILON, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM,
                             schedule='constant')
@@ -241,14 +241,15 @@ def compare(args):
   try:
     for remat in args.remat.split(','):
       contestants.append(Contestant(f'llmjax, remat {remat}', sys.executable, 'llmjax', args, remat=remat,
-                                    accumulation=args.accumulation))
+                                    accumulation=args.gradient_accumulation_steps))
     for adapter in filter(None, args.adapters.split(',')):
       contestants.append(Contestant(f'llmjax, {adapter}', sys.executable, 'llmjax', args, adapter=adapter,
-                                    remat=args.remat.split(',')[0], accumulation=args.accumulation, rank=args.rank,
+                                    remat=args.remat.split(',')[0], accumulation=args.gradient_accumulation_steps,
+                                    rank=args.rank,
                                     dropout=args.dropout))
     for loss in filter(None, args.pairs.split(',')):
       contestants.append(Contestant(f'llmjax, {loss}', sys.executable, 'llmjax', args, remat=args.remat.split(',')[0],
-                                    accumulation=args.accumulation, **{'pair-loss': loss}))
+                                    accumulation=args.gradient_accumulation_steps, **{'pair-loss': loss}))
     if args.peer_python:
       contestants.append(Contestant('transformers', args.peer_python, 'transformers', args))
     for _ in range(args.steps):
@@ -259,7 +260,7 @@ def compare(args):
     for contestant in contestants:
       contestant.close()
   tokens, flops = args.batch * args.length, step_flops(SPEC, args.batch, args.length)
-  return {'spec': SPEC, 'batch': args.batch, 'length': args.length, 'accumulation': args.accumulation,
+  return {'spec': SPEC, 'batch': args.batch, 'length': args.length, 'accumulation': args.gradient_accumulation_steps,
           'cores': len(os.sched_getaffinity(0)), 'step_flops': flops, 'matmul_gflops': max(matmul),
           'matmul_gflops_median': statistics.median(matmul),
           'results': [c.result(tokens, flops, max(matmul)) for c in contestants]}
@@ -285,7 +286,7 @@ def main():
   parser.add_argument('--steps', type=int, default=8, help='rounds; each contestant does one step in each')
   parser.add_argument('--batch', type=int, default=8)
   parser.add_argument('--length', type=int, default=512)
-  parser.add_argument('--accumulation', type=int, default=4, help='microbatches of our step')
+  parser.add_argument('--gradient_accumulation_steps', type=int, default=4, help='microbatches of our step')
   parser.add_argument('--remat', default='none', help='variants of our step, e.g. none,full')
   parser.add_argument('--adapters', default='', help='adapters on a frozen base besides, e.g. lora,dora,lora+nf4')
   parser.add_argument('--pairs', default='', help='losses on pairs of answers besides, e.g. sigmoid (DPO),simpo')

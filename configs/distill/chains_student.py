@@ -17,5 +17,5 @@ def get_config():
   c.train = dict(steps=600, batch_size=32, log_every=100, compute_dtype='float32')
   c.optimizer = dict(lr=1e-2, warmup_steps=20, weight_decay=0.0)
   c.distill = dict(teacher='runs/chains_teacher')
-  c.evaluate = dict(also=('data/chains_many',))  # Texts that neither has learnt from.
+  c.evaluate = dict(extra_sources=('data/chains_many',))  # Texts that neither has learnt from.
   return c

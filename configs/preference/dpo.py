@@ -8,7 +8,7 @@ from ml_collections import config_dict
 
 def get_config():
   c = config_dict.ConfigDict()
-  c.data = dict(sources={'data/pairs': 1.0}, long='drop')
+  c.data = dict(sources={'data/pairs': 1.0}, overflow='drop')
   c.train = dict(init_from='runs/chat', steps=200, batch_size=16, log_every=10, eval_every=50, checkpoint_every=50)
   c.optimizer = dict(lr=1e-4, warmup_steps=20, schedule='linear', weight_decay=0.0)
   c.preference = dict(loss='sigmoid', beta=0.1)

@@ -9,7 +9,7 @@ def get_config():
   c.train = dict(init_from='runs/sums', steps=120, batch_size=256, log_every=10, eval_every=60,
                  compute_dtype='float32')
   c.optimizer = dict(lr=1e-3, schedule='linear', weight_decay=0.0)
-  c.rl = dict(prompts=32, group=8, max_new_tokens=4, rewards={'maths': 1.0})
+  c.rl = dict(prompts_per_iteration=32, num_generations=8, max_new_tokens=4, rewards={'math': 1.0})
   c.policy = dict(name='grpo', kl_coef=0.04)
   c.evaluate = dict(limit=100)
   return c

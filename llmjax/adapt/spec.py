@@ -30,7 +30,7 @@ class AdapterSpec:
     """Returns the factor of A B: arXiv:2106.09685, section 4.1; rslora: arXiv:2312.03732, eq. 4."""
     return self.alpha / (self.rank**0.5 if self.kind == 'rslora' else self.rank)
 
-  def problems(self):
+  def validate(self):
     if not self.targets:
       yield "targets is empty; write patterns of weights to adapt, such as */attention/*"
     for pattern in self.targets:
@@ -52,7 +52,7 @@ class AdapterShowOptions:
   workdir: str = setting('', "the folder of a run with adapter.kind", kind='path')
   step: int = setting(0, 'checkpoint; 0: the newest', minimum=0)
 
-  def problems(self):
+  def validate(self):
     yield from missing(self, 'workdir', "the folder of a run with adapter.kind, such as --workdir=runs/lora")
 
 
@@ -62,8 +62,8 @@ class AdapterMergeOptions(AdapterShowOptions):
 
   output: str = setting('', "a new run's folder for the merged weights", kind='folder')
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     yield from missing(self, 'output', "a new folder, such as --output=runs/merged")
 
 
@@ -74,8 +74,8 @@ class AdapterExportOptions(AdapterShowOptions):
   output: str = setting('', 'a new folder for adapter_config.json and adapter_model.safetensors', kind='folder')
   base_name: str = setting('', "base_model_name_or_path to write there; empty: the run's train.init_from")
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     yield from missing(self, 'output', "a new folder, such as --output=adapter")
 
 
@@ -87,7 +87,7 @@ class AdapterImportOptions:
   init_from: str = setting('', "the run that it is for, or one of its checkpoints", kind='path')
   workdir: str = setting('', "a new run's folder for the adapter", kind='folder')
 
-  def problems(self):
+  def validate(self):
     yield from missing(self, 'peft', "the folder that peft has written")
     yield from missing(self, 'init_from', "the run that the adapter is for, such as --init-from=runs/quickstart")
     yield from missing(self, 'workdir', "a new folder, such as --workdir=runs/imported")

@@ -6,7 +6,7 @@ import pathlib
 
 # Settings that name files or folders: one each, or several.
 PATHS = (('train', 'init_from'), ('distill', 'teacher'), ('rl', 'reward_model'), ('data', 'tokenizer'))
-FOLDERS = (('data', 'sources'), ('evaluate', 'also'))
+FOLDERS = (('data', 'sources'), ('evaluate', 'extra_sources'))
 
 
 def absolute_paths(settings):

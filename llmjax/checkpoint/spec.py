@@ -56,7 +56,7 @@ class ListOptions:
   workdir: str = setting('', "the run's folder", kind='path')
   quick: bool = setting(False, 'look at names and sizes only, and read no contents')
 
-  problems = _workdir_problems
+  validate = _workdir_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +67,14 @@ class VerifyOptions:
   workdir: str = setting('', "the run's folder", kind='path')
   steps: tuple[int, ...] = setting((), 'which; none: all')
 
-  problems = _workdir_problems
+  validate = _workdir_problems
 
 
 @dataclasses.dataclass(frozen=True)
 class SealOptions(VerifyOptions):
   """Flags of `llmjax checkpoint seal`."""
 
-  def problems(self):
+  def validate(self):
     yield from _workdir_problems(self)
     if not self.steps:
       yield 'steps is missing; name the checkpoints that you trust: llmjax checkpoint seal 400 --workdir=FOLDER'
@@ -89,7 +89,7 @@ class ShowOptions:
   steps: tuple[int, ...] = setting((), 'which; none: the newest good one')
   optimizer: bool = setting(False, "list the optimizer's arrays too")
 
-  problems = _workdir_problems
+  validate = _workdir_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ class DiffOptions:
   steps: tuple[int, ...] = setting((), 'two; or, with --other, one or two')
   other: str = setting('', "another run's folder, which the second checkpoint is of", kind='path')
 
-  def problems(self):
+  def validate(self):
     yield from _workdir_problems(self)
     if len(self.steps) != 2 and not (self.other and len(self.steps) == 1):
       yield ('steps: two are wanted, such as llmjax checkpoint diff 200 400 --workdir=FOLDER; '
@@ -116,4 +116,4 @@ class PruneOptions:
   keep: int = setting(0, "newest to keep; 0: what the run's config says", minimum=0)
   dry_run: bool = setting(False, 'only say what would be removed')
 
-  problems = _workdir_problems
+  validate = _workdir_problems

@@ -39,7 +39,7 @@ class GkeOptions:
   check: bool = setting(True, 'check the command here first; --nocheck where only the image has the recipe')
   dry_run: bool = setting(False, 'print the manifest and submit nothing')
 
-  def problems(self):
+  def validate(self):
     if not self.image:
       yield 'image is missing; name a container image that has llmjax installed'
     if not self.accelerator:

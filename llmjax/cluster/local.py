@@ -33,7 +33,7 @@ class LocalOptions:
                                 'far, 5 minutes at least', minimum=0.0)
   start_seconds: float = setting(START_SECONDS, 'longest start, compilation, evaluation or save', minimum=1.0)
 
-  def problems(self):
+  def validate(self):
     if not self.devices_per_process and self.processes > 1:
       yield f'devices_per_process=0 is for --processes=1, not {self.processes}; say how many to emulate for each'
 

@@ -25,7 +25,7 @@ class TpuVmOptions:
   check: bool = setting(True, 'check the command here first; --nocheck where only the TPU VM has the recipe')
   dry_run: bool = setting(False, 'print the command and run nothing')
 
-  def problems(self):
+  def validate(self):
     for field in ('name', 'zone'):
       if not getattr(self, field):
         yield f'{field} is missing; `gcloud compute tpus tpu-vm list --zone=-` shows what there is'

@@ -48,7 +48,7 @@ def run(spec, options):
   print()
   print(describe_state(state, mesh))
   print()
-  print(describe_batch(batch, mesh, spec.train.accumulation))
+  print(describe_batch(batch, mesh, spec.train.gradient_accumulation_steps))
   if options.no_compile:
     return 0
   print(flush=True)
@@ -108,7 +108,7 @@ def abstract_pretraining(spec, mesh):
   loss_fn = objectives.next_token(
       objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline),
       z_loss=spec.train.z_loss, neftune_alpha=spec.train.neftune_alpha)
-  step = make_train_step(loss_fn, tx, schedule, spec.train.accumulation, spec.guard)
+  step = make_train_step(loss_fn, tx, schedule, spec.train.gradient_accumulation_steps, spec.guard)
   return step, state, abstract_batch(spec, mesh)
 
 

@@ -250,7 +250,7 @@ def read_program(spec, topology, mesh, text, memory, compile_seconds, state):
   from llmjax.plan.schedule import Program
   devices = list(mesh.devices.flat)
   program = Program(text, mesh, topology, [place_of(d) for d in devices], causal_part(spec))
-  kept, gradients = stacks(program.module, spec.train.accumulation)
+  kept, gradients = stacks(program.module, spec.train.gradient_accumulation_steps)
   arrays = lambda tensors: [dataclasses.asdict(t) for t in tensors]
   total = lambda tensors: sum(t.bytes * t.count for t in tensors)
   params = sum(map(local_bytes, jax.tree.leaves(state.params)))

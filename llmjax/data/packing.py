@@ -40,10 +40,10 @@ class _Rows:
   numbers = {}  # {name: float32 [len(self)]}: what is told of each of them.
 
   def __init__(self, store: token_store.TokenStore, seq_len: int, long: str = 'error'):
-    self.store, self.seq_len, self.long = store, seq_len, long
+    self.store, self.seq_len, self.overflow = store, seq_len, long
 
   def __getstate__(self):
-    return {'store': self.store, 'seq_len': self.seq_len, 'long': self.long}
+    return {'store': self.store, 'seq_len': self.seq_len, 'overflow': self.overflow}
 
   def __getitem__(self, row) -> dict[str, np.ndarray]:
     """Returns one row as a dict of [T] arrays."""
@@ -159,14 +159,14 @@ class _Pieces(_Rows):
   def _keeps(self, starts, pairs):
     """Returns bool [documents]: which conversations are used."""
     is_long = pairs > self.seq_len
-    if self.long == 'error' and is_long.any():
+    if self.overflow == 'error' and is_long.any():
       worst = int(pairs.argmax())
       raise ConfigError([
           f'{is_long.sum():,} of {len(pairs):,} conversations in {self.store.folder} are longer than data.seq_len='
           f'{self.seq_len}, document {worst} with {pairs[worst]:,} tokens; write data.seq_len={int(pairs.max())}, or '
-          'data.long=truncate or drop'])
+          'data.overflow=truncate or drop'])
     keeps = (pairs > 0) & ~is_long
-    if self.long == 'truncate':
+    if self.overflow == 'truncate':
       for i in np.flatnonzero(is_long):
         keeps[i] = np.any(self.store.weights[starts[i] + 1:starts[i] + 1 + self.seq_len])
     return keeps
@@ -264,9 +264,9 @@ class PromptRows(_Pieces):
   def _kept(self):
     """int64: the documents that are used."""
     sizes = np.diff(self.store.offsets)
-    if self.long == 'error':
+    if self.overflow == 'error':
       self._keeps(self.store.offsets[:-1], sizes)
-    return np.flatnonzero(sizes <= self.seq_len if self.long == 'drop' else sizes > 0)
+    return np.flatnonzero(sizes <= self.seq_len if self.overflow == 'drop' else sizes > 0)
 
   def __len__(self):
     return len(self._kept)

@@ -31,7 +31,7 @@ class TokenizerSpec:
   special: tuple[str, ...] = setting((), "control symbols besides llmjax's own, such as <|im_start|>,<|im_end|> for a "
                                      "later template=chatml; a template's own come by themselves")
 
-  def problems(self):
+  def validate(self):
     if self.path and self.special:
       yield 'special is for a tokenizer that is trained; leave it out beside path'
     if self.path and not os.path.isfile(self.path):
@@ -49,15 +49,15 @@ class DataSpec:
   seq_len: int = setting(512, 'targets in a row', minimum=2)
   packing: str = setting('concat', 'concat: rows are filled from consecutive documents, which may go on in the next '
                          'row; best_fit: whole documents, as many as fit; pad: one document a row', choices=PACKINGS)
-  long: str = setting('error', 'a conversation longer than seq_len is an error, is cut at its end (truncate), or left '
-                      'out (drop); text goes on in another row', choices=('error', 'truncate', 'drop'))
+  overflow: str = setting('error', 'conversations longer than seq_len: raise an error, truncate at the end, or drop; '
+                            'text continues in the next sequence', choices=('error', 'truncate', 'drop'))
   workers: int = setting(0, 'processes that build batches; 0: the training process itself, which '
                          'suffices for token stores', minimum=0, maximum=256)
   tokenizer: str = setting('', "a tokenizer.model; '': the sources' own", kind='path')
   allow_mismatch: bool = setting(False, 'read sources that were prepared with another tokenizer or chat template than '
                                  'the run that training starts from, its teacher or its reward model has')
 
-  def problems(self):
+  def validate(self):
     if not self.sources:
       yield 'sources is empty; name a prepared folder: --config.data.sources.data/python_docs=1'
     manifests, errors = self.manifests()
@@ -182,7 +182,7 @@ class PrepareSpec:
       name = self.name.replace('/', '_').replace(':', '_') or self.source
     return str(pathlib.Path('data') / (name or 'text'))
 
-  def problems(self):
+  def validate(self):
     if self.source == 'text_dir':
       if not self.path:
         yield 'path is missing: name the folder or file with your text, --config.path=DIR'

@@ -53,7 +53,7 @@ def fingerprint(spec: DataSpec, split: str = 'train') -> str:
     found = prepared.read_manifest(folder)['splits'].get(split, {})
     digest.update(f'{spec.sources[folder]!r} {found.get("tokens_sha256", "")}\n'.encode())
     if 'weights_sha256' in found:
-      digest.update(f'{spec.long} {found["weights_sha256"]} {found.get("notes_sha256", "")}\n'.encode())
+      digest.update(f'{spec.overflow} {found["weights_sha256"]} {found.get("notes_sha256", "")}\n'.encode())
   return digest.hexdigest()
 
 
@@ -68,7 +68,7 @@ def describe_evaluation(spec: DataSpec, split: str, limit: int = 0, *more) -> di
   for found in sorted((m['splits'].get(split, {}) for m in manifests), key=lambda s: s.get('tokens_sha256', '')):
     digest.update(repr([found.get(f'{part}_sha256', '') for part in ('tokens', 'weights', 'notes')]).encode())
     if 'weights_sha256' in found:
-      digest.update(spec.long.encode())
+      digest.update(spec.overflow.encode())
   return {'split': split, 'limit': limit, 'data_fingerprint': digest.hexdigest()[:16],
           'tokenizer_sha256': prepared.file_sha256(load_tokenizer(spec).path)[:16]}
 
@@ -106,7 +106,7 @@ class _Mixture:
     self.folders = sorted(spec.sources)
     self.weights = [spec.sources[f] for f in self.folders]
     self.seq_len, self.each = spec.seq_len, rows_class.each
-    self.rows = [rows_class(_open_store(f, split), spec.seq_len, spec.long) for f in self.folders]
+    self.rows = [rows_class(_open_store(f, split), spec.seq_len, spec.overflow) for f in self.folders]
     self.ends = list(itertools.accumulate(len(rows) for rows in self.rows))
     self.columns = {}
     for name in sorted({name for rows in self.rows for name in rows.numbers}):
@@ -339,7 +339,7 @@ def open_pairs(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'trai
   Rows 2 i and 2 i + 1 are the chosen and the rejected answer to one prompt, which starts both; loss_mask marks the
   answer.  So each of the equal blocks of a mesh holds whole pairs, and `make_train_step(..., together=2)` keeps them
   in one microbatch.  Arguments as for `open_stream`, sources prepared with records=pairs; `data.packing` does
-  not matter.  A pair with an answer that is longer than a row goes as `data.long` says, as a whole.
+  not matter.  A pair with an answer that is longer than a row goes as `data.overflow` says, as a whole.
   """
   _require_kind(spec, 'pairs')
   return BatchStream(spec, _Mixture(spec, split, packing.PairRows), batch_size, seed, split, blocks, block_count)
@@ -350,7 +350,7 @@ def open_prompts(spec: DataSpec, *, batch_size: int, seed: int, split: str = 'tr
   """Returns the stream of batches of prompts: lists of {'ids': int32 [n], 'answer': text}, in the order of the job.
 
   Each of `ids` ends where the assistant is to speak.  Arguments as for `open_stream`, sources prepared with
-  records=prompts; prompts of more than seq_len tokens go as `data.long` says, and truncate keeps their end.
+  records=prompts; prompts of more than seq_len tokens go as `data.overflow` says, and truncate keeps their end.
   """
   _require_kind(spec, 'prompts')
   return BatchStream(spec, _Prompts(spec, split), batch_size, seed, split, blocks, block_count)

@@ -34,11 +34,11 @@ class EvaluateOptions:
   sources: tuple[str, ...] = setting((), 'prepared folders to evaluate on, each by itself, in place of those trained '
                                      'on: text, conversations, or prompts with right answers', kind='path')
   seq_len: int = setting(0, "tokens of a row; 0: the run's own", minimum=0)
-  reward: str = setting('maths', 'of sources with prompts: what the likeliest answers are worth',
-                        choices=('maths', 'exact', 'doctest'))
+  reward: str = setting('math', 'of sources with prompts: what the likeliest answers are worth',
+                        choices=('math', 'exact', 'doctest'))
   max_new_tokens: int = setting(64, 'of sources with prompts: tokens of an answer at most', minimum=1)
 
-  def problems(self):
+  def validate(self):
     yield from _run_problems(self)
     for folder in self.sources:
       try:
@@ -63,7 +63,7 @@ class ReportOptions:
   output: str = setting('', "with --compare: the page to write; '': compare.html in the folder of --workdir",
                         kind='file')
 
-  def problems(self):
+  def validate(self):
     yield from _workdir_problems(self)
     folders = (self.workdir, *self.compare)
     yield from pickle_guard.no_run(self.workdir)

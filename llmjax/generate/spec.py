@@ -24,7 +24,7 @@ class SamplingSpec:
   repetition_penalty: float = setting(
       1.0, 'above 1 makes tokens that were there before less likely')
 
-  def problems(self):
+  def validate(self):
     if self.repetition_penalty <= 0:
       yield (f'repetition_penalty={self.repetition_penalty} must be above 0; 1 is no penalty, '
              'and 1.1 to 1.3 are usual')
@@ -59,8 +59,8 @@ class GenerateOptions(SamplingSpec):
   stream: bool = setting(True, 'print while it is made; --nostream prints it when done')
   json: bool = setting(False, 'print one JSON object for each answer, with tokens and logprobs')
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     if not self.workdir:
       yield 'workdir is missing; write --workdir=runs/NAME, the folder of a pretrain run'
     elif refused := pickle_guard.refusal(self.workdir):

@@ -70,7 +70,7 @@ def _specs(options, settings):
   data = {**settings.get('data', {}), **({'seq_len': options.seq_len} if options.seq_len else {})}
   if not options.sources:
     return {'': of_run(EvaluatedSpec, {**settings, 'data': data})}
-  settings['evaluate'] |= {'also': [], 'by_source': False}
+  settings['evaluate'] |= {'extra_sources': [], 'per_source': False}
   if problems := list(template_problems(options.sources, options.workdir)):
     raise config.ConfigError([f"--{problem.removeprefix('data.')}" for problem in problems])
   specs = {}
@@ -80,7 +80,7 @@ def _specs(options, settings):
     specs[stream.folder_name(folder)] = of_run(kind, {
         **settings, 'rl': {'rewards': {options.reward: 1.0}, 'max_new_tokens': options.max_new_tokens},
         'data': {**data, 'sources': {folder: 1.0}, 'packing': 'best_fit' if held == 'chat' else 'concat',
-                 'long': 'drop'}})
+                 'overflow': 'drop'}})
   return specs
 
 

@@ -33,7 +33,7 @@ def make_job(spec, mesh, batches, workdir):
   if spec.judges_steps:
     judge = objective.make_step_judge(model, noise)
   else:
-    judge = objective.make_reward_judge(model, centring=spec.reward.centring, neftune_alpha=noise)
+    judge = objective.make_reward_judge(model, center_rewards_coef=spec.reward.center_rewards_coef, neftune_alpha=noise)
   loss_fn = objective.as_loss(judge)
   if spec.judges_steps:
     job = loop.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, evaluators={}, sample=None,

@@ -33,7 +33,7 @@ def run(spec, options):
 
 def open_prompts(spec, mesh):
   """Returns the stream of the prompts of iterations, the same on every process."""
-  return stream.open_prompts(prompt_data(spec), batch_size=spec.rl.prompts, seed=spec.train.seed)
+  return stream.open_prompts(prompt_data(spec), batch_size=spec.rl.prompts_per_iteration, seed=spec.train.seed)
 
 
 def make_job(spec, mesh, prompts, workdir):

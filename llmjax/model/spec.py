@@ -97,7 +97,7 @@ class ModelSpec:
     """Features of a head that are rotated."""
     return int(self.resolved_head_dim * self.rotary_fraction)
 
-  def problems(self):
+  def validate(self):
     if not self.head_dim and self.d_model % self.num_heads:
       below = self.d_model // self.num_heads * self.num_heads
       yield (f'd_model={self.d_model} is not divisible by num_heads={self.num_heads}; write '

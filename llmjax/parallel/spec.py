@@ -41,7 +41,7 @@ class MeshSpec:
   zero: int = setting(0, 'what is shared over data as well. 0: nothing; 1: the optimizer state; 3: parameters too, '
                       'gathered in two steps, over data and over fsdp', choices=(0, 1, 3))
 
-  def problems(self):
+  def validate(self):
     sizes = {axis: getattr(self, axis) for axis in AXES}
     if zeros := [axis for axis, size in sizes.items() if size == 0]:
       yield f'{", ".join(zeros)}=0: an axis has at least one device; write 1, or -1 to fill'
@@ -101,7 +101,7 @@ class DistributedSpec:
   start_timeout_seconds: int = setting(300, 'how long processes wait for one another, at the start and wherever they '
                                        'agree on something', minimum=1)
 
-  def problems(self):
+  def validate(self):
     if self.processes == 0:
       yield 'processes=0: write how many there are, or -1'
     if self.processes > 0 and self.process_id >= self.processes:

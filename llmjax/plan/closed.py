@@ -57,7 +57,7 @@ def outline(spec, topology):
           'links': topology.links(), 'peak_flops': topology.chip.peak_flops, 'mesh': sizes,
           'model': spec.model.preset or 'custom', 'parameters': counts.count_params(spec.model)['total'],
           'batch_size': spec.train.batch_size, 'seq_len': spec.data.seq_len, 'remat': spec.train.remat,
-          'accumulation': spec.train.accumulation}
+          'gradient_accumulation_steps': spec.train.gradient_accumulation_steps}
 
 
 def rate(plan, spec, topology):
@@ -88,7 +88,7 @@ def param_shards(spec):
 def local_tokens(spec):
   """Returns the tokens of one microbatch of gradient accumulation on one device."""
   shards = spec.mesh.size('data', 'fsdp', 'stage', 'expert', 'context')
-  return spec.train.batch_size * spec.data.seq_len / shards / spec.train.accumulation
+  return spec.train.batch_size * spec.data.seq_len / shards / spec.train.gradient_accumulation_steps
 
 
 def pipeline_turns(spec):
@@ -158,7 +158,7 @@ def estimate_memory(spec, topology):
   moment_shards = size('data') if spec.mesh.zero == 1 else 1
   optimizer = moments * local * _bytes(spec.optimizer.moment_dtype) / moment_shards
   # Summed over microbatches gradients are of the parameters' dtype; those of one batch stay as they come.
-  gradients = local * (width if train.accumulation > 1 else compute)
+  gradients = local * (width if train.gradient_accumulation_steps > 1 else compute)
   tokens, tensor = local_tokens(spec), size('tensor')
   stages = size('stage')
   microbatches, turns = pipeline_turns(spec)
@@ -217,7 +217,7 @@ def communicate(spec, topology):
   """Returns the collectives of a step as rows; seconds are theirs alone, and `asynchronous` ones hide."""
   m, size = spec.model, spec.mesh.size
   count, compute = counts.count_params(m), _bytes(spec.train.compute_dtype)
-  times = spec.train.accumulation
+  times = spec.train.gradient_accumulation_steps
   tokens = local_tokens(spec)
   inside = lambda axis: getattr(spec.mesh, axis)
   rows = []
@@ -325,7 +325,7 @@ def _changes(spec, topology):
   """Yields changes {'train.remat': 'full', ...} that save memory, one or two at a time."""
   train, mesh = spec.train, spec.mesh
   remats = [{'train.remat': r} for r in ('dots', 'minimal', 'out', 'mlp', 'full') if r != train.remat]
-  accumulations = [{'train.accumulation': train.accumulation * n} for n in (2, 4, 8, 16)]
+  accumulations = [{'train.gradient_accumulation_steps': train.gradient_accumulation_steps * n} for n in (2, 4, 8, 16)]
   batches = [{'train.batch_size': train.batch_size // n} for n in (2, 4, 8) if train.batch_size % n == 0]
   moments = [{'optimizer.moment_dtype': 'bfloat16'}] if spec.optimizer.moment_dtype == 'float32' else []
   meshes = []

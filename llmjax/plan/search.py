@@ -43,7 +43,8 @@ class Candidate:
   @property
   def name(self):
     train = self.spec.train
-    return f'{self.mesh}, remat {train.remat}, accumulation {train.accumulation}, batch {train.batch_size}'
+    return (f'{self.mesh}, remat {train.remat}, accumulation {train.gradient_accumulation_steps}, '
+            f'batch {train.batch_size}')
 
   @property
   def speed(self):
@@ -52,7 +53,7 @@ class Candidate:
   def row(self):
     train, memory = self.spec.train, (self.plan or self.fast)['hbm_bytes']
     compiled = self.plan is not None
-    return (self.mesh, train.remat, train.accumulation, train.batch_size, gib(memory['total']),
+    return (self.mesh, train.remat, train.gradient_accumulation_steps, train.batch_size, gib(memory['total']),
             f'{self.fast["tokens_per_second_per_chip"]:,.0f}',
             f'{self.plan["tokens_per_second_per_chip"]:,.0f}' if compiled and self.plan['fits'] else
             'does not fit' if compiled else '', f'{self.plan["mfu"]:.1%}' if compiled and self.plan['fits'] else '')
@@ -60,11 +61,11 @@ class Candidate:
 
 def run(spec, topology, options):
   """Searches, prints the table, writes the best config; returns 0 where something fits."""
-  found = candidates(spec, topology, options.rows_per_chip)
+  found = candidates(spec, topology, options.sequences_per_chip)
   if not found:
     raise ConfigError([f'nothing fits {topology.name}' + (f' x {topology.slices}' if topology.slices > 1 else '')
                        + ' by closed forms: take more chips, or a smaller train.batch_size'])
-  chosen = choose(found, options.most)
+  chosen = choose(found, options.max_compiles)
   print(f'{len(found)} programs may fit by closed forms; compiling the {len(chosen)} most promising, '
         f'{options.jobs} at a time')
   interrupted = False
@@ -74,7 +75,7 @@ def run(spec, topology, options):
     interrupted = True
     print('\nstopped by Ctrl-C; what was compiled is kept')
   done = sorted((c for c in chosen if c.plan is not None), key=lambda c: (-c.plan['fits'], -c.speed))
-  header = ('mesh', 'remat', 'accumulation', 'batch', 'GiB', 'closed form', 'tokens/s/chip', 'MFU')
+  header = ('mesh', 'remat', 'gradient_accumulation_steps', 'batch', 'GiB', 'closed form', 'tokens/s/chip', 'MFU')
   print(table([header, *(c.row() for c in done)], right=(2, 3, 4, 5, 6, 7)))
   if not done or not done[0].plan['fits']:
     print('none of the compiled programs fits' if done else 'nothing was compiled')
@@ -83,30 +84,30 @@ def run(spec, topology, options):
   file.parent.mkdir(parents=True, exist_ok=True)
   file.write_text(json.dumps(to_dict(done[0].spec), indent=2) + '\n')
   print(f'the best is {done[0].mesh}, remat {done[0].spec.train.remat}, accumulation '
-        f'{done[0].spec.train.accumulation}: --config={file}')
+        f'{done[0].spec.train.gradient_accumulation_steps}: --config={file}')
   return 130 if interrupted else 0
 
 
-def candidates(spec, topology, rows_per_chip=()):
+def candidates(spec, topology, sequences_per_chip=()):
   """Returns the Candidates that may fit, the fastest by closed forms first; of nearly equal ones the simplest mesh.
 
-  rows_per_chip: global batches to try, in rows for each chip; empty keeps the spec's.  Every axis of the mesh is
+  sequences_per_chip: global batches to try, in rows for each chip; empty keeps the spec's.  Every axis of the mesh is
   searched, expert only with experts; where `data` is in use with its parameters shared (zero 3) and not.
   """
   devices = topology.devices // topology.slices
   axes = [axis for axis in AXES if axis != 'expert' or spec.model.num_experts]
-  batches = [rows * topology.chips for rows in rows_per_chip] or [spec.train.batch_size]
+  batches = [rows * topology.chips for rows in sequences_per_chip] or [spec.train.batch_size]
   found = []
   for sizes in closed.mesh_shapes(devices, tuple(axes)):
     for zero in (0, 3) if sizes['data'] > 1 else (0,):
       mesh = dataclasses.replace(spec.mesh, **{**dict.fromkeys(AXES, 1), **sizes}, zero=zero)
       fits_mesh = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
-          spec.train, accumulation=1, batch_size=math.lcm(devices, *batches)))
+          spec.train, gradient_accumulation_steps=1, batch_size=math.lcm(devices, *batches)))
       if any(True for _ in fits_mesh.settled_problems()):
         continue  # The model's sizes do not divide, whatever the batch.
       for remat, accumulation, batch in itertools.product(REMATS, ACCUMULATIONS, batches):
         other = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
-            spec.train, remat=remat, accumulation=accumulation, batch_size=batch))
+            spec.train, remat=remat, gradient_accumulation_steps=accumulation, batch_size=batch))
         if batch % accumulation or any(True for _ in other.settled_problems()):
           continue
         if closed.estimate_memory(other, topology)['total'] <= ROOM * topology.device_hbm:

@@ -30,7 +30,7 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, coefficient, estimator='
   return scores[:, None] * last_token(mask) - coefficient * estimate, estimate
 
 
-def gae(rewards, values, mask, discount=1.0, decay=0.95):
+def gae(rewards, values, mask, gamma=1.0, gae_lambda=0.95):
   """Returns (advantages, returns), float32 [B, T]: generalised advantage estimation (arXiv:1506.02438, eq. 16).
 
   The episode ends with the row's last masked token: nothing is expected after it.  returns = advantages +
@@ -42,7 +42,7 @@ def gae(rewards, values, mask, discount=1.0, decay=0.95):
   def step(carry, column):
     advantage, next_value = carry
     reward, value, here = column
-    found = reward + discount * next_value - value + discount * decay * advantage
+    found = reward + gamma * next_value - value + gamma * gae_lambda * advantage
     # Nothing happens outside the mask: what follows a gap is carried over it.
     carry = jnp.where(here, found, advantage), jnp.where(here, value, next_value)
     return carry, jnp.where(here, found, 0.0)

@@ -57,8 +57,8 @@ class _FeedbackOptions(SamplingSpec):
   limit: int = setting(0, 'prompts to read; 0: all', minimum=0)
   seed: int = setting(0, 'draws principles and texts', minimum=0)
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     for name, example in (('workdir', 'runs/NAME'), ('principles', 'configs/feedback/principles.toml'),
                           ('prompts', 'prompts.jsonl'), ('output', 'feedback.jsonl')):
       if not getattr(self, name):
@@ -85,8 +85,8 @@ class PreferOptions(_FeedbackOptions):
                         'as responses, or as chosen and rejected', kind='path')
   certainty: float = setting(1.0, 'labels stay between 1 - certainty and certainty', minimum=0.5, maximum=1.0)
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     if self.policy:
       if refused := pickle_guard.refusal(self.policy):
         yield f'policy={refused}'

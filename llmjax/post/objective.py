@@ -191,12 +191,12 @@ def make_sequence_logprobs(spec, model, vocab_size=None, neftune_alpha=0.0):
   return sequence_logprobs
 
 
-def make_reward_loss(model, *, centring=0.0, neftune_alpha=0.0):
+def make_reward_loss(model, *, center_rewards_coef=0.0, neftune_alpha=0.0):
   """Returns the loss_fn of a reward model (a model with value_head) on pairs of rows, as `make_pair_loss` has them.
 
   batch['margin'], float32 [B], may say how far a pair's scores are to be apart; its first row's counts.
   """
-  judge = make_reward_judge(model, centring=centring, neftune_alpha=neftune_alpha)
+  judge = make_reward_judge(model, center_rewards_coef=center_rewards_coef, neftune_alpha=neftune_alpha)
   return as_loss(judge)
 
 
@@ -209,7 +209,7 @@ def as_loss(judge):
   return loss_fn
 
 
-def make_reward_judge(model, *, centring=0.0, neftune_alpha=0.0):
+def make_reward_judge(model, *, center_rewards_coef=0.0, neftune_alpha=0.0):
   """Returns the function (params, batch, key) -> (what the loss_fn returns, {name: float32 [P]} of every pair).
 
   weight: 0 for a pair of padding.  margin: of its scores.  score: their mean.  Else as `make_reward_loss`.
@@ -219,7 +219,8 @@ def make_reward_judge(model, *, centring=0.0, neftune_alpha=0.0):
     whole = with_last_target(batch)
     scores, model_aux = score_ends(model, params, whole, key, neftune_alpha)
     weights = pair_weights(batch)
-    loss, weight, aux = reward_model.bradley_terry(scores[0::2], scores[1::2], _of_pairs(batch, 'margin'), centring,
+    loss, weight, aux = reward_model.bradley_terry(scores[0::2], scores[1::2], _of_pairs(batch, 'margin'),
+                                               center_rewards_coef,
                                                    weights, _of_pairs(batch, 'probability'))
     each = {'weight': weights, 'margin': scores[0::2] - scores[1::2], 'score': (scores[0::2] + scores[1::2]) / 2}
     loss, model_aux = with_router_losses(loss, weight, model_aux, whole)
@@ -295,7 +296,7 @@ def make_policy_loss(spec, model, *, temperature=1.0, vocab_size=None, value_coe
   entropy = entropy or spec.entropy_coef > 0
 
   def weigh(batch):
-    return policy.token_weights(spec.average, (batch['loss_mask'] != 0).astype(jnp.float32), max_length)[1]
+    return policy.token_weights(spec.loss_aggregation, (batch['loss_mask'] != 0).astype(jnp.float32), max_length)[1]
 
   @weighed(weigh)
   def loss_fn(params, frozen, batch, key):
@@ -309,7 +310,7 @@ def make_policy_loss(spec, model, *, temperature=1.0, vocab_size=None, value_coe
     if value_coef:
       values = model.values(params, scores.hidden)
       # Weighed as the policy's tokens are, so that both are divided by the same weight.
-      weights, _ = policy.token_weights(spec.average, (mask != 0).astype(jnp.float32), max_length)
+      weights, _ = policy.token_weights(spec.loss_aggregation, (mask != 0).astype(jnp.float32), max_length)
       value, _, value_aux = policy.value_loss(values, batch['old_values'], batch['returns'], weights, value_clip)
       loss = loss + value_coef * value
       aux = {**aux, **value_aux, 'value_loss': jax.lax.stop_gradient(value)}

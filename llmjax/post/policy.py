@@ -15,8 +15,8 @@ def policy_loss(spec, logprobs, old_logprobs, advantages, mask, *, ref_logprobs=
   """Returns (sum, weight, aux) of a PolicySpec's loss.
 
   logprobs, old_logprobs, ref_logprobs, entropies: float32 [B, T], nats; old ones as of the policy that drew the
-  tokens.  advantages: [B], or [B, T].  mask: [B, T].  max_length: what average=constant divides by.
-  The weight is the number of tokens for average=token, else that of rows with a token; a row of padding counts
+  tokens.  advantages: [B], or [B, T].  mask: [B, T].  max_length: what loss_aggregation=constant divides by.
+  The weight is the number of tokens for loss_aggregation=token, else that of rows with a token; a row of padding counts
   nowhere.  aux, sums without gradient, means over tokens as the average weighs them: `policy_loss`,
   `clip_fraction`, `ratio`, `approximate_kl` (from the old policy: half the squared log-ratio), and where there are
   any `kl` (from the reference) and `entropy`.
@@ -28,9 +28,9 @@ def policy_loss(spec, logprobs, old_logprobs, advantages, mask, *, ref_logprobs=
   advantages = jnp.broadcast_to(advantages if advantages.ndim == 2 else advantages[:, None], mask.shape)
   lengths = jnp.sum(mask, axis=1, keepdims=True)
   log_ratio = logprobs - old_logprobs
-  if spec.ratio == 'sequence':
+  if spec.importance_sampling == 'sequence':
     level = jnp.sum(log_ratio, axis=1, keepdims=True) / jnp.maximum(lengths, 1.0)
-  elif spec.ratio == 'trajectory':
+  elif spec.importance_sampling == 'trajectory':
     level = jnp.sum(log_ratio, axis=1, keepdims=True)
   else:
     level = log_ratio
@@ -46,9 +46,9 @@ def policy_loss(spec, logprobs, old_logprobs, advantages, mask, *, ref_logprobs=
     aux['entropy'] = zero(entropies)
     if spec.entropy_coef:
       losses = losses - spec.entropy_coef * aux['entropy']
-  weights, weight = token_weights(spec.average, mask, max_length)
+  weights, weight = token_weights(spec.loss_aggregation, mask, max_length)
   # Of what is reported, a mean is wanted whatever the loss divides by.
-  means = mask if spec.average == 'token' else mask / jnp.maximum(lengths, 1.0)
+  means = mask if spec.loss_aggregation == 'token' else mask / jnp.maximum(lengths, 1.0)
   aux = {name: jax.lax.stop_gradient(jnp.sum(zero(means * x))) for name, x in aux.items()}
   aux['policy_loss'] = jax.lax.stop_gradient(jnp.sum(zero(weights * policy)))
   return jnp.sum(zero(weights * losses)), weight, aux
@@ -62,7 +62,7 @@ def token_weights(average, mask, max_length=None):
   rows = jnp.sum(lengths > 0).astype(jnp.float32)
   divisor = {'sequence': jnp.maximum(lengths, 1.0), 'constant': max_length, 'sum': 1.0}[average]
   if divisor is None:
-    raise ValueError('average=constant needs max_length, the longest answer there can be')
+    raise ValueError('loss_aggregation=constant needs max_length, the longest answer there can be')
   return mask / divisor, rows
 
 
@@ -72,7 +72,7 @@ def token_weights(average, mask, max_length=None):
 def _clip(spec, ratio, advantages, logprobs, log_ratio):
   """PPO's pessimistic bound (arXiv:1707.06347, eq. 7), clipped further above than below (DAPO) where asked."""
   bound = jnp.clip(ratio, 1.0 - spec.clip_low, 1.0 + spec.high)
-  free = jnp.minimum(ratio, spec.clip_ratio) if spec.clip_ratio else ratio
+  free = jnp.minimum(ratio, spec.dual_clip) if spec.dual_clip else ratio
   losses = -jnp.minimum(free * advantages, bound * advantages)
   return losses, bound * advantages < ratio * advantages
 

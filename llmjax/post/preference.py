@@ -211,7 +211,7 @@ def pair_loss(spec, pairs, weights=None, probability=None):
   aux, sums without gradient: `chosen_logprob` and `rejected_logprob` of whole answers, `chosen_reward` and
   `rejected_reward` (beta c, beta r), `margin` between them and `accuracy`, how often it is positive.
 
-  aot and aot_unpaired sort the pairs they are given: they want train.accumulation=1.
+  aot and aot_unpaired sort the pairs they are given: they want train.gradient_accumulation_steps=1.
   """
   weights = jnp.ones_like(pairs.chosen) if weights is None else weights.astype(jnp.float32)
   # Padding may hold anything; where would let its infinities into the gradient.
@@ -249,7 +249,7 @@ def unpaired_loss(spec, logprobs, ref_logprobs, desirable, kl=0.0, weights=None)
 def mismatched_kl(logprobs, ref_logprobs, weights=None):
   """Returns a float32 scalar without gradient: max(0, the mean log-ratio of answers to other rows' prompts).
 
-  Source: KTO, arXiv:2402.01306.  The mean is over the rows given: train.accumulation=1.
+  Source: KTO, arXiv:2402.01306.  The mean is over the rows given: train.gradient_accumulation_steps=1.
   """
   weights = jnp.ones_like(logprobs) if weights is None else weights.astype(jnp.float32)
   mean = masked_sum(logprobs - ref_logprobs, weights) / jnp.maximum(jnp.sum(weights), 1.0)

@@ -15,10 +15,11 @@ def score_at_end(values, mask):
   return jnp.sum(jnp.where(last_token(mask) != 0, values.astype(jnp.float32), 0.0), axis=1)
 
 
-def bradley_terry(chosen, rejected, margin=None, centring=0.0, weights=None, probability=None):
+def bradley_terry(chosen, rejected, margin=None, center_rewards_coef=0.0, weights=None, probability=None):
   """Returns (sum over pairs, weight, aux) of -log sigmoid(chosen - rejected - margin).
 
-  chosen, rejected: float32 [P], scores.  margin: float [P] or None (arXiv:2307.09288, section 3.2.2).  centring:
+  chosen, rejected: float32 [P], scores.  margin: float [P] or None (arXiv:2307.09288, section 3.2.2).
+  center_rewards_coef:
   weight of (chosen + rejected)^2, which holds the mean score at 0 (arXiv:2312.09244).  weights:
   float [P], 0 for a pair of padding.  probability: float [P] or None, soft labels: how sure it is that the chosen
   answer is the better one; the loss is the expected one.  aux: sums of `accuracy`, `margin`,
@@ -31,7 +32,7 @@ def bradley_terry(chosen, rejected, margin=None, centring=0.0, weights=None, pro
   losses = -jax.nn.log_sigmoid(gap - margin)
   if probability is not None:
     losses = probability * losses - (1.0 - probability) * jax.nn.log_sigmoid(-gap - margin)
-  losses = losses + centring * jnp.square(chosen + rejected)
+  losses = losses + center_rewards_coef * jnp.square(chosen + rejected)
   aux = {'accuracy': gap > 0, 'margin': gap, 'chosen_reward': chosen, 'rejected_reward': rejected}
   return (masked_sum(losses, weights), jnp.sum(weights),
           {name: jax.lax.stop_gradient(masked_sum(x, weights)) for name, x in aux.items()})

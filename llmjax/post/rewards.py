@@ -62,7 +62,7 @@ def _length(answer, spec):
   return max(0.0, 1.0 - abs(answer.tokens - spec.length) / spec.length)
 
 
-TABLE = {'maths': _maths, 'exact': _exact, 'doctest': _doctest, 'regex': _regex, 'format': _format,
+TABLE = {'math': _maths, 'exact': _exact, 'doctest': _doctest, 'regex': _regex, 'format': _format,
          'length': _length}
 
 

@@ -190,7 +190,7 @@ def weigh(spec, policy, batch, scores, kl_coef):
                                          spec.kl_estimator)
     if policy.whiten_rewards:
       shaped = advantages.whiten(shaped, mask, shift_mean=False)
-    found, returns = advantages.gae(shaped, batch['old_values'], mask, policy.discount, policy.decay)
+    found, returns = advantages.gae(shaped, batch['old_values'], mask, policy.gamma, policy.gae_lambda)
     if policy.whiten_advantages:
       found = advantages.whiten(found, mask)
     batch['returns'] = np.asarray(returns)
@@ -198,8 +198,9 @@ def weigh(spec, policy, batch, scores, kl_coef):
     if kl_coef:
       _, per_token = advantages.shape_rewards(scores, old, reference, mask, kl_coef, spec.kl_estimator)
       scores = scores - kl_coef * jnp.sum(per_token, axis=1)
-    rows = advantages.group_advantages(scores, spec.group, 'others' if policy.advantages == 'others' else 'mean',
-                                       policy.scale)
+    rows = advantages.group_advantages(scores, spec.num_generations,
+                                       'others' if policy.advantages == 'others' else 'mean',
+                                       policy.advantage_normalization)
     found = rows[:, None] * mask
   batch['advantages'] = np.asarray(found)
   return kl

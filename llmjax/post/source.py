@@ -1,6 +1,6 @@
 """The batches of reinforcement learning: rollouts, cut into the minibatches of one iteration after the other.
 
-An iteration is `rl.epochs` passes over `rl.prompts` x `rl.group` rows.  Each is written to
+An iteration is `rl.epochs` passes over `rl.prompts_per_iteration` x `rl.num_generations` rows.  Each is written to
 `<workdir>/rollouts/<iteration>.jsonl`, a line that describes it and then one for each row, before it is trained on:
 for people to read, and so that a run which stops in the middle of an iteration goes on with the same rows, to the
 bit (a float32 is the same after JSON).
@@ -90,7 +90,10 @@ class RolloutSource:
     return [{k: self._now.records[i][k] for k in keys} for i in self._rows(iteration, step)]
 
   def refill(self, params):
-    """Samples the next iteration from the parameters; returns its metrics.  Raises ConfigError: see `rl.tolerance`."""
+    """Samples the next iteration from the parameters; returns its metrics.  
+
+    Raises ConfigError: see `rl.logprob_tolerance`.
+    """
     number = self._state // self.steps
     cursor, coefficient = 0, self.spec.rl.kl_coef
     if number:
@@ -114,27 +117,27 @@ class RolloutSource:
                           vocab_size=self.tokenizer.vocab_size)
     key = jax.random.fold_in(jax.random.key(spec.train.seed), number)
     kept, spare, rounds, rewards = [], [], 0, []
-    while len(kept) < rl.prompts and rounds < rl.rounds:
+    while len(kept) < rl.prompts_per_iteration and rounds < rl.max_resample_rounds:
       prompts = next(self.prompts)
       ids = [np.asarray(p['ids'], np.int32) for p in prompts]
-      answers, logprobs = rollout.sample(generator, ids, rl.group, rl, jax.random.fold_in(key, rounds),
+      answers, logprobs = rollout.sample(generator, ids, rl.num_generations, rl, jax.random.fold_in(key, rounds),
                                          self.stop_ids)
       judged = self._judge(prompts, answers)
       rounds, rewards = rounds + 1, rewards + judged[1]
       for i in range(len(prompts)):
-        rows = slice(i * rl.group, (i + 1) * rl.group)
+        rows = slice(i * rl.num_generations, (i + 1) * rl.num_generations)
         group = (ids[i], answers[rows], logprobs[rows], *(part[rows] for part in judged))
         # What the answers themselves are worth decides, not how long they are.
-        same = rl.group > 1 and np.ptp([row['raw'] for row in judged[0][rows]]) == 0
-        (spare if same and rl.rounds > 1 else kept).append(group)
+        same = rl.num_generations > 1 and np.ptp([row['raw'] for row in judged[0][rows]]) == 0
+        (spare if same and rl.max_resample_rounds > 1 else kept).append(group)
     # The rewards of those that are kept would be no fair sample.
     self._drawn = {'reward': float(np.mean(rewards)), 'rounds': rounds,
-                   'equal_groups': len(spare) * rl.group / len(rewards)}
-    return (kept + spare)[:rl.prompts]
+                   'equal_groups': len(spare) * rl.num_generations / len(rewards)}
+    return (kept + spare)[:rl.prompts_per_iteration]
 
   def _judge(self, prompts, answers):
     """Returns ([what is written of each row], [its reward])."""
-    made = [rollout.answer_of(self.tokenizer, prompts[i // self.spec.rl.group], answer, self.stop_ids)
+    made = [rollout.answer_of(self.tokenizer, prompts[i // self.spec.rl.num_generations], answer, self.stop_ids)
             for i, answer in enumerate(answers)]
     parts, raw, total = rollout.judge(self.spec.rl, made, self.score)
     rows = [{'prompt': a.prompt, 'text': a.text, 'answer': a.reference, 'reward': float(total[i]),
@@ -145,7 +148,7 @@ class RolloutSource:
   def _finish(self, params, groups, coefficient):
     """Returns (Iteration, the next KL coefficient) of the groups that `_draw` returns."""
     spec, rl, length = self.spec, self.spec.rl, self.spec.data.seq_len
-    prompts = [g[0] for g in groups for _ in range(rl.group)]
+    prompts = [g[0] for g in groups for _ in range(rl.num_generations)]
     answers, logprobs, records, totals = ([x for g in groups for x in g[i]] for i in range(1, 5))
     batch = rollout.make_rows(prompts, answers, length)
     gae = spec.policy.advantages == 'gae'
@@ -166,7 +169,7 @@ class RolloutSource:
         following = divergence.adapt(coefficient, metrics['kl'], rl.kl_target, rl.kl_horizon, len(kl))
     if rl.kl_coef:
       metrics['kl_coef'] = coefficient
-    if rl.rounds > 1:
+    if rl.max_resample_rounds > 1:
       metrics |= {'kept_reward': metrics['reward'], **self._drawn}
     if rl.mask_truncated:
       batch['loss_mask'] = mask * np.array([[r['ended']] for r in records], np.float32)
@@ -186,9 +189,10 @@ class RolloutSource:
       gaps = ((sampled - trained) * mask).sum() / mask.sum()
       return {'truncated_logprob': float(gaps)}
     gap, largest = rollout.disagreement(sampled, trained, mask)
-    if max(gap, largest / 100) > rl.tolerance and self.spec.train.compute_dtype == 'float32':
+    if max(gap, largest / 100) > rl.logprob_tolerance and self.spec.train.compute_dtype == 'float32':
       raise ConfigError([f'the log-probabilities of sampler and trainer differ by {gap:.2g} in the mean and '
-                         f'{largest:.2g} at most, more than rl.tolerance={rl.tolerance:g} or 100 times that: what is '
+                         f'{largest:.2g} at most, more than rl.logprob_tolerance={rl.logprob_tolerance:g} or 100 times '
+                         'that: what is '
                          'learnt would not be of what was drawn'])
     return {'logprob_gap': gap, 'largest_logprob_gap': largest}
 

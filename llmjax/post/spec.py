@@ -42,7 +42,7 @@ class PreferenceSpec:
   desirable_weight: float = setting(1.0, 'kto: of good answers', minimum=0.0)
   undesirable_weight: float = setting(1.0, 'kto: of bad answers', minimum=0.0)
 
-  def problems(self):
+  def validate(self):
     if not self.beta:
       yield 'beta=0.0 leaves nothing to learn; write beta=0.1'
     if self.loss == 'exo_pair' and not self.label_smoothing:
@@ -61,17 +61,18 @@ class PreferenceSpec:
 
 # What papers call a policy loss; a config's own fields come on top.
 NAMED = {
-    'ppo': {'average': 'token', 'advantages': 'gae'},  # arXiv:1707.06347
-    'grpo': {'average': 'sequence'},  # arXiv:2402.03300, eq. 3
-    'bnpo': {'average': 'token'},  # GRPO over all tokens
-    'dapo': {'average': 'token', 'clip_high': 0.28},  # arXiv:2503.14476
-    'dr_grpo': {'average': 'constant', 'scale': 'none'},  # arXiv:2503.20783
-    'gspo': {'ratio': 'sequence', 'average': 'sequence', 'clip_low': 3e-4,
+    'ppo': {'loss_aggregation': 'token', 'advantages': 'gae'},  # arXiv:1707.06347
+    'grpo': {'loss_aggregation': 'sequence'},  # arXiv:2402.03300, eq. 3
+    'bnpo': {'loss_aggregation': 'token'},  # GRPO over all tokens
+    'dapo': {'loss_aggregation': 'token', 'clip_high': 0.28},  # arXiv:2503.14476
+    'dr_grpo': {'loss_aggregation': 'constant', 'advantage_normalization': 'none'},  # arXiv:2503.20783
+    'gspo': {'importance_sampling': 'sequence', 'loss_aggregation': 'sequence', 'clip_low': 3e-4,
              'clip_high': 4e-4},  # arXiv:2507.18071, section 5.1
-    'rloo': {'ratio': 'trajectory', 'average': 'sequence', 'advantages': 'others', 'scale': 'none'},  # arXiv:2402.14740
-    'cispo': {'surrogate': 'cispo', 'average': 'token', 'clip_high': 4.0},  # arXiv:2506.13585
-    'sapo': {'surrogate': 'sapo', 'average': 'sequence'},  # arXiv:2511.20347
-    'vespo': {'surrogate': 'vespo', 'average': 'token'},  # arXiv:2602.10693
+    'rloo': {'importance_sampling': 'trajectory', 'loss_aggregation': 'sequence', 'advantages': 'others',
+             'advantage_normalization': 'none'},  # arXiv:2402.14740
+    'cispo': {'surrogate': 'cispo', 'loss_aggregation': 'token', 'clip_high': 4.0},  # arXiv:2506.13585
+    'sapo': {'surrogate': 'sapo', 'loss_aggregation': 'sequence'},  # arXiv:2511.20347
+    'vespo': {'surrogate': 'vespo', 'loss_aggregation': 'token'},  # arXiv:2602.10693
 }
 
 
@@ -79,7 +80,7 @@ NAMED = {
 class RewardModelSpec:
   """How a reward model learns from pairs.  Of steps it learns the cross-entropy of their labels alone."""
 
-  centring: float = setting(0.01, 'weight of (chosen + rejected)^2, which holds the mean score at 0 '
+  center_rewards_coef: float = setting(0.01, 'weight of (chosen + rejected)^2, which holds the mean score at 0 '
                             '(arXiv:2312.09244); 0: none', minimum=0.0)
   scores: str = setting('', "what gets a score: answers (of pairs) or steps; '': what the data holds",
                         choices=('', 'answers', 'steps'))
@@ -93,27 +94,29 @@ class PolicySpec:
   advantages: str = setting('mean', "how much better than expected: than the mean of a prompt's answers (GRPO), than "
                             'the mean of the others (RLOO), or than a value head says (gae, PPO)',
                             choices=('mean', 'others', 'gae'))
-  scale: str = setting('group', 'advantages are divided by the standard deviation of the rewards of this',
-                       choices=('group', 'batch', 'none'))
+  advantage_normalization: str = setting('group', 'divide advantages by the standard deviation of the '
+                                         'rewards of each group, of the batch, or not at all',
+                                         choices=('group', 'batch', 'none'))
   surrogate: str = setting('clip', 'what a ratio and an advantage give: clip (PPO), cispo, sapo, vespo, or reinforce',
                            choices=('clip', 'cispo', 'sapo', 'vespo', 'reinforce'))
-  ratio: str = setting('token', "of a token; of the sequence as its tokens' geometric mean (GSPO); of the whole "
-                       'trajectory as their product (RLOO)', choices=('token', 'sequence', 'trajectory'))
-  average: str = setting('token', "of all tokens alike (DAPO); of sequences, each its tokens' mean (GRPO); of "
+  importance_sampling: str = setting('token', 'importance ratio per token; per sequence as the geometric mean over '
+                                     'tokens (GSPO); per trajectory as their product (RLOO)',
+                                     choices=('token', 'sequence', 'trajectory'))
+  loss_aggregation: str = setting('token', "of all tokens alike (DAPO); of sequences, each its tokens' mean (GRPO); of "
                          "sequences, each its tokens' sum over max_new_tokens (constant, Dr. GRPO); of sequences, each "
                          "its tokens' sum (sum)", choices=('token', 'sequence', 'constant', 'sum'))
   clip_low: float = setting(0.2, 'how far below 1 a ratio counts', minimum=0.0, maximum=1.0)
   clip_high: float = setting(0.0, 'how far above 1 a ratio counts; 0: as far as below (DAPO: 0.28; CISPO: the '
                              'largest ratio less 1)', minimum=0.0)
-  clip_ratio: float = setting(0.0, 'largest ratio also where the advantage is negative (two-sided, '
+  dual_clip: float = setting(0.0, 'largest ratio also where the advantage is negative (two-sided, '
                               'arXiv:2505.07291); 0: none', minimum=0.0)
   kl_coef: float = setting(0.0, 'weight of the KL from the reference in the loss', minimum=0.0)
   kl_estimator: str = setting('k3', 'of the KL in the loss', choices=('k1', 'k2', 'k3', 'abs'))
   entropy_coef: float = setting(0.0, "weight of the policy's entropy, which the loss takes away", minimum=0.0)
   temperatures: tuple[float, ...] = setting((1.0, 1.05), 'sapo: of advantages above 0, and of the others')
   gammas: tuple[float, ...] = setting((2.0, 3.0, 3.0, 2.0), 'vespo: k and lambda of advantages from 0, and of others')
-  discount: float = setting(1.0, 'gae: what a reward one token later is worth', minimum=0.0, maximum=1.0)
-  decay: float = setting(0.95, 'gae: lambda; 0 trusts the value head, 1 the rewards', minimum=0.0, maximum=1.0)
+  gamma: float = setting(1.0, 'gae: what a reward one token later is worth', minimum=0.0, maximum=1.0)
+  gae_lambda: float = setting(0.95, 'gae: lambda; 0 trusts the value head, 1 the rewards', minimum=0.0, maximum=1.0)
   value_coef: float = setting(0.1, 'gae: weight of the value loss', minimum=0.0)
   value_clip: float = setting(0.2, 'gae: how far a value is believed to move in an iteration; 0: any way', minimum=0.0)
   whiten_rewards: bool = setting(False, 'gae: bring rewards to variance 1')
@@ -129,22 +132,22 @@ class PolicySpec:
   def high(self):
     return self.clip_high or self.clip_low
 
-  def problems(self):
+  def validate(self):
     if len(self.temperatures) != 2 or min(self.temperatures) <= 0:
       yield f'temperatures={self.temperatures} must be two numbers above 0, such as 1.0,1.05'
     if len(self.gammas) != 4:
       yield f'gammas={self.gammas} must be four numbers, such as 2.0,3.0,3.0,2.0'
 
 
-REWARDS = ('maths', 'exact', 'doctest', 'regex', 'format', 'length', 'model')
+REWARDS = ('math', 'exact', 'doctest', 'regex', 'format', 'length', 'model')
 
 
 @dataclasses.dataclass(frozen=True)
 class RlSpec:
   """Rollouts, and what they are worth."""
 
-  prompts: int = setting(16, 'prompts of an iteration', minimum=1)
-  group: int = setting(8, 'answers to each prompt', minimum=1)
+  prompts_per_iteration: int = setting(16, 'prompts of an iteration', minimum=1)
+  num_generations: int = setting(8, 'answers to each prompt', minimum=1)
   epochs: int = setting(1, 'times that an iteration trains on its rows, train.batch_size of them a step', minimum=1)
   max_new_tokens: int = setting(64, 'tokens of an answer, the end included', minimum=1)
   temperature: float = setting(1.0, 'divides the logits, of the sampler and of the loss alike', minimum=0.01)
@@ -153,7 +156,7 @@ class RlSpec:
                          maximum=1.0)
   top_k: int = setting(0, 'sample among this many most likely tokens; 0: all. As for top_p', minimum=0)
   rewards: dict[str, float] = setting(
-      {'maths': 1.0}, 'what an answer is worth, and with what weight', choices=REWARDS)
+      {'math': 1.0}, 'what an answer is worth, and with what weight', choices=REWARDS)
   pattern: str = setting('', 'regex: what must be found in the answer; {answer} stands for the right one')
   format: str = setting('', 'format: what the whole answer must match')
   length: int = setting(0, 'length: tokens of the ideal answer; the reward falls to 0 at none and at twice as many',
@@ -171,22 +174,22 @@ class RlSpec:
                              minimum=0.0)
   kl_horizon: int = setting(10_000, 'sequences in which kl_coef adapts', minimum=1)
   reference: bool = setting(True, 'keep the model that training begins with, to measure the KL from it')
-  rounds: int = setting(1, "times that other prompts are drawn, at most, in place of those whose answers are all "
-                        "worth the same (DAPO's dynamic sampling); 1: none are", minimum=1)
+  max_resample_rounds: int = setting(1, 'how many times prompts whose completions all have the same reward are '
+                                     'replaced by other prompts (dynamic sampling of DAPO); 1: never', minimum=1)
   # Of a run of 1.3 M parameters, float32: 4e-7 in the mean and 6e-6 at most, and each of the two up to 1.3e-5 from
   # float64.  A wrong temperature, mask or position is thousands of times that.
-  tolerance: float = setting(1e-5, "how far the sampler's and the trainer's log-probabilities may differ in the mean, "
-                             'relative to those above 1, and 100 times that for any of them; only with '
-                             'compute_dtype=float32 is a larger difference an error', minimum=0.0)
+  logprob_tolerance: float = setting(1e-5, 'largest mean difference between log-probabilities of the sampler and the '
+                                     'trainer, relative where they are above 1; single ones may differ by 100 times '
+                                     'that. More is an error with compute_dtype=float32', minimum=0.0)
 
   @property
   def rows(self):
     """Rows of an iteration."""
-    return self.prompts * self.group
+    return self.prompts_per_iteration * self.num_generations
 
-  def problems(self):
+  def validate(self):
     if not self.rewards:
-      yield f'rewards is empty; write some of {", ".join(REWARDS)}, such as rewards.maths=1'
+      yield f'rewards is empty; write some of {", ".join(REWARDS)}, such as rewards.math=1'
     for name, field in (('regex', 'pattern'), ('format', 'format'), ('length', 'length'), ('model', 'reward_model')):
       value = getattr(self, field)
       if name in self.rewards and not value:
@@ -249,7 +252,7 @@ class DistillSpec:
       return list(range(student))
     return [round(i * (teacher - 1) / (student - 1)) for i in range(student)]
 
-  def problems(self):
+  def validate(self):
     if not self.teacher:
       if changed := [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]:
         yield f'teacher is missing, which {changed[0]} is about; write distill.teacher=runs/big'

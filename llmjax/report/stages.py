@@ -19,7 +19,7 @@ from llmjax.report.runs import Run, count, duration, is_of_pairs, number, parame
 
 SETTING = 60  # Characters of a setting that differs.
 UNTOLD = ('logs', 'profile', 'cost', 'distributed')  # Groups of settings that change no number of a run.
-SHARES = ('maths', 'exact', 'doctest', 'regex', 'format')  # Rewards that are 0 or 1.
+SHARES = ('math', 'exact', 'doctest', 'regex', 'format')  # Rewards that are 0 or 1.
 LAST = 0.1  # Part of a noisy curve whose mean stands for its end.
 
 
@@ -283,7 +283,7 @@ def commands_for(stages, row, which):
   flags += [f'--seq-len={min(lengths)}'] if lengths else []
   if row.key == 'reward':
     rl = next((stages[i].run.config['rl'] for i in which if isinstance(stages[i].run.config.get('rl'), dict)), {})
-    flags += [f'--reward={name}' for name in (rl.get('rewards') or ()) if name in ('maths', 'exact', 'doctest')][:1]
+    flags += [f'--reward={name}' for name in (rl.get('rewards') or ()) if name in ('math', 'exact', 'doctest')][:1]
     flags += [f'--max-new-tokens={rl["max_new_tokens"]}'] if number(rl, 'max_new_tokens') else []
   return ([shlex.join(['llmjax', 'evaluate', f'--workdir={stages[i].run.folder}', *flags]) for i in which],
           'the evaluations are not of the same sequences; these commands make them so')

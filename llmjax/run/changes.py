@@ -30,7 +30,7 @@ KINDS = {
     'preference': (MEANING, {'reference': HARMLESS}),
     'reward': (MEANING, {'scores': FIXED}),
     # A checkpoint in the middle of an iteration goes on with the sequences of its file.
-    'rl': (MEANING, {'prompts': FIXED, 'group': FIXED, 'epochs': FIXED}),
+    'rl': (MEANING, {'prompts_per_iteration': FIXED, 'num_generations': FIXED, 'epochs': FIXED}),
     'policy': (MEANING, {'advantages': FIXED}),
     'guard': (HARMLESS, {'window': FIXED}),
     'checkpoint': (HARMLESS, {}),

@@ -52,9 +52,9 @@ class Stopwatch:
 
 
 @contextlib.contextmanager
-def charged(ledger, bucket):
-  """Charges the block's time to a bucket of a Ledger, but for compiling, which has its own; yields its Stopwatch."""
-  with ledger.charge(bucket):
+def charged(goodput, bucket):
+  """Charges the block's time to a bucket of a Goodput, but for compiling, which has its own; yields its Stopwatch."""
+  with goodput.charge(bucket):
     watch = Stopwatch()
     yield watch
-    ledger.seconds['compile'] += watch.compiling
+    goodput.seconds['compile'] += watch.compiling

@@ -18,7 +18,7 @@ BUCKETS = ('init', 'compile', 'data_wait', 'rollout', 'step', 'eval', 'sample', 
 OF_STEPS = ('step', 'data_wait', 'rollout')  # What is lost with a step that must be done again.
 
 
-class Ledger:
+class Goodput:
   """Charges wall time to buckets.  Whatever no bucket claims is `other`.
 
   age: seconds since the process began, charged to `init`.  clock: monotonic seconds.  now: Unix seconds.

@@ -26,13 +26,13 @@ from llmjax.run.changes import Change, describe_jump
 from llmjax.run.compile_time import charged
 from llmjax.run.early_stopping import Patience
 from llmjax.run.energy import EnergyLog
-from llmjax.run.goodput import Ledger
+from llmjax.run.goodput import Goodput
 from llmjax.run.initial import Adapting, initial_checkpoint, restore_initial
 from llmjax.run.profiler import Profiler
 from llmjax.run.progress import Progress
 from llmjax.run.recovery import Recovery
 from llmjax.run.stragglers import Stragglers
-from llmjax.run.timer import Speed, Window
+from llmjax.run.timer import Speed, StepTimer
 from llmjax.run.workdir import begin_attempt
 from llmjax.run.writers import LogError, open_writers
 from llmjax.train.guard import watched
@@ -67,7 +67,7 @@ class Job:
   together: int = 1
   load_frozen: Callable | None = None
   initial: Callable | None = None
-  ledger: Ledger | None = None  # `start.run` supplies these.
+  goodput: Goodput | None = None  # `start.run` supplies these.
   heart: Heartbeat | None = None
 
 
@@ -117,7 +117,7 @@ def _sit(loop):
     except OSError as e:
       print(f'the report is not written: {e.strerror or e}; `llmjax report --workdir={loop.workdir}` writes it')
   loop.account()  # Anew, with the time that the report took.
-  loop.ledger.close()
+  loop.goodput.close()
   return status
 
 
@@ -125,7 +125,7 @@ class Loop:
   """One attempt of a run, from the step that it resumes from to the last."""
 
   def __init__(self, job, workdir, attempt):
-    self.job, self.spec, self.ledger, self.workdir = job, job.spec, job.ledger, workdir
+    self.job, self.spec, self.goodput, self.workdir = job, job.spec, job.goodput, workdir
     checkpoints, first = attempt.checkpoints, attempt.first
     self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
     self.done = self.saved = first
@@ -137,12 +137,12 @@ class Loop:
     self.tx = watched(rule, self.spec.guard.window)
     self.heart = job.heart or distributed.start_heartbeat(self.spec.distributed, workdir)
     self.heart.begin(first)
-    with self.ledger.charge('init'):
+    with self.goodput.charge('init'):
       self.state, _ = self._load_state(first)
       if job.mesh.devices.flat[0].platform == 'cpu':
         keep_freed_memory()
       self._open_logs(first or None)
-    lost = self.ledger.go_back(first)
+    lost = self.goodput.go_back(first)
     self.progress = Progress(self.total, first, enabled=distributed.is_first())
     self.profiler = Profiler(workdir, self.spec.profile.steps,
                              say=self.progress.say if distributed.is_first() else None)
@@ -223,7 +223,7 @@ class Loop:
 
     Returns (the checkpoint's step, the stream's state that it has, the stream's state now).
     """
-    with self.ledger.charge('checkpoint'):
+    with self.goodput.charge('checkpoint'):
       target = self.checkpoints.latest() or 0
       self.done = self.saved = target  # From here on there is nothing to save.
       for array in jax.tree.leaves(self.state):
@@ -253,7 +253,7 @@ class Loop:
   def _refill(self, step):
     """Lets a stream that is made with the model sample what comes after this step."""
     self.heart.beat(step, 'rollout')
-    with charged(self.ledger, 'rollout') as watch:
+    with charged(self.goodput, 'rollout') as watch:
       metrics = self.job.batches.refill(self._parameters())
       seconds = watch.seconds
     # They belong to the step that learns from them: a run that goes on from this one makes them again.
@@ -273,36 +273,36 @@ class Loop:
     if self.adapting:
       loss_fn = self.adapting.loss_fn(loss_fn)
     loss_fn = stop_frozen(loss_fn, self.spec.optimizer.freeze)
-    step = make_train_step(loss_fn, self.tx, self.schedule, self.spec.train.accumulation,
+    step = make_train_step(loss_fn, self.tx, self.schedule, self.spec.train.gradient_accumulation_steps,
                            self.spec.guard, self.job.together)
     return lower_step(step, self.state, batch).compile()
 
   def run(self, stop=lambda turn: False):
     """Trains to the last step, until the run is lost, or until stop(turn) says so; returns the exit status."""
-    train, ledger, progress, recovery = self.spec.train, self.ledger, self.progress, self.recovery
+    train, goodput, progress, recovery = self.spec.train, self.goodput, self.progress, self.recovery
     if getattr(self.job.batches, 'is_due', False):
       self._refill(self.first)
-    with ledger.charge('data_wait'):
+    with goodput.charge('data_wait'):
       batch, position = self._next_batch()
     self.heart.beat(self.first, 'compile')
-    before = ledger.seconds['compile']  # Of a rollout's programs.
-    with ledger.charge('compile'):
+    before = goodput.seconds['compile']  # Of a rollout's programs.
+    with goodput.charge('compile'):
       step_fn = self._compile(batch)
       recovery.prepare(self)
-    with ledger.charge('init'):
+    with goodput.charge('init'):
       speed = Speed(self.spec, self.job.mesh)
       self.stragglers = Stragglers(self.spec.guard.straggler_deviations)
     self.account()
     what = self.adapting.describe(self.state) if self.adapting else ''
-    progress.say(_headline(self.spec, self.job.mesh, ledger.seconds['compile'] - before, what))
+    progress.say(_headline(self.spec, self.job.mesh, goodput.seconds['compile'] - before, what))
     pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
-    window, in_flight, step, turn = Window(), InFlight(), self.first, self.first
+    window, in_flight, step, turn = StepTimer(), InFlight(), self.first, self.first
     if stop(self.first):
       return self.interrupt()
     while step < self.total:
       step, turn = step + 1, turn + 1  # Steps go back in a rollback; turns never do.
       logs, pausing = self.due(train.log_every, step), any(self.due(n, step) for n in pauses)
-      with ledger.charge('step'):
+      with goodput.charge('step'):
         self.profiler.before(step)
         self.state, metrics = step_fn(self.state, batch)
         self.done, self.position = step, position
@@ -319,7 +319,7 @@ class Loop:
           window.host += spent
           if metrics['loss'].is_ready():  # Only what outlasts their work is waiting.
             window.data_wait += spent
-            ledger.seconds['data_wait'] += spent
+            goodput.seconds['data_wait'] += spent
         if logs or pausing:
           in_flight.drain()
           rows = window.wait()
@@ -333,8 +333,8 @@ class Loop:
       if verdict and verdict.stops:
         return recovery.give_up(self, verdict)
       if verdict:
-        step, window = recovery.roll_back(self, verdict), Window()
-        with ledger.charge('data_wait'):
+        step, window = recovery.roll_back(self, verdict), StepTimer()
+        with goodput.charge('data_wait'):
           batch, position = self._next_batch()
         continue
       with window.paused():
@@ -381,7 +381,7 @@ class Loop:
         self.checkpoints.leave()
         return
       self.settle(wait=True)  # A save that fails now, after another one that ended the run, is told in a line, too.
-      with self.ledger.charge('checkpoint'):
+      with self.goodput.charge('checkpoint'):
         self.checkpoints.close()
 
   def due(self, every, step):
@@ -391,8 +391,8 @@ class Loop:
   def account(self):
     """Writes where the time went so far, and what it cost."""
     if distributed.is_first():
-      self.ledger.write(self.done, self.finished)
-      self.energy.write(self.ledger.sitting_seconds)
+      self.goodput.write(self.done, self.finished)
+      self.energy.write(self.goodput.sitting_seconds)
 
   def _log(self, step, values, speed):
     """Writes the window's metrics and who was slow."""
@@ -426,7 +426,7 @@ class Loop:
   def _evaluate(self, step):
     self.heart.beat(step, 'evaluate')
     for name, evaluator in self.job.evaluators.items():
-      with charged(self.ledger, 'eval') as watch:
+      with charged(self.goodput, 'eval') as watch:
         values = evaluator(self._parameters(), self.state.frozen)
         seconds = watch.seconds
       metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
@@ -440,13 +440,13 @@ class Loop:
   def _sample(self, step):
     self.heart.beat(step, 'sample')
     if self.job.sample is not None:
-      with charged(self.ledger, 'sample'):
+      with charged(self.goodput, 'sample'):
         for prompt, text in self.job.sample(self._parameters()):
           self.writers.write_sample(step, prompt, text)
 
   def _save(self):
     self.heart.beat(self.done, 'save')
-    with self.ledger.charge('checkpoint'):
+    with self.goodput.charge('checkpoint'):
       stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
       if self.adapting:
         stream['base'] = self.adapting.base
@@ -457,7 +457,7 @@ class Loop:
 
   def settle(self, wait=False):
     """Says what became of the saves; returns False when one failed and the run is to stop for it."""
-    with self.ledger.charge('checkpoint') if wait else contextlib.nullcontext():
+    with self.goodput.charge('checkpoint') if wait else contextlib.nullcontext():
       saves = self.checkpoints.finished(wait)
     going_on = True
     for save in saves:

@@ -24,7 +24,7 @@ class ProfileSpec:
 
   steps: str = setting('', "steps to trace, 'first:end' without the end: 10:13 is 10, 11 and 12")
 
-  def problems(self):
+  def validate(self):
     try:
       parse_steps(self.steps)
     except ConfigError as e:

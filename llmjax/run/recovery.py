@@ -136,7 +136,7 @@ class Recovery:
     loop.heart.beat(lost, 'save')
     loop.settle(wait=True)
     target, drawn, position = loop.go_back(self.guard.rollback_skip_batches, verdict.position)
-    seconds = loop.ledger.go_back(target)
+    seconds = loop.goodput.go_back(target)
     self.rollbacks, self.bad_in_row, self.sums = self.rollbacks + 1, 0, []
     loop.writers.event(verdict.step, 'rollback', to=target, lost_steps=lost - target,
                        lost_seconds=round(seconds, 3), skipped_batches=position - drawn)

@@ -65,9 +65,9 @@ class EvaluateSpec:
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
   limit: int = setting(0, 'sequences of a split to use, a fixed random sample from all its sources; '
                        '0: all of them', minimum=0)
-  by_source: bool = setting(False, 'evaluate each source of the data by itself as well')
-  also: tuple[str, ...] = setting((), 'prepared folders besides those trained on to evaluate on, such as the corpus '
-                                  'that a fine-tuned model must not forget', kind='path')
+  per_source: bool = setting(False, 'evaluate each source of the data by itself as well')
+  extra_sources: tuple[str, ...] = setting((), 'further prepared folders to evaluate on, such as the '
+                                           'pretraining corpus while fine-tuning', kind='path')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class PretrainOptions:
 
   workdir: str = setting('', "the run's folder; a run that is there already goes on", kind='folder')
 
-  def problems(self):
+  def validate(self):
     if not self.workdir:
       yield 'workdir=DIR is missing: where should the run be kept? For example --workdir=runs/first'
 
@@ -119,11 +119,11 @@ class PlanOptions:
   hlo: str = setting('', "file to write the compiled program's text to; empty: none", kind='file')
   search: bool = setting(False, 'find the best mesh, remat, accumulation and batch for these chips')
   jobs: int = setting(1, 'programs that --search compiles at once, each about two cores and 4 GB', minimum=1)
-  rows_per_chip: tuple[int, ...] = setting((), "global batches that --search tries, in rows for each chip, as 1,2,4; "
-                                           "none: the config's batch alone")
-  most: int = setting(12, 'programs that --search compiles at most', minimum=1)
+  sequences_per_chip: tuple[int, ...] = setting((), 'batch sizes that --search tries, in sequences per chip, such as '
+                                                "1,2,4; none: the config's batch size")
+  max_compiles: int = setting(12, 'programs that --search compiles at most', minimum=1)
 
-  def problems(self):
+  def validate(self):
     if not self.topology:
       yield 'topology=NAME is missing: for which chips? For example --topology=v5p:4x4x4'
     if self.hlo and self.fast:
@@ -177,7 +177,7 @@ class PretrainSpec:
     """Returns the model of the teacher whose layers the student begins with."""
     return teacher_groups(values, ('model',))
 
-  def problems(self):
+  def validate(self):
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
              f'train.steps={self.train.steps}; write optimizer.warmup_steps={max(self.train.steps // 10, 1)} '
@@ -197,9 +197,10 @@ class PretrainSpec:
     if self.adapter.kind and self.pipeline.schedule == '1f1b':
       yield ('pipeline.schedule=1f1b makes gradients of all weights, and adapters leave theirs frozen; write '
              'pipeline.schedule=gpipe')
-    yield from vocabulary_problems('model.vocab_size', self.model, (*self.data.sources, *self.evaluate.also), source)
+    yield from vocabulary_problems('model.vocab_size', self.model,
+                                   (*self.data.sources, *self.evaluate.extra_sources), source)
     yield from distill_problems(self)
-    traced = None if list(self.profile.problems()) else parse_steps(self.profile.steps)
+    traced = None if list(self.profile.validate()) else parse_steps(self.profile.steps)
     if traced and traced[0] > self.train.steps:
       yield f'profile.steps={self.profile.steps} is past the last step, train.steps={self.train.steps}'
     best = self.checkpoint.best_metric
@@ -219,20 +220,22 @@ class PretrainSpec:
     yield from self.mesh_problems(self.mesh)
 
   def also_problems(self):
-    """Yields what is wrong with evaluate.also, whose folders are read as the sources are."""
-    if self.evaluate.also:
-      beside = dataclasses.replace(self.data, sources={f: 1.0 for f in (*self.data.sources, *self.evaluate.also)})
-      before = {*self.data.problems()}
-      yield from (f'evaluate.also: {p.removeprefix("sources: ")}' for p in beside.problems() if p not in before)
+    """Yields what is wrong with evaluate.extra_sources, whose folders are read as the sources are."""
+    if self.evaluate.extra_sources:
+      folders = (*self.data.sources, *self.evaluate.extra_sources)
+      beside = dataclasses.replace(self.data, sources={f: 1.0 for f in folders})
+      before = {*self.data.validate()}
+      yield from (f'evaluate.extra_sources: {p.removeprefix("sources: ")}' for p in beside.validate()
+                  if p not in before)
 
   def evaluations(self):
     """Returns {name of an evaluation: (split, the sources it is of)}."""
     found = {}
     for split in self.evaluate.splits:
       found[split] = (split, dict(self.data.sources))
-      if self.evaluate.by_source and len(self.data.sources) > 1:
+      if self.evaluate.per_source and len(self.data.sources) > 1:
         found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.data.sources}
-      found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.evaluate.also}
+      found |= {f'{split}:{_name(folder)}': (split, {folder: 1.0}) for folder in self.evaluate.extra_sources}
     return found
 
   def mesh_problems(self, mesh):
@@ -261,7 +264,7 @@ class PretrainSpec:
         yield f'train.attention={kernel} {limit}; write train.attention=auto'
     if size('context') > 1:
       wholes.append(('data.seq_len', self.data.seq_len, ('context',), 2, '2 (both ends of a causal row)'))
-    microbatches, pipe = self.train.accumulation, self.pipeline
+    microbatches, pipe = self.train.gradient_accumulation_steps, self.pipeline
     if size('stage') > 1:
       stages = ('stage',)
       wholes.append(('model.num_layers', model.num_layers, stages, pipe.groups, f'pipeline.rounds={pipe.groups}'))
@@ -271,7 +274,7 @@ class PretrainSpec:
       if pipe.schedule == '1f1b':
         # The head works on an equal part of every sequence on each stage.
         wholes.append(('data.seq_len', self.data.seq_len, ('stage', 'context'), 1, ''))
-    if self.train.batch_size % self.train.accumulation == 0:  # Else the train group says so.
+    if self.train.batch_size % self.train.gradient_accumulation_steps == 0:  # Else the train group says so.
       wholes.append(('train.batch_size', self.train.batch_size, rows, microbatches,
                      f'{microbatches} microbatches'))
     for name, whole, axes, times, words in wholes:
@@ -293,14 +296,14 @@ class FromRunSpec(PretrainSpec):
     source = train.get('init_from') if isinstance(train, dict) else None
     if not source:
       return teacher_groups(values, ('model', 'data'))
-    found = run_groups(source, ('model', 'data'))  # `problems` says what is wrong with init_from.
+    found = run_groups(source, ('model', 'data'))  # `validate` says what is wrong with init_from.
     model = values.get('model')
     if isinstance(model, dict) and model.get('preset'):
       found.pop('model', None)
     return found
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     if not (self.train.init_from or (self.distill.teacher and self.distill.init)):
       yield ('train.init_from is missing: which run is to be fine-tuned? For example '
              '--config.train.init_from=runs/quickstart')
@@ -312,8 +315,8 @@ class TunedData(DataSpec):
 
   kinds = ('text', 'pairs', 'chat')
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     kinds = self.held()
     if 'pairs' in kinds.values() and len(set(kinds.values())) > 1:
       pairs = [folder for folder, kind in kinds.items() if kind == 'pairs']
@@ -333,8 +336,8 @@ class FinetuneSpec(FromRunSpec):
     """Whether it learns from pairs."""
     return 'pairs' in self.data.held().values()
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     if self.prefers:
       yield from _pair_problems(self)
       yield from _no_teacher(self)
@@ -355,9 +358,9 @@ class FinetuneSpec(FromRunSpec):
         if preference.loss == 'kto' and size == 1:
           yield (f'{name}.batch_size=1 leaves preference.loss=kto without completions of other prompts, from which its '
                  f'reference point comes; write {name}.batch_size=2 or more')
-      if preference.loss in BATCH_LOSSES and self.train.accumulation > 1:
+      if preference.loss in BATCH_LOSSES and self.train.gradient_accumulation_steps > 1:
         yield (f'preference.loss={preference.loss} looks at all pairs of a batch together, so that it would depend on '
-               'train.accumulation; write train.accumulation=1')
+               'train.gradient_accumulation_steps; write train.gradient_accumulation_steps=1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,8 +369,8 @@ class JudgedData(DataSpec):
 
   kinds = ('steps', 'pairs')
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     if unpaired := self.unpaired():
       yield (f'sources: {", ".join(unpaired)} holds single completions with labels, and a reward model learns from '
              'pairs; prepare prompt, chosen and rejected')
@@ -390,8 +393,8 @@ class RewardSpec(FromRunSpec):
     """Whether it learns to score steps."""
     return 'steps' in self.data.held().values()
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     yield from _pair_problems(self)
     yield from _no_teacher(self)
     found = 'steps' if self.judges_steps else 'answers'
@@ -436,17 +439,19 @@ class RlCommandSpec(FromRunSpec):
   rl: RlSpec = group(RlSpec)
   policy: PolicySpec = group(PolicySpec)
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     yield from _no_teacher(self)
     rl, policy, rows = self.rl, self.policy, self.train.batch_size
     if rl.rows % rows:
       fits = [n for n in range(1, rl.rows + 1) if rl.rows % n == 0]
       near = min(fits, key=lambda n: abs(n - rows))
-      yield (f'train.batch_size={rows} does not divide the {rl.rows} rows of an iteration, rl.prompts={rl.prompts} x '
-             f'rl.group={rl.group}; write train.batch_size={near}')
-    if policy.advantages != 'gae' and rl.group < 2:
-      yield f'rl.group={rl.group} leaves nothing to compare with; write rl.group=8, or policy.name=ppo'
+      yield (f'train.batch_size={rows} does not divide the {rl.rows} completions of an iteration, '
+             f'rl.prompts_per_iteration={rl.prompts_per_iteration} x rl.num_generations={rl.num_generations}; '
+             f'write train.batch_size={near}')
+    if policy.advantages != 'gae' and rl.num_generations < 2:
+      yield (f'rl.num_generations={rl.num_generations} leaves nothing to compare with; write rl.num_generations=8, or '
+             'policy.name=ppo')
     if rl.max_new_tokens >= self.data.seq_len:
       yield (f'rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in data.seq_len='
              f'{self.data.seq_len}; write data.seq_len={2 * rl.max_new_tokens}')
@@ -496,7 +501,7 @@ class PreviewSpec(PretrainSpec):
     starts = isinstance(train, dict) and train.get('init_from')
     return (FromRunSpec if starts or {'preference', 'reward', 'rl'} & set(values) else PretrainSpec).base(values)
 
-  def problems(self):
+  def validate(self):
     source = self.train.init_from
     if source and '://' not in source and 'data' not in run_groups(source, ('data',)):
       yield (f'train.init_from={source}: there is no such run, and training takes data.seq_len from it; give a run\'s '
@@ -507,7 +512,7 @@ class PreviewSpec(PretrainSpec):
 class ShapesOnlyData(DataSpec):
   """The data group where only shapes matter: its folders need not be there."""
 
-  def problems(self):
+  def validate(self):
     return ()
 
 
@@ -517,7 +522,7 @@ class FinishedSpec(PretrainSpec):
 
   data: ShapesOnlyData = group(ShapesOnlyData)
 
-  def problems(self):
+  def validate(self):
     return ()
 
 
@@ -525,7 +530,7 @@ class FinishedSpec(PretrainSpec):
 class EvaluatedSpec(PretrainSpec):
   """The same where data is evaluated, which must be there."""
 
-  def problems(self):
+  def validate(self):
     return self.also_problems()
 
 
@@ -553,11 +558,11 @@ class LayoutSpec(PretrainSpec):
 
   data: ShapesOnlyData = group(ShapesOnlyData)
 
-  def problems(self):
-    yield from super().problems()
+  def validate(self):
+    yield from super().validate()
     if not self.model.vocab_size:
       yield from (f'data.{p}; or set model.vocab_size, and no data is needed'
-                  for p in DataSpec.problems(self.data))
+                  for p in DataSpec.validate(self.data))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh
 from llmjax.run import determinism, doctor, loop
 from llmjax.run.doctor import require_platform
 from llmjax.run.environment import describe_data, describe_environment
-from llmjax.run.goodput import Ledger, process_age
+from llmjax.run.goodput import Goodput, process_age
 from llmjax.run.workdir import claim_workdir, enable_compilation_cache, hold_workdir
 from llmjax.train import objectives
 
@@ -24,23 +24,23 @@ from llmjax.train import objectives
 def run(spec, options, make_job, open_batches=None):
   """Trains what the spec says in options.workdir; returns the exit status.
 
-  make_job(spec, mesh, batches, workdir) -> loop.Job without its ledger: all that differs between commands.
+  make_job(spec, mesh, batches, workdir) -> loop.Job without its goodput: all that differs between commands.
   open_batches: function of (spec, mesh) to those batches; None: rows of tokens.
   """
-  ledger = Ledger(options.workdir, age=process_age())
+  goodput = Goodput(options.workdir, age=process_age())
   if spec.train.deterministic:
     determinism.require()
   if not doctor.accelerator_present():
     share_arena()
   with distributed.together(spec.distributed), hold_workdir(options.workdir), contextlib.ExitStack() as stack:
-    status = _train(spec, options, ledger, make_job, open_batches or _open_rows, stack)
+    status = _train(spec, options, goodput, make_job, open_batches or _open_rows, stack)
     if status == 1:  # After a save that failed, threads may wait for what it lacked.
       distributed.leave_alone(status)
     return status
 
 
-def _train(spec, options, ledger, make_job, open_batches, stack):
-  with ledger.charge('init'):
+def _train(spec, options, goodput, make_job, open_batches, stack):
+  with goodput.charge('init'):
     enable_compilation_cache(spec.train.compilation_cache)
     require_platform(spec.train.platform)
     spec = resolve(spec)
@@ -57,7 +57,7 @@ def _train(spec, options, ledger, make_job, open_batches, stack):
       if not (attempt.first and (workdir / 'tokenizer.model').exists()):
         shutil.copyfile(stream.load_tokenizer(spec.data).path, workdir / 'tokenizer.model')
     batches = open_batches(spec, mesh)
-  job = dataclasses.replace(make_job(spec, mesh, batches, workdir), ledger=ledger, heart=heart)
+  job = dataclasses.replace(make_job(spec, mesh, batches, workdir), goodput=goodput, heart=heart)
   with jax.set_mesh(mesh):
     return loop.train(job, workdir, attempt)
 

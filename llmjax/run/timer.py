@@ -32,7 +32,7 @@ class Speed:
     return used
 
 
-class Window:
+class StepTimer:
   """The steps since the last log line: their metrics, and their time."""
 
   def __init__(self):

@@ -167,7 +167,8 @@ def scale_rates(rates, layer_decay):
     names = _paths(updates)
     for pattern in rates:
       if not any(re.search(pattern, name) for name in names):
-        raise ConfigError([f'optimizer.rates: no trained parameter matches {pattern!r}; there are {", ".join(names)}'])
+        raise ConfigError([f'optimizer.lr_multipliers: no trained parameter matches {pattern!r}; there are '
+                           f'{", ".join(names)}'])
     factors = _by_name(rows, updates, lambda name: 1.0)
     # An adapter's factors are beneath its name and have the paths of what they adapt.
     part = lambda name, part: re.search(f'(^|/){part}/', name)
@@ -207,7 +208,7 @@ def make_optimizer(spec, steps, seed=0):
                        f'{", ".join(OPTIMIZERS)}'])
   schedule = make_schedule(spec, steps)
   clip = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
-  rates = [scale_rates(spec.rates, spec.layer_decay)] if spec.rates or spec.layer_decay != 1 else []
+  rates = [scale_rates(spec.lr_multipliers, spec.layer_decay)] if spec.lr_multipliers or spec.layer_decay != 1 else []
   tx = keep_moments(optax.chain(*clip, make_rule(spec, schedule), *rates), spec.moment_dtype, seed)
   if spec.freeze:
     labels = lambda params: jax.tree.map(lambda f: 'frozen' if f else 'trained', find_frozen(spec.freeze, params))

@@ -16,8 +16,8 @@ class TrainSpec:
 
   steps: int = setting(1000, 'optimizer steps', minimum=0)
   batch_size: int = setting(32, 'rows of a global batch, over all devices', minimum=1)
-  accumulation: int = setting(1, 'microbatches a batch is worked through in; the loss does not change',
-                              minimum=1)
+  gradient_accumulation_steps: int = setting(1, 'microbatches that each batch is split into; the loss does not '
+                                             'change', minimum=1)
   seed: int = setting(0, 'of initial weights, data order and dropout', minimum=0)
   param_dtype: str = setting('float32', 'of parameters', choices=DTYPES)
   compute_dtype: str = setting('bfloat16', 'of products and activations', choices=DTYPES)
@@ -55,12 +55,12 @@ class TrainSpec:
   compilation_cache: str = setting('default', "folder of compiled programs: default is the user's cache "
                                    'directory, none turns it off', kind='path', choices=('default', 'none'))
 
-  def problems(self):
-    if self.batch_size % self.accumulation:
-      below = self.batch_size // self.accumulation * self.accumulation
-      fits = [n for n in (below, below + self.accumulation) if n]
-      yield (f'batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}; '
-             f'write batch_size={" or ".join(map(str, fits))}')
+  def validate(self):
+    if self.batch_size % self.gradient_accumulation_steps:
+      below = self.batch_size // self.gradient_accumulation_steps * self.gradient_accumulation_steps
+      fits = [n for n in (below, below + self.gradient_accumulation_steps) if n]
+      yield (f'batch_size={self.batch_size} is not divisible by gradient_accumulation_steps='
+             f'{self.gradient_accumulation_steps}; write batch_size={" or ".join(map(str, fits))}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,21 +110,21 @@ class OptimizerSpec:
   clip_norm: float = setting(1.0, 'largest global norm of the gradient; 0: no clipping', minimum=0.0)
   freeze: tuple[str, ...] = setting((), 'parameters whose path matches one of these patterns stay as they are and have '
                                     'no optimizer state, such as embed or blocks/.*/(query|key)')
-  rates: dict[str, float] = setting({}, "factors on the learning rate by a pattern of the parameter's path, such as "
-                                    "{'embed': 0.1}; the first that matches counts")
+  lr_multipliers: dict[str, float] = setting({}, "factors of the learning rate by a regular expression of the "
+                                             "parameter's path, such as {'embed': 0.1}; the first match counts")
   layer_decay: float = setting(1.0, 'factor on the learning rate from each layer to the one below, the embeddings '
                                'lowest (arXiv:2003.10555, table 6)', minimum=0.0, maximum=1.0)
 
-  def problems(self):
-    for name, patterns in (('freeze', self.freeze), ('rates', self.rates)):
+  def validate(self):
+    for name, patterns in (('freeze', self.freeze), ('lr_multipliers', self.lr_multipliers)):
       for pattern in patterns:
         try:
           re.compile(pattern)
         except re.error as e:
           yield f'{name}: {pattern!r} is not a regular expression ({e}); write a part of a path, such as embed'
-    for pattern, factor in self.rates.items():
+    for pattern, factor in self.lr_multipliers.items():
       if factor < 0:
-        yield f'rates[{pattern}]={factor:g}: a factor must be at least 0; to keep parameters as they are, use freeze'
+        yield f'lr_multipliers[{pattern}]={factor:g} must be at least 0; to freeze parameters, use freeze'
 
   def warnings(self, steps):
     """Yields what is probably not meant in a run of so many steps."""

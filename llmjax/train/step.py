@@ -9,11 +9,11 @@ from llmjax.train.guard import judge
 from llmjax.train.objectives import ROUTER_SCALE
 
 
-def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=1):
+def make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps=1, guard=None, together=1):
   """Returns step(state, batch) -> (state, metrics), pure; the caller jits it and donates the state.
 
   loss_fn(params, frozen, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.
-  batch: leaves [B, ...].  Sums, weights and gradients are added over `accumulation` microbatches and
+  batch: leaves [B, ...].  Sums, weights and gradients are added over the microbatches and
   divided once, so the result does not depend on how many there are (means of means would).
   metrics: float32 scalars `loss` (nats a target), `grad_norm` (before clipping), `lr`,
   `target_tokens` (the weight), `tokens` (all that are no padding), and the sums in aux divided by the weight.
@@ -21,7 +21,7 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
   together: so many rows in order, such as a pair's two, stay in one microbatch.
   guard: GuardSpec; tx is then `guard.watched`.  A bad step counts, but parameters and optimizer state stay
   as they are, to the bit; its metrics have the verdict (see `guard.judge`) as well.
-  The step raises ConfigError where the mesh that is set and `accumulation` do not divide the batch.
+  The step raises ConfigError where the mesh that is set and `gradient_accumulation_steps` do not divide the batch.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -30,13 +30,13 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
       (loss, (weight, aux)), grads = grad_fn(state.params, state.frozen, rows, jax.random.fold_in(key, index))
       return loss, weight, aux, grads
 
-    if accumulation == 1:
+    if gradient_accumulation_steps == 1:
       return one(batch, 0)
     # Microbatch a takes rows a, a + A, ...: each device then finds its part of every microbatch in the
     # rows that it already holds.
     def split(x):
-      parts = x.reshape(-1, accumulation, together, *x.shape[1:]).swapaxes(0, 1)
-      return parts.reshape(accumulation, -1, *x.shape[1:])
+      parts = x.reshape(-1, gradient_accumulation_steps, together, *x.shape[1:]).swapaxes(0, 1)
+      return parts.reshape(gradient_accumulation_steps, -1, *x.shape[1:])
 
     microbatches = jax.tree.map(split, batch)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], microbatches), 0)
@@ -50,11 +50,11 @@ def make_train_step(loss_fn, tx, schedule, accumulation=1, guard=None, together=
       rows, index = item
       return jax.tree.map(jnp.add, total, one(rows, index)), None
 
-    return jax.lax.scan(accumulate, zeros, (microbatches, jnp.arange(accumulation)))[0]
+    return jax.lax.scan(accumulate, zeros, (microbatches, jnp.arange(gradient_accumulation_steps)))[0]
 
   def train_step(state, batch):
-    require_divisible('train.batch_size', jax.tree.leaves(batch)[0].shape[0] // together, times=accumulation,
-                      words=f'{accumulation} microbatches')
+    require_divisible('train.batch_size', jax.tree.leaves(batch)[0].shape[0] // together,
+                      times=gradient_accumulation_steps, words=f'{gradient_accumulation_steps} microbatches')
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     loss, weight, aux, grads = add_microbatches(state, batch, key)
     weight = jnp.where(weight > 0, weight, 1.0)  # A batch of padding alone must not divide 0 by 0.

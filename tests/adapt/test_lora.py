@@ -182,7 +182,7 @@ def test_the_norm_of_dora_has_no_gradient():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def train(spec, steps=3, accumulation=1, key=1, batch=None, lr=1e-2):
+def train(spec, steps=3, gradient_accumulation_steps=1, key=1, batch=None, lr=1e-2):
   """Trains adapters on the dense model; returns (state before, state after, losses)."""
   base = base_of('dense')
   frozen = {'base': quantize_tree(base, spec.quantize) if spec.quantize else base}
@@ -193,7 +193,7 @@ def train(spec, steps=3, accumulation=1, key=1, batch=None, lr=1e-2):
   before = jax.device_get(state)
   plain = objectives.next_token(objectives.make_model(MODELS['dense'], TRAIN, 'cpu'))
   loss_fn = objectives.with_adapters(plain, {'one': spec})
-  step, losses = jax.jit(make_train_step(loss_fn, tx, schedule, accumulation), donate_argnums=0), []
+  step, losses = jax.jit(make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps), donate_argnums=0), []
   state = jax.tree.map(jnp.copy, state)
   for _ in range(steps):
     state, metrics = step(state, batch_of() if batch is None else batch)
@@ -221,7 +221,7 @@ def test_accumulation_changes_nothing_and_dropout_follows_the_step():
   spec = AdapterSpec(kind='lora', rank=2)
   batch = batch_of()
   assert len(set(batch['loss_mask'].sum(1))) > 1
-  one, four = train(spec, batch=batch)[1], train(spec, accumulation=4, batch=batch)[1]
+  one, four = train(spec, batch=batch)[1], train(spec, gradient_accumulation_steps=4, batch=batch)[1]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one.params, four.params)
   dropped = dataclasses.replace(spec, dropout=0.5)
   a, b, c = (train(dropped, key=k)[2] for k in (1, 1, 2))

@@ -19,7 +19,8 @@ RECIPE = """def get_config():
   return {
       'model': {'num_layers': 1, 'd_model': 16, 'num_heads': 2, 'mlp_dim': 32, 'dropout': 0.1},
       'data': {'sources': {'text': 1.0}, 'seq_len': 16},
-      'train': {'steps': 60, 'batch_size': 8, 'accumulation': 2, 'checkpoint_every': 5, 'eval_every': 30},
+      'train': {'steps': 60, 'batch_size': 8, 'gradient_accumulation_steps': 2,
+                'checkpoint_every': 5, 'eval_every': 30},
       'optimizer': {'lr': 0.01, 'warmup_steps': 5},
       'evaluate': {'limit': 16},
   }

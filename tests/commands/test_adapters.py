@@ -16,7 +16,7 @@ from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.run import loop as harness
 from llmjax.run import timer
-from llmjax.run.goodput import Ledger
+from llmjax.run.goodput import Goodput
 from llmjax.run.spec import EvaluateSpec, LogsSpec, PretrainSpec
 from llmjax.run.workdir import claim_workdir
 from llmjax.train import objectives
@@ -57,7 +57,7 @@ def train(workdir, steps, adapter=None, source=''):
   evaluate = lambda params, frozen: seen.append(jax.tree.structure(params)) or {'loss': 1.0}
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
   claim_workdir(workdir, spec)
-  job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), ledger=Ledger(workdir), sample=None,
+  job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), goodput=Goodput(workdir), sample=None,
                     loss_fn=objectives.next_token(objectives.make_model(MODEL, spec.train, 'cpu')),
                     evaluators={'validation': evaluate})
   with jax.set_mesh(mesh):

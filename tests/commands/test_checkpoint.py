@@ -17,7 +17,7 @@ from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.run import loop as harness
 from llmjax.run import timer
-from llmjax.run.goodput import Ledger
+from llmjax.run.goodput import Goodput
 from llmjax.run.spec import EvaluateSpec, LogsSpec, PretrainSpec
 from llmjax.run.workdir import claim_workdir, hold_workdir
 from llmjax.train.spec import OptimizerSpec, TrainSpec
@@ -60,7 +60,7 @@ def train(workdir, steps, losses=(), log_every=1, lost_at=0, **checkpoint):
   evaluators = {'validation': lambda params, frozen: {'loss': next(measured)}} if losses else {}
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
   claim_workdir(workdir, spec)
-  job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), ledger=Ledger(workdir), sample=None,
+  job = harness.Job(spec=spec, mesh=mesh, batches=Batches(), goodput=Goodput(workdir), sample=None,
                     loss_fn=functools.partial(loss_fn, lost_at=lost_at),
                     evaluators=evaluators)
   with jax.set_mesh(mesh):

@@ -70,7 +70,7 @@ def test_rows_come_out_full(draw, least):
 def test_long_conversations(tmp_path):
   store = write_weighted(tmp_path, [5, 30, 9])
   with pytest.raises(ConfigError, match=r'1 of 3 conversations in .* longer than data.seq_len=20, document 1 with 29 '
-                                        r'tokens; write data.seq_len=29, or data.long=truncate or drop'):
+                                        r'tokens; write data.seq_len=29, or data.overflow=truncate or drop'):
     len(packing.BestFitRows(store, 20))
   rows = packing.BestFitRows(store, 20, 'truncate')
   assert rows.num_pairs == 4 + 20 + 8 and rows.left_out() == {'truncated': 1, 'dropped': 0}

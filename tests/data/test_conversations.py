@@ -573,7 +573,7 @@ def test_prompts_come_with_their_answers(tmp_path, small_folder):
 
 
 def test_replay_mixes_rows_of_both_kinds(chats, small_folder):
-  spec = DataSpec(sources={chats: 0.75, small_folder: 0.25}, seq_len=96, packing='best_fit', long='drop')
+  spec = DataSpec(sources={chats: 0.75, small_folder: 0.25}, seq_len=96, packing='best_fit', overflow='drop')
   config.build(DataSpec, {'sources': spec.sources, 'seq_len': 96, 'packing': 'best_fit'})
   with stream.open_stream(spec, batch_size=8, seed=0) as batches:
     drawn = [next(batches) for _ in range(50)]

@@ -11,7 +11,7 @@ from llmjax.data.spec import DataSpec, PrepareSpec
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def problems(spec_class, **values):
+def validate(spec_class, **values):
   try:
     config.build(spec_class, values)
   except config.ConfigError as e:
@@ -20,28 +20,28 @@ def problems(spec_class, **values):
 
 
 def test_a_prepared_folder_is_accepted(small_folder, other_folder):
-  assert not problems(DataSpec, sources={small_folder: 0.5, other_folder: 2})
-  assert not problems(DataSpec, sources={small_folder: 1},
+  assert not validate(DataSpec, sources={small_folder: 0.5, other_folder: 2})
+  assert not validate(DataSpec, sources={small_folder: 1},
                       tokenizer=f'{other_folder}/tokenizer.model')
 
 
 def test_wrong_sources(small_folder, tmp_path):
-  assert 'sources is empty' in problems(DataSpec, sources={})[0]
-  assert 'must be above 0' in problems(DataSpec, sources={small_folder: 0})[0]
-  missing = problems(DataSpec, sources={str(tmp_path / 'python_docs'): 1})[0]
+  assert 'sources is empty' in validate(DataSpec, sources={})[0]
+  assert 'must be above 0' in validate(DataSpec, sources={small_folder: 0})[0]
+  missing = validate(DataSpec, sources={str(tmp_path / 'python_docs'): 1})[0]
   assert 'llmjax prepare --config=configs/data/python_docs.py' in missing
-  missing = problems(DataSpec, sources={str(tmp_path / 'mine'): 1})[0]
+  missing = validate(DataSpec, sources={str(tmp_path / 'mine'): 1})[0]
   assert f'llmjax prepare --text-dir=DIR --config.output={tmp_path / "mine"}' in missing
-  near = problems(DataSpec, sources={small_folder + 'x': 1})[0]
+  near = validate(DataSpec, sources={small_folder + 'x': 1})[0]
   assert f'did you mean {small_folder}?' in near
-  assert len(problems(DataSpec, sources={small_folder: -1, str(tmp_path / 'a'): 1})) == 2
+  assert len(validate(DataSpec, sources={small_folder: -1, str(tmp_path / 'a'): 1})) == 2
 
 
 def test_a_damaged_manifest(tmp_path):
   (tmp_path / 'manifest.json').write_text('{')
-  assert '--force' in problems(DataSpec, sources={str(tmp_path): 1})[0]
+  assert '--force' in validate(DataSpec, sources={str(tmp_path): 1})[0]
   (tmp_path / 'manifest.json').write_text('{"format": 99}')
-  assert 'format 99' in problems(DataSpec, sources={str(tmp_path): 1})[0]
+  assert 'format 99' in validate(DataSpec, sources={str(tmp_path): 1})[0]
 
 
 def test_different_tokenizers(small_folder, tmp_path):
@@ -50,24 +50,24 @@ def test_different_tokenizers(small_folder, tmp_path):
   manifest = json.loads(pathlib.Path(small_folder, 'manifest.json').read_text())
   manifest['tokenizer']['sha256'] = 'another'
   (other / 'manifest.json').write_text(json.dumps(manifest))
-  (problem,) = problems(DataSpec, sources={small_folder: 1, str(other): 1})
+  (problem,) = validate(DataSpec, sources={small_folder: 1, str(other): 1})
   assert 'different tokenizers' in problem
   assert f'--config.tokenizer.path={small_folder}/tokenizer.model' in problem
   (tmp_path / 'x.model').write_bytes(b'x')
-  assert 'did not make' in problems(DataSpec, sources={small_folder: 1},
+  assert 'did not make' in validate(DataSpec, sources={small_folder: 1},
                                     tokenizer=str(tmp_path / 'x.model'))[0]
 
 
 def test_wrong_prepare_settings(tmp_path):
   (tmp_path / 'texts').mkdir()
-  assert '--config.path=DIR' in problems(PrepareSpec, source='text_dir')[0]
-  near = problems(PrepareSpec, source='text_dir', path=str(tmp_path / 'text'))[0]
+  assert '--config.path=DIR' in validate(PrepareSpec, source='text_dir')[0]
+  near = validate(PrepareSpec, source='text_dir', path=str(tmp_path / 'text'))[0]
   assert f'did you mean {tmp_path / "texts"}?' in near
-  assert '--config.name=lm1b' in problems(PrepareSpec, source='tfds')[0]
-  assert 'text_dir' in problems(PrepareSpec, path='x')[0]
-  assert 'start with a dot' in problems(PrepareSpec, suffixes=('txt',))[0]
-  assert 'less than half' in problems(PrepareSpec, validation_fraction=0.4, test_fraction=0.4)[0]
-  assert 'did you mean text_dir?' in problems(PrepareSpec, source='textdir')[0]
+  assert '--config.name=lm1b' in validate(PrepareSpec, source='tfds')[0]
+  assert 'text_dir' in validate(PrepareSpec, path='x')[0]
+  assert 'start with a dot' in validate(PrepareSpec, suffixes=('txt',))[0]
+  assert 'less than half' in validate(PrepareSpec, validation_fraction=0.4, test_fraction=0.4)[0]
+  assert 'did you mean text_dir?' in validate(PrepareSpec, source='textdir')[0]
 
 
 def test_output_folders(tmp_path):

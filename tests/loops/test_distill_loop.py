@@ -220,7 +220,7 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with(folder, capsys):
   assert 'is not the teacher that this run began with' in capsys.readouterr().err
 
 
-def problems(spec, **groups):
+def validate(spec, **groups):
   base = {'data': {'sources': {'text': 1.0}, 'seq_len': 24}, 'distill': {'teacher': 'big'}}
   with pytest.raises(config.ConfigError) as e:
     config.build(spec, {k: {**base.get(k, {}), **groups.get(k, {})} for k in {**base, **groups}})
@@ -249,13 +249,13 @@ def problems(spec, **groups):
       'train': {'init_from': 'big'}}, 'would train a projection'),
 ])
 def test_mistakes_get_a_line(folder, groups, message):
-  assert message in problems(PretrainSpec, **groups)
+  assert message in validate(PretrainSpec, **groups)
 
 
 def test_who_has_no_teacher(folder):
   for spec in (RewardSpec, RlCommandSpec):
-    assert 'distill.teacher has no place here' in problems(spec, train={'init_from': 'big'})
-  assert 'train.init_from is missing' in problems(FinetuneSpec)
+    assert 'distill.teacher has no place here' in validate(spec, train={'init_from': 'big'})
+  assert 'train.init_from is missing' in validate(FinetuneSpec)
 
 
 # What it is worth.

@@ -25,7 +25,7 @@ TUNE = ('finetune --config=chat.py --config.data.sources="{\'chat\': 0.75, \'tex
         '--config.train.init_from=base --config.train.log_every=1 --config.train.compute_dtype=float32 '
         '--config.train.compilation_cache=none '
         '--config.optimizer.lr=0.02 --config.train.neftune_alpha=2 --config.optimizer.freeze=final_norm '
-        '--config.sample.prompts=cat --config.sample.max_new_tokens=8 --config.evaluate.by_source=true '
+        '--config.sample.prompts=cat --config.sample.max_new_tokens=8 --config.evaluate.per_source=true '
         '--config.logs.writers= ')
 RECIPE = '''
 def get_config():
@@ -127,7 +127,7 @@ def test_preview_shows_what_is_trained(folder, capsys):
   assert 'of 48 places' in out
 
 
-@pytest.mark.parametrize('more', ['', "'preference': {'beta': 0.2}", "'rl': {'group': 4}, 'policy': {}"])
+@pytest.mark.parametrize('more', ['', "'preference': {'beta': 0.2}", "'rl': {'num_generations': 4}, 'policy': {}"])
 def test_preview_has_the_sequences_of_the_command_that_trains(folder, capsys, more):
   pathlib.Path('from_base.py').write_text(
       RECIPE.replace("'train': {'batch_size': 8}", "'train': {'batch_size': 8, 'init_from': 'base'}").replace(
@@ -150,7 +150,8 @@ def test_preview_has_the_sequences_of_the_command_that_trains(folder, capsys, mo
     ('--config.data.packing=concat', 'packing=concat would cut the conversations of chat at the ends of rows; write '),
     ('--config.data.sources=other', 'other has another tokenizer than base; prepare it again with --force '
      '--config.tokenizer.path=base/tokenizer.model'),
-    ('--config.evaluate.also=nowhere', 'evaluate.also: nowhere is not a prepared folder; did you mean other'),
+    ('--config.evaluate.extra_sources=nowhere',
+     'evaluate.extra_sources: nowhere is not a prepared folder; did you mean other'),
     ('--config.model.d_model=64', 'train.init_from=base holds another model')])
 def test_mistakes_get_a_line(folder, capsys, arguments, message):
   if not (folder / 'other').exists():
@@ -198,7 +199,7 @@ def test_replay_keeps_the_old_domain(folder):
     call(f'finetune --config=chat.py --workdir={name} --config.train.init_from=before --config.train.steps=250 '
          f'--config.data.sources="{sources}" --config.optimizer.lr=0.005 --config.logs.writers= '
          '--config.train.compute_dtype=float32 --config.train.compilation_cache=none --config.train.log_every=50 '
-         f'--config.evaluate.by_source=true --config.evaluate.also={"old" if name == "without" else ""}')
+         f'--config.evaluate.per_source=true --config.evaluate.extra_sources={"old" if name == "without" else ""}')
     last = [json.loads(line) for line in (folder / name / 'metrics.jsonl').read_text().splitlines()]
     found[name] = {k: v for row in last for k, v in row.items() if k.endswith('/perplexity')}
   before = rows(folder / 'before', 'eval/validation/perplexity')[250]

@@ -126,7 +126,7 @@ def test_every_way_to_have_the_reference_gives_the_same_losses(folder):
   first = losses('precomputed')
   assert first[0] == pytest.approx(np.log(2), rel=1e-5) and len(first) == 8 and first[-1] < first[0]
   np.testing.assert_allclose(losses('copy', '--config.preference.reference=copy'), first, rtol=1e-6)
-  np.testing.assert_allclose(losses('parts', '--config.train.accumulation=4'), first, rtol=1e-5)
+  np.testing.assert_allclose(losses('parts', '--config.train.gradient_accumulation_steps=4'), first, rtol=1e-5)
   # A resumed run reads the reference that the first sitting has kept.
   lora = ('--config.adapter.kind=lora', '--config.adapter.rank=4')
   np.testing.assert_allclose(losses('off', '--config.preference.reference=adapters_off', *lora),
@@ -260,7 +260,8 @@ def test_two_processes_learn_from_a_reward_model_as_one_does(judged, policy):
         [sys.executable, '-m', 'llmjax', 'launch', 'local', f'--processes={processes}',
          f'--devices-per-process={2 // processes}', '--', 'rl', f'--config={ROOT}/configs/preference/words_grpo.py',
          f'--workdir={workdir}', '--config.logs.writers=', '--config.train.steps=4', '--config.train.log_every=1',
-         '--config.rl.prompts=4', '--config.rl.group=4', '--config.train.batch_size=8', '--config.evaluate.limit=4',
+         '--config.rl.prompts_per_iteration=4', '--config.rl.num_generations=4', '--config.train.batch_size=8',
+         '--config.evaluate.limit=4',
          '--config.mesh.data=2', f'--config.policy.name={policy}'],
         env={**os.environ, 'PYTHONPATH': str(ROOT)}, check=True, timeout=500)
     rows = [json.loads(line) for line in (judged / workdir / 'metrics.jsonl').read_text().splitlines()]
@@ -306,48 +307,49 @@ def test_a_critic_with_a_rule_lowers_what_it_forbids(folder):
 
 @pytest.mark.slow
 def test_wrong_settings(folder):
-  def problems(spec, **groups):
+  def validate(spec, **groups):
     base = {'data': {'sources': {'data/words_pairs': 1.0}, 'seq_len': 64}, 'train': {'init_from': 'runs/words'}}
     with pytest.raises(config.ConfigError) as e:
       config.build(spec, {k: {**base.get(k, {}), **groups.get(k, {})} for k in {**base, **groups}})
     return ' '.join(e.value.problems)
 
-  assert 'preference.reference=adapters_off needs adapters' in problems(
+  assert 'preference.reference=adapters_off needs adapters' in validate(
       FinetuneSpec, preference={'reference': 'adapters_off'})
-  assert 'kto needs the reference at hand' in problems(FinetuneSpec, preference={'loss': 'kto'})
-  assert 'write train.accumulation=1' in problems(FinetuneSpec, preference={'loss': 'aot'},
-                                                  train={'accumulation': 2, 'batch_size': 8})
-  assert 'pairs are learnt from by themselves' in problems(
+  assert 'kto needs the reference at hand' in validate(FinetuneSpec, preference={'loss': 'kto'})
+  assert 'write train.gradient_accumulation_steps=1' in validate(FinetuneSpec, preference={'loss': 'aot'},
+                                                  train={'gradient_accumulation_steps': 2, 'batch_size': 8})
+  assert 'pairs are learnt from by themselves' in validate(
       FinetuneSpec, data={'sources': {'data/words_pairs': 1.0, 'data/words_chat': 1.0}})
-  assert 'holds chat' in problems(RewardSpec, data={'sources': {'data/words_chat': 1.0}})
-  assert 'some hold pairs and some steps' in problems(
+  assert 'holds chat' in validate(RewardSpec, data={'sources': {'data/words_chat': 1.0}})
+  assert 'some hold pairs and some steps' in validate(
       RewardSpec, data={'sources': {'data/words_pairs': 1.0, 'data/words_steps': 1.0}, 'packing': 'best_fit'})
-  assert 'write packing=best_fit' in problems(RewardSpec, data={'sources': {'data/words_steps': 1.0}})
+  assert 'write packing=best_fit' in validate(RewardSpec, data={'sources': {'data/words_steps': 1.0}})
 
 
 def test_kto_needs_completions_of_other_prompts(monkeypatch):
   monkeypatch.setattr(FinetuneSpec, 'prefers', True)
 
-  def problems(**groups):
+  def validate(**groups):
     spec = FinetuneSpec(preference=PreferenceSpec(loss='kto', reference='copy'))
     spec = dataclasses.replace(spec, **{k: dataclasses.replace(getattr(spec, k), **v) for k, v in groups.items()})
-    return ' '.join(spec.problems())
+    return ' '.join(spec.validate())
 
-  assert 'write train.batch_size=2 or more' in problems(train={'batch_size': 1})
-  assert 'write evaluate.batch_size=2 or more' in problems(evaluate={'batch_size': 1})
-  assert 'write train.accumulation=1' in problems(train={'batch_size': 8, 'accumulation': 4})
-  assert 'kto' not in problems(train={'batch_size': 2})
-  assert 'kto' not in problems(train={'batch_size': 1}, preference={'loss': 'sigmoid'})
+  assert 'write train.batch_size=2 or more' in validate(train={'batch_size': 1})
+  assert 'write evaluate.batch_size=2 or more' in validate(evaluate={'batch_size': 1})
+  assert 'write train.gradient_accumulation_steps=1' in validate(train={'batch_size': 8,
+                                                                        'gradient_accumulation_steps': 4})
+  assert 'kto' not in validate(train={'batch_size': 2})
+  assert 'kto' not in validate(train={'batch_size': 1}, preference={'loss': 'sigmoid'})
 
 
 def test_unpaired_preferences_need_a_loss_of_single_completions(monkeypatch):
   monkeypatch.setattr(FinetuneSpec, 'prefers', True)
   monkeypatch.setattr(DataSpec, 'unpaired', lambda self: ['data/kto'])
 
-  def problems(**preference):
-    return ' '.join(FinetuneSpec(preference=PreferenceSpec(reference='copy', **preference)).problems())
+  def validate(**preference):
+    return ' '.join(FinetuneSpec(preference=PreferenceSpec(reference='copy', **preference)).validate())
 
-  assert 'data/kto holds single ones with labels; write preference.loss=kto or apo_zero_unpaired' in problems()
-  assert 'single ones' not in problems(loss='kto') + problems(loss='apo_zero_unpaired')
-  assert 'write preference.length_weight=1' in problems(loss='kto', length_weight=0.5)
-  assert 'a reward model learns from pairs' in ' '.join(RewardSpec().data.problems())
+  assert 'data/kto holds single ones with labels; write preference.loss=kto or apo_zero_unpaired' in validate()
+  assert 'single ones' not in validate(loss='kto') + validate(loss='apo_zero_unpaired')
+  assert 'write preference.length_weight=1' in validate(loss='kto', length_weight=0.5)
+  assert 'a reward model learns from pairs' in ' '.join(RewardSpec().data.validate())

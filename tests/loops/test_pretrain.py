@@ -13,7 +13,7 @@ from tests.helpers import ROOT, environment_of, run_process
 
 TINY = ['--config.model.num_layers=2', '--config.model.d_model=32', '--config.model.num_heads=2',
         '--config.model.mlp_dim=64', '--config.model.dropout=0.1', '--config.data.seq_len=32',
-        '--config.train.batch_size=16', '--config.train.accumulation=2', '--config.train.log_every=1',
+        '--config.train.batch_size=16', '--config.train.gradient_accumulation_steps=2', '--config.train.log_every=1',
         '--config.optimizer.warmup_steps=2', '--config.optimizer.lr=0.01',
         '--config.train.compute_dtype=float32', '--config.sample.prompts=the cat',
         '--config.sample.max_new_tokens=8', '--config.evaluate.splits=validation']

@@ -19,7 +19,8 @@ from llmjax.post import rewards
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ['--config.model.num_layers=1', '--config.model.d_model=16', '--config.model.num_heads=2',
         '--config.model.mlp_dim=32', '--config.mesh.data=8']
-SMALL = ['--config.rl.prompts=4', '--config.rl.group=4', '--config.rl.epochs=2', '--config.train.batch_size=8',
+SMALL = ['--config.rl.prompts_per_iteration=4', '--config.rl.num_generations=4', '--config.rl.epochs=2',
+         '--config.train.batch_size=8',
          '--config.train.log_every=1', '--config.train.eval_every=0', '--config.evaluate.limit=4',
          '--config.optimizer.schedule=constant', '--config.logs.writers=', '--config.mesh.fsdp=2',
          '--config.mesh.tensor=2']
@@ -129,7 +130,7 @@ def test_adapters_learn_and_their_base_answers_as_before(folder):
 
 @pytest.mark.slow
 def test_dynamic_sampling_draws_other_prompts(folder):
-  assert not rl('dynamic', 2, '--config.rl.rounds=3', '--config.rl.epochs=1', '--config.policy.name=dapo',
+  assert not rl('dynamic', 2, '--config.rl.max_resample_rounds=3', '--config.rl.epochs=1', '--config.policy.name=dapo',
                 '--config.rl.overlong_tokens=2', '--config.rl.mask_truncated=true')
   found = rows(folder / 'runs/dynamic')[1]
   header, *records = map(json.loads, (folder / 'runs/dynamic/rollouts/000000.jsonl').read_text().splitlines())

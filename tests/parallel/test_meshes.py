@@ -97,7 +97,7 @@ def run(model, mesh_spec, pipe=None, steps=10, compute_dtype='float32', **train)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     state = jax.device_put(initial, shardings)
     loss_fn = objectives.next_token(objectives.make_model(model, train, 'cpu', pipe))
-    step = jax.jit(make_train_step(loss_fn, tx, lambda _: 1.0, train.accumulation), donate_argnums=0,
+    step = jax.jit(make_train_step(loss_fn, tx, lambda _: 1.0, train.gradient_accumulation_steps), donate_argnums=0,
                    out_shardings=(shardings, None))
     losses = []
     for i in range(steps):
@@ -169,7 +169,7 @@ def test_in_bfloat16_too(sizes):
 @pytest.mark.slow
 def test_accumulation_inside_a_pipeline():
   grads, _, losses = run(MODELS['dense'], MeshSpec(data=1, fsdp=4, stage=2), PipelineSpec(schedule='1f1b'),
-                         accumulation=2, remat='full')
+                         gradient_accumulation_steps=2, remat='full')
   np.testing.assert_allclose(losses[:2], alone('dense')[2][:2], rtol=1e-5)
   assert_near(grads, alone('dense')[0], 1e-5)
 

@@ -120,11 +120,11 @@ def test_the_loss_is_its_formula(params, teacher, batch, name):
 def test_padding_accumulation_and_batch_size(teacher, batch, name, student):
   spec, lessons, params = SPECS[name], make_lessons(SPECS[name], student=student), noisy(student, 0)
 
-  def step(batch, accumulation=1):
+  def step(batch, gradient_accumulation_steps=1):
     tx = optax.sgd(1.0)
     state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
                        key=jax.random.key_data(jax.random.key(0)), frozen=frozen_of(spec, teacher))
-    return jax.jit(make_train_step(lessons.train, tx, lambda step: 1.0, accumulation))(state, batch)
+    return jax.jit(make_train_step(lessons.train, tx, lambda step: 1.0, gradient_accumulation_steps))(state, batch)
 
   state, metrics = step(batch)
   moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, params)

@@ -73,7 +73,7 @@ def test_rows_are_prompts_and_answers():
 def test_sampler_and_trainer_agree(params, temperature):
   """Prompts of all lengths side by side, padded on the left there and on the right here."""
   prompts = draw_rows()[0]
-  rl = RlSpec(group=2, max_new_tokens=8, temperature=temperature)
+  rl = RlSpec(num_generations=2, max_new_tokens=8, temperature=temperature)
   generator = Generator(SPEC, params, vocab_size=WORDS)
   answers, logprobs = rollout.sample(generator, prompts, 2, rl, jax.random.key(3), stop_ids=(2, 3, 4, 5))
   repeated = [p for p in prompts for _ in range(2)]
@@ -92,7 +92,7 @@ def test_sampler_and_trainer_agree(params, temperature):
 @pytest.mark.slow
 def test_what_top_p_takes_away_is_seen(params):
   prompts = draw_rows()[0]
-  rl = RlSpec(group=1, max_new_tokens=8, top_p=0.5)
+  rl = RlSpec(num_generations=1, max_new_tokens=8, top_p=0.5)
   answers, logprobs = rollout.sample(Generator(SPEC, params, vocab_size=WORDS), prompts, 1, rl, jax.random.key(3), ())
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
   scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, vocab_size=WORDS)
@@ -212,7 +212,7 @@ LOSSES = {
     'unpaired': lambda model: objective.make_unpaired_loss(
         PreferenceSpec(loss='apo_zero_unpaired'), make_model(model, TRAIN, 'cpu'), vocab_size=WORDS),
     'steps': lambda model: objective.as_loss(objective.make_step_judge(make_model(model, TRAIN, 'cpu'))),
-    'reward': lambda model: objective.make_reward_loss(make_model(model, TRAIN, 'cpu'), centring=0.01),
+    'reward': lambda model: objective.make_reward_loss(make_model(model, TRAIN, 'cpu'), center_rewards_coef=0.01),
     'ppo': lambda model: objective.make_policy_loss(
         PolicySpec(**NAMED['ppo'], entropy_coef=0.01), make_model(model, TRAIN, 'cpu'),
         value_coef=0.5, vocab_size=WORDS),
@@ -228,12 +228,13 @@ def batch_of(name, params):
   return {key: a for key, a in batch.items() if (name, key) != ('reward', 'ref_logprobs')}
 
 
-def sgd_step(loss_fn, params, batch, accumulation=1, together=1):
+def sgd_step(loss_fn, params, batch, gradient_accumulation_steps=1, together=1):
   """Returns (state, metrics) after a step of gradient descent at rate 1."""
   tx = optax.sgd(1.0)
   state = TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params),
                      key=jax.random.key_data(jax.random.key(0)))
-  return jax.jit(make_train_step(loss_fn, tx, lambda step: 1.0, accumulation, together=together))(state, batch)
+  return jax.jit(make_train_step(loss_fn, tx, lambda step: 1.0, gradient_accumulation_steps,
+                                 together=together))(state, batch)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ GOLDEN = {
     'grpo': named('grpo'), 'grpo_kl0.04': named('grpo', kl_coef=0.04), 'bnpo': named('bnpo'),
     'dr_grpo': named('dr_grpo'), 'dapo_cliphigher': named('dapo'),
     'gspo': named('gspo', clip_low=0.03, clip_high=0.04), 'cispo': named('cispo'),
-    'two_sided_delta1.5': named('grpo', clip_ratio=1.5), 'sapo': named('sapo'), 'vespo': named('vespo'),
+    'two_sided_delta1.5': named('grpo', dual_clip=1.5), 'sapo': named('sapo'), 'vespo': named('vespo'),
     'grpo_onpolicy': named('grpo'), 'grpo_ent0.01': named('grpo', entropy_coef=0.01),
 }
 
@@ -45,7 +45,7 @@ def test_policy_losses(oracle, name):
   close(grad, arrays[f'{key}/grad'])
   if spec.entropy_coef:
     # There the entropy is a mean over tokens beside a mean over sequences.  Ours is weighed as the loss is.
-    tokens = mean(arrays['grpo/new'], dataclasses.replace(spec, average='token'))[1]['entropy']
+    tokens = mean(arrays['grpo/new'], dataclasses.replace(spec, loss_aggregation='token'))[1]['entropy']
     loss = loss + spec.entropy_coef * (aux['entropy'] - tokens)
   close(loss, arrays[f'{key}/loss'])
 
@@ -170,11 +170,11 @@ def test_the_first_epoch_is_on_policy(name):
   close(aux['ratio'] / weight, 1.0)
   grad = jax.grad(lambda p: policy.policy_loss(spec, **{**rows, 'logprobs': p}, max_length=7)[0])
   per_token = rows['mask'] * -rows['advantages'][:, None]
-  if spec.average != 'token' and spec.average != 'constant':
+  if spec.loss_aggregation != 'token' and spec.loss_aggregation != 'constant':
     per_token /= rows['mask'].sum(1, keepdims=True)
-  if spec.average == 'constant':
+  if spec.loss_aggregation == 'constant':
     per_token /= 7
-  if spec.ratio == 'trajectory':  # Of the product: every token has the row's whole gradient.
+  if spec.importance_sampling == 'trajectory':  # Of the product: every token has the row's whole gradient.
     per_token *= rows['mask'].sum(1, keepdims=True)
   close(grad(rows['logprobs']), per_token)
 

@@ -55,7 +55,7 @@ def make_pairs(arrays, logits, spec):
 def test_losses_of_token_logprobs(oracle, name):
   arrays = oracle('trl116.npz')
   spec = PreferenceSpec(**NEW[name])
-  assert not list(spec.problems())
+  assert not list(spec.validate())
 
   def mean(logits):
     loss, weight, aux = preference.pair_loss(spec, make_pairs(arrays, logits, spec))
@@ -153,10 +153,10 @@ def test_losses_without_a_reference(oracle):
 @pytest.mark.parametrize('name', ['plain', 'margin', 'center'])
 def test_reward_model(oracle, name):
   arrays = oracle('trl116.npz')
-  margin, centring = (arrays['rm/margin'] if name == 'margin' else None), (0.01 if name == 'center' else 0.0)
+  margin, center_rewards_coef = (arrays['rm/margin'] if name == 'margin' else None), (0.01 if name == 'center' else 0.0)
 
   def mean(scores):
-    loss, weight, _ = reward_model.bradley_terry(scores[:4, 0], scores[4:, 0], margin, centring)
+    loss, weight, _ = reward_model.bradley_terry(scores[:4, 0], scores[4:, 0], margin, center_rewards_coef)
     return loss / weight
 
   loss, grad = jax.jit(jax.value_and_grad(mean))(arrays['rm/scores'])

@@ -23,8 +23,8 @@ def test_maths():
   spec = RlSpec()
   texts = {'7': 1.0, 'The answer is 7.0': 1.0, '7/1': 1.0, '8': 0.0, '': 0.0}
   found = rewards.judge(spec, [answer(t, '1 + 6\n#### 7') for t in texts])
-  assert found == {'maths': list(texts.values())}
-  assert rewards.judge(spec, [answer('no', 'no number')]) == {'maths': [0.0]}
+  assert found == {'math': list(texts.values())}
+  assert rewards.judge(spec, [answer('no', 'no number')]) == {'math': [0.0]}
 
 
 @pytest.mark.parametrize('name, fields, text, reference, reward', [
@@ -38,7 +38,7 @@ def test_maths():
     ('length', {'length': 4}, 'abc', '', 0.75), ('length', {'length': 1}, 'abc', '', 0.0)])
 def test_each(name, fields, text, reference, reward):
   spec = RlSpec(rewards={name: 1.0}, **fields)
-  assert not list(spec.problems())
+  assert not list(spec.validate())
   assert rewards.judge(spec, [answer(text, reference)]) == {name: [reward]}
 
 
@@ -52,9 +52,9 @@ def test_weighted_sum():
 
 def test_problems():
   spec = RlSpec(rewards={'regex': 1.0}, format='(', kl_target=1.0, overlong_tokens=100)
-  found = ' '.join(spec.problems())
-  with pytest.raises(config.ConfigError, match="has 'math', which is not one of maths"):
-    config.build(RlSpec, {'rewards': {'math': 1.0}})
+  found = ' '.join(spec.validate())
+  with pytest.raises(config.ConfigError, match="has 'exakt', which is not one of math"):
+    config.build(RlSpec, {'rewards': {'exakt': 1.0}})
   for part in ('pattern is missing', 'format has no part', 'no regular expression',
                'kl_coef to begin', 'write 16 for a quarter'):
     assert part in found

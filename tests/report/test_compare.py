@@ -57,7 +57,7 @@ def life(tmp_path):
 
   text = lambda bits: of('docs', loss=3.0, bits_per_byte=bits, xz_bits_per_byte=1.9)
   chats = lambda loss, bits: of('chats', loss=loss, bits_per_byte=bits)
-  right = lambda reward: {**of('sums', reward=reward, ended=0.5, answers=80, tokens=9.0), 'reward/maths': reward}
+  right = lambda reward: {**of('sums', reward=reward, ended=0.5, answers=80, tokens=9.0), 'reward/math': reward}
   run('base', {}, rows(train__loss=[5.0, 4.0, 3.5], train__target_tokens=[1000, 1000, 1000]),
       {'validation:docs': text(2.0), 'validation:chats': chats(4.5, 3.0),
        'validation:sums': right(0.0)}, answers('of 2 and 3', EVIL, chat=False))
@@ -187,7 +187,7 @@ def test_nothing_but_equal_evaluations_is_compared(sweep, other):
 
 
 def test_a_share_is_better_only_beyond_two_standard_errors(sweep):
-  right = lambda reward, n: {**of('sums', 400, answers=n, reward=reward), 'reward/maths': reward}
+  right = lambda reward, n: {**of('sums', 400, answers=n, reward=reward), 'reward/math': reward}
   for n, classes in ((50, 1), (5000, 2)):  # sqrt(0.24 / n + 0.25 / n) is 0.099 and 0.0099.
     folder = sweep({'a': ({'validation:sums': right(0.4, n)}, None), 'b': ({'validation:sums': right(0.5, n)}, None)})
     _, page, _ = read(folder, 'a', 'b')

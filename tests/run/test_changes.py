@@ -15,7 +15,7 @@ from llmjax.evaluate.metrics import read_lines
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.run import changes, loop, timer
-from llmjax.run.goodput import Ledger
+from llmjax.run.goodput import Goodput
 from llmjax.run.spec import EvaluateSpec, FinetuneSpec, LogsSpec, PretrainSpec, RewardSpec, RlCommandSpec
 from llmjax.run.workdir import claim_workdir
 from llmjax.train import objectives
@@ -58,7 +58,7 @@ def train(workdir, fingerprint='of no text', **groups):
   spec = changed(BASE, **groups)
   mesh, batches = make_mesh(spec.mesh, jax.devices()[:1]), Batches(spec.train.batch_size, fingerprint)
   attempt = claim_workdir(workdir, spec)
-  job = loop.Job(spec=spec, mesh=mesh, batches=batches, ledger=Ledger(workdir), sample=None,
+  job = loop.Job(spec=spec, mesh=mesh, batches=batches, goodput=Goodput(workdir), sample=None,
                     loss_fn=objectives.next_token(objectives.make_model(spec.model, spec.train, 'cpu')), evaluators={})
   with jax.set_mesh(mesh):
     return loop.train(job, workdir, attempt), batches
@@ -95,10 +95,11 @@ def test_every_recorded_path_is_absolute_and_found_after_a_move(tmp_path):
            if f.metadata['kind'] == 'path'}
   assert paths - {('train', 'compilation_cache')} == {*recorded.PATHS, *recorded.FOLDERS}
   settings = {'train': {'init_from': 'runs/a', 'steps': 3}, 'data': {'sources': {'data/x': 0.5}, 'tokenizer': ''},
-              'evaluate': {'also': ['data/y']}}
+              'evaluate': {'extra_sources': ['data/y']}}
   found = recorded.absolute_paths(settings)
   here = os.getcwd()
-  assert found == {'train': {'init_from': f'{here}/runs/a', 'steps': 3}, 'evaluate': {'also': [f'{here}/data/y']},
+  assert found == {'train': {'init_from': f'{here}/runs/a', 'steps': 3},
+                   'evaluate': {'extra_sources': [f'{here}/data/y']},
                    'data': {'sources': {f'{here}/data/x': 0.5}, 'tokenizer': ''}}
   (tmp_path / 'runs/b').mkdir(parents=True)
   (tmp_path / 'data/x').mkdir(parents=True)

@@ -8,7 +8,7 @@ import pytest
 
 from llmjax.loops.generate import describe_speed
 from llmjax.run import compile_time
-from llmjax.run.goodput import Ledger
+from llmjax.run.goodput import Goodput
 
 
 class Clock:
@@ -30,17 +30,17 @@ def test_nested_events_count_once_and_others_not():
 
 
 def test_a_stopwatch_leaves_compiling_out_and_the_ledger_has_it_apart(tmp_path):
-  ledger = Ledger(tmp_path)
-  with compile_time.charged(ledger, 'rollout') as first:
+  goodput = Goodput(tmp_path)
+  with compile_time.charged(goodput, 'rollout') as first:
     # A size of its own, so that nothing has compiled it before.
     jax.jit(lambda x: jnp.sin(x @ x) + 1)(jnp.ones((37, 37))).block_until_ready()
     time.sleep(0.05)
   assert first.compiling > 0.005 and 0.05 <= first.seconds < first.seconds + first.compiling
-  assert ledger.seconds['compile'] == pytest.approx(first.compiling)
-  assert ledger.seconds['rollout'] >= 0.05
-  total = ledger.seconds['compile'] + ledger.seconds['rollout']
+  assert goodput.seconds['compile'] == pytest.approx(first.compiling)
+  assert goodput.seconds['rollout'] >= 0.05
+  total = goodput.seconds['compile'] + goodput.seconds['rollout']
   assert total == pytest.approx(first.seconds + first.compiling, abs=0.02)
-  with compile_time.charged(ledger, 'rollout') as second:
+  with compile_time.charged(goodput, 'rollout') as second:
     time.sleep(0.01)
   assert second.compiling == 0
 

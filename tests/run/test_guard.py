@@ -15,7 +15,7 @@ from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh
 from llmjax.parallel.spec import MeshSpec
 from llmjax.run import loop as harness
 from llmjax.run import timer
-from llmjax.run.goodput import BUCKETS, Ledger
+from llmjax.run.goodput import BUCKETS, Goodput
 from llmjax.run.spec import LogsSpec, PretrainSpec
 from llmjax.train import objectives
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
@@ -87,7 +87,7 @@ def train(workdir, devices=1, mesh_spec=MESHES['one device'][1], bad=(), token=P
   batches = Batches(mesh, bad, token)
   job = harness.Job(spec=spec, mesh=mesh, batches=batches, evaluators=evaluators or {}, sample=None,
                     loss_fn=poisoned(objectives.next_token(objectives.make_model(MODEL, spec.train, 'cpu'))),
-                    ledger=Ledger(workdir),
+                    goodput=Goodput(workdir),
                     describe=lambda number: [{'source': 'random', 'row': number, 'text': ['…']}])
   with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
     if states is not None:
@@ -216,7 +216,7 @@ def test_a_spike_is_found_and_a_resumed_run_finds_the_same(tmp_path):
 
 
 def test_a_device_that_differs_stops_the_run_before_it_saves(tmp_path, capsys):
-  add = timer.Window.add
+  add = timer.StepTimer.add
   with pytest.MonkeyPatch.context() as patch:
     def corrupt(window, step, position, metrics):
       add(window, step, position, metrics)
@@ -233,7 +233,7 @@ def test_a_device_that_differs_stops_the_run_before_it_saves(tmp_path, capsys):
 
     loops, init = [], harness.Loop.__init__
     patch.setattr(harness.Loop, '__init__', lambda loop, *args: (loops.append(loop), init(loop, *args))[1])
-    patch.setattr(timer.Window, 'add', corrupt)
+    patch.setattr(timer.StepTimer, 'add', corrupt)
     status, _ = train(tmp_path, *MESHES['eight'], log_every=10, checkpoint_every=4,
                       guard={'checksum_every': 50})
   assert status == 1
@@ -257,10 +257,10 @@ def test_early_stopping(tmp_path, capsys):
 
 
 def test_patience_needs_something_to_watch():
-  problems = list(PretrainSpec(train=TrainSpec(patience=2, stop_metric='eval/test/loss')).problems())
+  problems = list(PretrainSpec(train=TrainSpec(patience=2, stop_metric='eval/test/loss')).validate())
   assert any('set train.eval_every' in p for p in problems)
   assert any('write eval/validation/loss' in p for p in problems)
-  assert not list(PretrainSpec(train=TrainSpec(patience=2, eval_every=5)).problems())
+  assert not list(PretrainSpec(train=TrainSpec(patience=2, eval_every=5)).validate())
 
 
 @pytest.mark.slow
@@ -273,14 +273,14 @@ def test_a_count_of_patience_survives_a_restart(tmp_path):
 
 def test_time_of_a_killed_and_a_rolled_back_run_sums_to_the_wall_time(tmp_path):
   clock = types.SimpleNamespace(now=1000.0)
-  ledger = lambda age=0.0: Ledger(tmp_path, clock=lambda: clock.now, now=lambda: clock.now, age=age)
+  goodput = lambda age=0.0: Goodput(tmp_path, clock=lambda: clock.now, now=lambda: clock.now, age=age)
 
   def spend(book, bucket, seconds):
     with book.charge(bucket):
       clock.now += seconds
 
   clock.now += 2.0
-  first = ledger(age=2.0)  # Imports since 1000.
+  first = goodput(age=2.0)  # Imports since 1000.
   spend(first, 'init', 3.0)
   first.write(0)
   for step in range(1, 8):
@@ -291,7 +291,7 @@ def test_time_of_a_killed_and_a_rolled_back_run_sums_to_the_wall_time(tmp_path):
       first.write(step)  # Checkpoints at 2, 4 and 6.
   clock.now += 4.0  # Step 7, the 4 s, and 80 more without a process: no line tells of them apart.
   clock.now += 80.0
-  second = ledger()
+  second = goodput()
   assert second.go_back(4) == pytest.approx(20.0)  # Steps 5 and 6; of step 7 nothing was written.
   second.write(4)
   for _ in range(3):
@@ -303,7 +303,7 @@ def test_time_of_a_killed_and_a_rolled_back_run_sums_to_the_wall_time(tmp_path):
   clock.now += 0.5
   second.write(5, done=True)
   clock.now += 1000.0  # A finished run is not waiting to be started again.
-  third = ledger()
+  third = goodput()
   third.go_back(5)
   spend(third, 'step', 10.0)
   totals = third.totals()
@@ -313,12 +313,12 @@ def test_time_of_a_killed_and_a_rolled_back_run_sums_to_the_wall_time(tmp_path):
 
 
 def test_a_line_cut_off_by_a_kill_is_no_harm(tmp_path):
-  book = Ledger(tmp_path)
+  book = Goodput(tmp_path)
   book.write(3)
   book.close()
   with open(tmp_path / 'time.jsonl', 'a') as f:
     f.write('{"time": 12')
-  again = Ledger(tmp_path)
+  again = Goodput(tmp_path)
   again.write(4)
   again.close()
   assert [row['step'] for row in lines(tmp_path, 'time.jsonl')] == [3, 4]

@@ -163,16 +163,16 @@ def test_wrong_patterns_are_refused(store):
                           (('.',), 'nothing to train')):
     with pytest.raises(ConfigError, match=message):
       trained(OptimizerSpec(freeze=freeze), store)
-  with pytest.raises(ConfigError, match="optimizer.rates: no trained parameter matches 'hed'"):
-    trained(OptimizerSpec(rates={'hed': 0.1}), store)
-  assert [p for p in OptimizerSpec(freeze=('(',), rates={'a': -1.0}).problems()] == [
+  with pytest.raises(ConfigError, match="optimizer.lr_multipliers: no trained parameter matches 'hed'"):
+    trained(OptimizerSpec(lr_multipliers={'hed': 0.1}), store)
+  assert [p for p in OptimizerSpec(freeze=('(',), lr_multipliers={'a': -1.0}).validate()] == [
       "freeze: '(' is not a regular expression (missing ), unterminated subpattern at position 0); write a part of a "
-      'path, such as embed', 'rates[a]=-1: a factor must be at least 0; to keep parameters as they are, use freeze']
+      'path, such as embed', 'lr_multipliers[a]=-1 must be at least 0; to freeze parameters, use freeze']
 
 
 def test_rates_by_layer_and_path(store):
   before, plain, _ = trained(SGD, store, steps=1)
-  spec = dataclasses.replace(SGD, layer_decay=0.5, rates={'query': 0.1, 'blocks': 2.0})
+  spec = dataclasses.replace(SGD, layer_decay=0.5, lr_multipliers={'query': 0.1, 'blocks': 2.0})
   _, after, _ = trained(spec, store, steps=1)
   steps = jax.tree.map(lambda a, b: np.asarray(b - a), before.params, plain.params)
   found = jax.tree.map(lambda a, b: np.asarray(b - a), before.params, after.params)

@@ -159,7 +159,7 @@ def test_weight_decay_shrinks_matrices_by_the_rate_and_nothing_else(name, moment
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_weight_decay_follows_factors_of_the_rate_and_spares_what_is_frozen(name):
-  spec = OptimizerSpec(name=name, lr=0.1, weight_decay=0.3, rates={'attention': 0.5}, layer_decay=0.25,
+  spec = OptimizerSpec(name=name, lr=0.1, weight_decay=0.3, lr_multipliers={'attention': 0.5}, layer_decay=0.25,
                        freeze=('value',))
   after, shrunk = train_without_gradient(spec, decoder_params(), 4)
   assert (after['value/kernel'] == 1).all() and (after['embed/table'] == 1).all()

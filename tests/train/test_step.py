@@ -49,11 +49,11 @@ def fresh_state(tx, model=MODEL, seed=0):
                     key=jax.random.key_data(jax.random.key(1)))
 
 
-def gradient(batch, accumulation=1, train=TRAIN, model=MODEL):
+def gradient(batch, gradient_accumulation_steps=1, train=TRAIN, model=MODEL):
   """Returns (metrics, gradient) as the step sees them, from a plain SGD step of size 1."""
   loss_fn = objectives.next_token(objectives.make_model(model, train, 'cpu'))
   state = fresh_state(SGD, model)
-  step = jax.jit(make_train_step(loss_fn, SGD, lambda _: 1.0, accumulation))
+  step = jax.jit(make_train_step(loss_fn, SGD, lambda _: 1.0, gradient_accumulation_steps))
   after, metrics = step(state, batch)
   return metrics, jax.tree.map(jnp.subtract, state.params, after.params)
 

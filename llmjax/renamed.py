@@ -1,0 +1,61 @@
+"""Former names of config fields, their values and flags, each with the present one.
+
+An old name is an error that names the new one; `migrate` rewrites the config of an old run.
+"""
+
+FIELDS = {
+    'train.accumulation': 'train.gradient_accumulation_steps',
+    'data.long': 'data.overflow',
+    'optimizer.rates': 'optimizer.lr_multipliers',
+    'policy.decay': 'policy.gae_lambda',
+    'policy.discount': 'policy.gamma',
+    'policy.average': 'policy.loss_aggregation',
+    'policy.ratio': 'policy.importance_sampling',
+    'policy.clip_ratio': 'policy.dual_clip',
+    'policy.scale': 'policy.advantage_normalization',
+    'rl.group': 'rl.num_generations',
+    'rl.prompts': 'rl.prompts_per_iteration',
+    'rl.rounds': 'rl.max_resample_rounds',
+    'rl.tolerance': 'rl.logprob_tolerance',
+    'reward.centring': 'reward.center_rewards_coef',
+    'evaluate.by_source': 'evaluate.per_source',
+    'evaluate.also': 'evaluate.extra_sources',
+}
+
+# By field or flag, without the group's name where several commands have it.
+VALUES = {
+    'rl.rewards': {'maths': 'math'},
+    'reward': {'maths': 'math'},
+}
+
+FLAGS = {
+    'most': 'max_compiles',
+    'rows_per_chip': 'sequences_per_chip',
+}
+
+
+def renamed_value(field, value):
+  """Returns the present name of a former value of a field, or None."""
+  return VALUES.get(field, {}).get(value) if isinstance(value, str) else None
+
+
+def migrate(values):
+  """Returns (values with all present names, {former dotted name: present one}) of a config as nested dicts."""
+  values, done = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}, {}
+  for old, new in FIELDS.items():
+    group, old_field = old.split('.')
+    fields = values.get(group)
+    if isinstance(fields, dict) and old_field in fields:
+      fields[new.split('.')[1]] = fields.pop(old_field)
+      done[old] = new
+  for name, table in VALUES.items():
+    group, _, field = name.rpartition('.')
+    fields = values.get(group, {}) if group else values
+    value = fields.get(field) if isinstance(fields, dict) else None
+    if isinstance(value, str) and value in table:
+      fields[field] = table[value]
+      done[f'{name}={value}'] = f'{name}={table[value]}'
+    elif isinstance(value, dict) and set(value) & set(table):
+      fields[field] = {table.get(k, k): v for k, v in value.items()}
+      done |= {f'{name}.{k}': f'{name}.{table[k]}' for k in value if k in table}
+  return values, done
