@@ -268,8 +268,8 @@ def _time(run):
 
 
 def _energy(run):
-  """Returns the goodput of energy, carbon and money, with what each was computed from or the field it lacks."""
-  total, sittings = run.energy.get('total'), run.energy.get('sittings')
+  """Returns the ledger of energy, carbon and money, with what each was computed from or the field it lacks."""
+  total, sittings = run.energy.get('total'), run.energy.get('attempts')
   if not isinstance(total, dict) or not isinstance(sittings, list) or not sittings:
     return ''
   last = sittings[-1] if isinstance(sittings[-1], dict) else {}
@@ -291,7 +291,7 @@ def _energy(run):
     rows.append(f'<tr><td class="left">{label}</td><td>{_e(amount)}</td><td class="left soft">{_e(basis)}</td></tr>')
   sat = f'{len(sittings)} sittings, {duration(number(total, "seconds"))} in all. ' if len(sittings) > 1 else ''
   return page.section('Energy and cost', (
-      '<div class="card"><div class="scroll"><table><tr><th class="left">goodput</th><th>so far</th>'
+      '<div class="card"><div class="scroll"><table><tr><th class="left">quantity</th><th>so far</th>'
       f'<th class="left">from</th></tr>{"".join(rows)}</table></div></div><p class="soft small note">{_e(sat)}'
       'Chips count as at work for as long as a sitting holds them. Making them is not in it.</p>'))
 

@@ -1,16 +1,17 @@
-"""Time that JAX spends on making programs, so that no speed that is reported holds a compilation."""
+"""Measure the time that JAX spends on tracing and compiling, so that it can be excluded from reported speeds."""
 
 import contextlib
 import functools
 import time
 
-STAGES = '/jax/core/compile/'  # Events of tracing, lowering and compiling; the cache of programs is in the last.
+# Prefix of the events for tracing, lowering and compiling, the compilation cache included.
+STAGES = '/jax/core/compile/'
 
 
 class CompileClock:
-  """Adds up the seconds of JAX's compile events; of nested ones, such as a trace within a trace, the outer counts.
+  """Listener that sums the seconds of JAX's compile events.  Of nested events, only the outermost counts.
 
-  clock: seconds, monotonic; an event is told when it ends.
+  clock: monotonic seconds.
   """
 
   def __init__(self, clock=time.perf_counter):
@@ -19,7 +20,7 @@ class CompileClock:
   def __call__(self, event, seconds, **unused):
     if not event.startswith(STAGES):
       return
-    begin = self._clock() - seconds
+    begin = self._clock() - seconds  # Events are reported when they end.
     while self._spans and self._spans[-1][0] >= begin:
       self.seconds -= self._spans.pop()[1]
     self._spans.append((begin, seconds))
@@ -28,7 +29,7 @@ class CompileClock:
 
 @functools.cache
 def compile_clock():
-  """Returns the process's CompileClock, which counts from the first call on."""
+  """Return the CompileClock of this process, which counts from the first call."""
   import jax
   clock = CompileClock()
   jax.monitoring.register_event_duration_secs_listener(clock)
@@ -36,7 +37,7 @@ def compile_clock():
 
 
 class Stopwatch:
-  """Seconds since it was made, without those of compiling: `seconds`, and `compiling`."""
+  """Measure seconds since construction: `compiling`, and `seconds` excluding them."""
 
   def __init__(self, clock=time.perf_counter, compiled=None):
     self._clock, self._compiled = clock, compiled or compile_clock()
@@ -53,7 +54,7 @@ class Stopwatch:
 
 @contextlib.contextmanager
 def charged(goodput, bucket):
-  """Charges the block's time to a bucket of a Goodput, but for compiling, which has its own; yields its Stopwatch."""
+  """Charge the block to a bucket of a Goodput, and its compilation to `compile`.  Yields the block's Stopwatch."""
   with goodput.charge(bucket):
     watch = Stopwatch()
     yield watch

@@ -1,4 +1,4 @@
-"""What a run was made with and from: the content of its environment.json and data.json."""
+"""Describe the environment and the data of a run, for its environment.json and data.json.  Secrets are masked."""
 
 import pathlib
 import platform
@@ -13,7 +13,7 @@ from llmjax.run import doctor
 
 
 def describe_environment(mesh, workdir):
-  """Returns versions, devices, the host's CPU, the code's git commit, the command and the run's folder."""
+  """Return package versions, devices, host CPU, git commit, command line and workdir."""
   device = mesh.devices.flat[0]
   versions = {name: v for name, v in doctor.installed_versions().items() if v}
   return {
@@ -27,15 +27,15 @@ def describe_environment(mesh, workdir):
 
 
 def describe_data(spec):
-  """Returns {source: what its records are, counts of documents, tokens, bytes and quarantined records}."""
-  described = {}
+  """Return {source: {'records' (kind), 'documents', 'tokens', 'bytes', 'quarantined' (counts by reason)}}."""
+  sources = {}
   for folder in spec.sources:
     manifest = prepared.read_manifest(folder)
     totals = {name: sum(split[name] for split in manifest['splits'].values())
               for name in ('documents', 'tokens', 'bytes')}
-    described[folder] = {'records': prepared.kind(manifest), **totals,
+    sources[folder] = {'records': prepared.kind(manifest), **totals,
                          'quarantined': manifest['quarantine']['reasons']}
-  return secrets.hide_within(described)
+  return secrets.hide_within(sources)
 
 
 def _cpu_model():
@@ -47,7 +47,7 @@ def _cpu_model():
 
 
 def _git_commit():
-  """Returns the commit of the code, with '+' when files are changed; '' outside a repository."""
+  """Return the git commit of the code, followed by '+' if files are modified; '' outside a repository."""
   git = ['git', '-C', str(pathlib.Path(__file__).parent)]
   try:
     commit = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True,

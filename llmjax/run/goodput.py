@@ -1,8 +1,8 @@
-"""Where a run's wall time went, over all its sittings: buckets that sum to it.
+"""Account for the wall time of a run, over all its attempts, in buckets that sum to it.
 
-`time.jsonl` has a line for every log line and checkpoint: `time` (Unix seconds), `step`, and `seconds` by
-bucket since the run began.  So a killed sitting is accounted for up to its last line, and the next one
-charges the gap to `restart`, and the steps that it must do again to `lost`.
+`time.jsonl` has a line for each logged step and checkpoint: `time` (Unix seconds), `step`, and `seconds` per bucket
+since the run began.  A killed attempt is accounted for up to its last line.  The next attempt charges the gap to
+`restart`, and the steps that it repeats to `lost`.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from llmjax.run.writers import Lines
 
 BUCKETS = ('init', 'compile', 'data_wait', 'rollout', 'step', 'eval', 'sample', 'checkpoint', 'lost', 'restart',
            'other')
-OF_STEPS = ('step', 'data_wait', 'rollout')  # What is lost with a step that must be done again.
+STEP_BUCKETS = ('step', 'data_wait', 'rollout')  # Time that is lost when a step is repeated.
 
 
 class Goodput:
-  """Charges wall time to buckets.  Whatever no bucket claims is `other`.
+  """Charge wall time to buckets; the remainder is `other`.
 
   age: seconds since the process began, charged to `init`.  clock: monotonic seconds.  now: Unix seconds.
   """
@@ -30,7 +30,7 @@ class Goodput:
     self.seconds = dict.fromkeys(BUCKETS, 0.0)
     self.seconds['init'] = age
     lines = [row for row in read_lines(self._path) if isinstance(row.get('seconds'), dict)]
-    self._marks = [(row['step'], row['seconds']) for row in lines]  # Of OF_STEPS at least.
+    self._marks = [(row['step'], row['seconds']) for row in lines]  # Only STEP_BUCKETS are used.
     last = lines[-1] if lines else {'seconds': {}, 'done': True}
     self._before = {bucket: last['seconds'].get(bucket, 0.0) for bucket in BUCKETS}
     if not last.get('done'):
@@ -38,19 +38,19 @@ class Goodput:
 
   @contextlib.contextmanager
   def charge(self, bucket):
-    """Charges the time inside the block to the bucket, less what blocks inside it claim themselves."""
-    start, claimed = self._clock(), sum(self.seconds.values())
+    """Charge the time of the block to a bucket, excluding what nested blocks charge."""
+    start, charged = self._clock(), sum(self.seconds.values())
     try:
       yield
     finally:
-      inner = sum(self.seconds.values()) - claimed
+      inner = sum(self.seconds.values()) - charged
       self.seconds[bucket] += self._clock() - start - inner
 
   def go_back(self, step):
-    """Charges the steps after this one to `lost`, for they will be done again; returns their seconds."""
+    """Charge the steps after this one, which will be repeated, to `lost`; return their seconds."""
     kept = next((seconds for at, seconds in reversed(self._marks) if at <= step), {})
     total = 0.0
-    for bucket in OF_STEPS:
+    for bucket in STEP_BUCKETS:
       lost = self._before[bucket] + self.seconds[bucket] - kept.get(bucket, 0.0)
       self._before[bucket] -= lost
       total += lost
@@ -59,19 +59,19 @@ class Goodput:
 
   @property
   def sitting_seconds(self):
-    """Seconds since this process began."""
+    """Wall time of this attempt: seconds since the process began."""
     return self._clock() - self._start
 
   def totals(self):
-    """Returns seconds by bucket over all sittings."""
+    """Return seconds by bucket over all attempts."""
     now = dict(self.seconds)
     now['other'] = max(self.sitting_seconds - sum(self.seconds.values()), 0.0)
     return {b: round(self._before[b] + now[b], 3) for b in BUCKETS}
 
   def write(self, step, done=False):
-    """Appends a line; raises LogError.  step: the last one done.  done: whether the run is, and none restarts it."""
+    """Append a line.  step: the last completed step.  done: whether the run is complete.  Raises LogError."""
     totals = self.totals()
-    self._marks.append((step, {bucket: totals[bucket] for bucket in OF_STEPS}))
+    self._marks.append((step, {bucket: totals[bucket] for bucket in STEP_BUCKETS}))
     if self._file is None:
       self._file = Lines(self._path)
     row = {'time': round(self._now(), 3), 'step': step, 'seconds': totals}
@@ -84,9 +84,9 @@ class Goodput:
 
 
 def process_age():
-  """Returns the seconds since this process began (Linux), most of them spent on imports; else 0."""
+  """Return the seconds since this process began, mostly spent on imports; 0 on systems other than Linux."""
   try:
-    # The 22nd field, in ticks since the machine's start; the second one, a name, may hold spaces.
+    # Field 22: start time in ticks since boot.  Field 2, the name in parentheses, may contain spaces.
     started = int(pathlib.Path('/proc/self/stat').read_text().rpartition(')')[2].split()[19])
     uptime = float(pathlib.Path('/proc/uptime').read_text().split()[0])
     return max(uptime - started / os.sysconf('SC_CLK_TCK'), 0.0)

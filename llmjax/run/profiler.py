@@ -1,7 +1,7 @@
-"""Traces a few steps of a run and says which operations took the time.
+"""Trace a range of training steps and list the most expensive operations.
 
-The trace is written under `<workdir>/profile`: `tensorboard --logdir=<workdir>/profile` opens it
-(with xprof), and https://ui.perfetto.dev opens its `perfetto_trace.json.gz`.
+The trace is written to `<workdir>/profile`.  Open it with TensorBoard and xprof (`tensorboard
+--logdir=<workdir>/profile`), or open its `perfetto_trace.json.gz` at https://ui.perfetto.dev.
 """
 
 import collections
@@ -14,15 +14,17 @@ import warnings
 
 from llmjax.config import ConfigError, setting
 
-# What XLA calls a graph of kernels on a GPU: each kernel in it has a name of its own, and this one says nothing.
+# XLA's name for a CUDA graph.  All kernels of the graph carry it, so the kernel's own name is shown instead.
 COMMAND_BUFFER = re.compile(r'command_buffer([._]\d+)*')
+# An instruction in the text of an HLO module, and the JAX operation in its metadata.
+INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileSpec:
   """The `profile` group of a config."""
 
-  steps: str = setting('', "steps to trace, 'first:end' without the end: 10:13 is 10, 11 and 12")
+  steps: str = setting('', "training steps to trace, 'first:end' with end excluded: 10:13 traces steps 10, 11 and 12")
 
   def validate(self):
     try:
@@ -32,7 +34,7 @@ class ProfileSpec:
 
 
 def parse_steps(steps):
-  """Returns (first, end) of 'first:end', or None of ''.  Raises ConfigError on anything else."""
+  """Return (first, end) for 'first:end', None for ''.  Raises ConfigError otherwise."""
   if not steps:
     return None
   first, colon, end = (part.strip() for part in steps.partition(':'))
@@ -42,47 +44,45 @@ def parse_steps(steps):
 
 
 class Profiler:
-  """Traces the steps it is asked for: call `before` and `after` around each, then `close`.
+  """Trace a range of steps: call `before` and `after` around every step, then `close`.
 
-  steps: as ProfileSpec.steps.  Each process traces its own devices; say: where the table goes, None
-  on all processes but the first.  A run resumed inside the range traces what is left of it.
+  Each process traces its own devices.  A run resumed inside the range traces the rest of it.
+  steps: see ProfileSpec.  say: prints the table of operations; None on all processes but the first.
   """
 
   def __init__(self, workdir, steps='', *, say=print):
     self._range = parse_steps(steps)
     self._folder = pathlib.Path(workdir) / 'profile'
     self._say = say
-    self._step = None  # The step's annotation while a step is traced.
+    self._annotation = None  # Of the step being traced.
     self._is_tracing = False
 
   def before(self, step):
-    """Starts the trace if this is the first step of the range."""
+    """Start the trace at the first step of the range, and annotate each step in it."""
     if self._range is None or not self._range[0] <= step < self._range[1]:
       return
-    import jax  # Here, so that ProfileSpec can be read before JAX starts.
+    import jax  # Imported here: ProfileSpec is read before JAX starts.
     if not self._is_tracing:
-      _wait_for_devices()  # Else the steps before would be counted too.
+      _wait_for_devices()  # Otherwise the trace would include earlier steps.
       options = jax.profiler.ProfileOptions()
-      # Every Python call would be recorded, which slows the very steps that are measured.
-      options.python_tracer_level = 0
-      jax.profiler.start_trace(
-          str(self._folder), create_perfetto_trace=True, profiler_options=options)
+      options.python_tracer_level = 0  # Tracing every Python call would slow the measured steps.
+      jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True, profiler_options=options)
       self._is_tracing = True
-    self._step = jax.profiler.StepTraceAnnotation('train', step_num=step)
-    self._step.__enter__()
+    self._annotation = jax.profiler.StepTraceAnnotation('train', step_num=step)
+    self._annotation.__enter__()
 
   def after(self, step):
-    """Ends the step; after the last of the range, writes the trace and prints its operations."""
+    """End the step.  After the last step of the range, write the trace and print the table of operations."""
     if not self._is_tracing:
       return
-    if self._step is not None:
-      self._step.__exit__(None, None, None)
-      self._step = None
+    if self._annotation is not None:
+      self._annotation.__exit__(None, None, None)
+      self._annotation = None
     if step + 1 >= self._range[1]:
       self._finish()
 
   def close(self):
-    """Writes the trace of a run that ends inside the range."""
+    """Write the trace of a run that ends inside the range.  May be called twice."""
     if self._is_tracing:
       self.after(self._range[1] - 1)
 
@@ -96,50 +96,47 @@ class Profiler:
     if self._say is None:
       return
     try:
-      operations = top_operations(self._folder)
-    except Exception as e:  # A trace of an unknown form must not end the run that made it.
-      self._say(f'profile  the trace is in {self._folder}; its operations could not be read: '
-                f'{type(e).__name__}: {e}')
+      operations = top_operations(self._folder, operation_origins())
+    except Exception as e:  # The trace is complete; an unreadable table must not end the run.
+      self._say(f'profile  the trace is in {self._folder}; its operations could not be read: {type(e).__name__}: {e}')
       return
     path = self._folder / 'top_operations.json'
     path.write_text(json.dumps({'steps': [first, end], 'operations': operations}, indent=2) + '\n')
-    columns = shutil.get_terminal_size((131, 24)).columns  # More is too wide to read.
+    columns = shutil.get_terminal_size((131, 24)).columns
     self._say(format_operations(operations, f'{first}:{end}', self._folder, columns))
 
 
 def format_operations(operations, steps, folder, columns=131):
-  """Returns the table that is printed, one line an operation.  columns: of the terminal."""
-  lines = [f'profile  steps {steps}  {folder}  '
-           '(open with TensorBoard and xprof, or ui.perfetto.dev)']
+  """Format the table of operations, one line each, for a terminal of this many columns."""
+  lines = [f'profile  steps {steps}  {folder}  (open with TensorBoard and xprof, or ui.perfetto.dev)']
   if not operations:
-    return lines[0] + '\nprofile  the trace names no operation of the device'
+    return lines[0] + '\nprofile  the trace contains no device operations'
   width = min(36, columns // 3, max(len(o['name']) for o in operations))
   rest = max(min(60, columns - width - 34), 12)
-  lines.append(f'  {"operation":<{width}}  {"ms":>9}  {"share":>5}  {"count":>6}  from')
+  lines.append(f'  {"operation":<{width}}  {"ms":>9}  {"share":>5}  {"count":>6}  JAX operation')
   for o in operations:
-    lines.append(f'  {_shorten(o["name"], width):<{width}}  {o["total_ms"]:>9.2f}  '
-                 f'{o["percent"]:>4.1f}%  {o["count"]:>6}  {_shorten(o["origin"], rest)}'.rstrip())
+    lines.append(f'  {_keep_end(o["name"], width):<{width}}  {o["total_ms"]:>9.2f}  '
+                 f'{o["percent"]:>4.1f}%  {o["count"]:>6}  {_keep_end(o["origin"], rest)}'.rstrip())
   return '\n'.join(lines)
 
 
-def top_operations(folder, limit=10):
-  """Returns the operations that took longest in the newest trace under a folder, longest first.
+def top_operations(folder, origins=None, limit=10):
+  """Return the operations with the most self time in the newest trace under a folder, largest first.
 
-  Each is {'name', 'module', 'origin', 'total_ms', 'percent', 'count'}: the compiled operation (in a GPU's graph of
-  kernels the kernel) and program, the JAX operation that it came from ('' if unknown), its own time over all traced
-  steps and devices (not that of operations inside it, as in a loop), and its share of all operations'.
+  Each is {'name', 'module', 'origin', 'total_ms', 'percent', 'count'}: name of the compiled operation (in a CUDA graph
+  of the kernel) and its HLO module, the JAX operation ('' if unknown), self time summed over traced steps and devices
+  (nested operations, as in a loop, excluded), and its share of the self time of all operations.
+  origins: see `operation_origins`.
   """
   from jax.profiler import ProfileData
+  origins = origins or {}
   paths = sorted(pathlib.Path(folder).glob('plugins/profile/*/*.xplane.pb'))
   paths = [p for p in paths if p.parent == paths[-1].parent]
   total, count = collections.Counter(), collections.Counter()
-  origins = {}
-  for path in paths:
-    data = path.read_bytes()
-    origins.update(_origins(data))
-    with warnings.catch_warnings():  # jaxlib's own classes lack a __module__ on newer Pythons.
-      warnings.simplefilter('ignore', DeprecationWarning)
-      for plane in ProfileData.from_serialized_xspace(data).planes:
+  with warnings.catch_warnings():  # Classes of jaxlib lack a __module__, which newer Pythons warn about.
+    warnings.simplefilter('ignore', DeprecationWarning)
+    for path in paths:
+      for plane in ProfileData.from_file(str(path)).planes:
         for line in _operation_lines(plane):
           for key, nanoseconds in _self_times(line):
             total[key] += nanoseconds
@@ -151,16 +148,28 @@ def top_operations(folder, limit=10):
           for (module, name), ns in total.most_common(limit)]
 
 
+def operation_origins():
+  """Return {(HLO module, operation): JAX operation} of the programs that are loaded on the devices of this process."""
+  from jax.extend.backend import get_backend
+  origins = {}
+  for executable in get_backend().live_executables():
+    for module in executable.hlo_modules():
+      for name, origin in INSTRUCTION.findall(module.to_string()):
+        kernel = re.sub(r'[.-]', '_', name)  # Name of the kernel on GPUs.
+        for key in (name, kernel):
+          origins[module.name, key] = origins['', key] = origin  # Some events do not name their module.
+  return origins
+
+
 def _operation_lines(plane):
-  """Returns the plane's lines that can hold operations of a device."""
+  """Return the timelines of a plane that can hold device operations."""
   lines = list(plane.lines)
-  # A TPU's plane has further lines that show the same time again, by step and by program.
-  named = [line for line in lines if line.name == 'XLA Ops']
-  return named or lines
+  # The plane of a TPU repeats the same time per step and per module on other timelines.
+  return [line for line in lines if line.name == 'XLA Ops'] or lines
 
 
 def _self_times(line):
-  """Yields ((module, operation), ns) of a line's operations, less what is nested in each."""
+  """Yield ((module, operation), ns) for each operation of a timeline, without the time of nested operations."""
   events = []
   for event in line.events:
     stats = dict(event.stats)
@@ -169,7 +178,7 @@ def _self_times(line):
       if COMMAND_BUFFER.fullmatch(name):
         name = event.name.removeprefix('void ')
       events.append((event.start_ns, -event.duration_ns, name, str(stats.get('hlo_module', ''))))
-  open_events = []  # [end, key, own time], outermost first.
+  open_events = []  # [end, key, self time], outermost first.
   for start, negative, name, module in sorted(events):
     while open_events and open_events[-1][0] <= start:
       _, key, own = open_events.pop()
@@ -181,75 +190,12 @@ def _self_times(line):
     yield key, own
 
 
-def _origins(data):
-  """Returns {(module, operation): JAX name} from the programs that a trace carries with it.
-
-  ProfileData does not show them, so this walks the protocol buffers: XSpace.planes=1,
-  XPlane.event_metadata=4 (map, value=2), XEventMetadata.stats=5, XStat.bytes_value=6, which holds
-  HloProto.hlo_module=1: name=1, computations=3; instructions=2: name=1, metadata=7; op_name=2.
-  """
-  names = {}
-  for plane in _messages(data, 1):
-    for proto in _messages(plane, 4, 2, 5, 6, 1):
-      module = _text(proto, 1)
-      for instruction in _messages(proto, 3, 2):
-        if origin := next((_text(m, 2) for m in _messages(instruction, 7)), ''):
-          name = _text(instruction, 1)
-          names[module, name] = names['', name] = origin  # Some events do not say their program.
-          kernel = re.sub(r'[.-]', '_', name)  # As GPUs call it.
-          names.setdefault((module, kernel), origin)
-          names.setdefault(('', kernel), origin)
-  return names
-
-
-def _messages(data, *path):
-  """Yields the bytes at a path of field numbers in a protocol buffer."""
-  for number, value in _fields(data):
-    if number == path[0] and isinstance(value, memoryview):
-      if len(path) == 1:
-        yield value
-      else:
-        yield from _messages(value, *path[1:])
-
-
-def _text(data, number):
-  return next((bytes(v).decode('utf-8', 'replace') for v in _messages(data, number)), '')
-
-
-def _fields(data):
-  """Yields (field number, int or memoryview) of a protocol buffer message."""
-  data, at = memoryview(data), 0
-
-  def varint():
-    nonlocal at
-    value = shift = 0
-    while True:
-      byte = data[at]
-      at += 1
-      value |= (byte & 127) << shift
-      shift += 7
-      if byte < 128:
-        return value
-
-  while at < len(data):
-    tag = varint()
-    kind = tag & 7
-    if kind == 0:
-      yield tag >> 3, varint()
-      continue
-    if kind not in (1, 2, 5):
-      raise ValueError(f'wire type {kind} is not used by traces')
-    size = varint() if kind == 2 else 8 if kind == 1 else 4
-    yield tag >> 3, data[at:at + size] if kind == 2 else 0
-    at += size
-
-
 def _wait_for_devices():
-  """Returns when every array still in use is computed, the train state and so all steps with it."""
+  """Block until every live array, and so every dispatched step, is computed."""
   import jax
   jax.block_until_ready([a for a in jax.live_arrays() if not a.is_deleted()])
 
 
-def _shorten(text, width):
-  """Keeps the end of a long name: the start is the same for all of them."""
+def _keep_end(text, width):
+  """Shorten a long name from the left: names share their beginning."""
   return text if len(text) <= width else '…' + text[1 - width:]

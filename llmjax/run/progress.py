@@ -1,11 +1,11 @@
-"""What a run says while it works: one line per log step, in one voice.
+"""Print the progress of a run: one line per logged step, evaluation, rollout and checkpoint.
 
   step  200/1000  20%  loss 3.412  lr 2.9e-03  gnorm 0.81  8.9k tok/s  mfu 41%  wait 0.1%  eta 2:14
   eval  200/1000  validation  loss 3.301  ppl 27.1  1.921 bits/byte  0.9s
   save  200/1000  checkpoints/200  702 MB  0.4s
 
-On a terminal a live line counts the steps between these, and lines are kept within its width: what matters least is
-left out, and sentences are wrapped between words.  On a pipe there are only whole lines.
+On a terminal, a live line counts the steps in between.  Lines are fitted to the terminal's width: the least important
+fields are dropped, and sentences are wrapped.  On a pipe, all lines are complete.
 """
 
 import math
@@ -16,12 +16,12 @@ import time
 
 from llmjax.evaluate.metrics import format_loss
 
-# At most ten repaints a second: a terminal over SSH must not slow short steps down.
+# At most ten repaints per second, so that a terminal over SSH does not slow down short steps.
 REPAINT_SECONDS = 0.1
 
 
 def format_duration(seconds):
-  """Returns '0.4s', '42s', '2:14', '3:05:09' or '2d 4h'; '?' when it is unknown."""
+  """Format seconds as '0.4s', '42s', '2:14', '3:05:09' or '2d 4h'; unknown values as '?'."""
   if seconds is None or not math.isfinite(seconds) or seconds < 0:
     return '?'
   if seconds < 9.95:
@@ -37,12 +37,12 @@ def format_duration(seconds):
 
 
 def format_count(value):
-  """Returns 3 significant digits with k, M, G or T: 8912 -> '8.9k', 58.47e6 -> '58.5M'."""
+  """Format a number with 2 or 3 digits and a unit: 8912 -> '8.9k', 58.47e6 -> '58.5M'."""
   if value is None or not math.isfinite(value):
     return '?' if value is None else str(value)
   if abs(value) < 1e3:
     return f'{value:.0f}' if value == int(value) or abs(value) >= 100 else f'{value:.1f}'
-  # 999,960 rounds to 1.0M: the unit is chosen after rounding.
+  # The unit is chosen after rounding: 999,960 is 1.0M.
   divisor, suffix = next((d, s) for d, s in ((1e3, 'k'), (1e6, 'M'), (1e9, 'G'), (1e12, 'T'))
                          if abs(value) < d * 999.95 or s == 'T')
   scaled = value / divisor
@@ -50,19 +50,19 @@ def format_count(value):
 
 
 def format_bytes(value):
-  """Returns a size in powers of ten, as disks are sold: 702_000_000 -> '702 MB'."""
+  """Format a size with decimal units: 702_000_000 -> '702 MB'."""
   text = format_count(value)
   return f'{text[:-1]} {text[-1]}B' if text[-1] in 'kMGT' else f'{text} B'
 
 
 class Progress:
-  """Prints a run's lines.  total_steps: the last step.  start_step: the step resumed from.
+  """Print the progress lines of a run.
 
-  enabled: False on every process but the first.  clock: seconds, monotonic.
+  total_steps: the last step.  start_step: the step that the run resumed from.  enabled: False on all processes but the
+  first.  clock: monotonic seconds.
   """
 
-  def __init__(self, total_steps, start_step=0, *, stream=None, enabled=True,
-               clock=time.monotonic):
+  def __init__(self, total_steps, start_step=0, *, stream=None, enabled=True, clock=time.monotonic):
     self._total = total_steps
     self._stream = sys.stdout if stream is None else stream
     self._enabled = enabled
@@ -71,85 +71,86 @@ class Progress:
     self._live_length = 0
     self._painted = -math.inf
     self._last_step, self._last_time = start_step, None
-    self._pace = None  # Seconds per step, evaluations and checkpoints included.
+    self._pace = None  # Seconds per step, including evaluations and checkpoints.
     self._loss = ''
 
   def log(self, step, metrics, note=''):
-    """Prints the step's line.  metrics: keys such as `train/loss`; what is missing is left out.  note: its end."""
+    """Print the line of a step, and a note below it.  metrics: such as `train/loss`; missing ones are left out."""
     now = self._clock()
     self._note_pace(step, now, metrics.get('train/step_seconds'))
-    parts = [self._head('step', step), percent := f'{self._percent(step)}%']
+    fields = [self._head('step', step), percent := f'{self._percent(step)}%']
     loss = metrics.get('train/loss')
     if loss is not None:
       self._loss = f'loss {format_loss(loss)}'
-      parts.append(self._loss)
+      fields.append(self._loss)
     for key, form in (('train/lr', 'lr {:.1e}'), ('train/grad_norm', 'gnorm {:.2f}')):
       if metrics.get(key) is not None:
-        parts.append(form.format(metrics[key]))
+        fields.append(form.format(metrics[key]))
     if metrics.get('train/tokens_per_second') is not None:
-      parts.append(f'{format_count(metrics["train/tokens_per_second"])} tok/s')
+      fields.append(f'{format_count(metrics["train/tokens_per_second"])} tok/s')
     if metrics.get('train/mfu') is not None:
-      parts.append(f'mfu {_percentage(metrics["train/mfu"])}')
+      fields.append(f'mfu {_percentage(metrics["train/mfu"])}')
     wait, seconds = metrics.get('train/data_wait_seconds'), metrics.get('train/step_seconds')
     if wait is not None and seconds:
-      parts.append(f'wait {100 * wait / seconds:.1f}%')
-    parts.append(f'eta {format_duration(self.seconds_left(step))}')
-    self._print(self._fit(parts, ('wait', 'lr', percent, 'gnorm', 'mfu')))
+      fields.append(f'wait {100 * wait / seconds:.1f}%')
+    fields.append(f'eta {format_duration(self.seconds_left(step))}')
+    self._print(self._fit(fields, ('wait', 'lr', percent, 'gnorm', 'mfu')))
     if note:
       self.say(f'      {note}')
 
   def tick(self, step):
-    """Repaints the live line after a step that is not logged; does nothing on a pipe."""
+    """Update the live line after a step that is not logged.  Does nothing on a pipe."""
     if not self._live:
       return
     now = self._clock()
     if now - self._painted < REPAINT_SECONDS:
       return
     self._painted = now
-    parts = [self._head('step', step), f'{self._percent(step)}%', self._loss,
+    fields = [self._head('step', step), f'{self._percent(step)}%', self._loss,
              f'eta {format_duration(self.seconds_left(step))}' if self._pace else '']
-    text = '  '.join(p for p in parts if p)[:self._width]
+    text = '  '.join(p for p in fields if p)[:self._width]
     self._stream.write('\r' + text.ljust(self._live_length))
     self._stream.flush()
     self._live_length = len(text)
 
   def evaluated(self, step, name, metrics, seconds=None, compiling=0.0):
-    """Prints an evaluation's line.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`, `accuracy`, ...
+    """Print the line of an evaluation.  metrics: `loss` (nats), `perplexity`, `bits_per_byte`, `accuracy`, ...
 
-    seconds: without those of `compiling`.
+    seconds: excluding compilation.  compiling: seconds of compilation.
     """
-    parts = [self._head('eval', step), name]
+    fields = [self._head('eval', step), name]
     for key, form in (('loss', 'loss {:.3f}'), ('perplexity', 'ppl {:.4g}'),
                       ('bits_per_byte', '{:.3f} bits/byte'), ('accuracy', 'accuracy {:.1%}'),
                       ('margin', 'margin {:.3f}'), ('chosen_logprob', 'log p(chosen) {:.1f}'),
                       ('reward', 'reward {:.3f}'), ('teacher_kl', 'KL to the teacher {:.3f}')):
       value = metrics.get(key, metrics.get(f'eval/{name}/{key}'))
       if value is not None:
-        parts.append(form.format(value))
-    self._print(self._fit(parts + _took(seconds, compiling), ('compiled', 'ppl', 'margin', 'log p', 'loss')))
+        fields.append(form.format(value))
+    fields += _duration_fields(seconds, compiling)
+    self._print(self._fit(fields, ('compiled', 'ppl', 'margin', 'log p', 'loss')))
 
   def rollout(self, step, metrics, seconds, compiling=0.0):
-    """Prints the line of a rollout.  metrics: `reward`, `tokens`, `ended` and perhaps `kl` (nats a completion).
+    """Print the line of a rollout.  metrics: `reward`, `tokens`, `ended` and optionally `kl` (nats per completion).
 
-    seconds: without those of `compiling`.
+    seconds: excluding compilation.  compiling: seconds of compilation.
     """
-    parts = [self._head('roll', step)] + [form.format(metrics[key]) for key, form in (
+    fields = [self._head('roll', step)] + [form.format(metrics[key]) for key, form in (
         ('reward', 'reward {:.3f}'), ('tokens', '{:.1f} tokens each'), ('ended', '{:.0%} ended'),
         ('kl', 'kl {:.3g} nats')) if key in metrics]
-    self._print(self._fit(parts + _took(seconds, compiling), ('compiled',)))
+    self._print(self._fit(fields + _duration_fields(seconds, compiling), ('compiled',)))
 
   def saved(self, step, path, seconds=None, size=None):
-    """Prints a checkpoint's line.  seconds: what the loop waited.  size: bytes."""
-    parts = [self._head('save', step), str(path)]
-    parts += [format_bytes(size)] if size is not None else []
-    parts += _took(seconds)
-    over = len('  '.join(parts)) - self._width
-    if over > 0:  # The end of a path tells most of it.
-      parts[1] = '…' + parts[1][over + 1:]
-    self._print('  '.join(parts))
+    """Print the line of a checkpoint.  seconds: how long training waited for it.  size: bytes."""
+    fields = [self._head('save', step), str(path)]
+    fields += [format_bytes(size)] if size is not None else []
+    fields += _duration_fields(seconds)
+    over = len('  '.join(fields)) - self._width
+    if over > 0:  # The end of the path is the most specific part.
+      fields[1] = '…' + fields[1][over + 1:]
+    self._print('  '.join(fields))
 
   def say(self, text):
-    """Prints any other line, without tearing the live one; tables, which are several lines, as they are."""
+    """Print any other text without breaking the live line.  Text of several lines, such as a table, is not wrapped."""
     if len(text) > self._width and '\n' not in text:
       text = textwrap.fill(text, int(self._width), subsequent_indent='      ', break_long_words=False,
                            break_on_hyphens=False)
@@ -157,41 +158,41 @@ class Progress:
 
   @property
   def _width(self):
-    """Characters of a line: one less than a terminal has, for a full line would wrap; a pipe has no end."""
+    """Maximum characters per line: one less than the terminal's columns; unlimited on a pipe."""
     return max(shutil.get_terminal_size().columns - 1, 20) if self._live else math.inf
 
-  def _fit(self, parts, spare):
-    """Returns the parts as a line within the width.  spare: beginnings of those to leave out, the first one first."""
-    for start in spare:
-      if len('  '.join(parts)) > self._width:
-        parts = [part for part in parts if not part.startswith(start)]
-    return '  '.join(parts)
+  def _fit(self, fields, optional):
+    """Join fields into a line.  optional: prefixes of the fields to drop, in this order, until the line fits."""
+    for prefix in optional:
+      if len('  '.join(fields)) > self._width:
+        fields = [field for field in fields if not field.startswith(prefix)]
+    return '  '.join(fields)
 
   def seconds_left(self, step):
-    """Returns the seconds to the last step at the present pace, or None before the first log."""
+    """Return the estimated seconds to the last step, or None before the first logged step."""
     return None if self._pace is None else max(0, self._total - step) * self._pace
 
   def close(self):
-    """Clears the live line, so that what follows starts on a clean one."""
+    """Clear the live line."""
     self._clear()
 
   def _note_pace(self, step, now, step_seconds):
-    """Updates seconds per step from the time since the last log, evaluations included."""
+    """Update the estimate of seconds per step from the time since the last logged step."""
     steps = step - self._last_step
     if self._last_time is None:
-      # The first stretch holds the compilation, which does not come again.
+      # The time before the first log includes compilation, so it is not used.
       self._pace = step_seconds
     elif steps > 0:
       pace = (now - self._last_time) / steps
-      # Half old, half new: follows a change within a few lines, yet one slow save does not jump.
+      # An exponential average with weight 0.5: adapts within a few logs, and damps a single slow checkpoint.
       self._pace = pace if self._pace is None else 0.5 * self._pace + 0.5 * pace
     self._last_step, self._last_time = step, now
 
-  def _head(self, word, step):
-    return f'{word}  {step:>{len(str(self._total))}}/{self._total}'
+  def _head(self, kind, step):
+    return f'{kind}  {step:>{len(str(self._total))}}/{self._total}'
 
   def _percent(self, step):
-    # Rounded down: 100% is said of the last step only.
+    # Rounded down, so that only the last step is 100%.
     return f'{100 * step // self._total if self._total else 100:>3}'
 
   def _clear(self):
@@ -209,54 +210,54 @@ class Progress:
 
 
 def _percentage(fraction):
-  """0.41 -> '41%', 0.013 -> '1.3%': a small MFU is still told apart from none."""
+  """Format 0.41 as '41%' and 0.013 as '1.3%'."""
   percent = 100 * fraction
   return f'{percent:.0f}%' if percent >= 9.95 or percent == 0 else f'{percent:.1f}%'
 
 
-def _took(seconds, compiling=0.0):
-  """Returns the parts of a line that say how long something took, and how long its program was compiled before."""
+def _duration_fields(seconds, compiling=0.0):
+  """Return the fields with the duration of an operation and of its compilation."""
   return [format_duration(seconds)] * (seconds is not None) + [f'compiled in {format_duration(compiling)}'] * (
       compiling >= 0.05)
 
 
 class Stages:
-  """Prints the stages of a job: one line each, rewritten in a terminal, at most every 10 s elsewhere.
+  """Print the stages of a job: one line per stage, updated in place on a terminal and every 10 s on a pipe.
 
-  unit: what is counted.  clock: seconds.  Call it with the stage, how much is done, and of how much (None: unknown):
-  first when it begins, with 0 done, so that its time is measured from there.
+  Call it with (stage, number done, total or None), and first with 0 done when the stage begins.
+  unit: what is counted.  clock: monotonic seconds.
   """
 
   def __init__(self, stream=None, unit='documents', clock=time.monotonic):
     self._stream, self._unit, self._clock = stream or sys.stderr, unit, clock
     self._terminal = self._stream.isatty()
-    self._step, self._start, self._shown = None, 0.0, 0.0
-    self._line = self._summary = ''  # While a step runs, and when it is over.
+    self._stage, self._start, self._shown = None, 0.0, 0.0
+    self._line = self._summary = ''  # Shown during and after the stage.
 
-  def __call__(self, step, done, total):
+  def __call__(self, stage, done, total):
     now = self._clock()
-    if step != self._step:
+    if stage != self._stage:
       self.finish()
-      self._step, self._start, self._shown = step, now, now
+      self._stage, self._start, self._shown = stage, now, now
     seconds = now - self._start
     rate = done / seconds if seconds > 0.1 else 0.0
-    self._summary = f'{step}: {done:,} {self._unit}' if done else step
+    self._summary = f'{stage}: {done:,} {self._unit}' if done else stage
     if not done:
-      self._line = f'{step} ...'
+      self._line = f'{stage} ...'
     elif total is None:
-      self._line = f'{step}: {done:,} {self._unit}, {rate:,.0f}/s'
+      self._line = f'{stage}: {done:,} {self._unit}, {rate:,.0f}/s'
     else:
       left = f', {(total - done) / rate:,.0f} s left' if rate and done < total else ''
-      self._line = f'{step}: {done:,} of {total:,} {self._unit}, {rate:,.0f}/s{left}'
+      self._line = f'{stage}: {done:,} of {total:,} {self._unit}, {rate:,.0f}/s{left}'
     if now - self._shown >= (0.2 if self._terminal else 10.0) or not done:
       self._shown = now
       self._write(self._line, final=False)
 
   def finish(self, note=''):
-    """Ends the line of the step with how long it took.  note: what follows."""
-    if self._step is not None:
+    """End the current stage and print its duration, followed by a note."""
+    if self._stage is not None:
       self._write(f'{self._summary}, {self._clock() - self._start:.1f} s{note}', final=True)
-      self._step = None
+      self._stage = None
 
   def _write(self, line, final):
     if self._terminal:

@@ -1,7 +1,7 @@
-"""Which process of a run is slow: all of them wait for it in every step, and each looks as slow as the others.
+"""Find processes with slow hosts.
 
-So what is compared is the time that a process's own host takes for a step: reading a batch and placing it on
-its devices.  A slow chip, which makes no work for its host, is not seen here.
+All processes wait for the slowest one in every step, so step times are equal.  The time that each host takes to load
+a batch and place it on its devices is compared instead.  A slow chip is not detected.
 """
 
 import socket
@@ -11,12 +11,15 @@ import jax
 import numpy as np
 
 NAME_BYTES = 64
-# Of the step's time: a process that is late by less costs nothing worth naming.
+# Minimum delay to report, as a fraction of the step time.
 FLOOR = 0.1
 
 
 class Stragglers:
-  """Gathers host times of all processes, at log intervals.  All processes must call `find` together."""
+  """Compare the host times of all processes.
+
+  deviations: see `slow_processes`; 0 disables the comparison.
+  """
 
   def __init__(self, deviations):
     self._deviations = deviations
@@ -26,30 +29,30 @@ class Stragglers:
       text = socket.gethostname().encode()[:NAME_BYTES]
       name[:len(text)] = np.frombuffer(text, np.uint8)
       self._names = [bytes(row).rstrip(b'\0').decode(errors='replace') for row in _gather(name)]
-      _gather(np.zeros(1, np.float32))  # Compiled here, not in a timed step.
+      _gather(np.zeros(1, np.float32))  # Compile it now, not in a timed step.
 
   def find(self, host_seconds, step_seconds):
-    """Returns {process: its host's seconds a step} of those that are slow.
+    """Return {process index: host seconds per step} of the slow processes.  A collective: all processes call it.
 
-    host_seconds: of this process, for a step.  step_seconds: what a step takes, the same for all.
+    host_seconds: of this process, per step.  step_seconds: per step, equal on all processes.
     """
     if not self._active():
       return {}
     seconds = _gather(np.array([host_seconds], np.float32)).reshape(-1).tolist()
-    return {i: seconds[i] for i in slow_ones(seconds, step_seconds, self._deviations)}
+    return {i: seconds[i] for i in slow_processes(seconds, step_seconds, self._deviations)}
 
-  def describe(self, found):
-    """Returns the end of a log line: who is slow, and by how much; '' for nobody."""
-    return ', '.join(f'slow: process {i} ({self._names[i]}) {1e3 * s:.0f} ms on its host' for i, s in found.items())
+  def describe(self, slow):
+    """Format the result of `find` for the log; '' if no process is slow."""
+    return ', '.join(f'slow: process {i} ({self._names[i]}) {1e3 * s:.0f} ms on its host' for i, s in slow.items())
 
   def _active(self):
     return bool(self._deviations) and jax.process_count() > 1
 
 
-def slow_ones(seconds, step_seconds, deviations):
-  """Returns the places of those beyond the median by so many (scaled) median absolute deviations.
+def slow_processes(seconds, step_seconds, deviations):
+  """Return the indices whose seconds exceed the median by `deviations` scaled median absolute deviations.
 
-  The lower medians: of two processes, the faster one is the measure.
+  Lower medians are used, so that of two processes the faster one is the reference.
   """
   median = statistics.median_low(seconds)
   deviation = 1.4826 * statistics.median_low([abs(s - median) for s in seconds])

@@ -1,4 +1,4 @@
-"""The steps between two log lines: their metrics, their time, and how much of the devices they used."""
+"""Aggregate metrics, step time, throughput and MFU over the steps between two log lines."""
 
 import contextlib
 import time
@@ -8,12 +8,12 @@ import jax
 from llmjax.model import counts
 from llmjax.parallel import chips
 
-# What the devices say of a step that is not a metric of it.
-VERDICT = ('bad', 'loss_score', 'norm_score')
+# Outputs of the step guard, which are not metrics.
+GUARD_OUTPUTS = ('bad', 'loss_score', 'norm_score')
 
 
 class Speed:
-  """Turns tokens per second into the part of the devices' peak that the model's own FLOPs use."""
+  """Convert tokens per second to model FLOPs utilization (MFU, arXiv:2204.02311, appendix B)."""
 
   def __init__(self, spec, mesh):
     device = mesh.devices.flat[0]
@@ -22,56 +22,56 @@ class Speed:
     self._peak = peak and peak * mesh.devices.size
 
   def mfu(self, tokens_per_second):
-    """Returns the fraction, or None for a device whose peak is unknown.
+    """Return the MFU as a fraction, or None if the peak FLOP/s of the device is unknown.
 
-    A measured peak that is exceeded was none: the machine was busy then.  It is unknown from there on.
+    A measured peak that training exceeds was measured on a busy machine, so it is unknown from then on.
     """
-    used = self._peak and tokens_per_second * self._flops / self._peak
-    if used and used > 1 and self._is_measured:
-      self._peak = used = None
-    return used
+    mfu = self._peak and tokens_per_second * self._flops / self._peak
+    if mfu and mfu > 1 and self._is_measured:
+      self._peak = mfu = None
+    return mfu
 
 
 class StepTimer:
-  """The steps since the last log line: their metrics, and their time."""
+  """Metrics and wall time of the steps since the last log line."""
 
   def __init__(self):
-    self.data_wait = self.host = 0.0  # Seconds: of waiting for batches; of making them, waiting or not.
-    self._pending, self._rows = [], []  # On the devices, and read.
+    self.data_wait = self.host = 0.0  # Seconds that steps waited for batches; that the host took to load them.
+    self._pending, self._rows = [], []  # Metrics on the devices, and on the host.
     self._begin = time.perf_counter()
 
   def add(self, step, position, metrics):
-    """position: the stream's state behind the step's batch."""
+    """Add the metrics of a dispatched step.  position: state of the data stream after its batch."""
     self._pending.append((step, position, metrics))
 
   def wait(self):
-    """Waits for the devices to finish every step so far; returns the metrics of those not returned before."""
-    found = [{'step': step, 'position': position, **metrics}
-             for step, position, metrics in jax.device_get(self._pending)]
-    self._pending, self._rows = [], self._rows + found
-    return found
+    """Wait for all dispatched steps; return the metrics of those not returned before."""
+    rows = [{'step': step, 'position': position, **metrics}
+            for step, position, metrics in jax.device_get(self._pending)]
+    self._pending, self._rows = [], self._rows + rows
+    return rows
 
   @contextlib.contextmanager
   def paused(self):
-    """Leaves the block's time out of the steps'; the devices must be idle when it begins."""
+    """Exclude the time of the block from the step time.  The devices must be idle when it begins."""
     begin = time.perf_counter()
     yield
     self._begin += time.perf_counter() - begin
 
   def read(self):
-    """Returns the window's metrics, after `wait`, and begins the next window.
+    """Return the metrics of the steps so far and start anew.  Call `wait` first.
 
-    The loss is that of the steps that counted, unless none did.
+    The loss is the mean per target token over the steps that were applied, or over all steps if none was.
     """
     now, rows = time.perf_counter(), self._rows
     seconds, count = now - self._begin, len(rows)
     tokens = sum(float(row.get('tokens', row['target_tokens'])) for row in rows)
-    counted = [row for row in rows if not row['bad']] or rows
-    weight = sum(float(row['target_tokens']) for row in counted)
-    hidden = ('step', 'position', 'target_tokens', 'tokens', *VERDICT)
+    applied = [row for row in rows if not row['bad']] or rows
+    weight = sum(float(row['target_tokens']) for row in applied)
+    hidden = ('step', 'position', 'target_tokens', 'tokens', *GUARD_OUTPUTS)
     values = {
-        **{f'train/{k}': float(v) for k, v in counted[-1].items() if k not in hidden},
-        'train/loss': sum(float(r['loss']) * float(r['target_tokens']) for r in counted) / max(weight, 1),
+        **{f'train/{k}': float(v) for k, v in applied[-1].items() if k not in hidden},
+        'train/loss': sum(float(r['loss']) * float(r['target_tokens']) for r in applied) / max(weight, 1),
         'train/target_tokens': sum(float(row['target_tokens']) for row in rows),
         'train/step_seconds': seconds / count,
         'train/data_wait_seconds': self.data_wait / count,

@@ -1,13 +1,14 @@
-"""Where a run's numbers go: `metrics.jsonl`, which is the truth, and mirrors of it; `events.jsonl`.
+"""Write the metrics, samples and events of a run, and mirror the metrics to tracking services.
 
-Each line of `metrics.jsonl` is one JSON object: `step`, `time` (Unix seconds), then the metrics.
-NaN and infinities are the strings "NaN", "Infinity" and "-Infinity"; null is "not measured";
-`read_metrics` restores them.  The line is on disk when `write` returns.  Mirrors (TensorBoard,
-Weights & Biases, MLflow) are fed by a thread of their own: a slow or broken server costs a warning,
-never a training step.
+`metrics.jsonl` holds one JSON object per line: `step`, `time` (Unix seconds), then the metrics.  NaN and infinities are
+the strings "NaN", "Infinity" and "-Infinity", and null means "not measured"; `read_metrics` restores the floats.  A
+line is on disk when `write` returns.  TensorBoard, Weights & Biases and MLflow are updated by a background thread: a
+slow or failing server causes a warning and never delays a training step.
 
-`events.jsonl` tells what happened to the run: `time`, `step`, `kind` and `details` (an object) a line.  It is
-only ever added to, also where metrics go back to a checkpoint.
+`events.jsonl` records what happened to the run, one object per line: `time`, `step`, `kind` and `details`.  It is
+append-only, even when a resumed run removes metrics after its checkpoint.
+
+Secrets are masked in the config, in metrics and in events; prompts and samples are written unchanged.
 """
 
 import contextlib
@@ -27,17 +28,17 @@ from llmjax.evaluate.metrics import encode_number, read_lines, read_metrics
 
 __all__ = ['MIRRORS', 'Writer', 'open_writers', 'read_metrics', 'rewind']
 
-# Seconds that `close` waits for a mirror to take what is still queued.
+# Seconds that `close` waits for the tracking services to take the queued metrics.
 DRAIN_SECONDS = 30.0
 
 
 class LogError(Exception):
-  """A file of the run's folder cannot be written.  The text is one line: path and reason."""
+  """A log file cannot be written.  The message is one line with the path and the reason."""
 
 
 @contextlib.contextmanager
-def telling(path):
-  """Turns an OSError in the block, such as that of a full disk, into a LogError that names the file."""
+def _log_errors(path):
+  """Convert an OSError inside the block, such as a full disk, to a LogError that names the path."""
   try:
     yield
   except OSError as e:
@@ -45,27 +46,26 @@ def telling(path):
 
 
 def open_writers(workdir, config, names=('tensorboard',), resume_step=None):
-  """Returns a Writer for the run's folder; on processes other than the first it writes nothing.
+  """Open the log files of a run.  Processes other than the first get a Writer that writes nothing.
 
-  config: the resolved config as nested dicts, shown by the mirrors.  names: keys of MIRRORS.
-  resume_step: the step of the restored checkpoint; everything logged after it is removed, so that
-  no curve overlaps itself.  None starts afresh: an earlier `metrics.jsonl` becomes
-  `metrics.jsonl.bak`.  Raises ConfigError on an unknown name or a package that is not installed,
-  LogError where the folder cannot be written.
+  config: the resolved config as nested dicts, sent to the mirrors.  names: keys of MIRRORS.
+  resume_step: step of the restored checkpoint; later metrics and samples are removed, so that curves do not overlap.
+  None starts a new run: an existing `metrics.jsonl` is renamed to `metrics.jsonl.bak`.
+  Raises ConfigError for an unknown name or a missing package, LogError if the folder cannot be written.
   """
-  problems = [f'writers: {name!r} is not one; known: {", ".join(MIRRORS)}'
+  problems = [f'writers: {name!r} is not one of: {", ".join(MIRRORS)}'
               for name in names if name not in MIRRORS]
   if problems:
     raise configs.ConfigError(problems)
-  import jax  # Here, so that reading and rewinding need no JAX.
+  import jax  # Imported here: reading and rewinding logs do not need JAX.
   if jax.process_index() != 0:
     return Writer(None, ())
   config = secrets.hide_within(config)
   workdir = pathlib.Path(workdir)
-  with telling(workdir):
+  with _log_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
   mirrors, problems = [], []
-  for name in names:  # Before anything is rewound: a missing package must not cost a curve.
+  for name in names:  # Before any file is rewound: a missing package must not cost metrics.
     try:
       mirrors.append((name, MIRRORS[name](workdir, config, resume_step)))
     except configs.ConfigError as e:
@@ -73,16 +73,15 @@ def open_writers(workdir, config, names=('tensorboard',), resume_step=None):
   if problems:
     raise configs.ConfigError(problems)
   for name in ('metrics.jsonl', 'samples.jsonl'):
-    with telling(workdir / name):
+    with _log_errors(workdir / name):
       rewind(workdir / name, resume_step)
   return Writer(workdir, mirrors)
 
 
 def rewind(path, step):
-  """Removes the lines of a JSON-lines file with `step` above the given; None removes all of them.
+  """Remove the lines of a JSONL file whose `step` is greater than the given one, and a truncated last line.
 
-  The file is replaced in one move, so a kill leaves the old file or the new one.  A last line that
-  a kill cut off goes too.  With None the old file is kept beside it as `<name>.bak`.
+  The file is replaced atomically.  With step=None it is renamed to `<name>.bak` instead.
   """
   path = pathlib.Path(path)
   if not path.exists():
@@ -100,14 +99,14 @@ def rewind(path, step):
 
 
 class Lines:
-  """A JSON-lines file to append to; a last line that a kill cut off is removed.  Raises LogError.
+  """A JSONL file opened for appending; a truncated last line is removed.  Raises LogError.
 
-  Line buffered: each line reaches the system when it is written and survives a kill.
+  The file is line buffered: a written line survives a kill of the process.
   """
 
   def __init__(self, path):
     self._path = pathlib.Path(path)
-    with telling(path):
+    with _log_errors(path):
       self._path.parent.mkdir(parents=True, exist_ok=True)
       self._file = open(path, 'a+', buffering=1, encoding='utf-8')
       content = self._path.read_bytes()
@@ -115,13 +114,13 @@ class Lines:
         self._file.truncate(content.rfind(b'\n') + 1)
 
   def append(self, row):
-    """Writes an object as a line."""
-    with telling(self._path):
+    """Append one JSON object."""
+    with _log_errors(self._path):
       self._file.write(_line(row))
 
   def close(self):
-    """Closes the file.  May be called twice."""
-    with contextlib.suppress(OSError):  # All lines are out but one that a LogError told of, which fails again.
+    """Close the file.  May be called twice."""
+    with contextlib.suppress(OSError):  # A line that failed with a LogError is still buffered and fails again.
       self._file.close()
 
 
@@ -130,7 +129,7 @@ def _line(row):
 
 
 class Writer:
-  """Appends to `metrics.jsonl`, `samples.jsonl` and `events.jsonl` and feeds the mirrors.  Close it at the end."""
+  """Append to `metrics.jsonl`, `samples.jsonl` and `events.jsonl`, and feed the mirrors.  Must be closed."""
 
   def __init__(self, workdir, mirrors):
     self._metrics = self._samples = self._events = None
@@ -145,9 +144,9 @@ class Writer:
       self._thread.start()
 
   def write(self, step, values):
-    """Writes {key: int, float or None} at a step.  Arrays are read, which waits for them.
+    """Write metrics {key: int, float, None or scalar array} of a step.  Reading an array waits for its computation.
 
-    Texts, which say what the numbers are of, go to `metrics.jsonl` alone.
+    String values, which identify the evaluated data, go to `metrics.jsonl` only.
     """
     if self._metrics is None:
       return
@@ -157,32 +156,30 @@ class Writer:
               for key, v in values.items() if key not in texts}
     row = {'step': int(step), 'time': round(now, 3)}
     row.update((key, encode_number(v)) for key, v in values.items())
-    self._metrics.append(row | texts)
+    self._metrics.append(row | secrets.hide_within(texts))
     scalars = {key: float(v) for key, v in values.items() if v is not None}
     self._queue.put(('scalars', int(step), now, scalars))
 
   def write_sample(self, step, prompt, text):
-    """Appends {step, prompt, text} to `samples.jsonl`: what the model wrote after the prompt."""
+    """Append {step, prompt, text} to `samples.jsonl`, where text is the completion of the prompt."""
     if self._samples is None:
       return
-    prompt, text = secrets.hide(prompt), secrets.hide(text)
     self._samples.append({'step': int(step), 'prompt': prompt, 'text': text})
     self._queue.put(('sample', int(step), time.time(), (prompt, text)))
 
   def event(self, step, kind, **details):
-    """Appends what happened to `events.jsonl`.  details: what JSON holds, and floats of any kind."""
+    """Append an event to `events.jsonl`.  details: JSON values, non-finite floats included."""
     if self._events is not None:
-      details = {k: encode_number(v) if isinstance(v, float) else v for k, v in details.items()}
+      details = {k: encode_number(v) if isinstance(v, float) else secrets.hide_within(v) for k, v in details.items()}
       self._events.append({'time': round(time.time(), 3), 'step': int(step), 'kind': kind, 'details': details})
 
   def close(self):
-    """Waits for the mirrors (30 s at most) and closes the files.  May be called twice."""
+    """Wait for the mirrors, at most DRAIN_SECONDS, and close the files.  May be called twice."""
     if self._thread is not None:
       self._queue.put(None)
       self._thread.join(DRAIN_SECONDS)
       if self._thread.is_alive():
-        print('warning: a metrics mirror did not finish in time; metrics.jsonl is complete',
-              file=sys.stderr)
+        print('warning: a metrics mirror did not finish in time; metrics.jsonl is complete', file=sys.stderr)
       self._thread = None
     for file in (self._metrics, self._samples, self._events):
       if file is not None:
@@ -196,7 +193,7 @@ class Writer:
     self.close()
 
   def _feed(self):
-    """Hands queued rows to every mirror; one that fails is dropped with a warning."""
+    """Send queued entries to every mirror; a mirror that fails is dropped with a warning."""
     while (entry := self._queue.get()) is not None:
       kind, step, now, content = entry
       for name, mirror in list(self._mirrors):
@@ -207,18 +204,33 @@ class Writer:
   def _guard(self, name, mirror, call, *arguments):
     try:
       call(*arguments)
-    except Exception as e:  # A mirror's server may fail in any way; training goes on.
+    except Exception as e:  # A tracking server may fail in any way; training continues.
       self._mirrors.remove((name, mirror))
-      print(f'warning: {name} stopped ({type(e).__name__}: {e}); metrics.jsonl goes on',
+      print(f'warning: {name} stopped ({type(e).__name__}: {e}); metrics.jsonl is still written',
             file=sys.stderr)
 
 
-class TensorBoard:
-  """TensorBoard events under `<workdir>/tensorboard`, without TensorFlow."""
+class Mirror:
+  """A tracking service: the constructor starts it with (workdir, config, resume_step)."""
+
+  def scalars(self, step, now, values):
+    """Log {key: float} of a step.  now: Unix seconds."""
+    raise NotImplementedError
+
+  def sample(self, step, now, prompt_and_text):
+    """Log a sample; by default samples are in `samples.jsonl` only."""
+
+  def close(self):
+    """Flush and end the run."""
+    raise NotImplementedError
+
+
+class TensorBoard(Mirror):
+  """TensorBoard event files under `<workdir>/tensorboard`, written without TensorFlow."""
 
   def __init__(self, workdir, config, resume_step):
     package = _import('tensorboardX', 'pip install tensorboardX')
-    # TensorBoard itself drops what older event files hold from purge_step on.
+    # TensorBoard ignores the events of older files from purge_step on.
     self._writer = package.SummaryWriter(
         str(workdir / 'tensorboard'), purge_step=0 if resume_step is None else resume_step + 1)
     text = json.dumps(config, indent=2, default=str)
@@ -236,8 +248,8 @@ class TensorBoard:
     self._writer.close()
 
 
-class WeightsAndBiases:
-  """A Weights & Biases run; its environment variables (WANDB_PROJECT, WANDB_MODE, …) hold."""
+class WeightsAndBiases(Mirror):
+  """A Weights & Biases run, configured by its environment variables (WANDB_PROJECT, WANDB_MODE, …)."""
 
   def __init__(self, workdir, config, resume_step):
     package = _import('wandb', "pip install wandb")
@@ -245,22 +257,19 @@ class WeightsAndBiases:
         project=os.environ.get('WANDB_PROJECT', 'llmjax'), name=workdir.name, dir=str(workdir),
         id=_mirror_id(workdir, 'wandb', resume_step, lambda: uuid.uuid4().hex[:12]),
         config=config, resume='allow')
-    # Our own step on the axis: theirs may only grow, and a resumed run goes back.
+    # The service's own step must increase, but a resumed run goes back to its checkpoint.
     self._run.define_metric('*', step_metric='step')
 
   def scalars(self, step, now, values):
-    del now  # The service stamps rows itself.
+    del now  # The service records its own times.
     self._run.log({'step': step, **values})
-
-  def sample(self, step, now, prompt_and_text):
-    pass  # Samples stay in samples.jsonl: tables there are expensive to append to.
 
   def close(self):
     self._run.finish()
 
 
-class MLflow:
-  """An MLflow run on the server that MLFLOW_TRACKING_URI names."""
+class MLflow(Mirror):
+  """An MLflow run on the server at MLFLOW_TRACKING_URI."""
 
   def __init__(self, workdir, config, resume_step):
     package = _import('mlflow', "pip install mlflow")
@@ -269,9 +278,9 @@ class MLflow:
     self._id = _mirror_id(workdir, 'mlflow', resume_step, lambda: self._create(name, workdir.name))
     self._entities = importlib.import_module('mlflow.entities')
     if resume_step is None:
-      # 500: the longest value that every MLflow store takes.
+      # 500 characters: the longest value that every MLflow store accepts.
       params = [self._entities.Param(k, str(v)[:500]) for k, v in _flatten(config)]
-      for start in range(0, len(params), 100):  # 100: a request's limit.
+      for start in range(0, len(params), 100):  # 100 parameters: the limit of a request.
         self._client.log_batch(self._id, params=params[start:start + 100])
 
   def _create(self, experiment_name, run_name):
@@ -283,9 +292,6 @@ class MLflow:
   def scalars(self, step, now, values):
     self._client.log_batch(self._id, metrics=[
         self._entities.Metric(k, v, int(now * 1000), step) for k, v in values.items()])
-
-  def sample(self, step, now, prompt_and_text):
-    pass  # As with Weights & Biases: samples.jsonl holds them.
 
   def close(self):
     self._client.set_terminated(self._id)
@@ -303,7 +309,7 @@ def _import(package, command):
 
 
 def _mirror_id(workdir, name, resume_step, create):
-  """Returns the service's run id: a resumed run goes on under the id kept in `mirrors.json`."""
+  """Return the service's run id.  A resumed run continues under the id stored in `mirrors.json`."""
   path = workdir / 'mirrors.json'
   ids = json.loads(path.read_text()) if path.exists() else {}
   if resume_step is None or name not in ids:
@@ -313,7 +319,7 @@ def _mirror_id(workdir, name, resume_step, create):
 
 
 def _flatten(nested, prefix=''):
-  """Yields ('model.num_layers', 4) for every leaf of nested dicts."""
+  """Yield (path, value), such as ('model.num_layers', 4), for every leaf of nested dicts."""
   for key, value in nested.items():
     if isinstance(value, dict):
       yield from _flatten(value, f'{prefix}{key}.')

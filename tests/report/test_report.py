@@ -79,7 +79,7 @@ def run_folder(tmp_path):
   row = {'kind': 'TPU v5p', 'chips': 64, 'seconds': 7200.0, 'chip_hours': 128.0, 'kwh': 52.5, 'kg_co2': None,
          'money': 537.6, 'watts_per_chip': 376.0, 'watts_source': 'cost.chip_watts', 'pue': 1.09, 'currency': 'USD',
          'grid_grams_per_kwh': 0.0, 'price_per_chip_hour': 4.2}
-  _write(folder, 'energy.json', {'sittings': [row, row], 'total': {
+  _write(folder, 'energy.json', {'attempts': [row, row], 'total': {
       'seconds': 14400.0, 'chip_hours': 256.0, 'kwh': 105.0, 'kg_co2': None, 'money': 1075.2,
       'unknown': {'kg_co2': {'seconds': 14400.0, 'field': 'cost.grid_grams_per_kwh'}}}})
   _write(folder, 'environment.json', {

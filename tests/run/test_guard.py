@@ -247,7 +247,7 @@ def test_early_stopping(tmp_path, capsys):
   evaluators = {'validation': lambda params, frozen: {'loss': next(curve)}}
   status, _ = train(tmp_path, steps=12, evaluators=evaluators, eval_every=1, patience=3)
   assert status == 0
-  assert 'stopped at step 5: eval/validation/loss has no new best in 3 evaluations' in capsys.readouterr().out
+  assert 'stopped at step 5: eval/validation/loss has not improved in 3 evaluations' in capsys.readouterr().out
   (event,) = events(tmp_path, 'early_stop')
   assert event['step'] == 5 and event['details']['best_step'] == 2
   assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('[0-9]*')) == ['5']

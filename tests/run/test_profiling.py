@@ -1,4 +1,4 @@
-"""A real trace gives the operations that ran, once each, with where they came from."""
+"""A trace lists the operations that ran, with their self time and the JAX operation that each came from."""
 
 import json
 
@@ -12,7 +12,7 @@ from llmjax.run import profiler as profiling
 
 @pytest.fixture(scope='module')
 def traced(tmp_path_factory):
-  """(folder, what was said) of three traced steps, each a loop of four matrix products."""
+  """(profile folder, printed lines) of three traced steps, each a loop of four matrix products."""
   workdir, said = tmp_path_factory.mktemp('run'), []
 
   @jax.jit
@@ -32,13 +32,13 @@ def traced(tmp_path_factory):
 
 def test_products_lead_the_table_and_are_counted_once(traced):
   folder, _ = traced
-  operations = profiling.top_operations(folder)
+  operations = json.loads((folder / 'top_operations.json').read_text())['operations']
   first = operations[0]
   assert 'dot_general' in first['origin'] and first['count'] == 3 * 4
   assert [o['total_ms'] for o in operations] == sorted(
       (o['total_ms'] for o in operations), reverse=True)
   assert len(operations) <= 10 and sum(o['percent'] for o in operations) <= 100.01
-  # A loop's own time is without its body's.
+  # The self time of a loop excludes its body.
   assert all(o['percent'] < 50 for o in operations if o['name'].startswith('while'))
 
 
@@ -83,43 +83,41 @@ def test_right_ranges_are_read():
   assert config.build(profiling.ProfileSpec, {}).steps == ''
 
 
-def message(*fields):
-  """Returns a protocol buffer message of (field number, int, text or bytes)."""
-  def varint(value):
-    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
-
-  out = b''
-  for number, value in fields:
-    if isinstance(value, int):
-      out += varint(number << 3) + varint(value)
-    else:
-      value = value.encode() if isinstance(value, str) else value
-      out += varint(number << 3 | 2) + varint(len(value)) + value
-  return out
+# A trace of CUDA graphs: the hlo_op of every kernel is the graph's, and the kernel's name is the event's.
+GPU_TRACE = '''
+planes {
+  name: "/device:GPU:0"
+  event_metadata { key: 1 value { id: 1 name: "loop_add_fusion_3" } }
+  event_metadata { key: 2 value { id: 2 name: "void cutlass::Kernel2<gemm>" } }
+  event_metadata { key: 3 value { id: 3 name: "other_fusion" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+  stat_metadata { key: 2 value { id: 2 name: "hlo_module" } }
+  lines { id: 1 name: "Stream #20(Compute)" EVENTS }
+}'''
 
 
-def test_kernels_of_a_gpu_graph_go_by_their_own_names(tmp_path):
-  """In a trace of CUDA graphs every kernel's hlo_op is the graph's; its own name is the event's."""
-  instruction = message((1, 'loop_add_fusion.3'), (7, message((2, 'jit(step)/add'))))
-  program = message((1, message((1, 'jit_step'), (3, message((2, instruction))))))
-  kernels = ['loop_add_fusion_3', 'void cutlass::Kernel2<gemm>', 'other_fusion']
-  metadata = [(4, message((1, i), (2, message((1, i), (2, name))))) for i, name in enumerate(kernels, 1)]
-  stats = [(5, message((1, i), (2, message((1, i), (2, name))))) for i, name in enumerate(('hlo_op', 'hlo_module'), 1)]
-  event = lambda kernel, at, micros, op: (4, message(
-      (1, kernel), (2, at * 10**6), (3, micros * 10**6), (4, message((1, 1), (5, op))),
-      (4, message((1, 2), (5, 'jit_step')))))
-  line = message((1, 1), (2, 'Stream #20(Compute)'), (3, 0), *(
-      event(1, 0, 10, 'command_buffer_178'), event(2, 20, 70, 'command_buffer_178'),
-      event(1, 100, 10, 'command_buffer'), event(3, 200, 10, 'dot.7')))
-  gpu = message((1, 1), (2, '/device:GPU:0'), (3, line), *metadata, *stats)
-  host = message((1, 2), (2, '/host:metadata'), (4, message((1, 1), (2, message((1, 1), (2, 'jit_step'), (5, message(
-      (1, 1), (6, program))))))))
+def gpu_event(kernel, begin_us, duration_us, hlo_op):
+  return (f'events {{ metadata_id: {kernel} offset_ps: {begin_us}000000 duration_ps: {duration_us}000000 '
+          f'stats {{ metadata_id: 1 str_value: "{hlo_op}" }} stats {{ metadata_id: 2 str_value: "jit_step" }} }}')
+
+
+def test_kernels_of_a_cuda_graph_are_listed_by_their_own_names(tmp_path):
+  events = [(1, 0, 10, 'command_buffer_178'), (2, 20, 70, 'command_buffer_178'), (1, 100, 10, 'command_buffer'),
+            (3, 200, 10, 'dot.7')]
+  trace = GPU_TRACE.replace('EVENTS', ' '.join(gpu_event(*event) for event in events))
   folder = tmp_path / 'plugins/profile/now'
   folder.mkdir(parents=True)
-  (folder / 'a.xplane.pb').write_bytes(message((1, gpu), (1, host)))
-  found = profiling.top_operations(tmp_path)
-  assert [(o['name'], o['origin'], o['total_ms'], o['count']) for o in found] == [
+  (folder / 'a.xplane.pb').write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(trace))
+  operations = profiling.top_operations(tmp_path, {('jit_step', 'loop_add_fusion_3'): 'jit(step)/add'})
+  assert [(o['name'], o['origin'], o['total_ms'], o['count']) for o in operations] == [
       ('cutlass::Kernel2<gemm>', '', 0.07, 1), ('loop_add_fusion_3', 'jit(step)/add', 0.02, 2), ('dot.7', '', 0.01, 1)]
+
+
+def test_origins_are_read_from_the_loaded_programs():
+  compiled = jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((8, 8))).compile()
+  origins = profiling.operation_origins()
+  assert any(origin.endswith('/dot_general') for origin in origins.values())
+  del compiled
 
 
 def test_the_table_fits_a_terminal():

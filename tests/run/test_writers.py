@@ -1,4 +1,4 @@
-"""metrics.jsonl is legal JSON, goes back on resume, and survives kills and broken mirrors."""
+"""metrics.jsonl is valid JSON, is rewound when a run resumes, and survives kills and failing mirrors."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def _steps(path):
   return [row['step'] for row in writers.read_metrics(path)]
 
 
-def test_every_line_is_legal_json_and_reading_restores_it(tmp_path):
+def test_every_line_is_valid_json_and_reading_restores_the_floats(tmp_path):
   values = {'train/loss': math.nan, 'train/grad_norm': math.inf, 'eval/v/loss': -math.inf,
             'train/lr': 3e-4, 'train/mfu': None, 'count': 7}
   with writers.open_writers(tmp_path, {}, names=()) as writer:
@@ -43,7 +43,7 @@ def test_a_line_is_on_disk_when_write_returns(tmp_path):
   writer.close()
 
 
-def test_resume_removes_what_came_after_the_checkpoint(tmp_path):
+def test_resuming_removes_metrics_after_the_checkpoint(tmp_path):
   with writers.open_writers(tmp_path, {}, names=()) as writer:
     for step in range(1, 8):
       writer.write(step, {'train/loss': float(step)})
@@ -57,14 +57,14 @@ def test_resume_removes_what_came_after_the_checkpoint(tmp_path):
   assert not list(tmp_path.glob('*.tmp'))
 
 
-def test_rewinding_keeps_strings_for_nan(tmp_path):
+def test_rewinding_keeps_the_encoding_of_nan(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1, "a": "NaN"}\n{"step": 2, "a": 1.0}\n')
   writers.rewind(path, 1)
   assert path.read_text() == '{"step": 1, "a": "NaN"}\n'
 
 
-def test_a_fresh_start_sets_the_old_curve_aside(tmp_path):
+def test_a_new_run_renames_the_old_metrics(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 9}\n')
   with writers.open_writers(tmp_path, {}, names=()) as writer:
     writer.write(1, {})
@@ -73,7 +73,7 @@ def test_a_fresh_start_sets_the_old_curve_aside(tmp_path):
 
 
 @pytest.mark.parametrize('tail', ['{"step": 3, "tra', '\0\0\0\0', '{"step": 3, "a": "é'])
-def test_a_kill_in_the_middle_of_a_line_costs_only_that_line(tmp_path, tail):
+def test_a_truncated_last_line_is_dropped(tmp_path, tail):
   path = tmp_path / 'metrics.jsonl'
   path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail.encode()[:-1])
   assert _steps(path) == [1, 2]
@@ -82,15 +82,15 @@ def test_a_kill_in_the_middle_of_a_line_costs_only_that_line(tmp_path, tail):
   assert _steps(path) == [1, 2, 3]
 
 
-def test_damage_before_the_end_names_the_line(tmp_path):
+def test_a_damaged_line_is_reported_with_its_number(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
   with pytest.raises(ConfigError, match=r'metrics\.jsonl: line 2 is not a JSON object'):
     writers.read_metrics(path)
 
 
-def test_unknown_and_missing_mirrors_say_what_to_do(tmp_path, monkeypatch):
-  with pytest.raises(ConfigError, match="'tensorbord' is not one; known: tensorboard, wandb"):
+def test_unknown_and_missing_mirrors_are_errors_with_a_remedy(tmp_path, monkeypatch):
+  with pytest.raises(ConfigError, match="'tensorbord' is not one of: tensorboard, wandb"):
     writers.open_writers(tmp_path, {}, names=('tensorbord',))
   for package in ('wandb', 'mlflow'):
     monkeypatch.setitem(sys.modules, package, None)
@@ -98,7 +98,7 @@ def test_unknown_and_missing_mirrors_say_what_to_do(tmp_path, monkeypatch):
   with pytest.raises(ConfigError) as e:
     writers.open_writers(tmp_path, {}, names=('wandb', 'mlflow'))
   assert 'pip install wandb' in e.value.problems[0] and 'pip install mlflow' in e.value.problems[1]
-  assert _steps(tmp_path) == [1]  # Nothing was rewound for a run that did not start.
+  assert _steps(tmp_path) == [1]  # Not rewound, since the run did not start.
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):
@@ -109,7 +109,7 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
   assert 'tensorflow' not in sys.modules
 
 
-def test_a_failing_mirror_is_dropped_and_the_file_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_failing_mirror_is_dropped_and_the_file_is_still_written(tmp_path, monkeypatch, capsys):
   class Broken:
     def __init__(self, *unused):
       pass
@@ -125,7 +125,7 @@ def test_a_failing_mirror_is_dropped_and_the_file_goes_on(tmp_path, monkeypatch,
   assert capsys.readouterr().err.count('broken stopped (ConnectionError: no server)') == 1
 
 
-def test_wandb_resumes_the_same_run_on_our_own_step_axis(tmp_path, monkeypatch):
+def test_wandb_resumes_the_same_run_with_its_own_step_metric(tmp_path, monkeypatch):
   started, logged = [], []
   run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append,
                               finish=lambda: None)
@@ -139,6 +139,19 @@ def test_wandb_resumes_the_same_run_on_our_own_step_axis(tmp_path, monkeypatch):
   assert logged[0] == {'step': 2, 'train/loss': 1.5}
 
 
+def test_secrets_are_masked_in_events_and_metrics_but_not_in_samples(tmp_path, monkeypatch):
+  monkeypatch.setenv('HF_TOKEN', 'canary-0f3a9')
+  text = 'a canary-0f3a9 b'
+  with writers.open_writers(tmp_path, {}, names=()) as writer:
+    writer.write(1, {'eval/v/source': text})
+    writer.event(1, 'start', reason=text, changes={'a': [text]})
+    writer.write_sample(1, text, text)
+  read = lambda name: json.loads((tmp_path / name).read_text())
+  assert read('metrics.jsonl')['eval/v/source'] == 'a *** b'
+  assert read('events.jsonl')['details'] == {'reason': 'a *** b', 'changes': {'a': ['a *** b']}}
+  assert read('samples.jsonl') == {'step': 1, 'prompt': text, 'text': text}
+
+
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
   monkeypatch.setattr('jax.process_index', lambda: 1)
   with writers.open_writers(tmp_path / 'run', {}) as writer:
@@ -147,7 +160,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
   assert not (tmp_path / 'run').exists()
 
 
-def test_downsampling_keeps_ends_spikes_and_nan():
+def test_downsampling_keeps_the_ends_spikes_and_nan():
   values = [math.sin(i / 1000) for i in range(100_000)]
   values[77_777], values[33_333], values[50_000] = 1e6, -1e6, math.nan
   kept = downsample(values, 1200)
@@ -156,12 +169,12 @@ def test_downsampling_keeps_ends_spikes_and_nan():
   assert downsample([1.0, 2.0], 1200) == [0, 1]
 
 
-def test_smoothing_follows_a_constant_at_once_and_steps_over_nan():
+def test_smoothing_of_a_constant_is_exact_and_skips_nan():
   smoothed = smooth([2.0, 2.0, math.nan, 2.0], 100)
   assert smoothed[:2] == pytest.approx([2.0, 2.0]) and math.isnan(smoothed[2])
   assert smoothed[3] == pytest.approx(2.0)
   assert smooth([1.0, 5.0, 3.0], 1) == [1.0, 5.0, 3.0]
 
 
-def test_a_curve_leaves_out_what_was_not_measured():
+def test_a_curve_skips_missing_values():
   assert curve([{'step': 1, 'a': 2}, {'step': 2}, {'step': 3, 'a': None}], 'a') == ([1], [2.0])
