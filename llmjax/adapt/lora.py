@@ -20,10 +20,10 @@ from llmjax.adapt.matrices import find, find_targets, matrices, matrix_axes, pat
 from llmjax.config import ConfigError
 from llmjax.ops.products import (
   Weight,
+  all_gather,
   contract,
   contract_back,
   dense,
-  fetch,
   is_differentiated,
   is_weight,
   project,
@@ -126,7 +126,8 @@ def _low_rank(in_dims, layout, scales, x, w, factors):
   w + a b where that is less work.
   """
   layouts = _factor_layouts(layout, in_dims)
-  w, factors = fetch(w, layout), tuple((fetch(a, layouts[0]), fetch(b, layouts[1])) for a, b in factors)
+  w = all_gather(w, layout)
+  factors = tuple((all_gather(a, layouts[0]), all_gather(b, layouts[1])) for a, b in factors)
 
   def beside(x, w, factors):
     return contract(x, w, in_dims) + sum(
@@ -152,7 +153,8 @@ def _low_rank_bwd(in_dims, layout, scales, residuals, d_out):
   if isinstance(d_out, SymbolicZero):
     return None, None, None
   layouts = _factor_layouts(layout, in_dims)
-  w, factors = fetch(stored, layout), tuple((fetch(a, layouts[0]), fetch(b, layouts[1])) for a, b in factors)
+  w = all_gather(stored, layout)
+  factors = tuple((all_gather(a, layouts[0]), all_gather(b, layouts[1])) for a, b in factors)
   d_hidden = [scale * contract_back(d_out, b, 1) for (_, b), scale in zip(factors, scales, strict=True)]
   d_factors = tuple(
       (weight_gradient(x, d_h, in_dims, layouts[0]),
@@ -209,8 +211,8 @@ class Adapted(Weight):
       total = total + factors.delta(w, self.in_dims)
     return total.astype(w.dtype)
 
-  def fetch(self, layout):
-    return self.dense() if layout is None else layout.fetch(self.dense())
+  def all_gather(self, layout):
+    return self.dense() if layout is None else layout.all_gather(self.dense())
 
   def product(self, x, in_dims, layout):
     factors = [f.astype(x.dtype) for f in self.factors]

@@ -68,13 +68,13 @@ class Quantized(Weight):
     split = values.reshape(*self.shape[:-1], blocks, -1)
     return (split * scale[..., None]).reshape(self.shape).astype(self.value_dtype)
 
-  def fetch(self, layout):
+  def all_gather(self, layout):
     """Gathers codes, not what they stand for."""
     if layout is None:
       return self.dense()
-    part = lambda *names: dataclasses.replace(layout, names=names).fetch
+    part = lambda *names: dataclasses.replace(layout, names=names).all_gather
     names = layout.names
-    return self.replace(codes=layout.fetch(self.codes), scales=part(*names[:-1], None)(self.scales),
+    return self.replace(codes=layout.all_gather(self.codes), scales=part(*names[:-1], None)(self.scales),
                         step=part(names[0])(self.step)).dense()
 
 

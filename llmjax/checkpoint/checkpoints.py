@@ -48,7 +48,7 @@ from llmjax.train.state import TrainState
 SEAL_SECONDS = 60.0
 REMOVALS = 10  # How often the remains of a failed save are looked for.
 _SAVES = itertools.count()  # All processes count alike.
-MEETING_SECONDS = 0.2  # How often a process looks whether another one's part of the save has failed.
+BARRIER_SECONDS = 0.2  # How often a process looks whether another one's part of the save has failed.
 LEAVE_SECONDS = 10.0  # A process that fails alone waits so long for its part of a save.
 PARTS = 10  # A save or a restore has at most this share of its arrays in flight, or the largest of them.
 
@@ -85,7 +85,7 @@ class Checkpoints:
     self.passed_over = []
     self._orbax = None  # Made for the first save.
     _quieten_failed_saves()
-    self._meeting = None  # Of the processes that write the save in flight, where there are several.
+    self._barrier = None  # Of the processes that write the save in flight, where there are several.
     self._thread, self._outcome, self._cleared = None, None, False
     self._finished = collections.deque()
 
@@ -97,7 +97,7 @@ class Checkpoints:
     # Asynchronous creation would leave Orbax's threads waiting for minutes when a folder cannot be made.
     return ocp.AsyncCheckpointer(handlers, async_options=ocp.options.AsyncOptions(
         create_directories_asynchronously=False,
-        barrier_sync_fn=lambda *, key, timeout_ms: self._meeting.wait(key, timeout_ms)))
+        barrier_sync_fn=lambda *, key, timeout_ms: self._barrier.wait(key, timeout_ms)))
 
   def latest(self):
     """Returns the newest good step, None where there is no checkpoint; `passed_over` says which newer ones are damaged.
@@ -127,9 +127,9 @@ class Checkpoints:
     begin = time.perf_counter()
     self._join()
     if jax.process_count() > 1:
-      if self._meeting:
-        self._meeting.forget()
-      self._meeting = distributed.Meeting(f'saves/{next(_SAVES)}')
+      if self._barrier:
+        self._barrier.close()
+      self._barrier = distributed.Barrier(f'saves/{next(_SAVES)}')
     rest = {'step': state.step, 'opt_state': state.opt_state, 'key': state.key}
     try:
       if names := find_nonfinite({'params': state.params, 'optimizer': rest}):
@@ -244,7 +244,7 @@ class Checkpoints:
 
   def _wait_for_orbax(self):
     """Returns when Orbax has committed; raises why it, or another process's, does not."""
-    if self._meeting is None:
+    if self._barrier is None:
       self._orbax.wait_until_finished()
       return
     errors = []
@@ -258,9 +258,9 @@ class Checkpoints:
     thread = threading.Thread(target=wait, name='wait for orbax', daemon=True)
     thread.start()
     while thread.is_alive():
-      thread.join(MEETING_SECONDS)
+      thread.join(BARRIER_SECONDS)
       try:
-        self._meeting.check()
+        self._barrier.check()
       except distributed.AbsentError:
         # It may go on writing until its timeout, and would keep the next save waiting.
         self._orbax = None
@@ -277,8 +277,8 @@ class Checkpoints:
       except seal.SealError:
         if time.monotonic() > deadline:
           raise
-        if self._meeting:
-          self._meeting.check()
+        if self._barrier:
+          self._barrier.check()
         time.sleep(0.05)
 
   def _retain(self, saved):
@@ -298,8 +298,8 @@ class Checkpoints:
   def _fail(self, step, error):
     """Notes why a save failed, and frees what it has written."""
     path = self.folder / str(step)
-    if self._meeting and not isinstance(error, distributed.AbsentError):
-      self._meeting.refuse(_reason(error))
+    if self._barrier and not isinstance(error, distributed.AbsentError):
+      self._barrier.abort(_reason(error))
     problem = f'{path} is not saved: {_reason(error)}'
     if not isinstance(error, SaveError) and (free := free_bytes(self.folder)) is not None:
       problem += f'; {free:,} bytes are free there'

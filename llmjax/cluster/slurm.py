@@ -1,6 +1,6 @@
 """`llmjax launch slurm`: the command as one Slurm job, one process a GPU or a node.
 
-The processes find one another through the variables that srun sets (parallel/distributed.py).
+The processes find one another through the variables that srun sets (parallel/rendezvous.py).
 """
 
 import dataclasses

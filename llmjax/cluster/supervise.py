@@ -359,7 +359,7 @@ def start_processes(group, command, count, devices):
 
 
 def _environment(environment, coordinator, count, process_id, devices, hang):
-  """Returns the variables that tell a process its place (see parallel/distributed.py) and its devices."""
+  """Returns the variables that tell a process its place (see parallel/rendezvous.py) and its devices."""
   # An emulated device count of the caller's would hold for each process.
   flags = re.sub(r'--xla_force_host_platform_device_count=\S+', '', environment.get('XLA_FLAGS', ''))
   if hang and 'collective_timeout' not in flags:

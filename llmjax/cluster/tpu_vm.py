@@ -1,6 +1,6 @@
 """`llmjax launch tpu-vm`: the command on every host of a Cloud TPU VM, over ssh.
 
-The hosts find one another through the TPU's metadata (parallel/distributed.py).
+The hosts find one another through the TPU's metadata (parallel/rendezvous.py).
 """
 
 import dataclasses

@@ -248,7 +248,7 @@ class Generator:
     def cut(tokens, logprobs):
       """Drops added rows, and counts each row's tokens up to its stop token."""
       nonlocal done
-      tokens, logprobs = self.fetch(tokens)[:rows], self.fetch(logprobs)[:rows]
+      tokens, logprobs = self.to_host(tokens)[:rows], self.to_host(logprobs)[:rows]
       stops = np.isin(tokens, stop_ids) & ~done[:, None]
       first = np.where(stops.any(1), stops.argmax(1) + 1, tokens.shape[1])
       counts = np.where(done, 0, first).astype(np.int32)
@@ -271,7 +271,7 @@ class Generator:
       steps = min(chunk, CHUNK, max_new_tokens - made, slots - used)
       with self.on_mesh():
         state, tokens, logprobs, count = _decode_chunk(self.model, self.params, state, choice, np.int32(steps))
-      count = int(self.fetch(count))
+      count = int(self.to_host(count))
       yield cut(tokens[:, :count], logprobs[:, :count])
       made += count
 
@@ -307,7 +307,7 @@ class Generator:
       return jax.device_put(x, sharding)
     return jax.jit(lambda x: x, out_shardings=sharding)(x)  # Every process has the same x.
 
-  def fetch(self, x):
+  def to_host(self, x):
     """Returns a host array; on a mesh over several processes every one of them gets all rows."""
     if self.mesh and not x.is_fully_addressable:
       x = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(x)

@@ -40,7 +40,7 @@ def score(generator, prompts, continuations):
   with generator.on_mesh():
     found = _score(generator.model, generator.params, generator.place_rows(padded), generator.place_rows(lengths),
                    np.int32(generator.vocab_size), tail=tail)
-  found = generator.fetch(found)
+  found = generator.to_host(found)
   return [row[tail - count:] for row, count in zip(found, counts, strict=False)]
 
 

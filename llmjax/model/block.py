@@ -11,7 +11,7 @@ from llmjax.model.channel_mixers import Mlp, MoeMlp
 from llmjax.model.layers import Norm, dropout
 from llmjax.model.mixers import Attention
 from llmjax.model.spec import ModelSpec
-from llmjax.parallel.hints import materialize_gradient
+from llmjax.ops.hints import materialize_gradient
 from llmjax.parallel.sharding import constrain
 
 

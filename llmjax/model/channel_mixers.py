@@ -14,9 +14,10 @@ from jax.ad_checkpoint import checkpoint_name
 from llmjax.model.layers import linear, parameter, scaled_normal, sum_over_tensor
 from llmjax.model.spec import ModelSpec
 from llmjax.ops import moe
+from llmjax.ops.hints import gate_product, materialize_result
 from llmjax.ops.products import dense
+from llmjax.parallel.chips import has_fast_memory
 from llmjax.parallel.experts import dropless, with_capacity
-from llmjax.parallel.hints import gate_product, has_fast_memory, materialize_result
 from llmjax.parallel.sharding import by_rows, constrain, mesh_size
 
 
@@ -39,10 +40,11 @@ class Mlp(nn.Module):
     spec, d, f = self.spec, self.spec.d_model, self.width
 
     # The widest arrays: their gradients should not wait for what attention's backward pass overlaps.
-    join = has_fast_memory(400) and mesh_size('tensor') == 1
+    join, materialized = has_fast_memory(400) and mesh_size('tensor') == 1, has_fast_memory()
     wide = lambda name: linear(self, name, (d, f), ('embed', 'mlp'), bias=spec.mlp_bias, join_gradients=join)
     gated = spec.mlp == 'gated'
-    products = [checkpoint_name(materialize_result(wide(name)(x)), name) for name in ('gate', 'up')[1 - gated:]]
+    products = [checkpoint_name(materialize_result(wide(name)(x), materialized), name)
+                for name in ('gate', 'up')[1 - gated:]]
     down = linear(self, 'down', (f, d), ('mlp', 'embed'), 1, (2 * spec.num_layers)**-0.5, bias=spec.mlp_bias)
     activation = activation_function(spec.activation)
     hidden = gate_product(activation, *products) if gated else activation(products[0])

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llmjax.model.spec import ModelSpec
+from llmjax.ops.hints import materialize_result
 from llmjax.ops.norms import layer_norm, rms_norm
 from llmjax.ops.products import dense, is_weight, project
 from llmjax.parallel.attention import to_zigzag
-from llmjax.parallel.hints import materialize_result
+from llmjax.parallel.chips import has_fast_memory
 from llmjax.parallel.sharding import WeightLayout, constrain
 from llmjax.parallel.vocabulary import lookup
 
@@ -68,7 +69,7 @@ def sum_over_tensor(x):
   XLA joins the two into a reduce-scatter; asked for both at once it would gather sequences sharded over `context`.
   """
   x = constrain(x, 'batch', 'length', 'act_embed')
-  return materialize_result(constrain(x, 'batch', 'block_length', 'act_embed'))
+  return materialize_result(constrain(x, 'batch', 'block_length', 'act_embed'), has_fast_memory())
 
 
 class Embed(nn.Module):

@@ -9,10 +9,11 @@ from flax import linen as nn
 
 from llmjax.model.layers import Norm, linear, sum_over_tensor
 from llmjax.model.spec import ModelSpec
+from llmjax.ops.hints import fan_out
 from llmjax.ops.rotary import apply_rope
 from llmjax.parallel.attention import attention
-from llmjax.parallel.hints import fan_out
-from llmjax.parallel.sharding import constrain
+from llmjax.parallel.chips import has_fast_memory
+from llmjax.parallel.sharding import constrain, mesh_size
 
 
 class Attention(nn.Module):
@@ -27,7 +28,7 @@ class Attention(nn.Module):
     spec, inputs = self.spec, context.attention[self.kind]
     d, n, k, h = spec.d_model, spec.num_heads, spec.resolved_kv_heads, spec.resolved_head_dim
 
-    x = fan_out(x, 3)
+    x = fan_out(x, 3, has_fast_memory() and mesh_size('tensor') == 1)
     query = linear(self, 'query', (d, n, h), ('embed', 'heads', 'head_dim'), bias=spec.qkv_bias)(x[0])
     keys = linear(self, 'key', (d, k, h), ('embed', 'kv_heads', 'head_dim'), bias=spec.qkv_bias)(x[1])
     values = linear(self, 'value', (d, k, h), ('embed', 'kv_heads', 'head_dim'), bias=spec.qkv_bias)(x[2])

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from llmjax.ops.hints import transpose_in_memory
+
 # Large but finite: a row that sees no key then averages values uniformly instead of dividing 0 by 0.
 MASKED = -1e30
 
@@ -139,7 +141,7 @@ def _sum_over_queries(square, x):
   The small factor is transposed by hand, and the barrier keeps XLA from undoing it: its CPU backend
   would transpose the square instead, which costs as much as the product.
   """
-  x = jax.lax.optimization_barrier(x.transpose(0, 1, 4, 2, 3))
+  x = transpose_in_memory(x, (0, 1, 4, 2, 3))
   # In x's dtype: behind the barrier, XLA's CPU backend has no product of bf16 factors with a float32 sum.
   return jnp.einsum('BKHGT,BKGTS->BKHS', x, square).swapaxes(2, 3).astype(jnp.float32)
 

@@ -29,7 +29,7 @@ def product(rows, matrices, sizes, layout=None, share=1.0):
   `rows` is not defined there either.  layout: as of `ops.products.project`.  share: the part of the rows
   that is expected to lie in a block, for what the kernels tell of their cost.
   """
-  return jax.lax.platform_dependent(rows, matrices if layout is None else layout.fetch(matrices), sizes,
+  return jax.lax.platform_dependent(rows, matrices if layout is None else layout.all_gather(matrices), sizes,
                                     tpu=functools.partial(multiply, share=share), default=jax.lax.ragged_dot)
 
 
@@ -44,8 +44,8 @@ def _product_bwd(layout, share, residuals, d_out):
     return jax.vjp(lambda r, m: jax.lax.ragged_dot(r, m, sizes), rows, matrices)[1](d_out)
 
   d_rows, d_matrices = jax.lax.platform_dependent(
-      rows, matrices if layout is None else layout.fetch(matrices), sizes, d_out, tpu=on_tpu, default=plain)
-  return d_rows, d_matrices if layout is None else layout.give_back(d_matrices), None
+      rows, matrices if layout is None else layout.all_gather(matrices), sizes, d_out, tpu=on_tpu, default=plain)
+  return d_rows, d_matrices if layout is None else layout.reduce_scatter(d_matrices), None
 
 
 product.defvjp(lambda rows, matrices, sizes, layout, share: (product(rows, matrices, sizes, layout, share),

@@ -63,36 +63,36 @@ def dropless(x, weights, ids, gate, up, down, activation, first=0, share=1.0,
   sizes = jnp.sum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), axis=0)
   places = jnp.where(places < jnp.sum(sizes), places, order.size)
   product = lambda a, w, layout: grouped.product(a, w.astype(a.dtype), sizes, layout, share)
-  rows = spread(x, order, places)
+  rows = permute(x, order, places)
   gated, raised = (checkpoint_name(product(rows, w, layouts[0]), name) for w, name in ((gate, 'gate'), (up, 'up')))
   # Weighted before the product: the backward pass then does not need the result.
-  factors = spread(weights.reshape(-1, 1), order, places.reshape(-1, 1)).astype(x.dtype)
-  return collect(product(activation(gated) * raised * factors, down, layouts[1]), order, places)
+  factors = permute(weights.reshape(-1, 1), order, places.reshape(-1, 1)).astype(x.dtype)
+  return unpermute(product(activation(gated) * raised * factors, down, layouts[1]), order, places)
 
 
 @jax.custom_vjp
-def spread(x, order, places):
+def permute(x, order, places):
   """Returns the rows of x [n, D] in the order of their experts, [n k, D]: row i is that of choice order[i].
 
   places: int [n, k], the inverse of order: where each choice went; n k where its expert is elsewhere.  Rows
-  of those are not defined, nor what `collect` is given for them.  The gradient is `collect`: a sum of
+  of those are not defined, nor what `unpermute` is given for them.  The gradient is `unpermute`: a sum of
   gathered rows, where XLA would scatter them one by one.
   """
   return x[order // places.shape[1]]
 
 
 @jax.custom_vjp
-def collect(rows, order, places):
-  """Returns the sums over each token's choices of rows [n k, D] that lie as `spread` put them: [n, D]."""
+def unpermute(rows, order, places):
+  """Returns the sums over each token's choices of rows [n k, D] that lie as `permute` put them: [n, D]."""
   # One gather for each choice: on a TPU, two rows side by side are costly to add.
   found = (rows.at[choice].get(mode='fill', fill_value=0).astype(jnp.float32) for choice in places.T)
   return functools.reduce(jnp.add, found).astype(rows.dtype)
 
 
-spread.defvjp(lambda x, order, places: (spread(x, order, places), (order, places)),
-              lambda kept, d_rows: (collect(d_rows, *kept), None, None))
-collect.defvjp(lambda rows, order, places: (collect(rows, order, places), (order, places)),
-               lambda kept, d_y: (spread(d_y, *kept), None, None))
+permute.defvjp(lambda x, order, places: (permute(x, order, places), (order, places)),
+              lambda kept, d_rows: (unpermute(d_rows, *kept), None, None))
+unpermute.defvjp(lambda rows, order, places: (unpermute(rows, order, places), (order, places)),
+               lambda kept, d_y: (permute(d_y, *kept), None, None))
 
 
 def slots(ids, mask, experts, capacity):

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from llmjax.ops.hints import materialize, transpose_in_memory
+
 # An output so many times narrower than the input is turned in the input's place.
 NARROW = 4
 
@@ -27,7 +29,7 @@ class Weight:
     """Returns the array that it stands for."""
     raise NotImplementedError
 
-  def fetch(self, layout):
+  def all_gather(self, layout):
     """Returns `dense` as a product takes it.  layout: see `project`; None: as it lies."""
     raise NotImplementedError
 
@@ -51,7 +53,7 @@ def project(x, w, in_dims=1, layout=None):
 
   w: an array or a Weight.  It is used in x's dtype and the result has it too; sums are at least float32
   inside the product on every platform.  layout: how the weight lies on a mesh, with `names` of its axes and
-  methods `fetch(w)` and `give_back(gradient)`; both passes fetch it anew, so that no pass keeps what it
+  methods `all_gather(w)` and `reduce_scatter(gradient)`; both passes all_gather it anew, so that no pass keeps what it
   fetched.  Where its `join_gradients` is true, a TPU's backward pass computes both gradients before it uses one:
   what they come from is then free; left alone, the compiler puts off the weight's for as long as that
   hides communication.  The gradient of a weight (of x) that is not differentiated is not computed, and what it would
@@ -63,15 +65,15 @@ def project(x, w, in_dims=1, layout=None):
 
 
 def multiply(x, w, in_dims=1, layout=None):
-  """Returns `project` of a w in x's dtype that needs no more than `fetch`: an array or such a Weight."""
+  """Returns `project` of a w in x's dtype that needs no more than `all_gather`: an array or such a Weight."""
   return _product(in_dims, layout, x, w)
 
 
-def fetch(w, layout):
+def all_gather(w, layout):
   """Returns a weight (an array or a Weight) as an array that a product takes.  layout: see `project`."""
   if is_weight(w):
-    return w.fetch(layout)
-  return w if layout is None else layout.fetch(w)
+    return w.all_gather(layout)
+  return w if layout is None else layout.all_gather(w)
 
 
 def contract(x, w, in_dims):
@@ -89,12 +91,12 @@ def weight_gradient(x, d_out, in_dims, layout=None):
   """Returns the gradient of `contract` for w, given back to where the weight lies."""
   d_w = jax.lax.platform_dependent(x, d_out, cpu=functools.partial(_weight_gradient_cpu, in_dims),
                                    default=functools.partial(_weight_gradient, in_dims))
-  return d_w if layout is None else layout.give_back(d_w)
+  return d_w if layout is None else layout.reduce_scatter(d_w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(in_dims, layout, x, w):
-  return contract(x, fetch(w, layout), in_dims)
+  return contract(x, all_gather(w, layout), in_dims)
 
 
 def _product_fwd(in_dims, layout, x, w):
@@ -102,7 +104,7 @@ def _product_fwd(in_dims, layout, x, w):
   needed = [is_differentiated(a) for a in (x, w)]
   x, w = values(x), values(w)
   # The plain product, not `_product` again: a rematerialization policy must see that it is a matrix product.
-  y = contract(x, fetch(w, layout), in_dims)
+  y = contract(x, all_gather(w, layout), in_dims)
   # Each gradient needs the other's factor.  What lies behind None is never computed or kept.
   return y, (x if needed[1] else None, w if needed[0] else None)
 
@@ -121,12 +123,11 @@ def _product_bwd(in_dims, layout, residuals, d_out):
   x, w = residuals
   if isinstance(d_out, SymbolicZero):
     return None, None
-  d_x = None if w is None else contract_back(d_out, fetch(w, layout), in_dims)
+  d_x = None if w is None else contract_back(d_out, all_gather(w, layout), in_dims)
   d_w = None if x is None else weight_gradient(x, d_out, in_dims)
   if layout is not None and layout.join_gradients and x is not None and w is not None:
-    d_x, d_w = jax.lax.platform_dependent(
-        d_x, d_w, tpu=lambda *both: jax.lax.optimization_barrier(both), default=lambda *both: both)
-  return d_x, d_w if d_w is None or layout is None else layout.give_back(d_w)
+    d_x, d_w = materialize((d_x, d_w))
+  return d_x, d_w if d_w is None or layout is None else layout.reduce_scatter(d_w)
 
 
 _product.defvjp(_product_fwd, _product_bwd, symbolic_zeros=True)
@@ -144,10 +145,10 @@ def _weight_gradient_cpu(in_dims, x, d_out):
   axis only.  It needs 20 to 30% less time on 512-wide layers, the transpose included.
   """
   rows, row_axes = x.ndim - in_dims, range(x.ndim - in_dims)
-  turned = lambda m, axes: jax.lax.optimization_barrier(jnp.moveaxis(m, axes, range(m.ndim - rows, m.ndim)))
+  transposed = lambda m: transpose_in_memory(m, (*range(rows, m.ndim), *row_axes))
   out_dims = d_out.ndim - rows
   if NARROW * math.prod(d_out.shape[rows:]) <= math.prod(x.shape[rows:]):
     # A narrow output, as of an adapter's A: to turn it, and the narrow result back, moves less.
-    back = jax.lax.dot_general(turned(d_out, row_axes), x, ((range(out_dims, d_out.ndim), row_axes), ((), ())))
+    back = jax.lax.dot_general(transposed(d_out), x, ((range(out_dims, d_out.ndim), row_axes), ((), ())))
     return jnp.moveaxis(back, range(out_dims), range(in_dims, in_dims + out_dims))
-  return jax.lax.dot_general(turned(x, row_axes), d_out, ((range(in_dims, x.ndim), row_axes), ((), ())))
+  return jax.lax.dot_general(transposed(x), d_out, ((range(in_dims, x.ndim), row_axes), ((), ())))

@@ -21,13 +21,13 @@ class Gathered:
   axes: tuple[str, ...]
   axis: int
 
-  def fetch(self, w):
+  def all_gather(self, w):
     """Returns the weight with that axis whole."""
     for name in reversed(self.axes):
       w = jax.lax.all_gather(w, name, axis=self.axis, tiled=True)
     return w
 
-  def give_back(self, gradient):
+  def reduce_scatter(self, gradient):
     """Returns the sum of the devices' gradients, divided as the weight is."""
     for name in self.axes:
       gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=self.axis, tiled=True)

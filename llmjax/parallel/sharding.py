@@ -45,7 +45,7 @@ ZERO_RULES = {**TRAIN_RULES, 'embed': ('fsdp', 'expert', 'data'), 'expert_embed'
 
 
 # What a product takes: weights whole but for what `tensor` divides.
-FETCHED_RULES = {**TRAIN_RULES, 'embed': None, 'expert_embed': None, 'table_embed': None}
+GATHERED_RULES = {**TRAIN_RULES, 'embed': None, 'expert_embed': None, 'table_embed': None}
 
 
 def axes_of(name, rules=TRAIN_RULES):
@@ -154,15 +154,15 @@ class WeightLayout:
   names: tuple[str, ...]
   join_gradients: bool = False
 
-  def fetch(self, w):
+  def all_gather(self, w):
     """Returns the weight as a product takes it, gathered over `data` first and `fsdp` after.
 
     In two steps, because a TPU's network gathers over one part of its torus at a time: over all of it at
     once XLA sums arrays of zeros instead, which sends twice as much.
     """
-    return constrain(constrain(w, *self.names), *self.names, rules=FETCHED_RULES)
+    return constrain(constrain(w, *self.names), *self.names, rules=GATHERED_RULES)
 
-  def give_back(self, gradient):
+  def reduce_scatter(self, gradient):
     """Returns a weight's gradient, summed over the rows and divided as the weight is."""
     return constrain(gradient, *self.names)
 

@@ -3,6 +3,7 @@
 import os
 
 from llmjax.config import ConfigError
+from llmjax.parallel import jax_internals
 
 # Disables kernels with nondeterministic accumulation order (scatters, some attention and matrix kernels), and
 # autotuning, which may choose other kernels in the next run.
@@ -22,8 +23,7 @@ def require(environment=os.environ):
     raise ConfigError([f'train.deterministic is on and XLA_FLAGS contains {given[-1]}; remove one of them'])
   if given:
     return
-  from jax._src import xla_bridge
-  if xla_bridge.backends_are_initialized():
+  if jax_internals.backends_are_initialized():
     import jax
     if jax.default_backend() == 'gpu':
       raise ConfigError(['train.deterministic: JAX is initialized already in this process; set XLA_FLAGS='

@@ -249,7 +249,7 @@ from llmjax.parallel.spec import DistributedSpec
 def get_config():
   with distributed.together(DistributedSpec()):
     me = jax.process_index()
-    distributed._limits['start_timeout_seconds'], distributed.SAY_SECONDS = 6, 1
+    distributed._limits['start_timeout_seconds'], distributed.REPORT_SECONDS = 6, 1
     distributed.wait_for_all('started')
     time.sleep(3 * me)
     assert distributed.gather({'rank': me}, 'been late') == [{'rank': 0}, {'rank': 1}]
