@@ -87,12 +87,13 @@ COMMANDS = {
         "write a run's report.html again, or one page about several runs", 'llmjax.commands.report',
         'llmjax.run.spec:ReportOptions', None, 'llmjax report --workdir=runs/quickstart --compare=runs/chat,runs/rl'),
     'mesh': Command(
-        'how a recipe lies on devices: mesh, parameters, memory, collectives', 'llmjax.commands.mesh',
-        'llmjax.run.spec:MeshOptions', 'llmjax.run.spec:LayoutSpec',
+        'show how a recipe is sharded: mesh, parameters, memory, collectives', 'llmjax.commands.mesh',
+        'llmjax.plan.spec:MeshOptions', 'llmjax.run.spec:LayoutSpec',
         'llmjax mesh --config=configs/pretrain/quickstart.py --config.mesh.fsdp=4 --devices=8'),
     'plan': Command(
-        'memory, speed and cost of a run on TPUs, from its compiled program, without any', 'llmjax.commands.plan',
-        'llmjax.run.spec:PlanOptions', 'llmjax.run.spec:PlanSpec',
+        'predict memory, speed and cost of a run on TPUs from its compiled program; needs no TPU',
+        'llmjax.commands.plan',
+        'llmjax.plan.spec:PlanOptions', 'llmjax.commands.spec:PlanSpec',
         'llmjax plan --config=configs/pretrain/llama2_7b.py --topology=v5p:4x4x4'),
     'checkpoint ls': Command(
         "a run's checkpoints: size, time, metric, good or damaged", 'llmjax.commands.checkpoint',
@@ -127,19 +128,19 @@ COMMANDS = {
         "read peft's adapter for a run", 'llmjax.commands.adapter', 'llmjax.adapt.spec:AdapterImportOptions', None,
         'llmjax adapter import --peft=adapter --init-from=runs/quickstart --workdir=runs/imported'),
     'chaos': Command(
-        'prove on this machine that a run survives: kill it again and again, compare every bit',
-        'llmjax.cluster.chaos', 'llmjax.run.spec:ChaosOptions', 'llmjax.run.spec:PretrainSpec',
+        'test fault tolerance: kill and damage a run repeatedly, and compare it bit for bit',
+        'llmjax.cluster.chaos', 'llmjax.cluster.spec:ChaosOptions', 'llmjax.run.spec:PretrainSpec',
         'llmjax chaos --config=configs/pretrain/quickstart.py --steps=200 --kills=20'),
     'doctor': Command(
-        'versions, devices, memory, disk, and what is wrong with them', 'llmjax.run.doctor',
-        'llmjax.run.spec:DoctorOptions', None, 'llmjax doctor'),
+        'report versions, devices, memory and disk, and how to fix their problems', 'llmjax.cluster.doctor',
+        'llmjax.cluster.spec:DoctorOptions', None, 'llmjax doctor'),
     'launch local': Command(
-        'start a command as several processes of this machine', 'llmjax.cluster.local',
+        'run a command in several processes on this machine', 'llmjax.cluster.local',
         'llmjax.cluster.local:LocalOptions', None,
         'llmjax launch local --processes=2 --devices-per-process=4 -- pretrain --config=FILE --workdir=DIR',
         launches=True),
     'launch tpu-vm': Command(
-        'start a command on all hosts of a Cloud TPU VM', 'llmjax.cluster.tpu_vm',
+        'run a command on all hosts of a Cloud TPU VM', 'llmjax.cluster.tpu_vm',
         'llmjax.cluster.tpu_vm:TpuVmOptions', None,
         'llmjax launch tpu-vm --name=pod --zone=us-east5-b -- pretrain --config=FILE --workdir=DIR', launches=True),
     'launch slurm': Command(

@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 
 from llmjax import config
+from llmjax.commands.spec import PlanSpec
 from llmjax.plan import closed
 from llmjax.plan.jobs import Job, run_jobs
 from llmjax.plan.topology import HOP_SECONDS, parse_topology
-from llmjax.run.spec import PlanSpec
 
 # Tokens/s/chip that MaxText's README and its published recipes state for these runs, and the entry of
 # maxtext_0.2.5.json that is the same recipe: MaxText 0.2.5 compiled by jax 0.11.1 with libtpu 0.0.46.  Then the

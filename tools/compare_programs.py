@@ -23,10 +23,10 @@ os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 from calibrate_plan import predict
 
 from llmjax import config
+from llmjax.commands.spec import PlanSpec
 from llmjax.model import counts
 from llmjax.plan.jobs import Job, run_jobs
 from llmjax.plan.topology import parse_topology
-from llmjax.run.spec import PlanSpec
 
 # Name, recipe, topology, the entry of MaxText's readings, the MFU that was aimed at, and the GiB of one chip.
 PROGRAMS = (

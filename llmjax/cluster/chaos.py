@@ -28,11 +28,11 @@ import threading
 import time
 
 from llmjax.checkpoint import seal
+from llmjax.cluster.spec import FAULTS
 from llmjax.cluster.supervise import Group, Policy, start_processes
 from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.metrics import read_lines
 from llmjax.run.progress import format_duration
-from llmjax.run.spec import CHAOS_EVENTS
 
 # Twenty events in the shares that the kinds have; the first few are of different kinds, for short trials.
 ORDER = ('kill', 'damage', 'terminate', 'save', 'refuse', 'stop', 'start', 'disk', 'kill', 'save',
@@ -42,7 +42,7 @@ DAMAGES = ('flip', 'truncate', 'delete')
 TIMED = re.compile(r'seconds|second$|mfu|memory|time')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 SHOWN = 10  # Problems on the screen.
-WIDTH = max(map(len, CHAOS_EVENTS.values()))
+WIDTH = max(map(len, FAULTS.values()))
 LOOK_SECONDS = 0.003  # A save of a tiny model takes a few hundredths of a second.
 DISK_SECONDS = 60.0  # A full disk is emptied when the run has not met it so long.
 
@@ -314,7 +314,7 @@ class Chaos:
     wanted = {'terminate': ('preempted', 'done'), 'stop': ('hung',), 'disk': ('failed', 'done')}.get(
         event.kind, ('failed', 'done'))
     if end.kind not in wanted:
-      self.problems.append(f'event {len(self.events) + 1} ({CHAOS_EVENTS[event.kind]}) at step {event.step}: process '
+      self.problems.append(f'event {len(self.events) + 1} ({FAULTS[event.kind]}) at step {event.step}: process '
                            f'{end.rank} {end.text}; expected it {" or ".join(wanted)}'
                            + f': {end.tail[-1]}' * bool(end.tail))
     if event.kind == 'disk':
@@ -399,7 +399,7 @@ class Chaos:
     number = next(i for i, e in enumerate(self.events, 1) if e is event)
     width = len(str(self.options.kills))
     back = format_duration(event.seconds) if event.seconds is not None else 'next event'
-    text = (f'{number:>{width}}/{self.options.kills}  {CHAOS_EVENTS[event.kind]:<{WIDTH}}  step {event.step:>5} -> '
+    text = (f'{number:>{width}}/{self.options.kills}  {FAULTS[event.kind]:<{WIDTH}}  step {event.step:>5} -> '
             f'{event.resumed:>5}  {event.lost:>3} lost  {back:>10}  {event.detail}')
     self.screen.say(text.rstrip())
 
@@ -471,7 +471,7 @@ def differing_bits(a, b):
 def summarise(events):
   """Returns rows {event, count, steps_lost, bits_differing, median_seconds}, the last one of all events."""
   rows = []
-  for kind, name in [*CHAOS_EVENTS.items(), (None, 'all')]:
+  for kind, name in [*FAULTS.items(), (None, 'all')]:
     chosen = [e for e in events if kind in (None, e.kind)]
     if chosen:
       seconds = [e.seconds for e in chosen if e.seconds is not None]

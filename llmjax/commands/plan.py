@@ -200,7 +200,7 @@ def compile_cached(lowered, spec, topology):
 
   The same: its StableHLO, the chips, the mesh, the versions of JAX and libtpu.
   """
-  from llmjax.run.doctor import cache_folder
+  from llmjax.run.hardware import cache_folder
   sizes = sorted(spec.mesh.__dict__.items())
   versions = [importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')]
   parts = [lowered.as_text(), topology.name, str(topology.slices), str(sizes), *versions]

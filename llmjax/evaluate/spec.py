@@ -1,4 +1,4 @@
-"""Options of the commands that look at a run or at a machine.  No JAX here."""
+"""Options of the commands that look at a run.  No JAX here."""
 
 import dataclasses
 import os
@@ -6,8 +6,6 @@ import os
 from llmjax.checkpoint import pickle_guard
 from llmjax.config import setting
 from llmjax.data import prepared
-
-PLATFORMS = ('', 'cpu', 'gpu', 'tpu')
 
 
 def _workdir_problems(options):
@@ -78,10 +76,3 @@ class ReportOptions:
         yield f'output={self.output} must be the name of a page; write {self.output.rstrip("/")}/report.html'
     elif self.output:
       yield 'output is for --compare=RUN,RUN; the page of one run is report.html in its folder'
-
-
-@dataclasses.dataclass(frozen=True)
-class DoctorOptions:
-  """Flags of `llmjax doctor`."""
-
-  platform: str = setting('', 'must be usable; empty: whatever JAX finds', choices=PLATFORMS)

@@ -1,7 +1,7 @@
-"""`llmjax plan --search`: the best program for given chips, of all meshes, remats, accumulations and batches.
+"""`llmjax plan --search`: search over meshes, rematerialization, gradient accumulation and batch sizes.
 
-Closed forms leave out what cannot fit and rank the rest; the first of them are compiled, each in a process of its
-own, and ranked by the time that their programs take.
+The analytical model discards the programs that cannot fit and ranks the rest.  The best of them are compiled, each in
+its own process, and ranked again by their predicted step time.
 """
 
 import dataclasses
@@ -13,22 +13,21 @@ import tempfile
 
 from llmjax.config import ConfigError, to_dict
 from llmjax.parallel.spec import AXES
-from llmjax.plan import closed
-from llmjax.plan import jobs as plan_jobs
+from llmjax.plan import closed, jobs
 from llmjax.plan.words import gib, table
 
-ROOM = 1.1  # Closed forms may be so much too high; what they find larger than this is not compiled.
+MEMORY_MARGIN = 1.1  # The analytical model may overestimate memory by this factor; larger programs are not compiled.
 REMATS = ('none', 'dots', 'minimal', 'out', 'mlp', 'full')
-ACCUMULATIONS = (1, 2, 4, 8, 16)
-ALIKE = 3  # Programs of the same mesh that are compiled, at most, before other meshes have had their turn.
+ACCUMULATION_STEPS = (1, 2, 4, 8, 16)
+MAX_PER_MESH = 3  # Programs of one mesh that are compiled before other meshes are tried.
 
 
 @dataclasses.dataclass
 class Candidate:
-  """A program: what it changes in the spec, what closed forms say, and later its plan."""
+  """A program.  estimate: its plan by the analytical model.  plan: its compiled plan, once there is one."""
 
   spec: object
-  fast: dict
+  estimate: dict
   plan: dict | None = None
 
   @property
@@ -43,104 +42,106 @@ class Candidate:
   @property
   def name(self):
     train = self.spec.train
-    return (f'{self.mesh}, remat {train.remat}, accumulation {train.gradient_accumulation_steps}, '
-            f'batch {train.batch_size}')
+    return f'{self.mesh}, remat {train.remat}, accumulation {train.gradient_accumulation_steps}, batch {train.batch_size}'
 
   @property
-  def speed(self):
-    return (self.plan or self.fast)['tokens_per_second_per_chip']
+  def tokens_per_second(self):
+    return (self.plan or self.estimate)['tokens_per_second_per_chip']
 
   def row(self):
-    train, memory = self.spec.train, (self.plan or self.fast)['hbm_bytes']
-    compiled = self.plan is not None
+    """Return the cells of the table of results."""
+    train, memory = self.spec.train, (self.plan or self.estimate)['hbm_bytes']
+    speed = mfu = ''
+    if self.plan is not None and self.plan['fits']:
+      speed, mfu = f'{self.plan["tokens_per_second_per_chip"]:,.0f}', f'{self.plan["mfu"]:.1%}'
+    elif self.plan is not None:
+      speed = 'does not fit'
     return (self.mesh, train.remat, train.gradient_accumulation_steps, train.batch_size, gib(memory['total']),
-            f'{self.fast["tokens_per_second_per_chip"]:,.0f}',
-            f'{self.plan["tokens_per_second_per_chip"]:,.0f}' if compiled and self.plan['fits'] else
-            'does not fit' if compiled else '', f'{self.plan["mfu"]:.1%}' if compiled and self.plan['fits'] else '')
+            f'{self.estimate["tokens_per_second_per_chip"]:,.0f}', speed, mfu)
 
 
 def run(spec, topology, options):
-  """Searches, prints the table, writes the best config; returns 0 where something fits."""
-  found = candidates(spec, topology, options.sequences_per_chip)
-  if not found:
-    raise ConfigError([f'nothing fits {topology.name}' + (f' x {topology.slices}' if topology.slices > 1 else '')
-                       + ' by closed forms: take more chips, or a smaller train.batch_size'])
-  chosen = choose(found, options.max_compiles)
-  print(f'{len(found)} programs may fit by closed forms; compiling the {len(chosen)} most promising, '
+  """Search, print the table and write the best config; return 0 if a compiled program fits."""
+  ranked = find_candidates(spec, topology, options.sequences_per_chip)
+  if not ranked:
+    raise ConfigError([f'nothing fits {topology.full_name} according to the analytical model: use more chips, or a '
+                       'smaller train.batch_size'])
+  chosen = choose(ranked, options.max_compiles)
+  print(f'{len(ranked)} programs may fit according to the analytical model; compiling the best {len(chosen)}, '
         f'{options.jobs} at a time')
   interrupted = False
   try:
     compile_all(chosen, options)
   except KeyboardInterrupt:
     interrupted = True
-    print('\nstopped by Ctrl-C; what was compiled is kept')
-  done = sorted((c for c in chosen if c.plan is not None), key=lambda c: (-c.plan['fits'], -c.speed))
-  header = ('mesh', 'remat', 'gradient_accumulation_steps', 'batch', 'GiB', 'closed form', 'tokens/s/chip', 'MFU')
-  print(table([header, *(c.row() for c in done)], right=(2, 3, 4, 5, 6, 7)))
-  if not done or not done[0].plan['fits']:
-    print('none of the compiled programs fits' if done else 'nothing was compiled')
+    print('\ninterrupted; compiled programs stay in the cache')
+  compiled = sorted((c for c in chosen if c.plan is not None), key=lambda c: (-c.plan['fits'], -c.tokens_per_second))
+  header = ('mesh', 'remat', 'accumulation', 'batch', 'GiB', 'estimate', 'tokens/s/chip', 'MFU')
+  print(table([header, *(c.row() for c in compiled)], right=(2, 3, 4, 5, 6, 7)))
+  if not compiled or not compiled[0].plan['fits']:
+    print('none of the compiled programs fits' if compiled else 'no program was compiled')
     return 130 if interrupted else 1
-  file = pathlib.Path(options.output or '.') / 'best.json'
+  best, file = compiled[0], pathlib.Path(options.output or '.') / 'best.json'
   file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(json.dumps(to_dict(done[0].spec), indent=2) + '\n')
-  print(f'the best is {done[0].mesh}, remat {done[0].spec.train.remat}, accumulation '
-        f'{done[0].spec.train.gradient_accumulation_steps}: --config={file}')
+  file.write_text(json.dumps(to_dict(best.spec), indent=2) + '\n')
+  print(f'best: {best.mesh}, remat {best.spec.train.remat}, accumulation {best.spec.train.gradient_accumulation_steps}: '
+        f'--config={file}')
   return 130 if interrupted else 0
 
 
-def candidates(spec, topology, sequences_per_chip=()):
-  """Returns the Candidates that may fit, the fastest by closed forms first; of nearly equal ones the simplest mesh.
+def find_candidates(spec, topology, sequences_per_chip=()):
+  """Return the Candidates that may fit, fastest estimate first; among nearly equal ones the simplest mesh first.
 
-  sequences_per_chip: global batches to try, in rows for each chip; empty keeps the spec's.  Every axis of the mesh is
-  searched, expert only with experts; where `data` is in use with its parameters shared (zero 3) and not.
+  sequences_per_chip: global batch sizes to try, in sequences per chip; empty keeps the spec's.  All mesh axes are
+  searched (`expert` only for MoE models), and `data` both with and without sharded parameters (zero 3).
   """
   devices = topology.devices // topology.slices
   axes = [axis for axis in AXES if axis != 'expert' or spec.model.num_experts]
-  batches = [rows * topology.chips for rows in sequences_per_chip] or [spec.train.batch_size]
-  found = []
+  batches = [n * topology.chips for n in sequences_per_chip] or [spec.train.batch_size]
+  candidates = []
   for sizes in closed.mesh_shapes(devices, tuple(axes)):
     for zero in (0, 3) if sizes['data'] > 1 else (0,):
       mesh = dataclasses.replace(spec.mesh, **{**dict.fromkeys(AXES, 1), **sizes}, zero=zero)
-      fits_mesh = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
+      largest_batch = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
           spec.train, gradient_accumulation_steps=1, batch_size=math.lcm(devices, *batches)))
-      if any(True for _ in fits_mesh.settled_problems()):
-        continue  # The model's sizes do not divide, whatever the batch.
-      for remat, accumulation, batch in itertools.product(REMATS, ACCUMULATIONS, batches):
-        other = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
+      if any(True for _ in largest_batch.settled_problems()):
+        continue  # The mesh does not divide the model, whatever the batch size.
+      for remat, accumulation, batch in itertools.product(REMATS, ACCUMULATION_STEPS, batches):
+        candidate = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
             spec.train, remat=remat, gradient_accumulation_steps=accumulation, batch_size=batch))
-        if batch % accumulation or any(True for _ in other.settled_problems()):
+        if batch % accumulation or any(True for _ in candidate.settled_problems()):
           continue
-        if closed.estimate_memory(other, topology)['total'] <= ROOM * topology.device_hbm:
-          found.append(Candidate(other, closed.plan(other, topology)))
-  # Closed forms cannot tell a percent apart.
-  return sorted(found, key=lambda c: (-round(math.log(c.speed) * 100), len(c.sizes), -c.speed))
+        if closed.estimate_memory(candidate, topology)['total'] <= MEMORY_MARGIN * topology.device_hbm:
+          candidates.append(Candidate(candidate, closed.plan(candidate, topology)))
+  # The analytical model does not resolve differences of a percent.
+  return sorted(candidates, key=lambda c: (-round(math.log(c.tokens_per_second) * 100), len(c.sizes),
+                                           -c.tokens_per_second))
 
 
-def choose(found, most):
-  """Returns at most `most` of the candidates, in their order, no mesh more than ALIKE times while others wait."""
-  taken, counts = [], {}
-  for candidate in found:
-    if counts.get(candidate.mesh, 0) < ALIKE and len(taken) < most:
-      counts[candidate.mesh] = counts.get(candidate.mesh, 0) + 1
-      taken.append(candidate)
-  for candidate in found:
-    if len(taken) < most and candidate not in taken:
-      taken.append(candidate)
-  return taken
+def choose(ranked, count):
+  """Return at most `count` candidates in order, at most MAX_PER_MESH of a mesh while other meshes are left."""
+  chosen, per_mesh = [], {}
+  for candidate in ranked:
+    if per_mesh.get(candidate.mesh, 0) < MAX_PER_MESH and len(chosen) < count:
+      per_mesh[candidate.mesh] = per_mesh.get(candidate.mesh, 0) + 1
+      chosen.append(candidate)
+  for candidate in ranked:
+    if len(chosen) < count and candidate not in chosen:
+      chosen.append(candidate)
+  return chosen
 
 
 def compile_all(chosen, options):
-  """Compiles all, `options.jobs` at a time, saying how long it still takes; ends its processes on Ctrl-C."""
+  """Fill in the plans of the candidates, compiling `options.jobs` at a time; Ctrl-C ends the compilations."""
   with tempfile.TemporaryDirectory() as folder:
-    jobs = {}
+    pending = []
     for number, candidate in enumerate(chosen):
       config = pathlib.Path(folder) / f'{number}.json'
       config.write_text(json.dumps(to_dict(candidate.spec)))
-      job = plan_jobs.Job(candidate.name, [f'--config={config}', f'--topology={options.topology}',
-                                           f'--slices={options.slices}'])
-      jobs[number] = job
+      pending.append(jobs.Job(candidate.name, [f'--config={config}', f'--topology={options.topology}',
+                                               f'--slices={options.slices}']))
     try:
-      plan_jobs.run_jobs(list(jobs.values()), options.jobs, lambda line: print(line, flush=True))
+      jobs.run_jobs(pending, options.jobs, lambda line: print(line, flush=True))
     finally:
-      for number, job in jobs.items():
-        chosen[number].plan = job.plan
+      for candidate, job in zip(chosen, pending, strict=True):
+        candidate.plan = job.plan

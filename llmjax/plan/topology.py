@@ -31,6 +31,11 @@ class Topology:
     return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
 
   @property
+  def full_name(self):
+    """The name with the number of slices: 'v5p:4x4x4 x 2 slices'."""
+    return self.name + (f' x {self.slices} slices' if self.slices > 1 else '')
+
+  @property
   def chips(self):
     return math.prod(self.shape) * self.slices
 

@@ -9,19 +9,19 @@ import sys
 
 from llmjax import secrets
 from llmjax.data import prepared
-from llmjax.run import doctor
+from llmjax.run import hardware
 
 
 def describe_environment(mesh, workdir):
   """Return package versions, devices, host CPU, git commit, command line and workdir."""
   device = mesh.devices.flat[0]
-  versions = {name: v for name, v in doctor.installed_versions().items() if v}
+  versions = {name: v for name, v in hardware.installed_versions().items() if v}
   return {
       'command': secrets.hide(shlex.join(['llmjax', *map(secrets.hide, sys.argv[1:])])),
       'workdir': str(pathlib.Path(workdir).absolute()),
       'device_kind': device.device_kind, 'device_count': int(mesh.devices.size),
       'mesh': {axis: size for axis, size in mesh.shape.items() if size > 1},
-      'host_cpu': _cpu_model(), 'host_cpus': doctor.available_cpus(),
+      'host_cpu': _cpu_model(), 'host_cpus': hardware.available_cpus(),
       'python': platform.python_version(), 'system': platform.platform(),
       'git_commit': _git_commit(), **versions}
 

@@ -7,10 +7,10 @@ from llmjax import config
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import pickle_guard
 from llmjax.checkpoint.spec import CheckpointSpec
-from llmjax.config import find_problems, group, setting
+from llmjax.config import group, setting
 from llmjax.data import prepared
 from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
-from llmjax.evaluate.spec import DoctorOptions, EvaluateOptions, ReportOptions
+from llmjax.evaluate.spec import EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.limits import LIMITS
@@ -36,25 +36,12 @@ from llmjax.run.sources import (
 )
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
-__all__ = ['CHAOS_EVENTS', 'ChaosOptions', 'DoctorOptions', 'EvaluateOptions', 'EvaluatedSpec', 'FinetuneSpec',
-           'FinishedSpec', 'GenerateOptions', 'LayoutSpec', 'MeshOptions', 'PlanOptions', 'PlanSpec', 'PrepareOptions',
+__all__ = ['EvaluateOptions', 'EvaluatedSpec', 'FinetuneSpec',
+           'FinishedSpec', 'GenerateOptions', 'LayoutSpec', 'PrepareOptions',
            'PrepareSpec', 'PretrainOptions', 'PretrainSpec', 'PreviewOptions', 'PreviewSpec', 'ReportOptions',
            'RlCommandSpec']
 
 WRITERS = ('tensorboard', 'wandb', 'mlflow')
-
-# What `llmjax chaos` does to a run, and how its table calls it.
-CHAOS_EVENTS = {
-    'kill': 'kill -9 at any moment',
-    'save': 'kill -9 during a save',
-    'start': 'kill -9 during start-up',
-    'terminate': 'SIGTERM (preemption)',
-    'stop': 'SIGSTOP (hang)',
-    'damage': 'kill -9, newest checkpoint damaged',
-    'refuse': 'kill -9, all checkpoints damaged: refused',
-    'disk': 'disk full',
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateSpec:
@@ -97,53 +84,6 @@ class PretrainOptions:
   def validate(self):
     if not self.workdir:
       yield 'workdir=DIR is missing: where should the run be kept? For example --workdir=runs/first'
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshOptions:
-  """Flags of `llmjax mesh`."""
-
-  devices: int = setting(0, 'how many to emulate; 0: the product of the mesh sizes, with 1 for a -1',
-                         minimum=0)
-  no_compile: bool = setting(False, "leave out the step's collectives, which take a compilation to find")
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-  """Flags of `llmjax plan`."""
-
-  topology: str = setting('', 'chips of one slice, as v5p:4x4x4; with --fast also h100:8, the GPUs of one node')
-  slices: int = setting(1, 'slices, or nodes of GPUs', minimum=1)
-  fast: bool = setting(False, 'closed forms only: under two seconds, no compiler')
-  output: str = setting('', 'folder to write plan.json and plan.html to; empty: none', kind='folder')
-  hlo: str = setting('', "file to write the compiled program's text to; empty: none", kind='file')
-  search: bool = setting(False, 'find the best mesh, remat, accumulation and batch for these chips')
-  jobs: int = setting(1, 'programs that --search compiles at once, each about two cores and 4 GB', minimum=1)
-  sequences_per_chip: tuple[int, ...] = setting((), 'batch sizes that --search tries, in sequences per chip, such as '
-                                                "1,2,4; none: the config's batch size")
-  max_compiles: int = setting(12, 'programs that --search compiles at most', minimum=1)
-
-  def validate(self):
-    if not self.topology:
-      yield 'topology=NAME is missing: for which chips? For example --topology=v5p:4x4x4'
-    if self.hlo and self.fast:
-      yield 'hlo is of the compiled program, and --fast compiles none; leave one out'
-    if self.search and self.fast:
-      yield 'search and --fast exclude one another: a search ranks by closed forms and then compiles'
-
-
-@dataclasses.dataclass(frozen=True)
-class ChaosOptions:
-  """Flags of `llmjax chaos`."""
-
-  workdir: str = setting('runs/chaos', 'a new folder for the two runs and chaos.json', kind='folder')
-  kills: int = setting(20, 'how often to disturb the run', minimum=1, maximum=10_000)
-  processes: int = setting(1, 'processes of the run', minimum=1, maximum=64)
-  devices_per_process: int = setting(0, "emulated CPU devices of each; 0: the machine's own devices, or 1 each where "
-                                     'there are several processes', minimum=0, maximum=256)
-  steps: int = setting(0, "steps of the run; 0: the recipe's", minimum=0)
-  seed: int = setting(0, 'of what happens when', minimum=0)
-  events: tuple[str, ...] = setting((), 'only these; none: all', choices=tuple(CHAOS_EVENTS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -563,16 +503,3 @@ class LayoutSpec(PretrainSpec):
     if not self.model.vocab_size:
       yield from (f'data.{p}; or set model.vocab_size, and no data is needed'
                   for p in DataSpec.validate(self.data))
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanSpec(LayoutSpec):
-  """The config of `llmjax plan`: pretraining's, whose mesh is looked at once the chips are known."""
-
-  def mesh_problems(self, mesh):
-    return ()
-
-  def settled_problems(self):
-    """Yields everything that is wrong with the spec, what its mesh does not divide included."""
-    yield from find_problems(self)
-    yield from super().mesh_problems(self.mesh)

@@ -13,10 +13,10 @@ from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.parallel import distributed
 from llmjax.parallel.host import share_arena
 from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh
-from llmjax.run import determinism, doctor, loop
-from llmjax.run.doctor import require_platform
+from llmjax.run import determinism, hardware, loop
 from llmjax.run.environment import describe_data, describe_environment
 from llmjax.run.goodput import Goodput, process_age
+from llmjax.run.hardware import require_platform
 from llmjax.run.workdir import claim_workdir, enable_compilation_cache, hold_workdir
 from llmjax.train import objectives
 
@@ -30,7 +30,7 @@ def run(spec, options, make_job, open_batches=None):
   goodput = Goodput(options.workdir, age=process_age())
   if spec.train.deterministic:
     determinism.require()
-  if not doctor.accelerator_present():
+  if not hardware.accelerator_present():
     share_arena()
   with distributed.together(spec.distributed), hold_workdir(options.workdir), contextlib.ExitStack() as stack:
     status = _train(spec, options, goodput, make_job, open_batches or _open_rows, stack)

@@ -15,7 +15,7 @@ from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.recorded import absolute_paths
 from llmjax.config import ConfigError, to_dict
 from llmjax.parallel import distributed
-from llmjax.run import changes, doctor
+from llmjax.run import changes, hardware
 from llmjax.run.sources import tokenizer_problems
 
 
@@ -23,7 +23,7 @@ def enable_compilation_cache(setting):
   """Keeps compiled programs between runs, by default in the user's cache directory."""
   if setting == 'none':
     return
-  folder = doctor.cache_folder() if setting == 'default' else setting
+  folder = hardware.cache_folder() if setting == 'default' else setting
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 

@@ -11,7 +11,8 @@ import pytest
 
 from llmjax.checkpoint import seal
 from llmjax.cluster import chaos
-from llmjax.run.spec import CHAOS_EVENTS, PretrainSpec
+from llmjax.cluster.spec import FAULTS
+from llmjax.run.spec import PretrainSpec
 from llmjax.train.spec import TrainSpec
 from tests.helpers import prepare_words, run_process
 
@@ -89,7 +90,7 @@ def test_the_checkpoint_interval_is_the_one_that_was_asked_for():
 
 def test_events():
   for seed in range(3):
-    assert set(chaos.plan_events(20, seed)) == set(CHAOS_EVENTS)
+    assert set(chaos.plan_events(20, seed)) == set(FAULTS)
   assert chaos.plan_events(20, 0) == chaos.plan_events(20, 0) != chaos.plan_events(20, 1)
   assert set(chaos.plan_events(5, 0, ('stop', 'save'))) == {'stop', 'save'}
 

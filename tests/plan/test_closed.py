@@ -12,11 +12,11 @@ import pytest
 
 from llmjax import config
 from llmjax.commands.plan import nearest_meshes, settle
+from llmjax.commands.spec import PlanSpec
 from llmjax.model.counts import count_params
 from llmjax.plan import closed
 from llmjax.plan.topology import Topology, parse_topology
 from llmjax.report import plan_page
-from llmjax.run.spec import PlanSpec
 from tests.helpers import call_and_read
 
 ROOT = pathlib.Path(__file__).parents[2]

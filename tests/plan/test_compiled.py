@@ -15,10 +15,12 @@ import pytest
 
 from llmjax import config
 from llmjax.commands.plan import settle
+from llmjax.commands.spec import PlanSpec
 from llmjax.plan import jobs as plan_jobs
 from llmjax.plan import search as plan_search
+from llmjax.plan.spec import PlanOptions
 from llmjax.plan.topology import parse_topology
-from llmjax.run.spec import PlanOptions, PlanSpec, PretrainSpec
+from llmjax.run.spec import PretrainSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = dict(num_layers=3, d_model=128, num_heads=2, num_kv_heads=2, mlp_dim=256, vocab_size=512, head_dim=64)
@@ -96,7 +98,7 @@ def test_chips_with_fast_memory_compute_more_results_apart():
       import json, sys
       from llmjax import config
       from llmjax.commands.plan import lower, settle
-      from llmjax.run.spec import PlanSpec
+      from llmjax.commands.spec import PlanSpec
       from llmjax.plan.topology import parse_topology
       for name in ('v5p:2x2x1', 'v5e:2x2', 'v6e:2x2'):
         topology = parse_topology(name)
@@ -120,31 +122,31 @@ def test_what_does_not_fit_is_said_as_the_compiler_says_it():
   assert plan['hbm_bytes']['total'] == int(20.5 * 2**30)
 
 
-def test_candidates_fill_the_chips_and_pass_every_check():
+def test_candidates_fill_the_chips_and_are_valid():
   topology = parse_topology('v5e:2x2')
   spec = dataclasses.replace(tiny_spec(), model=dataclasses.replace(tiny_spec().model, num_layers=4))
-  found = plan_search.candidates(spec, topology)
-  # Two heads allow two of tensor; each pair of the other axes, four of one, and data with its parameters shared.
+  found = plan_search.find_candidates(spec, topology)
+  # Two heads allow tensor=2; every other axis of 4, every pair of 2 x 2, and data with sharded parameters (zero 3).
   pairs = {f'{a}=2 {b}=2' for a, b in itertools.combinations(('data', 'fsdp', 'stage', 'context', 'tensor'), 2)}
   pairs |= {f'{pair} zero=3' for pair in pairs if pair.startswith('data')}
   assert {c.mesh for c in found} == {'data=4', 'data=4 zero=3', 'fsdp=4', 'stage=4', 'context=4', *pairs}
   experts = dataclasses.replace(spec, model=dataclasses.replace(spec.model, num_experts=4, experts_per_token=2))
-  assert {'expert=4', 'fsdp=2 expert=2'} <= {c.mesh for c in plan_search.candidates(experts, topology)}
+  assert {'expert=4', 'fsdp=2 expert=2'} <= {c.mesh for c in plan_search.find_candidates(experts, topology)}
   assert {c.spec.train.batch_size for c in found} == {16}
   assert {c.spec.train.remat for c in found} == set(plan_search.REMATS)
-  assert all(a.speed > 0.98 * b.speed for a, b in itertools.pairwise(found))
-  near_best = [c for c in found if c.speed > 0.995 * found[0].speed]
-  assert len(near_best[0].sizes) == min(len(c.sizes) for c in near_best)  # The simplest of equals.
+  assert all(a.tokens_per_second > 0.98 * b.tokens_per_second for a, b in itertools.pairwise(found))
+  near_best = [c for c in found if c.tokens_per_second > 0.995 * found[0].tokens_per_second]
+  assert len(near_best[0].sizes) == min(len(c.sizes) for c in near_best)  # The simplest of nearly equal meshes.
   assert all(not list(c.spec.settled_problems()) for c in found)
-  rows = {c.spec.train.batch_size for c in plan_search.candidates(tiny_spec(), topology, (1, 4))}
-  assert rows == {4, 16}
+  batch_sizes = {c.spec.train.batch_size for c in plan_search.find_candidates(tiny_spec(), topology, (1, 4))}
+  assert batch_sizes == {4, 16}
   chosen = plan_search.choose(found, 10)
   assert len(chosen) == 10
   assert len({c.mesh for c in chosen}) >= 4
 
 
 class Process:
-  """A compilation that is over at once."""
+  """A compilation that ends immediately."""
 
   def __init__(self):
     self.ended = False
@@ -160,7 +162,7 @@ class Process:
 
 
 def fake_start(speeds, interrupt_after=None):
-  """Returns a `start` whose programs have these speeds in turn; None for one that does not fit."""
+  """Return a `start` whose programs have these speeds, one after the other; None for one that does not fit."""
   count = 0
 
   def start(job, output):
@@ -168,7 +170,6 @@ def fake_start(speeds, interrupt_after=None):
     if count == interrupt_after:
       raise KeyboardInterrupt
     speed, count = speeds[count], count + 1
-    output.mkdir()
     plan = {'fits': speed is not None, 'tokens_per_second_per_chip': speed or 1e9, 'mfu': 0.5,
             'hbm_bytes': {'total': 1 << 30}}
     (output / 'plan.json').write_text(json.dumps(plan))
@@ -179,12 +180,12 @@ def fake_start(speeds, interrupt_after=None):
 
 @pytest.mark.parametrize(('speeds', 'interrupt', 'status', 'best'), [
     ((100.0, None, 300.0, 200.0), None, 0, 2), ((100.0, 50.0, 300.0, 200.0), 2, 130, 0), ((None,) * 4, None, 1, None)])
-def test_the_search_ranks_what_fits_and_keeps_what_it_has(
+def test_search_ranks_the_fitting_programs_and_survives_an_interrupt(
     monkeypatch, capsys, options, speeds, interrupt, status, best):
-  options = dataclasses.replace(options, most=4, jobs=1)
-  monkeypatch.setattr(plan_jobs, 'start', fake_start(speeds, interrupt))
+  options = dataclasses.replace(options, max_compiles=4, jobs=1)
+  monkeypatch.setattr(plan_jobs, '_start', fake_start(speeds, interrupt))
   topology = parse_topology('v5e:2x2')
-  chosen = plan_search.choose(plan_search.candidates(tiny_spec(), topology), 4)
+  chosen = plan_search.choose(plan_search.find_candidates(tiny_spec(), topology), 4)
   assert plan_search.run(tiny_spec(), topology, options) == status
   out = capsys.readouterr().out
   file = pathlib.Path(options.output) / 'best.json'
@@ -194,7 +195,7 @@ def test_the_search_ranks_what_fits_and_keeps_what_it_has(
     return
   spec = config.build(PlanSpec, json.loads(file.read_text()))
   assert spec == chosen[best].spec
-  PretrainSpec(**{f: getattr(spec, f) for f in json.loads(file.read_text())})  # What `pretrain` takes.
+  PretrainSpec(**{f: getattr(spec, f) for f in json.loads(file.read_text())})  # Accepted by `pretrain`.
   assert re.search(r'\[1/4\] .*: 100 tokens/s/chip; about .* left', out)
   if interrupt is None:
     assert 'does not fit (1.00 GiB)' in out

@@ -12,9 +12,9 @@ import pytest
 
 from llmjax import config
 from llmjax.commands.plan import settle
+from llmjax.commands.spec import PlanSpec
 from llmjax.plan import closed
 from llmjax.plan.topology import parse_topology
-from llmjax.run.spec import PlanSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 
