@@ -19,7 +19,7 @@ os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 from llmjax import config
 from llmjax.commands.spec import PlanSpec
-from llmjax.plan import closed
+from llmjax.plan import analytical
 from llmjax.plan.jobs import Job, run_jobs
 from llmjax.plan.topology import HOP_SECONDS, parse_topology
 
@@ -56,7 +56,7 @@ def predict(entry, topology, head_dim):
   kernels = entry['pallas_flops_per_device'] / topology.device_peak
   static = entry['estimated_cycles_total'] / chip.clock + kernels
   more = kernels * (topology.array / min(head_dim or topology.array, topology.array) - 1)
-  rate = closed.rate_of(topology, topology.devices)
+  rate = analytical.send_rate(topology, topology.devices)
   waiting = 0.0
   for found in entry['collectives'].values():
     part = sum(n for group, n in found['groups'].items() if 'async' not in group) / found['weighted']
@@ -123,7 +123,7 @@ def closed_rows(folder):
         continue
       from llmjax.commands.plan import settle
       slices = parse_topology(topology)
-      fast = closed.plan(settle(spec_of(recipe), slices), slices)
+      fast = analytical.plan(settle(spec_of(recipe), slices), slices)
       a, b = fast['hbm_bytes']['total'], plan['hbm_bytes']['total']
       yield (name, f'{a / 2**30:.1f}', f'{b / 2**30:.1f}', error(a, b), f'{fast["step_seconds"]:.3f}',
              f'{plan["step_seconds"]:.3f}', error(fast['step_seconds'], plan['step_seconds']))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 
 from llmjax.plan.jobs import Job, run_jobs
-from llmjax.plan.words import gib
+from llmjax.plan.text import gib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def entry_of(program, job):
   if job.plan is None:
     return {**entry, 'failed': job.error}
   keys = ('source', 'chips', 'mesh', 'fits', 'hbm_bytes', 'step_seconds', 'parts', 'tokens_per_second_per_chip', 'mfu',
-          'batch_size', 'seq_len', 'accumulation', 'remat', 'parameters', 'unknown_loops', 'versions',
+          'batch_size', 'seq_len', 'gradient_accumulation_steps', 'remat', 'parameters', 'unknown_loops', 'versions',
           'compile_seconds')
   return {**entry, **{key: job.plan[key] for key in keys if key in job.plan}}
 
@@ -104,7 +104,7 @@ def row(entry):
   memory = entry['hbm_bytes']
   mesh = ' '.join(f'{axis}={n}' for axis, n in entry['mesh'].items()) or 'one'
   first += [str(entry['chips']), mesh, f'{entry["batch_size"]} x {entry["seq_len"]}'
-            + (f' / {entry["accumulation"]}' if entry['accumulation'] > 1 else ''),
+            + (f' / {entry["gradient_accumulation_steps"]}' if entry['gradient_accumulation_steps'] > 1 else ''),
             f'{gib(memory["total"])} of {gib(memory["limit"])}' + ('' if entry['fits'] else ', DOES NOT FIT')]
   if entry['source'] != 'compiled':
     return [*first, *[''] * 5]

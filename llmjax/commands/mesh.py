@@ -22,7 +22,7 @@ from llmjax.parallel import sharding
 from llmjax.parallel.mesh import fill, make_mesh
 from llmjax.parallel.spec import AXES
 from llmjax.plan.collectives import find_collectives, largest_replicated, summarize
-from llmjax.plan.words import WIDTH, table
+from llmjax.plan.text import WIDTH, table
 from llmjax.train import objectives
 from llmjax.train.guard import watched
 from llmjax.train.optimizers import make_optimizer

@@ -1,6 +1,6 @@
-"""The collectives of a compiled program, over which mesh axes, how often, and how large.
+"""Finds the collectives of a compiled program: mesh axes, number of executions, and bytes.
 
-Reads what XLA compiled, so it counts what the partitioner and the compiler really made of a program.
+They are read from the optimized HLO, that is, after XLA's partitioner and collective optimizations.
 """
 
 import dataclasses
@@ -21,12 +21,10 @@ KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all
 class Collective:
   """One collective instruction.
 
-  axes: mesh axes whose coordinate differs within a group, in the mesh's order.  group_size: devices in a
-  group; for a permute 2, since each device talks to one other.  result: what a device holds afterwards,
-  one Array for each array in the instruction.  bytes: of the whole buffer at one device, the larger of
-  what goes in and what comes out.  loops: turns of every while loop around it, outermost first, None
-  where the text does not tell.  conditional: it is in a branch that may not run.  groups: numbers of the
-  devices that talk to one another; pairs (from, to) for a permute.
+  axes: mesh axes that vary within a group, in mesh order.  group_size: devices of a group; 2 for a permute.  result:
+  Arrays of one device after it.  bytes: size of the buffer of one device, the larger of input and output.  loops: trip
+  counts of the enclosing while loops, outermost first; None if unknown.  conditional: inside a branch that may not
+  run.  groups: device numbers of each group; (source, target) pairs of a permute.
   """
 
   kind: str
@@ -41,15 +39,15 @@ class Collective:
 
   @property
   def trips(self):
-    """How often it runs in one run of the program, or None where a loop's turns are unknown."""
+    """Executions in one run of the program, or None if a trip count is unknown."""
     return None if None in self.loops else math.prod(self.loops)
 
   @property
   def sent_bytes(self):
-    """Bytes that a device sends each time in the ring algorithm.
+    """Bytes that a device sends per execution in the ring algorithm (Patarasuk and Yuan 2009, section 4).
 
-    (n - 1)/n of the buffer to gather, scatter or exchange it, twice that to reduce it for everyone
-    (Patarasuk and Yuan 2009, section 4), all of it to permute or broadcast it.
+    (n - 1)/n of the buffer for gather, scatter and all-to-all, twice that for all-reduce, all of it for permute and
+    broadcast.
     """
     if self.kind in ('collective-permute', 'collective-broadcast'):
       return self.bytes
@@ -59,10 +57,10 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A line of `summarize`.
+  """Collectives of one kind and the same axes.
 
-  count: instructions.  runs: how often they run in all, bytes, sent_bytes: of all those runs; an
-  instruction under loops of unknown length counts once, and `unknown` says how many there are.
+  count: instructions.  runs: their executions in one run of the program.  bytes, sent_bytes: summed over the runs.
+  unknown: instructions inside loops of unknown trip count, which count once.
   """
 
   kind: str
@@ -76,7 +74,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-  """An array that every device holds whole.  where: 'input' or 'output'."""
+  """An array that is replicated on every device.  where: 'input' or 'output'."""
 
   where: str
   name: str
@@ -86,100 +84,105 @@ class Replicated:
 
 
 def find_collectives(text, mesh):
-  """Returns every Collective of an optimized HLO text, in the order of the program.
+  """Return every Collective of an optimized HLO module, in program order.
 
-  text: `jax.jit(...).lower(...).compile().as_text()`.  mesh: the Mesh it was compiled for; device i of
-  the text is `mesh.devices.flat[i]`.  The two halves of an asynchronous collective count once.
-  Raises ValueError when the text is for another number of devices.
+  text: `jax.jit(...).lower(...).compile().as_text()`.  mesh: the Mesh it was compiled for; device i of the text is
+  `mesh.devices.flat[i]`.  An asynchronous pair counts once.  Raises ValueError if the text is for another number of
+  devices.
   """
   module = Module(text)
   devices = module.num_partitions * module.num_replicas
   if devices != mesh.devices.size:
-    raise ValueError(f'the program is for {devices} devices and the mesh has {mesh.devices.size}; give '
-                     'the mesh that it was compiled for')
-  return [found for found, _ in _walk(module, mesh, Frame(module, module.entry), (), False)]
+    raise ValueError(f'the program is for {devices} devices, but the mesh has {mesh.devices.size}; pass the mesh that '
+                     'it was compiled for')
+  return [collective for collective, _ in walk_collectives(module, mesh, Frame(module, module.entry))]
 
 
-def _walk(module, mesh, frame, loops, conditional):
-  """Yields (Collective, its Instruction) of a computation and of those that it runs."""
+def walk_collectives(module, mesh, frame, loops=(), conditional=False):
+  """Yield (Collective, channel) of a computation and of those that it calls."""
   for instruction in frame.computation.instructions.values():
     op = instruction.op
     if op == 'while':
       loop = Loop(frame, instruction)
       trips = loop.trips()
-      yield from _walk(module, mesh, loop.body, (*loops, trips), conditional)
-      # A loop asks once more than it turns.
+      yield from walk_collectives(module, mesh, loop.body, (*loops, trips), conditional)
+      # The condition is evaluated once more than the body.
       again = None if trips is None else trips + 1
-      yield from _walk(module, mesh, loop.condition, (*loops, again), conditional)
+      yield from walk_collectives(module, mesh, loop.condition, (*loops, again), conditional)
     elif op == 'conditional':
       for branch in frame.branches(instruction):
-        yield from _walk(module, mesh, branch, loops, True)
-    elif op in ('call', 'async-start', 'call-start', 'fusion'):
-      inside = _walk(module, mesh, frame.called(instruction), loops, conditional)
-      yield from inside if op != 'fusion' else _fused(module, instruction, inside)
+        yield from walk_collectives(module, mesh, branch, loops, True)
+    elif op == 'fusion':
+      phase, collectives = fused_collectives(module, mesh, frame, instruction, loops, conditional)
+      if phase in ('start', 'synchronous'):
+        yield from collectives
+    elif op in ('call', 'async-start', 'call-start'):
+      yield from walk_collectives(module, mesh, frame.called(instruction), loops, conditional)
     elif (kind := op.removesuffix('-start')) in KINDS:
-      yield _read(module, mesh, frame, instruction, kind, loops, conditional), instruction
+      collective = read_collective(module, mesh, frame, instruction, kind, loops, conditional)
+      yield collective, instruction.attribute('channel_id') or instruction.name
 
 
-def _fused(module, fusion, inside):
-  """Yields the collectives of a fusion, as the TPU compiler makes them.
+def fused_collectives(module, mesh, frame, fusion, loops=(), conditional=False):
+  """Return (phase, [(Collective, channel)]) of a fusion in a TPU program.
 
-  Both halves of an asynchronous pair, and the fusions that carry it on between them, hold the
-  collective; the one that starts it counts.  A fusion `all-reduce-scatter` is a reduce-scatter written
-  as an all-reduce and a slice of it.
+  phase: 'start', 'continue' or 'done' of an asynchronous collective, all of which contain the collective; else
+  'synchronous'.  A fusion named `all-reduce-scatter` is a reduce-scatter, written as an all-reduce and a slice.
   """
   name = fusion.computation('calls')
-  starts = any('"AsyncCollectiveStart"' in i.attributes
-               for i in module.computations[name].instructions.values() if i.op == 'custom-call')
-  seen = set()
-  for found, instruction in inside:
-    if 'async_collective_fusion_config' in instruction.attributes and not starts:
-      continue
-    channel = found.kind, instruction.attribute('channel_id') or instruction.name
-    if channel in seen:
-      continue
-    seen.add(channel)
-    if found.kind == 'all-reduce' and 'all-reduce-scatter' in f'{name} {fusion.name}'.replace('_', '-'):
-      found = dataclasses.replace(found, kind='reduce-scatter', result=tuple(flatten(fusion.type)))
-    yield found, instruction
+  instructions = module.computations[name].instructions.values()
+  by_channel = {}
+  for collective, channel in walk_collectives(module, mesh, frame.called(fusion), loops, conditional):
+    if collective.kind == 'all-reduce' and 'all-reduce-scatter' in f'{name} {fusion.name}'.replace('_', '-'):
+      collective = dataclasses.replace(collective, kind='reduce-scatter', result=tuple(flatten(fusion.type)))
+    by_channel.setdefault((collective.kind, channel), (collective, channel))
+  targets = {i.attribute('custom_call_target') for i in instructions if i.op == 'custom-call'}
+  if '"AsyncCollectiveStart"' in targets:
+    phase = 'start'
+  elif '"AsyncCollectiveDone"' in targets:
+    phase = 'done'
+  else:
+    continues = any('async_collective_fusion_config' in i.attributes for i in instructions if i.op in KINDS)
+    phase = 'continue' if continues else 'synchronous'
+  return phase, list(by_channel.values())
 
 
-def _read(module, mesh, frame, instruction, kind, loops, conditional):
-  """Returns the Collective that an instruction is."""
+def read_collective(module, mesh, frame, instruction, kind, loops=(), conditional=False):
+  """Return the Collective of a collective instruction."""
   result = instruction.type
-  # A start holds (operands, results, ...); that of an all-reduce its results alone.
+  # The type of a start is (operands, results, ...), but that of an all-reduce-start is its results alone.
   if instruction.op.endswith('-start') and kind != 'all-reduce':
     result = result[1]
   result = flatten(result)
   operands = [a for o in instruction.operands if o in frame.computation.instructions
               for a in flatten(frame.computation.instructions[o].type)]
   if kind == 'ragged-all-to-all':
-    operands = operands[:1]  # The rest are the output's buffer, offsets and sizes.
+    operands = operands[:1]  # The others are the output buffer, offsets and sizes.
   pairs = instruction.attribute('source_target_pairs')
   if pairs is not None:
-    groups = [g for g in _numbers(pairs) if len(set(g)) > 1]
+    groups = [g for g in _parse_lists(pairs) if len(set(g)) > 1]
   else:
     groups = _device_groups(module, instruction, kind)
-  total = lambda arrays: sum(a.bytes for a in arrays)
+  total_bytes = lambda arrays: sum(a.bytes for a in arrays)
   return Collective(
       kind=kind, axes=group_axes(groups, mesh), group_size=max(map(len, groups), default=1),
-      result=tuple(result), bytes=max(total(result), total(operands)), loops=loops,
+      result=tuple(result), bytes=max(total_bytes(result), total_bytes(operands)), loops=loops,
       op_name=instruction.op_name, conditional=conditional, groups=tuple(map(tuple, groups)))
 
 
 def _device_groups(module, instruction, kind):
-  """Returns the groups of device numbers (replica x partitions + partition) that an instruction joins."""
+  """Return the groups of device numbers (replica x partitions + partition) of a collective."""
   partitions, replicas = module.num_partitions, module.num_replicas
   groups = parse_groups(_groups_text(instruction))
   if instruction.attribute('use_global_device_ids') == 'true':
     return groups or [list(range(partitions * replicas))]
-  if instruction.attribute('channel_id') is None:  # Between replicas, for each partition.
+  if instruction.attribute('channel_id') is None:  # Across replicas, within each partition.
     groups = groups or [list(range(replicas))]
     return [[r * partitions + p for r in group] for group in groups for p in range(partitions)]
-  if kind in ('all-to-all', 'ragged-all-to-all', 'collective-broadcast'):  # Between partitions.
+  if kind in ('all-to-all', 'ragged-all-to-all', 'collective-broadcast'):  # Across partitions.
     groups = groups or [list(range(partitions))]
     return [[r * partitions + p for p in group] for group in groups for r in range(replicas)]
-  groups = groups or [list(range(replicas))]  # Between all partitions of these replicas.
+  groups = groups or [list(range(replicas))]  # Across all partitions of these replicas.
   return [[r * partitions + p for r in group for p in range(partitions)] for group in groups]
 
 
@@ -192,52 +195,51 @@ def _groups_text(instruction):
 
 
 def parse_groups(text):
-  """Returns the groups that a `replica_groups` text spells, as lists of ids; [] for `{}`, which means all.
+  """Parse `replica_groups` into lists of ids; [] for `{}`, which means all devices.
 
-  Forms: `{{0,1},{2,3}}`; `[2,2]<=[4]` and `[2,2]<=[2,2]T(1,0)`, which are numbers counted in the order of
-  the dimensions on the right, transposed, and cut into the rows on the left; `mesh['a'=2,'b'=4] {'a'}` and
-  `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(2)2}`, whose devices are listed or counted in that
-  way, and where `b`, cut into parts of 2, 2 and the rest, is grouped over the second part.  Raises
-  ValueError on any other.
+  Forms: explicit lists, `{{0,1},{2,3}}`; iota tiles, `[2,2]<=[4]` and `[2,2]<=[2,2]T(1,0)`: ids in the order of the
+  dimensions on the right, transposed, and reshaped to the left; mesh axes, `mesh['a'=2,'b'=4] {'a'}` and
+  `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b':(2)2}`, where `b`, split into sub-axes of 2, 2 and the rest, is
+  grouped over the second one.  Raises ValueError for any other form.
   """
   text = text.strip()
   if text.startswith('mesh['):
-    return _mesh_groups(text)
+    return _parse_mesh_groups(text)
   if text.startswith('[') and '<=' in text:
-    return _tiles(text).tolist()
+    return _parse_tiles(text).tolist()
   if text.startswith('{'):
-    return _numbers(text)
-  raise ValueError(f'replica groups of an unknown form: {text!r}')
+    return _parse_lists(text)
+  raise ValueError(f'unsupported form of replica groups: {text!r}')
 
 
-def _numbers(text):
+def _parse_lists(text):
   """'{{0,1},{2,3}}' -> [[0, 1], [2, 3]]."""
   return [[int(n) for n in group.split(',')] for group in re.findall(r'\{([\d,\s]+)\}', text)]
 
 
-def _tiles(text):
-  """'[2,4]<=[4,2]T(1,0)' -> the array of that shape; '[4,2]T(1,0)' -> it before it is cut into rows."""
+def _parse_tiles(text):
+  """'[2,4]<=[4,2]T(1,0)' -> ids of shape [2, 4]; '[4,2]T(1,0)' -> ids of shape [2, 4] by the transposition alone."""
   match = re.fullmatch(r'(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?', text.strip())
   if match is None:
-    raise ValueError(f'replica groups of an unknown form: {text!r}')
+    raise ValueError(f'unsupported form of replica groups: {text!r}')
   shape, counted, order = ([int(n) for n in part.split(',')] if part else None for part in match.groups())
   ids = np.arange(math.prod(counted)).reshape(counted).transpose(order)
   return ids if shape is None else ids.reshape(shape)
 
 
-def _mesh_groups(text):
+def _parse_mesh_groups(text):
   match = re.fullmatch(r'mesh\[([^\]]*)\](?:,?\s*device_ids=\((.*)\))?\s*\{(.*)\}', text)
   if match is None:
-    raise ValueError(f'replica groups of an unknown form: {text!r}')
+    raise ValueError(f'unsupported form of replica groups: {text!r}')
   unquote = lambda name: name.strip().strip('"\'')
   sizes = {unquote(n): int(size) for n, size in (axis.rsplit('=', 1) for axis in split_top(match[1]))}
   if match[2] is None:
     ids = np.arange(math.prod(sizes.values()))
   elif '[' in match[2]:
-    ids = _tiles(match[2])
+    ids = _parse_tiles(match[2])
   else:
     ids = np.array([int(n) for n in match[2].split(',')])
-  # Each axis is cut wherever a part of it begins or ends; grouped parts go last.
+  # Split each axis at the boundaries of its grouped sub-axes, and move the grouped ones last.
   cuts, grouped = {name: {1, size} for name, size in sizes.items()}, []
   for part in split_top(match[3]):
     name, _, split = part.partition(':')
@@ -256,7 +258,7 @@ def _mesh_groups(text):
 
 
 def group_axes(groups, mesh):
-  """Returns the mesh axes along which the devices of some group differ, in the mesh's order."""
+  """Return the mesh axes that vary within a group, in mesh order."""
   shape = mesh.devices.shape
   varies = np.zeros(len(shape), bool)
   for group in groups:
@@ -266,32 +268,31 @@ def group_axes(groups, mesh):
 
 
 def summarize(collectives):
-  """Returns one Row for each kind and axes, those that send most first."""
+  """Return one Row per kind and axes, by decreasing bytes sent."""
   order = lambda c: (c.kind, c.axes)
   rows = []
-  for (kind, axes), found in itertools.groupby(sorted(collectives, key=order), order):
-    found = list(found)
-    runs = [1 if c.trips is None else c.trips for c in found]
-    weighted = lambda name, found=found, runs=runs: sum(
-        getattr(c, name) * n for c, n in zip(found, runs, strict=True))
-    rows.append(Row(kind, axes, len(found), sum(runs), weighted('bytes'), weighted('sent_bytes'),
-                    sum(c.trips is None for c in found)))
+  for (kind, axes), group in itertools.groupby(sorted(collectives, key=order), order):
+    group = list(group)
+    runs = [1 if c.trips is None else c.trips for c in group]
+    rows.append(Row(kind, axes, len(group), sum(runs), sum(c.bytes * n for c, n in zip(group, runs, strict=True)),
+                    sum(c.sent_bytes * n for c, n in zip(group, runs, strict=True)),
+                    sum(c.trips is None for c in group)))
   return sorted(rows, key=lambda row: -row.sent_bytes)
 
 
 def largest_replicated(compiled, minimum_bytes=0):
-  """Returns the inputs and outputs above a size that every device holds whole, the largest first.
+  """Return the replicated inputs and outputs of at least `minimum_bytes`, the largest first.
 
-  compiled: of `jax.jit(...).lower(...).compile()` on more than one device.  Arrays that the program drops
-  are not there, and on one device nothing is a copy, so the list is empty.
+  compiled: the result of `jax.jit(...).lower(...).compile()`.  Unused arguments are left out; on one device the list is
+  empty.
   """
-  # A kept argument has its sharding, a dropped one None; what was None from the start is None in both.
+  # An unused argument has the sharding None; a leaf that is None is None in both trees.
   absent = {'is_leaf': lambda s: s is None}
   inputs = zip(jax.tree_util.tree_flatten_with_path(compiled.args_info, **absent)[0],
                jax.tree.leaves(compiled.input_shardings, **absent), strict=True)
   outputs = zip(jax.tree_util.tree_flatten_with_path(compiled.out_info, **absent)[0],
                 jax.tree.leaves(compiled.output_shardings, **absent), strict=True)
-  found = []
+  replicated = []
   for where, arrays in (('input', inputs), ('output', outputs)):
     for (path, array), sharding in arrays:
       if sharding is None or sharding.num_devices == 1 or not sharding.is_fully_replicated:
@@ -301,5 +302,5 @@ def largest_replicated(compiled, minimum_bytes=0):
       size = math.prod(array.shape) * dtype.itemsize
       if size >= minimum_bytes:
         name = jax.tree_util.keystr(path, simple=True, separator='/')
-        found.append(Replicated(where, name, tuple(array.shape), str(array.dtype), size))
-  return sorted(found, key=lambda r: -r.bytes)
+        replicated.append(Replicated(where, name, tuple(array.shape), str(array.dtype), size))
+  return sorted(replicated, key=lambda r: -r.bytes)

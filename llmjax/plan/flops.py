@@ -1,4 +1,4 @@
-"""The FLOPs of a compiled program's matrix products, every turn of its loops counted.
+"""Counts the FLOPs of a compiled program's matrix products, including every loop iteration.
 
 XLA's own `cost_analysis` counts the body of a loop once.
 """
@@ -9,10 +9,10 @@ from llmjax.plan.hlo import Frame, Loop, Module, flatten
 
 
 def count_products(text):
-  """Returns the FLOPs of one device's matrix products in one run of a program; a multiply-add is 2.
+  """Return the FLOPs of the matrix products that one device executes in one run; a multiply-add is 2.
 
-  text: of an optimized HLO module.  Of a conditional the dearest branch counts.  Raises ValueError where a
-  loop that holds products does not tell its turns, or where a product is a call that this does not know.
+  text: an optimized HLO module.  Of a conditional the most expensive branch counts.  Raises ValueError for a loop with
+  products whose trip count is unknown, and for products in custom calls or convolutions.
   """
   module = Module(text)
   return _count(module, Frame(module, module.entry))
@@ -23,24 +23,24 @@ def _count(module, frame):
   for instruction in frame.computation.instructions.values():
     op = instruction.op
     if op == 'dot':
-      total += _dot(frame, instruction)
+      total += _dot_flops(frame, instruction)
     elif op == 'while':
       loop = Loop(frame, instruction)
-      if inside := _count(module, loop.body):
-        if (turns := loop.trips()) is None:
-          raise ValueError(f'the loop {instruction.name} holds products, but its text does not tell its turns')
-        total += turns * inside
+      if flops := _count(module, loop.body):
+        if (trips := loop.trips()) is None:
+          raise ValueError(f'the loop {instruction.name} contains products, but its trip count is unknown')
+        total += trips * flops
     elif op == 'conditional':
       total += max(_count(module, branch) for branch in frame.branches(instruction))
     elif op in ('call', 'fusion', 'async-start', 'call-start'):
       total += _count(module, frame.called(instruction))
     elif op == 'convolution' or op == 'custom-call' and 'matmul' in (instruction.attribute('custom_call_target') or ''):
-      raise ValueError(f'{instruction.name} is a product whose size this cannot read: {op}')
+      raise ValueError(f'{instruction.name} is a product of unsupported kind: {op}')
   return total
 
 
-def _dot(frame, instruction):
+def _dot_flops(frame, instruction):
   left = flatten(frame.computation.instructions[instruction.operands[0]].type)[0]
   axes = instruction.attribute('lhs_contracting_dims').strip('{}')
-  summed = math.prod(left.shape[int(axis)] for axis in axes.split(',') if axis)
-  return 2 * math.prod(flatten(instruction.type)[0].shape) * summed
+  contracted = math.prod(left.shape[int(axis)] for axis in axes.split(',') if axis)
+  return 2 * math.prod(flatten(instruction.type)[0].shape) * contracted

@@ -1,13 +1,14 @@
-"""Reading the text of an optimized HLO module: computations, instructions, loops' trip counts.
+"""Parses the text of an optimized HLO module: computations, instructions, and trip counts of while loops.
 
-The text is what `compiled.as_text()` gives on any platform.  Nothing here imports JAX.
+The text is `compiled.as_text()` of any platform.  Imports no JAX.
 """
 
 import dataclasses
 import functools
+import math
 import re
 
-# Bits of one element; `token` and opaque values hold nothing.
+# Bits per element; `token` and opaque values have none.
 _BITS = {'pred': 8, 'bf16': 16, 'token': 0, 'opaque': 0}
 _ARRAY = re.compile(r'(pred|bf16|token|opaque|[sufc]\d+(?:e\d+m\d+\w*)?)\[([^\]]*)\]')
 _HEADER = re.compile(r'(ENTRY )?%?([\w.<>-]+) \(.*\{$')
@@ -20,46 +21,43 @@ _MIRRORED = {'LT': 'GT', 'GT': 'LT', 'LE': 'GE', 'GE': 'LE'}
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """An array's type.  `dtype` is HLO's name for it, such as f32 or bf16."""
+  """The type of an array.  dtype: HLO name, such as f32 or bf16."""
 
   dtype: str
   shape: tuple[int, ...]
 
   @property
   def bytes(self):
-    size = 1
-    for n in self.shape:
-      size *= n
-    return -(-size * element_bits(self.dtype) // 8)
+    return -(-math.prod(self.shape) * element_bits(self.dtype) // 8)
 
   def __str__(self):
     return f'{self.dtype}[{",".join(map(str, self.shape))}]'
 
 
 def element_bits(dtype):
-  """Returns the bits of one element of an HLO dtype: 32 for f32, 4 for s4, 8 for f8e4m3fn."""
+  """Return the bits per element of an HLO dtype: 32 for f32, 4 for s4, 8 for f8e4m3fn."""
   return _BITS.get(dtype) if dtype in _BITS else int(re.match(r'[a-z]+(\d+)', dtype)[1])
 
 
 def parse_type(text):
-  """Returns the type that a text spells: an Array, or a list of types for a tuple."""
+  """Parse a type: an Array, or a list of types for a tuple."""
   text = text.strip()
   if text.startswith('('):
     return [parse_type(part) for part in split_top(text[1:_closing(text, 0)])]
   match = _ARRAY.match(text)
   if match is None:
     return Array('opaque', ())
-  # `<=8` is a bounded dynamic size; its bound is what memory is kept for.
+  # `<=8` is a bounded dynamic size; memory is allocated for the bound.
   return Array(match[1], tuple(int(n.strip('<= ?')) for n in match[2].split(',') if n.strip('<= ?')))
 
 
 def flatten(type_):
-  """Returns the Arrays in a type, in order."""
+  """Return the Arrays of a type, in order."""
   return [a for part in type_ for a in flatten(part)] if isinstance(type_, list) else [type_]
 
 
 def split_top(text):
-  """Returns the parts between the commas that stand in no bracket or quotes."""
+  """Split at the commas that are outside brackets and quotes."""
   parts, depth, start, quoted = [], 0, 0, False
   for i, c in enumerate(text):
     if c == '"':
@@ -74,7 +72,7 @@ def split_top(text):
 
 
 def _closing(text, start):
-  """Returns the place of the bracket that closes the one at `start`."""
+  """Return the position of the bracket that closes the one at `start`."""
   depth, quoted = 0, False
   for i in range(start, len(text)):
     c = text[i]
@@ -89,7 +87,7 @@ def _closing(text, start):
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """`%name = type op(operands), attributes`.  arguments: the text between the brackets."""
+  """`%name = type op(operands), attributes`.  arguments: the text between the parentheses."""
 
   name: str
   type: object
@@ -99,14 +97,14 @@ class Instruction:
   attributes: str
 
   def attribute(self, key):
-    """Returns the text of `key=...` up to the comma that ends it, or None."""
+    """Return the value of the attribute `key=value`, or None."""
     match = re.search(rf'(?:^|[\s,]){key}=', self.attributes)
     if match is None:
       return None
     return split_top(self.attributes[match.end():])[0]
 
   def computation(self, key):
-    """Returns the name of a computation that it calls by this attribute, or None."""
+    """Return the name of the computation in an attribute such as `calls`, or None."""
     text = self.attribute(key)
     return text and text.lstrip('%')
 
@@ -118,7 +116,7 @@ class Instruction:
 
 @dataclasses.dataclass
 class Computation:
-  """Instructions by name, in the order of the text."""
+  """A computation.  instructions: by name, in program order.  root: name of the result."""
 
   name: str
   instructions: dict[str, Instruction]
@@ -126,7 +124,7 @@ class Computation:
 
 
 class Module:
-  """The computations of a module by name, the entry's name, and its numbers of replicas and partitions."""
+  """A parsed HLO module: computations by name, name of the entry computation, numbers of replicas and partitions."""
 
   def __init__(self, text):
     self.computations, self.entry = _parse(text)
@@ -157,10 +155,10 @@ def _parse(text):
     elif _INSTRUCTION.match(line):
       finish()
       pending.append(line)
-    else:  # Some instructions run over several lines.
+    else:  # Some instructions span several lines.
       pending.append(line)
   if entry is None:
-    raise ValueError('this is not the text of an HLO module: it has no ENTRY computation')
+    raise ValueError('not the text of an HLO module: it has no ENTRY computation')
   return computations, entry
 
 
@@ -179,17 +177,17 @@ def _parse_instruction(line):
 
 @dataclasses.dataclass(frozen=True)
 class Induction:
-  """The value of a loop's state element at the start of a turn, plus `offset`."""
+  """The value of an element of the loop state at the start of an iteration, plus `offset`."""
 
   index: int
   offset: int = 0
 
 
 class Frame:
-  """A computation with what its parameters stand for: evaluates integers that are known before it runs.
+  """A computation bound to its arguments; evaluates the integers in it that are known statically.
 
-  arguments: one function for each parameter, path -> value, where a path is a tuple of tuple indices.
-  A value is an int, an Induction, or None where it is not known.
+  arguments: one function path -> value per parameter, where a path is a tuple of tuple indices.  A value is an int, an
+  Induction, or None if unknown.
   """
 
   def __init__(self, module, name, arguments=()):
@@ -197,16 +195,16 @@ class Frame:
     self.value = functools.cache(self._value)
 
   def root(self, path=()):
-    """Returns the value of the result, or of the part of it at a path."""
+    """Return the value of the result, or of its element at a path."""
     return self.value(self.computation.root, path)
 
   def called(self, instruction):
-    """Returns the frame of the computation that a call, a fusion or an async start runs on its operands."""
+    """Return the frame of the computation that a call, fusion or async start applies to its operands."""
     name = instruction.computation('calls') or instruction.computation('to_apply')
     return Frame(self.module, name, [functools.partial(self.value, o) for o in instruction.operands])
 
   def branches(self, instruction):
-    """Returns the frames of a conditional's branches; each takes one operand."""
+    """Return the frames of the branches of a conditional; each takes one operand."""
     names = instruction.attribute('branch_computations')
     names = [instruction.attribute('true_computation'), instruction.attribute('false_computation')] if (
         names is None) else split_top(names[1:-1])
@@ -231,12 +229,12 @@ class Frame:
     if op == 'tuple':
       return self.value(operands[path[0]], path[1:]) if path else None
     if not _is_integer(instruction.type, path):
-      return None  # Only numbers that count turns matter; sums of activations would be followed for long.
+      return None  # Only loop counters matter; tracing floating-point values would be slow.
     if op in ('fusion', 'call'):
       return self.called(instruction).root(path)
     if op in ('add', 'subtract', 'multiply'):
       return _combine(op, self.value(operands[0]), self.value(operands[1]))
-    if op == 'while' and Loop(self, instruction).keeps(path):
+    if op == 'while' and Loop(self, instruction).is_invariant(path):
       return self.value(operands[0], path)
     return None
 
@@ -258,11 +256,11 @@ def _combine(op, a, b):
 
 
 class Loop:
-  """A while instruction in a frame."""
+  """A while loop in a frame."""
 
   def __init__(self, frame, instruction):
     self._frame, self._while = frame, instruction
-    # With every element of the state a variable, to see which ones the body hands on as they are.
+    # With every element of the state symbolic, to find those that the body returns unchanged.
     self._raw = Frame(frame.module, instruction.computation('body'), [Induction])
 
   @property
@@ -273,37 +271,37 @@ class Loop:
   def condition(self):
     return Frame(self._frame.module, self._while.computation('condition'), [self._state])
 
-  def keeps(self, path):
-    """Returns whether an element of the state has the same value in every turn."""
+  def is_invariant(self, path):
+    """Return whether an element of the state is loop-invariant."""
     return self._raw.root(path) == Induction(path)
 
   def _state(self, path):
-    return self._frame.value(self._while.operands[0], path) if self.keeps(path) else Induction(path)
+    return self._frame.value(self._while.operands[0], path) if self.is_invariant(path) else Induction(path)
 
   def trips(self):
-    """Returns how many turns it makes, or None where the text does not tell.
+    """Return the trip count, or None if it is not static.
 
-    From XLA's own `known_trip_count`, else from the condition (an element of the state compared with a
-    constant), that element's first value, and what the body adds to it.
+    Taken from XLA's `known_trip_count` if present, else derived from the condition (a state element compared with a
+    constant), the initial value of that element, and its increment in the body.
     """
     if match := re.search(r'"known_trip_count":\{"n":"?(\d+)', self._while.attributes):
       return int(match[1])
-    found = self._comparison(self.condition)
-    if found is None:
+    comparison = self._comparison(self.condition)
+    if comparison is None:
       return None
-    direction, left, limit = found
+    direction, left, limit = comparison
     if isinstance(left, int) and isinstance(limit, Induction):
       direction, left, limit = _MIRRORED.get(direction, direction), limit, left
     if not isinstance(left, Induction) or not isinstance(limit, int):
       return None
-    begin = self._frame.value(self._while.operands[0], left.index)
+    initial = self._frame.value(self._while.operands[0], left.index)
     after = self.body.root(left.index)
-    if not isinstance(begin, int) or not isinstance(after, Induction) or after.index != left.index:
+    if not isinstance(initial, int) or not isinstance(after, Induction) or after.index != left.index:
       return None
-    return _count(direction, begin + left.offset, after.offset, limit)
+    return _count(direction, initial + left.offset, after.offset, limit)
 
   def _comparison(self, frame):
-    """Returns (direction, left, right) of the compare that a computation returns, or None."""
+    """Return (direction, left, right) of the comparison that a computation returns, or None."""
     root = frame.computation.instructions[frame.computation.root]
     if root.op in ('fusion', 'call'):
       return self._comparison(frame.called(root))
@@ -313,7 +311,7 @@ class Loop:
 
 
 def _count(direction, value, step, limit):
-  """Returns the number of values `value, value + step, ...` before the first that fails the comparison."""
+  """Return how many of `value, value + step, ...` satisfy the comparison before the first that does not."""
   distance = limit - value
   if direction in ('GT', 'GE'):
     distance, step = -distance, -step

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 
-from llmjax.plan.words import duration, gib
+from llmjax.plan.text import duration, gib
 
 
 @dataclasses.dataclass

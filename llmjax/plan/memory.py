@@ -1,4 +1,4 @@
-"""Where a compiled program's memory goes.  Nothing here imports JAX."""
+"""Attributes the memory of a compiled program to named arrays.  Imports no JAX."""
 
 import dataclasses
 import re
@@ -8,54 +8,54 @@ from llmjax.plan.hlo import Frame, Loop, flatten
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """An array of the program on one device.  what: of the model it belongs to.  count: how many such there are."""
+  """An array on one device.  name: the operation or parameter it comes from.  count: number of such arrays."""
 
-  what: str
+  name: str
   type: str
   bytes: int
   count: int = 1
 
 
-def stacks(module, accumulation=1):
-  """Returns (kept, gradients): Tensors of one array for each turn that forward and backward loops fill.
+def stacked_arrays(module, accumulation_steps=1):
+  """Return (activations, gradients): Tensors stacked over the iterations of the loops over layers.
 
-  A forward loop over layers writes what the backward one reads; a backward loop writes gradients.  accumulation:
-  turns of the loop over microbatches, within which those over layers are.
+  The forward loop writes the activations that the backward loop reads; the backward loop writes gradients.
+  accumulation_steps: trip count of the loop over microbatches, which contains the loops over layers.
   """
-  kept, gradients = _stacks(Frame(module, module.entry), accumulation)
-  return _merged(kept), _merged(gradients)
+  activations, gradients = _stacked_arrays(Frame(module, module.entry), accumulation_steps)
+  return _count_equal(activations), _count_equal(gradients)
 
 
-def _stacks(frame, accumulation):
-  kept, gradients = [], []
+def _stacked_arrays(frame, accumulation_steps):
+  activations, gradients = [], []
   for instruction in frame.computation.instructions.values():
     if instruction.op != 'while':
       continue
     loop = Loop(frame, instruction)
     trips = loop.trips()
-    if accumulation > 1 and trips == accumulation:
-      inside = _stacks(loop.body, 1)
-      if any(inside):
-        return inside
+    if accumulation > 1 and trips == accumulation_steps:
+      nested = _stacked_arrays(loop.body, 1)
+      if any(nested):
+        return nested
     body = loop.body.computation
     root = body.instructions[body.root]
     if root.op != 'tuple' or not trips or trips < 2:
       continue
     for index, name in enumerate(root.operands):
       arrays = flatten(instruction.type[index])
-      if len(arrays) != 1 or arrays[0].shape[:1] != (trips,) or loop.keeps((index,)):
+      if len(arrays) != 1 or arrays[0].shape[:1] != (trips,) or loop.is_invariant((index,)):
         continue
       writer = _writer(body, name)
       backward = 'transpose(' in instruction.op_name or 'transpose(' in writer
-      (gradients if backward else kept).append(Tensor(short_name(writer), str(arrays[0]), arrays[0].bytes))
-  return kept, gradients
+      (gradients if backward else activations).append(Tensor(short_name(writer), str(arrays[0]), arrays[0].bytes))
+  return activations, gradients
 
 
-def largest(module, most=10):
-  """Returns the largest arrays that the program makes or takes, in any of its computations that run."""
-  found, seen = [], set()
+def largest_buffers(module, count=10):
+  """Return the largest arrays of the entry computation and of the loops and calls in it."""
+  tensors, seen = [], set()
 
-  def walk(name, inside):
+  def walk(name, in_loop):
     if name in seen:
       return
     seen.add(name)
@@ -63,17 +63,17 @@ def largest(module, most=10):
       if i.op == 'while':
         walk(i.computation('body'), True)
       elif i.op == 'call':
-        walk(i.computation('to_apply'), inside)
+        walk(i.computation('to_apply'), in_loop)
       elif i.op not in ('tuple', 'get-tuple-element', 'bitcast', 'opt-barrier', 'copy-done', 'constant') and not (
-          inside and i.op == 'parameter'):
+          in_loop and i.op == 'parameter'):
         for array in flatten(i.type):
-          found.append(Tensor(short_name(i.op_name) or i.op, str(array), array.bytes))
+          tensors.append(Tensor(short_name(i.op_name) or i.op, str(array), array.bytes))
 
   walk(module.entry, False)
-  return sorted(_merged(found), key=lambda t: -t.bytes)[:most]
+  return sorted(_count_equal(tensors), key=lambda t: -t.bytes)[:count]
 
 
-def _merged(tensors):
+def _count_equal(tensors):
   counts = {}
   for tensor in tensors:
     counts[tensor] = counts.get(tensor, 0) + 1
@@ -81,7 +81,7 @@ def _merged(tensors):
 
 
 def _writer(body, name):
-  """Returns the op_name of what makes the values that are written into an element of the state."""
+  """Return the op_name of the operation that computes an element of the loop state."""
   best = ''
   for _ in range(20):
     instruction = body.instructions.get(name)
@@ -109,10 +109,10 @@ def short_name(op_name):
   return back + '/'.join(parts[-3:])
 
 
-def read_limit(message):
-  """Returns {'used', 'limit', 'temporaries_alone', 'allocations'} of the compiler's out-of-memory message, else None.
+def parse_out_of_memory(message):
+  """Parse the compiler's out-of-memory message; return {'used', 'limit', 'temporaries_only', 'allocations'} or None.
 
-  Bytes of one device.  Of one form of the message `used` is of the temporaries alone, without the arguments.
+  Bytes per device.  One form of the message gives the temporaries only, without the arguments.
   """
   size = r'([\d.]+)([KMGT]?)'
   whole = re.search(f'Used {size} of {size} hbm', message)
@@ -120,7 +120,7 @@ def read_limit(message):
   if not (match := whole or temporaries):
     return None
   return {'used': _size(match[1], match[2]), 'limit': _size(match[3], match[4]),
-          'temporaries_alone': whole is None, 'allocations': _allocations(message)}
+          'temporaries_only': whole is None, 'allocations': _allocations(message)}
 
 
 def _size(value, unit):
@@ -128,11 +128,11 @@ def _size(value, unit):
 
 
 def _allocations(message):
-  """Returns the Tensors that the message lists, the largest first."""
-  found = []
+  """Return the Tensors that the message lists, the largest first."""
+  tensors = []
   for block in re.split(r'\n\s*\d+\. Size: ', message)[1:]:
     size = re.match(r'([\d.]+)([KMGT])', block)
     shape, name = re.search(r'Shape: (\w+\[[\d,]*\])', block), re.search(r'op_name="([^"]*)"', block)
     if size and shape:
-      found.append(Tensor(short_name(name[1]) if name else '', shape[1], _size(size[1], size[2])))
-  return found
+      tensors.append(Tensor(short_name(name[1]) if name else '', shape[1], _size(size[1], size[2])))
+  return tensors

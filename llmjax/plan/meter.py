@@ -1,6 +1,6 @@
-"""What chips cost while they work: energy, carbon, money.  No JAX here.
+"""Energy, carbon and money that chips use.  Imports no JAX.
 
-A plan meters predicted seconds, a run measured ones (run/energy.py).
+A plan charges predicted seconds; a run charges measured seconds (run/energy.py).
 """
 
 import dataclasses
@@ -11,24 +11,24 @@ from llmjax.parallel.chips import GPUS, TPUS
 
 @dataclasses.dataclass(frozen=True)
 class CostSpec:
-  """Prices and power; what is 0 is not known, and nothing that needs it is reported."""
+  """Prices and power.  Quantities that depend on an unset value (0) are not reported."""
 
-  price_per_chip_hour: float = setting(0.0, 'of one chip, in `currency`; 0: not stated', minimum=0.0)
-  currency: str = setting('USD', 'of the price')
-  chip_watts: float = setting(0.0, 'of one chip at work, its share of the host included if you know it (on CPUs: of '
-                              "one host); 0: the chip table's, where its power is published", minimum=0.0)
-  pue: float = setting(1.09, "of the data center: its whole energy over the machines'; 1.09 is the mean of Google's "
-                       'in 2024 (Google Environmental Report 2025)', minimum=1.0)
-  grid_grams_per_kwh: float = setting(0.0, 'CO2 equivalent of the electricity, for example from '
-                                      'app.electricitymaps.com; 0: not stated', minimum=0.0)
+  price_per_chip_hour: float = setting(0.0, 'price of one chip for one hour, in cost.currency; 0: unknown', minimum=0.0)
+  currency: str = setting('USD', 'currency of cost.price_per_chip_hour')
+  chip_watts: float = setting(0.0, 'power of one chip under load in watts, including its share of the host if known '
+                              '(CPU: power of one host); 0: the published value, if there is one', minimum=0.0)
+  pue: float = setting(1.09, 'power usage effectiveness of the data center; 1.09 is the fleet average of Google in '
+                       '2024 (Google Environmental Report 2025)', minimum=1.0)
+  grid_grams_per_kwh: float = setting(0.0, 'carbon intensity of the electricity in g CO2e/kWh, for example from '
+                                      'app.electricitymaps.com; 0: unknown', minimum=0.0)
 
 
 @dataclasses.dataclass
 class Meter:
-  """Adds up what `chips` chips use.  watts: of one chip, None where not known.  source: of the watts.
+  """Accumulates the usage of `chips` chips.  watts: per chip, None if unknown.  source: where the watts come from.
 
-  kwh: at the data center's meter.  kg_co2: CO2 equivalent of that electricity (location-based; making the chips is
-  not in it).  money: in spec.currency.  Each is None where a number it needs is not known.
+  kwh: energy including the data center's overhead.  kg_co2: operational, location-based CO2 equivalent, without the
+  manufacturing of the chips.  money: in spec.currency.  Each is None if a value that it needs is unknown.
   """
 
   spec: CostSpec
@@ -38,7 +38,7 @@ class Meter:
   seconds: float = 0.0
 
   def charge(self, seconds):
-    """Adds seconds in which all chips work; returns the meter."""
+    """Add seconds during which all chips are in use; return the meter."""
     self.seconds += seconds
     return self
 
@@ -60,14 +60,14 @@ class Meter:
     return self.chip_hours * self.spec.price_per_chip_hour if self.spec.price_per_chip_hour else None
 
   def report(self):
-    """Returns all of it as a dict, with what it was computed from."""
+    """Return all quantities and the settings that they depend on, as a dict."""
     return {'chips': self.chips, 'seconds': self.seconds, 'chip_hours': self.chip_hours, 'kwh': self.kwh,
             'kg_co2': self.kg_co2, 'money': self.money, 'watts_per_chip': self.watts, 'watts_source': self.source,
             **dataclasses.asdict(self.spec)}
 
 
 def make_meter(spec, chip, chips):
-  """Returns the Meter of so many chips of one kind, None for one of no table; `spec.chip_watts` goes before theirs."""
+  """Return a Meter.  chip: its table entry, or None for an unknown device.  `spec.chip_watts` takes precedence."""
   if spec.chip_watts:
     return Meter(spec, chips, spec.chip_watts, 'cost.chip_watts')
   if chip is not None and chip.watts:
@@ -76,5 +76,5 @@ def make_meter(spec, chip, chips):
 
 
 def find_chip(device_kind):
-  """Returns the Chip of a JAX `device_kind`, or None where no table has it."""
+  """Return the Chip of a JAX `device_kind`, or None for an unknown one."""
   return next((chip for chip in (*TPUS, *GPUS) if device_kind.startswith(chip.kinds)), None)

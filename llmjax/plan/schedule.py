@@ -1,25 +1,28 @@
-"""How long a compiled TPU program takes: its instructions played in the order in which the compiler put them.
+"""Predicts the step time of a compiled TPU program by replaying its instruction schedule.
 
-The compiler gives the cycles of every fusion.  Two things carry none: Pallas kernels, whose FLOPs are counted from
-their shapes, and collectives, whose time follows from bytes and links.  The core works through the schedule; a
-synchronous collective keeps it waiting, an asynchronous one only where its end comes before it is through.
+The compiler estimates the cycles of every fusion.  Two kinds of instructions carry no estimate: Pallas kernels, whose
+FLOPs are derived from their shapes, and collectives, whose time follows from their bytes and the links.  The core
+executes the schedule in order.  A synchronous collective blocks it; an asynchronous one blocks it only if it has not
+finished when its result is needed.
 """
 
 import dataclasses
+import math
 import re
 
 import numpy as np
 
-from llmjax.plan.collectives import KINDS, Collective, _read, _walk
+from llmjax.plan.collectives import KINDS, Collective, fused_collectives, read_collective, walk_collectives
 from llmjax.plan.hlo import Frame, Loop, Module, flatten
 from llmjax.plan.topology import collective_seconds
 
-_UNKNOWN = 2**62  # What the compiler writes for work that it hands to a SparseCore is above it.
+DONE = (*(f'{kind}-done' for kind in KINDS), 'async-done', 'call-done', 'recv-done')
+_MAX_CYCLES = 2**62  # The compiler writes larger values for work that it offloads to a SparseCore.
 
 
 @dataclasses.dataclass
 class Event:
-  """Something on the timeline of one computation.  begin, seconds: from its start.  lane: 'core' or 'network'."""
+  """An event on the timeline of a computation.  begin, seconds: relative to its start.  lane: 'core' or 'network'."""
 
   name: str
   category: str
@@ -31,7 +34,7 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-  """A Collective with the seconds it takes once, what of them the core waits, and its runs in the program."""
+  """A Collective with its duration, the bytes that a device sends, and the number of executions in the program."""
 
   collective: Collective
   seconds: float
@@ -43,7 +46,7 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A Pallas call.  flops: of one run, None where its shapes do not tell.  seconds: that one run takes at least."""
+  """A Pallas call.  flops: of one execution, None if unknown.  seconds: lower bound of one execution."""
 
   name: str
   flops: float | None
@@ -54,7 +57,11 @@ class Kernel:
 
 @dataclasses.dataclass
 class Totals:
-  """Of one computation, with everything it runs: cycles by category, kernels' FLOPs and seconds, seconds of waiting."""
+  """Costs of a computation and everything it calls.
+
+  cycles: by category.  kernel, waiting, network: seconds of Pallas kernels, of waiting for collectives, and of
+  collectives, hidden ones included.
+  """
 
   seconds: float = 0.0
   cycles: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(('matmul', 'other'), 0))
@@ -71,7 +78,7 @@ class Totals:
 
 @dataclasses.dataclass
 class Body:
-  """A while loop's body as it was played.  runs: of the loop."""
+  """The replayed body of a while loop.  trips: iterations.  runs: executions of the body in the program."""
 
   name: str
   trips: int
@@ -80,140 +87,148 @@ class Body:
   events: list
 
 
+class _Timeline:
+  """The timeline of one execution of a computation: one core, and links that carry one collective at a time."""
+
+  def __init__(self):
+    self.totals, self.events, self.now = Totals(), [], 0.0
+    self.in_flight = {}  # End time of each asynchronous collective, by the name or channel that its done refers to.
+    self._free = {'ici': 0.0, 'dcn': 0.0}
+
+  def execute(self, instruction, category, seconds):
+    """Occupy the core."""
+    if seconds:
+      self.events.append(Event(instruction.name, category, self.now, seconds, op_name=instruction.op_name))
+    self.now += seconds
+
+  def wait(self, instruction, until):
+    """Block the core until a time, if that is in the future; None: do nothing."""
+    if until is not None and until > self.now:
+      self.totals.waiting += until - self.now
+      self.execute(instruction, 'collective', until - self.now)
+
+  def send(self, instruction, kind, seconds, network):
+    """Occupy the links; return when the collective ends."""
+    begin = max(self.now, self._free[network])
+    self._free[network] = begin + seconds
+    self.totals.network += seconds
+    self.events.append(Event(instruction.name, 'collective', begin, seconds, 'network', kind))
+    return begin + seconds
+
+  def finish(self):
+    """Return (Totals, [Event]); collectives that nothing here waits for end with the computation."""
+    self.totals.seconds = max([self.now, *self.in_flight.values()])
+    return self.totals, self.events
+
+
 class Program:
-  """A scheduled TPU program, played.
+  """A replayed TPU program.
 
-  text: of the compiled module.  mesh: a Mesh whose `devices.flat[i]` is device i of the text.  places: the Place of
-  each of them.  causal_part: what of the square of queries and keys attention needs.
+  text: the compiled module.  mesh: a Mesh whose `devices.flat[i]` is device i of the text.  places: the Place of each.
+  causal_fraction: the fraction of all query-key pairs that the attention mask allows.
 
-  totals: the step's.  bodies: loops' bodies, the most expensive first.  transfers, kernels: all of them.
-  unknown_loops: names of loops whose turns the text does not tell; they count once.
+  totals: costs of a step.  bodies: loop bodies, the most expensive first.  transfers, kernels: all of them.
+  top: (seconds, category, name, runs, op_name) of instructions, the most expensive first.  unknown_loops: names of
+  loops without a static trip count, which count once.
   """
 
-  def __init__(self, text, mesh, topology, places, causal_part=0.5):
+  def __init__(self, text, mesh, topology, places, causal_fraction=0.5):
     self.module = Module(text)
-    self.mesh, self.topology, self.places, self.causal_part = mesh, topology, places, causal_part
+    self.mesh, self.topology, self.places, self.causal_fraction = mesh, topology, places, causal_fraction
     self.clock, self.peak = topology.chip.clock, topology.device_peak
     self.bodies, self.transfers, self.kernels, self.unknown_loops, self.top = [], [], [], [], []
-    self._priced, self._products = {}, {}
-    self.totals, self.events = self._play(Frame(self.module, self.module.entry), 1, ())
+    self._durations, self._has_product_cache = {}, {}
+    self.totals, self.events = self._replay(Frame(self.module, self.module.entry), 1)
     self.bodies.sort(key=lambda b: -b.totals.seconds * b.trips * b.runs)
     self.top.sort(key=lambda t: -t[0])
 
-  def _play(self, frame, runs, path):
-    """Returns (Totals, [Event]) of one run of a computation that the program runs `runs` times."""
-    totals, events, flying, free, now = Totals(), [], {}, {'ici': 0.0, 'dcn': 0.0}, 0.0
-
-    def spend(instruction, category, seconds):
-      nonlocal now
-      if seconds:
-        events.append(Event(instruction.name, category, now, seconds, op_name=instruction.op_name))
-      now += seconds
-
-    def wait(instruction, until):
-      nonlocal now
-      if until > now:
-        events.append(Event(instruction.name, 'collective', now, until - now, op_name=instruction.op_name))
-        totals.waiting += until - now
-        now = until
-
-    def send(instruction, collective, asynchronous):
-      seconds, network, sent = self._price(collective)
-      begin = max(now, free[network])
-      free[network] = begin + seconds
-      totals.network += seconds
-      events.append(Event(instruction.name, 'collective', begin, seconds, 'network', collective.kind))
-      self.transfers.append(Transfer(collective, seconds, network, sent, asynchronous, runs))
-      return begin + seconds
-
+  def _replay(self, frame, runs):
+    """Return (Totals, [Event]) of one execution of a computation that the program executes `runs` times."""
+    timeline = _Timeline()
     for instruction in frame.computation.instructions.values():
       op = instruction.op
-      if op == 'while':
-        loop = Loop(frame, instruction)
-        trips = loop.trips()
-        if trips is None:
-          self.unknown_loops.append(instruction.name)
-          trips = 1
-        body, inside = self._play(loop.body, runs * trips, (*path, instruction.name))
-        self.bodies.append(Body(instruction.name, trips, runs, body, inside))
-        totals.add(body, trips)
-        spend(instruction, 'loop', body.seconds * trips)
-      elif op == 'conditional':
-        played = [self._play(branch, runs, path) for branch in frame.branches(instruction)]
-        dearest, _ = max(played, key=lambda p: p[0].seconds)
-        totals.add(dearest, 1)
-        spend(instruction, 'other', dearest.seconds)
-      elif op == 'call':
-        called, inside = self._play(frame.called(instruction), runs, path)
-        totals.add(called, 1)
-        spend(instruction, 'other', called.seconds)
-      elif op.endswith('-done') and op.removesuffix('-done') in KINDS or op in (
-          'async-done', 'call-done', 'recv-done'):
-        origin = _origin(frame, instruction)
-        if op == 'recv-done' and origin not in flying and origin in frame.computation.instructions:
-          origin = _rendezvous(frame.computation.instructions[origin])  # The recv stood before its send.
-        if (until := flying.pop(origin, None)) is not None:
-          wait(instruction, until)
-      elif op == 'send' and (between := self._between_slices(instruction)):
-        flying[_rendezvous(instruction)] = send(instruction, between, True)
-      elif op == 'recv' and _rendezvous(instruction) in flying:  # The send came first; its end is what is received.
-        flying[instruction.name] = flying.pop(_rendezvous(instruction))
-      elif op in ('async-start', 'call-start'):  # A call runs on a SparseCore.
-        found = list(_walk(self.module, self.mesh, frame.called(instruction), (), False))
-        for collective, _ in found:
-          flying[instruction.name] = send(instruction, collective, True)
-      elif op.removesuffix('-start') in KINDS:
-        kind = op.removesuffix('-start')
-        collective = _read(self.module, self.mesh, frame, instruction, kind, (), False)
-        until = send(instruction, collective, op != kind)
+      if op in ('while', 'conditional', 'call'):
+        self._replay_nested(frame, instruction, timeline, runs)
+      elif op in DONE:
+        timeline.wait(instruction, timeline.in_flight.pop(_start_of(frame, instruction, timeline.in_flight), None))
+      elif op == 'send' and (collective := self._dcn_collective(instruction)):
+        timeline.in_flight[_rendezvous(instruction)] = self._send(instruction, collective, timeline, runs)
+      elif op == 'recv' and _rendezvous(instruction) in timeline.in_flight:  # Its send was issued first.
+        timeline.in_flight[instruction.name] = timeline.in_flight.pop(_rendezvous(instruction))
+      elif op in ('async-start', 'call-start'):  # The call runs on a SparseCore.
+        for collective, _ in walk_collectives(self.module, self.mesh, frame.called(instruction)):
+          timeline.in_flight[instruction.name] = self._send(instruction, collective, timeline, runs)
+      elif (kind := op.removesuffix('-start')) in KINDS:
+        collective = read_collective(self.module, self.mesh, frame, instruction, kind)
         if op == kind:
-          wait(instruction, until)
+          timeline.wait(instruction, self._send(instruction, collective, timeline, runs, asynchronous=False))
         else:
-          flying[instruction.name] = until
+          timeline.in_flight[instruction.name] = self._send(instruction, collective, timeline, runs)
       elif op == 'fusion':
-        phase, inside = self._fused(frame, instruction)
-        for collective, channel in inside:
-          if phase == 'done':
-            wait(instruction, flying.pop(channel, now))
-          elif phase == 'start':
-            flying[channel] = send(instruction, collective, True)
-          elif phase == 'sync':
-            wait(instruction, send(instruction, collective, False))
-        self._compute(frame, instruction, totals, spend, runs, path)
+        self._replay_fusion(frame, instruction, timeline, runs)
       elif op == 'custom-call' and '"tpu_custom_call"' in instruction.attributes:
-        flops = kernel_flops(frame, instruction, self.causal_part)
-        if flops is None:
-          seconds = estimated_cycles(instruction) / self.clock
-        else:
-          seconds = flops / self.peak * array_overhead(frame, instruction, self.topology.array, self.causal_part)
-        self.kernels.append(Kernel(instruction.name, flops, seconds, runs, 'rematted' in instruction.op_name))
-        totals.kernel_flops += flops or 0
-        totals.kernel += seconds
-        self.top.append((seconds * runs, 'kernel', instruction.name, runs, instruction.op_name))
-        spend(instruction, 'kernel', seconds)
+        self._replay_kernel(frame, instruction, timeline, runs)
       else:
-        self._compute(frame, instruction, totals, spend, runs, path)
-    for until in flying.values():  # Nobody waits for them here; the next computation must.
-      now = max(now, until)
-    totals.seconds = now
-    return totals, events
+        self._compute(instruction, timeline, runs)
+    return timeline.finish()
 
-  def _compute(self, frame, instruction, totals, spend, runs, path):
-    cycles = estimated_cycles(instruction)
-    if not cycles:
-      return
-    category = 'matmul' if self._has_product(instruction) else 'other'
-    totals.cycles[category] += cycles
-    self.top.append((cycles / self.clock * runs, category, instruction.name, runs, instruction.op_name))
-    spend(instruction, category, cycles / self.clock)
+  def _replay_nested(self, frame, instruction, timeline, runs):
+    """Replay a loop, the most expensive branch of a conditional, or a call."""
+    trips = 1
+    if instruction.op == 'while':
+      loop = Loop(frame, instruction)
+      trips = loop.trips()
+      if trips is None:
+        self.unknown_loops.append(instruction.name)
+        trips = 1
+      totals, events = self._replay(loop.body, runs * trips)
+      self.bodies.append(Body(instruction.name, trips, runs, totals, events))
+    else:
+      frames = frame.branches(instruction) if instruction.op == 'conditional' else [frame.called(instruction)]
+      totals = max((self._replay(called, runs)[0] for called in frames), key=lambda t: t.seconds)
+    timeline.totals.add(totals, trips)
+    timeline.execute(instruction, 'loop' if instruction.op == 'while' else 'other', totals.seconds * trips)
 
-  def _price(self, collective):
-    key = collective.kind, collective.bytes, collective.groups[:1] if collective.kind != 'collective-permute' else (
-        collective.groups)
-    if key not in self._priced:
-      self._priced[key] = collective_seconds(self.topology, collective.kind, collective.bytes, collective.groups,
-                                             self.places)
-    return self._priced[key]
+  def _replay_fusion(self, frame, instruction, timeline, runs):
+    phase, collectives = fused_collectives(self.module, self.mesh, frame, instruction)
+    for collective, channel in collectives:
+      if phase == 'done':
+        timeline.wait(instruction, timeline.in_flight.pop(channel, None))
+      elif phase == 'start':
+        timeline.in_flight[channel] = self._send(instruction, collective, timeline, runs)
+      elif phase == 'synchronous':
+        timeline.wait(instruction, self._send(instruction, collective, timeline, runs, asynchronous=False))
+    self._compute(instruction, timeline, runs)
+
+  def _replay_kernel(self, frame, instruction, timeline, runs):
+    flops = kernel_flops(frame, instruction, self.causal_fraction)
+    if flops is None:
+      seconds = estimated_cycles(instruction) / self.clock
+    else:
+      seconds = flops / self.peak * array_overhead(frame, instruction, self.topology.array, self.causal_fraction)
+    self.kernels.append(Kernel(instruction.name, flops, seconds, runs, 'rematted' in instruction.op_name))
+    timeline.totals.kernel_flops += flops or 0
+    timeline.totals.kernel += seconds
+    self.top.append((seconds * runs, 'kernel', instruction.name, runs, instruction.op_name))
+    timeline.execute(instruction, 'kernel', seconds)
+
+  def _compute(self, instruction, timeline, runs):
+    if cycles := estimated_cycles(instruction):
+      category, seconds = 'matmul' if self._has_product(instruction) else 'other', cycles / self.clock
+      timeline.totals.cycles[category] += cycles
+      self.top.append((seconds * runs, category, instruction.name, runs, instruction.op_name))
+      timeline.execute(instruction, category, seconds)
+
+  def _send(self, instruction, collective, timeline, runs, asynchronous=True):
+    """Start a collective and record it; return when it ends."""
+    groups = collective.groups if collective.kind == 'collective-permute' else collective.groups[:1]
+    key = collective.kind, collective.bytes, groups
+    if key not in self._durations:
+      self._durations[key] = collective_seconds(self.topology, collective.kind, collective.bytes, collective.groups,
+                                                self.places)
+    seconds, network, sent = self._durations[key]
+    self.transfers.append(Transfer(collective, seconds, network, sent, asynchronous, runs))
+    return timeline.send(instruction, collective.kind, seconds, network)
 
   def _has_product(self, instruction):
     if instruction.op in ('convolution', 'dot'):
@@ -221,89 +236,66 @@ class Program:
     name = instruction.op == 'fusion' and instruction.computation('calls')
     if not name:
       return False
-    if name not in self._products:
-      self._products[name] = any(map(self._has_product, self.module.computations[name].instructions.values()))
-    return self._products[name]
+    if name not in self._has_product_cache:
+      self._has_product_cache[name] = any(map(self._has_product, self.module.computations[name].instructions.values()))
+    return self._has_product_cache[name]
 
-  def _between_slices(self, send):
-    """Returns the Collective between slices that a send to the host begins, or None where it is another send."""
+  def _dcn_collective(self, send):
+    """Return the Collective between slices that a send to the host starts, or None for another send."""
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
     kind = kind and kind[1].lower().replace('_', '-')
     if kind not in KINDS:
       return None
-    part = flatten(send.type)[0]
-    devices = np.array([p.slice for p in self.places]).reshape(self.mesh.devices.shape)
-    axes = tuple(axis for i, axis in enumerate(self.mesh.axis_names)
-                 if (devices != np.take(devices, [0], axis=i)).any())
-    one_each = tuple(self._first_of_each_slice())
-    return Collective(kind, axes, len(one_each), (part,), part.bytes, groups=(one_each,))
-
-  def _first_of_each_slice(self):
-    found = {}
+    array = flatten(send.type)[0]
+    slices = np.array([p.slice for p in self.places]).reshape(self.mesh.devices.shape)
+    axes = tuple(axis for i, axis in enumerate(self.mesh.axis_names) if (slices != np.take(slices, [0], axis=i)).any())
+    first_of_slice = {}
     for number, place in enumerate(self.places):
-      found.setdefault(place.slice, number)
-    return found.values()
-
-  def _fused(self, frame, fusion):
-    """Returns (phase, [(Collective, channel)]) of a fusion: 'start', 'done', 'between', 'sync', or None.
-
-    The TPU compiler writes a collective into the fusions that start it, carry it on beside a product, and end it.
-    """
-    name = fusion.computation('calls')
-    instructions = self.module.computations[name].instructions.values()
-    targets = {i.attribute('custom_call_target') for i in instructions if i.op == 'custom-call'}
-    found, seen = [], set()
-    for collective, instruction in _walk(self.module, self.mesh, frame.called(fusion), (), False):
-      channel = instruction.attribute('channel_id') or instruction.name
-      if channel not in seen:
-        seen.add(channel)
-        if collective.kind == 'all-reduce' and 'all-reduce-scatter' in f'{name} {fusion.name}'.replace('_', '-'):
-          collective = dataclasses.replace(collective, kind='reduce-scatter')
-        found.append((collective, channel))
-    phase = ('start' if '"AsyncCollectiveStart"' in targets else 'done' if '"AsyncCollectiveDone"' in targets else
-             'between' if any('async_collective_fusion_config' in i.attributes for i in instructions
-                              if i.op in KINDS) else 'sync')
-    return (phase if found else None), found
+      first_of_slice.setdefault(place.slice, number)
+    group = tuple(first_of_slice.values())
+    return Collective(kind, axes, len(group), (array,), array.bytes, groups=(group,))
 
 
 def _rendezvous(instruction):
-  """Returns the name that a send and its recv share."""
+  """Return the name that a send shares with its recv."""
   match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instruction.attributes)
   return f'rendezvous {match[1]}' if match else instruction.name
 
 
-def _origin(frame, instruction):
-  """Returns the name of the start that a done ends, through updates and tuples."""
-  name = instruction.operands[0]
-  while name in frame.computation.instructions:
-    found = frame.computation.instructions[name]
-    if found.op.endswith('-start') or found.op == 'recv' or not found.operands:
+def _start_of(frame, done, in_flight):
+  """Return the key of the start that a done belongs to, looking through updates and tuples."""
+  instructions, name = frame.computation.instructions, done.operands[0]
+  while name in instructions:
+    start = instructions[name]
+    if start.op.endswith('-start') or start.op == 'recv' or not start.operands:
       break
-    name = found.operands[0]
+    name = start.operands[0]
+  if done.op == 'recv-done' and name not in in_flight and name in instructions:
+    return _rendezvous(instructions[name])  # The recv was issued before its send.
   return name
 
 
 def estimated_cycles(instruction):
-  """Returns the compiler's estimate of an instruction's cycles, 0 where it has none."""
+  """Return the compiler's cycle estimate of an instruction, 0 if it has none."""
   match = re.search(r'"estimated_cycles":"?(\d+)', instruction.attributes)
   cycles = int(match[1]) if match else 0
-  return cycles if cycles < _UNKNOWN else 0
+  return cycles if cycles < _MAX_CYCLES else 0
 
 
-def kernel_flops(frame, instruction, causal_part=0.5):
-  """Returns the FLOPs of a Pallas call: as it states them, else of attention from its shapes; None if unknown.
+def kernel_flops(frame, instruction, causal_fraction=0.5):
+  """Return the FLOPs of a Pallas call: its stated cost, else those of attention by its shapes; None if unknown.
 
-  Attention's products each take 2 B N T S H, of which a causal mask needs a half: 2 of them forward (queries with
-  keys, weights with values); backward 5 in one kernel, or 4 and 3 in two that each compute the weights again
+  Each product of attention takes 2 B N T S H FLOPs, half of them under a causal mask.  The forward pass has 2 products;
+  the backward pass has 5 in one kernel, or 4 and 3 in two kernels that both recompute the attention weights
   (arXiv:2205.14135, algorithms 1 and 4).
   """
   if stated := _stated_flops(instruction):
     return stated
-  found = _attention(frame, instruction)
-  if found is None:
+  shape = _attention_shape(frame, instruction)
+  if shape is None:
     return None
-  products, count, length, keys, head_dim = found
-  return 2.0 * products * count * length * keys * head_dim * causal_part
+  products, count, length, keys, head_dim = shape
+  return 2.0 * products * count * length * keys * head_dim * causal_fraction
 
 
 def _stated_flops(instruction):
@@ -311,29 +303,29 @@ def _stated_flops(instruction):
   return float(match[1]) if match else 0.0
 
 
-def array_overhead(frame, instruction, array, causal_part=0.5):
-  """Returns how many times longer than its FLOPs at the peak a kernel keeps the matrix unit at work, at least.
+def array_overhead(frame, instruction, array, causal_fraction=0.5):
+  """Return the ratio of a kernel's time on the matrix unit to its FLOPs at peak, as a lower bound.
 
-  array: rows and columns of the unit.  Every product of attention has head_dim as its inner or its last dimension,
-  so that heads narrower than the unit leave the rest of it idle (How to Scale Your Model, part 2).  Blocks that a
-  causal mask cuts are computed whole; their sizes are in the kernel's metadata.
+  array: rows and columns of the matrix unit.  head_dim is the inner or last dimension of every product of attention, so
+  a head_dim below the size of the unit leaves part of it idle (How to Scale Your Model, part 2).  Blocks that a causal
+  mask crosses are computed in full; the block sizes are in the kernel's metadata.
   """
-  found = _attention(frame, instruction)
-  if found is None:
+  shape = _attention_shape(frame, instruction)
+  if shape is None:
     return 1.0
-  _, _, length, keys, head_dim = found
-  fill = min(head_dim / array, 1.0)
+  _, _, length, keys, head_dim = shape
+  utilization = min(head_dim / array, 1.0)
   backward = '_dkv' if 'dkv' in instruction.name else '_dq' if 'dq' in instruction.name else ''
-  sizes = [re.search(rf'\bblock_{of}{backward}\W+(\d+)', instruction.attributes) for of in ('q', 'kv')]
-  if _stated_flops(instruction) or causal_part != 0.5 or length != keys or None in sizes:
-    return 1 / fill
+  sizes = [re.search(rf'\bblock_{operand}{backward}\W+(\d+)', instruction.attributes) for operand in ('q', 'kv')]
+  if _stated_flops(instruction) or causal_fraction != 0.5 or length != keys or None in sizes:
+    return 1 / utilization
   rows, columns = (min(int(size[1]), length) for size in sizes)
   computed = sum(min(-(-(first + rows) // columns) * columns, keys) * rows for first in range(0, length, rows))
-  return computed / (causal_part * length * keys) / fill
+  return computed / (causal_fraction * length * keys) / utilization
 
 
-def _attention(frame, instruction):
-  """Returns (products, rows and heads, queries, keys, head_dim) of an attention kernel, or None where it is none."""
+def _attention_shape(frame, instruction):
+  """Return (products, sequences x heads, queries, keys, head_dim) of an attention kernel, or None for another one."""
   products = next((n for part, n in (('fwd', 2), ('dkv', 4), ('dq', 3)) if part in instruction.name), None)
   if products is None or not re.search('splash|flash', instruction.name + instruction.op_name):
     return None
@@ -344,9 +336,6 @@ def _attention(frame, instruction):
     return None
   if products == 4 and sum(len(a.shape) >= 4 and a.shape[-2:] in (wide[0][-2:], wide[1][-2:])
                            for a in flatten(instruction.type)) >= 3:
-    products = 5  # One kernel makes the gradients of queries, keys and values.
-  (*rows, length, head_dim), (*_, keys, _) = wide[0], wide[1]
-  count = 1
-  for n in rows:
-    count *= n
-  return products, count, length, keys, head_dim
+    products = 5  # One kernel computes the gradients of queries, keys and values.
+  (*leading, length, head_dim), (*_, keys, _) = wide[0], wide[1]
+  return products, math.prod(leading), length, keys, head_dim

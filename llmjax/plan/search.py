@@ -13,8 +13,8 @@ import tempfile
 
 from llmjax.config import ConfigError, to_dict
 from llmjax.parallel.spec import AXES
-from llmjax.plan import closed, jobs
-from llmjax.plan.words import gib, table
+from llmjax.plan import analytical, jobs
+from llmjax.plan.text import gib, table
 
 MEMORY_MARGIN = 1.1  # The analytical model may overestimate memory by this factor; larger programs are not compiled.
 REMATS = ('none', 'dots', 'minimal', 'out', 'mlp', 'full')
@@ -42,7 +42,8 @@ class Candidate:
   @property
   def name(self):
     train = self.spec.train
-    return f'{self.mesh}, remat {train.remat}, accumulation {train.gradient_accumulation_steps}, batch {train.batch_size}'
+    return (f'{self.mesh}, remat {train.remat}, accumulation {train.gradient_accumulation_steps}, '
+            f'batch {train.batch_size}')
 
   @property
   def tokens_per_second(self):
@@ -84,8 +85,7 @@ def run(spec, topology, options):
   best, file = compiled[0], pathlib.Path(options.output or '.') / 'best.json'
   file.parent.mkdir(parents=True, exist_ok=True)
   file.write_text(json.dumps(to_dict(best.spec), indent=2) + '\n')
-  print(f'best: {best.mesh}, remat {best.spec.train.remat}, accumulation {best.spec.train.gradient_accumulation_steps}: '
-        f'--config={file}')
+  print(f'best: {best.name}: --config={file}')
   return 130 if interrupted else 0
 
 
@@ -99,7 +99,7 @@ def find_candidates(spec, topology, sequences_per_chip=()):
   axes = [axis for axis in AXES if axis != 'expert' or spec.model.num_experts]
   batches = [n * topology.chips for n in sequences_per_chip] or [spec.train.batch_size]
   candidates = []
-  for sizes in closed.mesh_shapes(devices, tuple(axes)):
+  for sizes in analytical.mesh_shapes(devices, tuple(axes)):
     for zero in (0, 3) if sizes['data'] > 1 else (0,):
       mesh = dataclasses.replace(spec.mesh, **{**dict.fromkeys(AXES, 1), **sizes}, zero=zero)
       largest_batch = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
@@ -111,8 +111,8 @@ def find_candidates(spec, topology, sequences_per_chip=()):
             spec.train, remat=remat, gradient_accumulation_steps=accumulation, batch_size=batch))
         if batch % accumulation or any(True for _ in candidate.settled_problems()):
           continue
-        if closed.estimate_memory(candidate, topology)['total'] <= MEMORY_MARGIN * topology.device_hbm:
-          candidates.append(Candidate(candidate, closed.plan(candidate, topology)))
+        if analytical.estimate_memory(candidate, topology)['total'] <= MEMORY_MARGIN * topology.device_hbm:
+          candidates.append(Candidate(candidate, analytical.plan(candidate, topology)))
   # The analytical model does not resolve differences of a percent.
   return sorted(candidates, key=lambda c: (-round(math.log(c.tokens_per_second) * 100), len(c.sizes),
                                            -c.tokens_per_second))

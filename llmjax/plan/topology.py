@@ -1,4 +1,4 @@
-"""TPU slices by name, and how long a collective takes on their links.  No JAX here."""
+"""TPU slices by name, and the duration of collectives on their links.  Imports no JAX."""
 
 import dataclasses
 import difflib
@@ -8,8 +8,8 @@ import re
 from llmjax.config import ConfigError
 from llmjax.parallel.chips import GPUS, TPUS
 
-# Shapes of slices that Google Cloud offers (docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}); of the larger
-# three-dimensional ones any multiple of 4 along each dimension is possible.
+# Slice shapes that Google Cloud offers (docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}); larger 3D slices may
+# have any multiple of 4 along each dimension.
 _FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 _CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16', '8x16x16', '16x16x16')
 SHAPES = {'v4': _CUBES, 'v5e': _FLAT, 'v5p': (*_CUBES, '16x16x24'), 'v6e': _FLAT,
@@ -20,7 +20,7 @@ HOP_SECONDS = 1e-6  # Latency of one link (How to Scale Your Model, jax-ml.githu
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """Slices of one generation.  shape: chips along each dimension of one slice."""
+  """One or more slices of a TPU generation.  shape: chips along each dimension of a slice."""
 
   chip: object
   shape: tuple[int, ...]
@@ -45,12 +45,12 @@ class Topology:
 
   @property
   def device_hbm(self):
-    """Bytes of memory of one JAX device."""
+    """HBM bytes of one JAX device."""
     return self.chip.hbm // self.chip.devices
 
   @property
   def array(self):
-    """Rows and columns of its matrix units (docs.cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
+    """Rows and columns of a matrix unit (docs.cloud.google.com/tpu/docs/system-architecture-tpu-vm)."""
     return 256 if self.chip.name in ('v6e', 'tpu7x') else 128
 
   @property
@@ -61,7 +61,7 @@ class Topology:
     return self.shape[dim] % self.chip.wrap == 0
 
   def links(self):
-    """Returns a line that says what joins the chips."""
+    """Return a description of the links between the chips."""
     dims = [f'{n}{" (ring)" if self.is_ring(i) else " (line)" if n > 1 else ""}' for i, n in enumerate(self.shape)]
     return (f'{" x ".join(dims)}, {self.chip.links} links of {self.chip.link_rate / 1e9:.0f} GB/s each way'
             + (f'; {self.slices} slices, {self.chip.dcn_rate / 1e9:.4g} GB/s a chip between them'
@@ -69,7 +69,7 @@ class Topology:
 
 
 def parse_topology(text, slices=1):
-  """Returns the Topology of a text such as `v5p:4x4x4`; raises ConfigError with the list of them."""
+  """Parse a topology such as `v5p:4x4x4`; raise ConfigError, with the known ones, if there is none such."""
   name, _, shape = text.lower().partition(':')
   chips = {chip.name: chip for chip in (*TPUS, *GPUS)}
   listed = [f'{n}: {", ".join(shapes)}' for n, shapes in SHAPES.items()]
@@ -77,17 +77,18 @@ def parse_topology(text, slices=1):
   if name not in chips:
     near = difflib.get_close_matches(name, chips, n=1, cutoff=0.4)
     hint = f'did you mean {near[0]}? ' if near else ''
-    raise ConfigError([f'--topology={text}: there is no TPU {name!r}; {hint}known are '
+    raise ConfigError([f'--topology={text}: unknown chip {name!r}; {hint}known are '
                        + '; '.join(listed)])
   chip = chips[name]
   if not chip.tpu:
     if not re.fullmatch('[1-9][0-9]?', shape):
-      raise ConfigError([f'--topology={text}: write how many GPUs a node has, as {name}:8, and --slices for nodes'])
+      raise ConfigError([f'--topology={text}: give the number of GPUs per node, such as {name}:8, and the number '
+                         'of nodes as --slices'])
     return Topology(chip, (int(shape),), slices)
   if not re.fullmatch(r'\d+(x\d+)*', shape) or not _exists(chip, tuple(map(int, shape.split('x')))):
-    raise ConfigError([f'--topology={text}: {name} has no slices of shape {shape!r}; known are '
+    raise ConfigError([f'--topology={text}: {name} has no slice of shape {shape!r}; known are '
                        f'{", ".join(SHAPES[name])}'
-                       + ('; larger ones with multiples of 4' if chip.dims == 3 else '')])
+                       + ('; larger ones have multiples of 4' if chip.dims == 3 else '')])
   return Topology(chip, tuple(map(int, shape.split('x'))), slices)
 
 
@@ -98,7 +99,7 @@ def _exists(chip, shape):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a device sits: its slice, its chip's coordinates, and which of the chip's devices it is."""
+  """The location of a device: slice, coordinates of the chip, and core within the chip."""
 
   slice: int
   coords: tuple[int, ...]
@@ -106,17 +107,17 @@ class Place:
 
 
 def place_of(device):
-  """Returns the Place of a JAX TPU device."""
+  """Return the Place of a JAX TPU device."""
   return Place(getattr(device, 'slice_index', 0) or 0, tuple(device.coords), getattr(device, 'core_on_chip', 0) or 0)
 
 
 def collective_seconds(topology, kind, bytes_, groups, places):
-  """Returns (seconds, network: 'ici' or 'dcn', bytes that one device sends) of a collective.
+  """Return (seconds, network: 'ici' or 'dcn', bytes sent by one device) of a collective.
 
-  bytes_: of the whole buffer at one device.  groups: numbers of the devices, of which the first group stands for
-  all; of a permute all pairs count.  places: the Place of each number.  A ring sends both ways, a line one way at
-  its middle; dimensions work side by side (How to Scale Your Model, part 3).  No other collective is assumed to be
-  on the same links.  Over slices: within each slice first, then each device's part between them.
+  bytes_: buffer of one device.  groups: device numbers; the first group represents all, but all pairs of a permute
+  count.  places: the Place of each device.  A ring sends in both directions, a line in one; the dimensions work in
+  parallel (How to Scale Your Model, part 3).  Contention with other collectives is ignored.  Across slices, the
+  collective runs within each slice first, then on each device's shard between the slices.
   """
   if not groups or max(map(len, groups)) < 2:
     return 0.0, 'ici', 0
@@ -125,32 +126,32 @@ def collective_seconds(topology, kind, bytes_, groups, places):
   group = [places[i] for i in groups[0]]
   slices = len({p.slice for p in group})
   inside = len(group) // slices
-  twice = 2 if kind == 'all-reduce' else 1
+  passes = 2 if kind == 'all-reduce' else 1
   seconds, sent = 0.0, 0.0
   if inside > 1:
-    home = [p for p in group if p.slice == group[0].slice]
-    rate, hops, longest = _rate(topology, home)
-    sent = twice * bytes_ * (inside - 1) / inside
+    members = [p for p in group if p.slice == group[0].slice]
+    rate, hops, load = _rate(topology, members)
+    sent = passes * bytes_ * (inside - 1) / inside
     if kind in ('all-to-all', 'ragged-all-to-all'):
-      # Each byte goes a quarter of a ring, or a third of a line, on average, along each dimension in turn.
-      seconds = bytes_ * longest / topology.chip.link_rate * _sharing(topology, home)
+      # A byte travels a quarter of a ring, or a third of a line, on average, along each dimension.
+      seconds = bytes_ * load / topology.chip.link_rate * _groups_per_chip(topology, members)
     else:
-      seconds = sent / rate + twice * hops * HOP_SECONDS
+      seconds = sent / rate + passes * hops * HOP_SECONDS
   if slices == 1:
     return seconds, 'ici', int(sent)
-  across = twice * bytes_ / inside * (slices - 1) / slices
+  across = passes * bytes_ / inside * (slices - 1) / slices
   dcn = topology.chip.dcn_rate / topology.chip.devices
   return seconds + across / dcn, 'dcn', int(sent + across)
 
 
-def _sharing(topology, group):
-  """Returns how many devices of a chip want its links at once for groups of their own."""
+def _groups_per_chip(topology, group):
+  """Return how many groups share the links of a chip, because its devices belong to different ones."""
   return topology.chip.devices / len({p.core for p in group})
 
 
 def _rate(topology, group):
-  """Returns (bytes/s that one device of a group can send, hops round it, link loads of an exchange)."""
-  rate, hops, longest = 0.0, 0, 0.0
+  """Return (bytes/s that one device of a group can send, hops around the group, link load of an all-to-all)."""
+  rate, hops, load = 0.0, 0, 0.0
   for dim, size in enumerate(topology.shape):
     used = len({p.coords[dim] for p in group})
     if used < 2:
@@ -158,10 +159,10 @@ def _rate(topology, group):
     ring = used == size and topology.is_ring(dim) and size > 2
     rate += topology.chip.link_rate * (2 if ring else 1)
     hops += used // 2 if ring else used - 1
-    longest = max(longest, used / 8 if ring else used / 4)
-  if not rate:  # Between the devices of one chip, which share its memory's links.
+    load = max(load, used / 8 if ring else used / 4)
+  if not rate:  # Between the devices of one chip.
     return topology.chip.links * topology.chip.link_rate, 1, 0.5
-  return rate / _sharing(topology, group), hops, longest
+  return rate / _groups_per_chip(topology, group), hops, load
 
 
 def _permute(topology, bytes_, pairs, places):
@@ -171,11 +172,11 @@ def _permute(topology, bytes_, pairs, places):
     dcn = dcn or a.slice != b.slice
     hops = 0
     for dim, size in enumerate(topology.shape):
-      far = abs(a.coords[dim] - b.coords[dim])
-      hops += min(far, size - far) if topology.is_ring(dim) else far
+      distance = abs(a.coords[dim] - b.coords[dim])
+      hops += min(distance, size - distance) if topology.is_ring(dim) else distance
     load = max(load, hops)
   if dcn:
     return bytes_ / (topology.chip.dcn_rate / topology.chip.devices), 'dcn', bytes_
   rate = topology.chip.link_rate / topology.chip.devices
-  # Where all send `load` places on, each link carries that many messages.
+  # If all devices send `load` hops away, each link carries that many messages.
   return bytes_ * max(load, 0.5) / rate + load * HOP_SECONDS, 'ici', bytes_

@@ -2,7 +2,7 @@
 
 import html
 
-from llmjax.plan import words
+from llmjax.plan import text
 from llmjax.report.page import render_page, table
 
 COLORS = {'matmul': 'var(--c0)', 'kernel': 'var(--c2)', 'collective': 'var(--c1)', 'other': 'var(--c5)',
@@ -19,27 +19,27 @@ def render(plan):
   title = f'{plan["model"]} on {plan["topology"]}{slices}'
   memory, budget = plan['hbm_bytes'], plan['budget']
   tiles = [
-      (f'{words.gib(memory["total"])}<i>GiB of {words.gib(memory["limit"])}</i>', f'memory of one device: {verdict}'),
-      (f'{plan["step_seconds"]:.3f}<i>s</i>', f'a step of {words.number(plan["tokens_per_step"])} tokens'),
+      (f'{text.gib(memory["total"])}<i>GiB of {text.gib(memory["limit"])}</i>', f'memory per device: {verdict}'),
+      (f'{plan["step_seconds"]:.3f}<i>s</i>', f'a step of {text.number(plan["tokens_per_step"])} tokens'),
       (f'{plan["tokens_per_second_per_chip"]:,.0f}<i>tokens/s/chip</i>', f'MFU {plan["mfu"]:.1%}'),
-      (words.duration(budget['seconds']), f'for {words.number(budget["tokens"])} tokens'),
+      (text.duration(budget['seconds']), f'for {text.number(budget["tokens"])} tokens'),
   ]
   body = [f'<header><div><h1>{html.escape(title)}</h1>'
-          + ''.join(f'<p class="soft">{html.escape(line)}</p>' for line in words.headline(plan)) + '</div></header>',
+          + ''.join(f'<p class="soft">{html.escape(line)}</p>' for line in text.headline(plan)) + '</div></header>',
           '<div class="grid">' + ''.join(f'<div class="card tile"><b>{value}</b><span>{html.escape(what)}</span></div>'
                                          for value, what in tiles) + '</div>']
-  body += _section('Memory of one device', _stack(
-      [(words.MEMORY[k], memory[k]) for k in words.MEMORY], memory['limit'], lambda n: f'{words.gib(n)} GiB',
+  body += _section('Memory per device', _stack(
+      [(text.MEMORY[k], memory[k]) for k in text.MEMORY], memory['limit'], lambda n: f'{text.gib(n)} GiB',
       memory['total'] - memory['limit']))
-  large = plan['kept'] + plan['largest']
+  large = plan['saved_activations'] + plan['largest_state']
   if large:
     body.append(table(('GiB', 'number', 'type', 'of'), [
-        (words.gib(t['bytes'] * t['count']), t['count'], t['type'], t['what'])
+        (text.gib(t['bytes'] * t['count']), t['count'], t['type'], t['name'])
         for t in sorted(large, key=lambda t: -t['bytes'] * t['count'])[:12]]))
   for change in plan.get('changes', ()):
     flags = ' '.join(f'--config.{name}={value}' for name, value in change['change'].items())
-    body.append(f'<p class="note">would fit, by closed forms: <code>{html.escape(flags)}</code></p>')
-  body += _section('A step', _stack([(words.PARTS[k], v) for k, v in plan['parts'].items()], plan['step_seconds'],
+    body.append(f'<p class="note">fits according to the analytical model: <code>{html.escape(flags)}</code></p>')
+  body += _section('A step', _stack([(text.PARTS[k], v) for k, v in plan['parts'].items()], plan['step_seconds'],
                                     lambda s: f'{s:.4f} s'))
   for loop in plan.get('loops', ()):
     way = 'backward' if loop['backward'] else 'forward'
@@ -52,12 +52,12 @@ def render(plan):
     body += _section('Collectives of a step', table(
         ('kind', 'over', 'links', 'asynchronous', 'runs', 'GiB sent', 'seconds'),
         [(r['kind'], ', '.join(r['axes']), r['network'], 'yes' if r['asynchronous'] else 'no', r['runs'],
-          words.gib(r['sent_bytes']), f'{r["seconds"]:.4f}') for r in plan['collectives']]))
+          text.gib(r['sent_bytes']), f'{r["seconds"]:.4f}') for r in plan['collectives']]))
   if plan.get('top'):
     body += _section('The most expensive instructions', table(
         ('seconds a step', 'category', 'instruction', 'runs', 'of'),
         [(f'{t["seconds"]:.4f}', t['category'], t['name'], t['runs'], t['op_name'][-70:]) for t in plan['top']]))
-  body += _section('Cost', ''.join(f'<p>{html.escape(line)}</p>' for line in words.cost_lines(plan)))
+  body += _section('Cost', ''.join(f'<p>{html.escape(line)}</p>' for line in text.cost_lines(plan)))
   return render_page(title, '\n'.join(body), [])
 
 
@@ -65,7 +65,7 @@ def _section(title, content):
   return [f'<h2>{html.escape(title)}</h2>', f'<div class="card scroll">{content}</div>']
 
 
-def _stack(parts, whole, text, over=0):
+def _stack(parts, whole, show, over=0):
   """Returns one bar of parts and its legend, with the share of `whole` of each.
 
   whole: what the full width stands for.  over: by how much the parts exceed it; there are no shares then.
@@ -75,11 +75,11 @@ def _stack(parts, whole, text, over=0):
     color = f'var(--c{i % 8})'
     bars.append(f'<div style="width:{100 * value / max(whole, sum(v for _, v in parts)):.2f}%;background:{color}" '
                 f'title="{html.escape(name)}"></div>')
-    legend.append(f'<div><s style="background:{color}"></s><span>{html.escape(name)}</span><b>{text(value)}</b>'
+    legend.append(f'<div><s style="background:{color}"></s><span>{html.escape(name)}</span><b>{show(value)}</b>'
                   f'<span>{"" if over > 0 else f"{value / whole:.1%}"}</span></div>')
   if over > 0:
-    legend.append(f'<div><s style="background:var(--bad)"></s><span>over the limit of {text(whole)}</span>'
-                  f'<b>{text(over)}</b><span></span></div>')
+    legend.append(f'<div><s style="background:var(--bad)"></s><span>over the limit of {show(whole)}</span>'
+                  f'<b>{show(over)}</b><span></span></div>')
   return f'<div class="stack">{"".join(bars)}</div><div class="legend">{"".join(legend)}</div>'
 
 

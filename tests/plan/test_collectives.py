@@ -1,4 +1,4 @@
-"""Collectives of programs whose collectives are known, and of texts that only other platforms print."""
+"""Collectives of programs with known collectives, and of texts from other platforms."""
 
 import math
 import re
@@ -69,7 +69,7 @@ def test_every_kind_over_every_axis(axes, order):
   assert found['reduce-scatter'].result == (Array('f32', (SIDE // n, SIDE, SIDE)),)
 
 
-def test_turns_of_nested_loops():
+def test_trip_counts_of_nested_loops():
   mesh = make()
 
   def body(x):
@@ -87,13 +87,13 @@ def test_turns_of_nested_loops():
                             lambda s: (s[0] + 2, jnp.cos(jax.lax.psum(s[1], 'a'))), (3, x))
     down = jax.lax.while_loop(lambda s: 0 < s[0], lambda s: (s[0] - 1, jnp.cos(jax.lax.psum(s[1], ('a', 'c')))),
                               (9, x))
-    # How often this turns depends on the values.
+    # The trip count depends on the values.
     free = jax.lax.while_loop(lambda x: x[0, 0, 0] < 9, lambda x: 1 + jax.lax.psum(x, ('b', 'c')), x)
     return up[1] + down[1] + free
 
   text = text_of(body, mesh)
   expected = {('b',): (5,), ('c',): (5, 3), ('a',): (7,), ('a', 'c'): (9,), ('b', 'c'): (None,)}
-  # As XLA tells it, and as it follows from the conditions alone, which is all that TPU programs have.
+  # From XLA's annotation, and derived from the conditions, as for TPU programs, which have no annotation.
   silent = re.sub(r'"known_[a-z_]+":\{[^}]*\},?', '', text)
   assert 'known_trip_count' in text
   assert 'known_trip_count' not in silent
@@ -106,8 +106,8 @@ def test_turns_of_nested_loops():
     assert next(c for c in found if c.axes == ('b', 'c')).trips is None
 
 
-def test_a_condition_runs_once_more_than_its_body():
-  """The limit and the counter's first value come into the loop from outside, through its state."""
+def test_condition_runs_once_more_than_the_body():
+  """The limit and the initial counter enter the loop through its state."""
   text = HEADER + ADD + '''%body (s: (s32[], s32[], f32[4,8])) -> (s32[], s32[], f32[4,8]) {
   %s = (s32[], s32[], f32[4,8]) parameter(0)
   %i = s32[] get-tuple-element(%s), index=0
@@ -169,17 +169,17 @@ def test_a_partitioned_program():
     ("mesh['a'=2,'b'=2], device_ids=(3,1,0,2) {'b'}", [[1, 3], [0, 2]]),
     ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
 ])
-def test_forms_of_groups(text, groups):
+def test_forms_of_replica_groups(text, groups):
   assert sorted(map(sorted, parse_groups(text))) == sorted(map(sorted, groups))
 
 
-def test_an_unknown_form_is_an_error():
+def test_unsupported_form_is_an_error():
   for text in ('all', '[4,2]', 'mesh[8] of x'):
-    with pytest.raises(ValueError, match='unknown form'):
+    with pytest.raises(ValueError, match='unsupported form'):
       parse_groups(text)
 
 
-def test_part_of_an_axis_is_that_axis():
+def test_sub_axis_counts_as_its_axis():
   mesh = make((8,), ('x',))
   assert group_axes([[0, 4], [1, 5], [2, 6], [3, 7]], mesh) == ('x',)
   assert group_axes([[i] for i in range(8)], mesh) == ()
@@ -200,7 +200,7 @@ def entry(*lines):
 
 
 def test_asynchronous_pairs_count_once():
-  """In the forms of XLA's GPU and TPU compilers: their own starts, and wrapped computations."""
+  """As XLA's GPU and TPU compilers write them: dedicated start instructions, and wrapped computations."""
   wrapped = '''%wrapped (q: f32[4,8]) -> f32[4,8] {
   %q = f32[4,8]{1,0} parameter(0)
   ROOT %exchange = f32[4,8]{1,0} all-to-all(%q), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
@@ -295,10 +295,10 @@ def test_branches_and_fusions():
   assert found[1].result == (Array('f32', (2, 8)),)
 
 
-def test_another_mesh_is_an_error():
+def test_wrong_mesh_is_an_error():
   mesh = make()
   text = text_of(lambda x: jax.lax.psum(x, 'a'), mesh)
-  with pytest.raises(ValueError, match='for 8 devices and the mesh has 4'):
+  with pytest.raises(ValueError, match='8 devices.* mesh has 4'):
     find_collectives(text, jax.sharding.Mesh(np.array(jax.devices()[:4]), ('a',)))
   with pytest.raises(ValueError, match='no ENTRY'):
     find_collectives('not a program', mesh)
@@ -312,7 +312,7 @@ def test_types():
   assert {t: parse_type(t).bytes for t in sizes} == sizes
 
 
-def test_what_every_device_holds_whole():
+def test_replicated_arrays():
   mesh = make()
   shaped = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
   arguments = {'whole': shaped((64, 64)), 'part': shaped((64, 64), 'a'), 'small': shaped((4,))}

@@ -1,4 +1,4 @@
-"""`llmjax plan` with the real TPU compiler, and the search around it."""
+"""`llmjax plan` with the TPU compiler, and `--search`."""
 
 import dataclasses
 import gzip
@@ -39,8 +39,8 @@ def options(tmp_path):
 
 
 @needs_libtpu
-def test_the_step_of_pretraining_compiled_for_four_chips(tmp_path):
-  """Everything the compiled program says against what is known beforehand; the second time from the cache."""
+def test_pretraining_step_compiled_for_four_chips(tmp_path):
+  """The plan against known values; the second plan comes from the cache."""
   recipe = tmp_path / 'recipe.py'
   recipe.write_text("def get_config():\n  return {'data': {'sources': {'nowhere': 1.0}, 'seq_len': 256}}\n")
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
@@ -52,7 +52,7 @@ def test_the_step_of_pretraining_compiled_for_four_chips(tmp_path):
              *(f'--config.model.{k}={v}' for k, v in TINY.items())]
   outputs = [subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout
              for _ in range(2)]
-  assert outputs[0] == outputs[1]  # The seconds of compilation too, so the second did not compile.
+  assert outputs[0] == outputs[1]  # Including the compilation time, so the second plan did not compile.
   assert len(list((tmp_path / 'cache/llmjax/plans').iterdir())) == 1
   plan = json.loads((tmp_path / 'plan.json').read_text())
   assert plan['source'] == 'compiled'
@@ -60,11 +60,10 @@ def test_the_step_of_pretraining_compiled_for_four_chips(tmp_path):
   assert plan['unknown_loops'] == []
   assert plan['devices'] == plan['chips'] == 4
   memory, params = plan['hbm_bytes'], plan['parameters']
-  # Norms are whole on every chip, all else is divided by four.
+  # All but the norms is sharded over four chips.
   assert params * 4 / 4 <= memory['parameters'] < 1.05 * params
   assert memory['optimizer'] == pytest.approx(2 * memory['parameters'], rel=0.01)
   assert memory['arguments'] <= memory['total'] <= memory['limit']
-  # The cycles of the text, once for each turn of its loops, cannot be less than those that stand there once.
   text = (tmp_path / 'step.hlo').read_text()
   assert 'is_scheduled=true' in text
   assert len(plan['loops']) == 2
@@ -78,11 +77,11 @@ def test_the_step_of_pretraining_compiled_for_four_chips(tmp_path):
   assert keys['flops'] == attention * 4 / 2
   assert queries['flops'] == attention * 3 / 2
   assert forward['runs'] == keys['runs'] == queries['runs'] == 3
-  # Heads of 64 fill half of the unit, and the mask cuts the one block of 256 x 256.
+  # Heads of 64 fill half of the matrix unit, and the only block, 256 x 256, is computed in full.
   assert forward['seconds'] == pytest.approx(attention / 197e12 * 2 * 2)
   assert plan['step_seconds'] == pytest.approx(sum(plan['parts'].values()))
   assert sum(plan['cycles'][k] for k in ('matmul', 'other')) == plan['cycles']['total'] > 0
-  # Parameters are gathered for both passes and their gradients brought together.
+  # Parameters are gathered for both the forward and the backward pass.
   gathered = sum(r['bytes'] for r in plan['collectives'] if r['kind'] == 'all-gather' and r['axes'] == ['fsdp'])
   assert gathered > 2 * 0.9 * (params - 2 * 512 * 128) * 2
   assert {r['network'] for r in plan['collectives']} == {'ici'}
@@ -92,8 +91,8 @@ def test_the_step_of_pretraining_compiled_for_four_chips(tmp_path):
 
 
 @needs_libtpu
-def test_chips_with_fast_memory_compute_more_results_apart():
-  """What a program keeps apart follows the chip that it is traced for: a v5p's memory is quick beside its products."""
+def test_chips_with_fast_memory_materialize_more_results():
+  """The number of optimization barriers depends on the chip: a v5p has fast memory relative to its FLOP/s."""
   code = """if True:
       import json, sys
       from llmjax import config
@@ -112,12 +111,12 @@ def test_chips_with_fast_memory_compute_more_results_apart():
   assert v5p > v5e > v6e > 0
 
 
-def test_what_does_not_fit_is_said_as_the_compiler_says_it():
+def test_out_of_memory_plan_has_the_memory_of_the_compiler():
   from llmjax.commands import plan as command
-  from llmjax.plan.memory import read_limit
+  from llmjax.plan.memory import parse_out_of_memory
   spec, topology = tiny_spec(), parse_topology('v5e:2x2')
-  found = read_limit('Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.')
-  plan = command.too_large(settle(spec, topology), topology, found)
+  details = parse_out_of_memory('Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.')
+  plan = command.plan_out_of_memory(settle(spec, topology), topology, details)
   assert plan['fits'] is False
   assert plan['hbm_bytes']['total'] == int(20.5 * 2**30)
 
@@ -201,8 +200,8 @@ def test_search_ranks_the_fitting_programs_and_survives_an_interrupt(
     assert 'does not fit (1.00 GiB)' in out
 
 
-def test_kept_programs_are_compressed_json(tmp_path):
-  from llmjax.commands.plan import _keep
-  _keep(tmp_path / 'a/b.json.gz', {'text': 'HloModule'})
+def test_cached_programs_are_compressed_json(tmp_path):
+  from llmjax.plan.compiler import write_cache
+  write_cache(tmp_path / 'a/b.json.gz', {'text': 'HloModule'})
   assert json.loads(gzip.decompress((tmp_path / 'a/b.json.gz').read_bytes())) == {'text': 'HloModule'}
   assert [p.name for p in (tmp_path / 'a').iterdir()] == ['b.json.gz']

@@ -1,4 +1,4 @@
-"""The recipes of configs/pretrain on the chips they are meant for: all by closed forms, the small ones compiled."""
+"""The recipes of configs/pretrain on their chips: all with the analytical model, the small ones compiled."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import pytest
 from llmjax import config
 from llmjax.commands.plan import settle
 from llmjax.commands.spec import PlanSpec
-from llmjax.plan import closed
+from llmjax.plan import analytical
 from llmjax.plan.topology import parse_topology
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_the_mesh_fills_the_chips_and_divides_the_model(program, capsys):
                       [(name, str(value)) for name, value in program.changes.items()])
   spec = settle(spec, topology)
   assert spec.mesh.size(*('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')) == topology.devices
-  assert closed.plan(spec, topology)['fits']
+  assert analytical.plan(spec, topology)['fits']
 
 
 @pytest.mark.slow

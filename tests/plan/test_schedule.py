@@ -1,13 +1,14 @@
-"""The player against a program written by hand, whose time follows from its numbers."""
+"""The replay of a schedule against a handwritten program whose time is known."""
 
 import numpy as np
 import pytest
 
-from llmjax.plan.memory import read_limit, short_name, stacks
+from llmjax.plan.memory import parse_out_of_memory, short_name, stacked_arrays
 from llmjax.plan.schedule import Program
 from llmjax.plan.topology import HOP_SECONDS, Place, parse_topology
 
-# A loop of 8 turns: a product of 1,000,000 cycles beside an asynchronous gather, a synchronous sum, a kernel.
+# A loop of 8 iterations: a product of 1,000,000 cycles overlapping an asynchronous gather, a synchronous all-reduce, a
+# kernel.
 TEXT = r"""HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %fused_product (p0: bf16[256,256], p1: bf16[256,256]) -> bf16[256,256] {
@@ -72,7 +73,7 @@ class Mesh:
     self.shape, self.size = {'data': 1, 'fsdp': 4}, 4
 
 
-def play(gathered, name='v5p:4x4x4', blocks=''):
+def replay(gathered, name='v5p:4x4x4', blocks=''):
   topology = parse_topology(name)
   text = TEXT.replace('\\"block_q\\": 512', blocks or '\\"block_q\\": 512')
   text = text.replace('GATHERED', str(gathered)).replace('GATHER', str(gathered // 4))
@@ -81,10 +82,10 @@ def play(gathered, name='v5p:4x4x4', blocks=''):
 
 
 @pytest.mark.parametrize('gathered', [4 << 20, 400 << 20])
-def test_time_is_cycles_kernels_and_what_is_not_hidden(gathered):
-  topology, program = play(gathered)
+def test_time_is_cycles_kernels_and_exposed_communication(gathered):
+  topology, program = replay(gathered)
   product, other = 1_000_000 / 1.75e9, 2000 / 1.75e9
-  kernel = 2 * 2 * 2 * 4 * 512 * 512 * 128 / 2 / 459e12  # Two products of B N T T H, half of them seen.
+  kernel = 2 * 2 * 2 * 4 * 512 * 512 * 128 / 2 / 459e12  # Two products of B N T T H, half of them under the mask.
   gather = 2 * gathered * 3 / 4 / 200e9 + 2 * HOP_SECONDS
   total = 2 * (4 << 20) * 3 / 4 / 200e9 + 4 * HOP_SECONDS
   waiting = max(gather - product, 0) + total
@@ -111,8 +112,8 @@ def test_time_is_cycles_kernels_and_what_is_not_hidden(gathered):
     ('v5p:4x4x4', r'\"block_q\": 128, \"block_kv\": 256, \"block_kv_compute\": 64', 1.5),
     ('v6e:4x4', r'\"block_q\": 128, \"block_kv\": 256', 3),
     ('v5p:4x4x4', r'\"block_q_dkv\": 128, \"block_kv_dkv\": 256', 1)])  # Of another kernel.
-def test_kernels_take_as_long_as_the_matrix_unit_needs(name, blocks, overhead):
-  topology, program = play(4 << 20, name, blocks)
+def test_kernel_time_counts_the_utilization_of_the_matrix_unit(name, blocks, overhead):
+  topology, program = replay(4 << 20, name, blocks)
   flops = 2 * 2 * 2 * 4 * 512 * 512 * 128 / 2
   (kernel,) = program.kernels
   assert kernel.flops == flops
@@ -120,19 +121,20 @@ def test_kernels_take_as_long_as_the_matrix_unit_needs(name, blocks, overhead):
   assert program.totals.kernel == pytest.approx(8 * kernel.seconds)
 
 
-def test_what_a_loop_keeps_has_the_name_of_its_maker():
-  _, program = play(4 << 20)
-  kept, gradients = stacks(program.module)
-  assert [(t.what, t.type, t.bytes) for t in kept] == [('Block/mlp/dot_general', 'bf16[8,256,256]', 8 * 256 * 256 * 2)]
+def test_saved_activations_are_named_after_their_operation():
+  _, program = replay(4 << 20)
+  activations, gradients = stacked_arrays(program.module)
+  (tensor,) = activations
+  assert (tensor.name, tensor.type, tensor.bytes) == ('Block/mlp/dot_general', 'bf16[8,256,256]', 8 * 256 * 256 * 2)
   assert gradients == []
   assert short_name('jit(train_step)/transpose(jvp())/while/body/closed_call/Block/mlp/dot_general') == (
       'backward Block/mlp/dot_general')
 
 
-def test_out_of_memory_in_both_of_the_compilers_forms():
-  one = read_limit('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
-                   '(32.93G) exceeds available HBM (15.75G).')
-  assert (one['used'], one['limit'], one['temporaries_alone']) == (int(32.93 * 2**30), int(15.75 * 2**30), True)
-  other = read_limit('Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.')
-  assert (other['used'], other['temporaries_alone']) == (int(20.5 * 2**30), False)
-  assert read_limit('INVALID_ARGUMENT: something else') is None
+def test_parse_both_forms_of_the_out_of_memory_message():
+  one = parse_out_of_memory('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
+                            'temporaries (32.93G) exceeds available HBM (15.75G).')
+  assert (one['used'], one['limit'], one['temporaries_only']) == (int(32.93 * 2**30), int(15.75 * 2**30), True)
+  other = parse_out_of_memory('Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.')
+  assert (other['used'], other['temporaries_only']) == (int(20.5 * 2**30), False)
+  assert parse_out_of_memory('INVALID_ARGUMENT: something else') is None
