@@ -33,7 +33,7 @@ def _stacked_arrays(frame, accumulation_steps):
       continue
     loop = Loop(frame, instruction)
     trips = loop.trips()
-    if accumulation > 1 and trips == accumulation_steps:
+    if accumulation_steps > 1 and trips == accumulation_steps:
       nested = _stacked_arrays(loop.body, 1)
       if any(nested):
         return nested
