@@ -1,1 +1,1 @@
-"""Many processes: launching them here and on clusters, supervising them, and disturbing them on purpose."""
+"""Launches runs on this machine and on clusters, supervises them, and tests their fault tolerance."""

@@ -1,6 +1,6 @@
-"""`llmjax launch gke`: the command as a Kubernetes JobSet, on TPU slices or GPU nodes.
+"""`llmjax launch gke`: submits a command as a Kubernetes JobSet, on TPU slices or GPU nodes.
 
-TPU hosts find one another through what GKE sets; GPU nodes get their places from this manifest.
+TPU hosts discover each other through variables that GKE sets; GPU nodes through variables in the manifest.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from llmjax.cluster.supervise import REFUSED
 from llmjax.config import setting
 
 PORT = 8476
-NAME = re.compile(r'[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?')  # A label of RFC 1123, with room for what JobSet adds.
-# Dimensions of a slice's topology by the node pool's label: https://cloud.google.com/kubernetes-engine/docs/concepts/tpus
+NAME = re.compile(r'[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?')  # A label of RFC 1123, short enough for JobSet's suffixes.
+# Number of dimensions of the topology by node pool label: https://cloud.google.com/kubernetes-engine/docs/concepts/tpus
 DIMENSIONS = {'tpu-v4-podslice': 3, 'tpu-v5-lite-podslice': 2, 'tpu-v5p-slice': 3, 'tpu-v6e-slice': 2, 'tpu7x': 3}
 INSTALL = 'https://kubernetes.io/docs/tasks/tools'
 
@@ -24,20 +24,20 @@ INSTALL = 'https://kubernetes.io/docs/tasks/tools'
 class GkeOptions:
   """Flags of `llmjax launch gke`."""
 
-  name: str = setting('llmjax', 'of the JobSet')
-  image: str = setting('', 'container image with llmjax in it')
-  accelerator: str = setting('', "the node pool's label: tpu-v6e-slice, tpu-v5p-slice, nvidia-h100-80gb, ...")
-  topology: str = setting('', 'TPUs: chips of a slice, such as 4x4 or 2x2x2')
-  chips_per_node: int = setting(0, 'TPU chips or GPUs of a node; 0: 4 TPU chips, 8 GPUs', minimum=0)
-  nodes: int = setting(0, 'GPU nodes; TPU slices have as many as their topology says', minimum=0)
-  slices: int = setting(1, 'TPU slices', minimum=1)
+  name: str = setting('llmjax', 'name of the JobSet')
+  image: str = setting('', 'container image with llmjax installed')
+  accelerator: str = setting('', 'accelerator label of the node pool, such as tpu-v6e-slice or nvidia-h100-80gb')
+  topology: str = setting('', 'TPU: topology of a slice, such as 4x4 or 2x2x2')
+  chips_per_node: int = setting(0, 'TPU chips or GPUs per node; 0: 4 TPU chips or 8 GPUs', minimum=0)
+  nodes: int = setting(0, 'GPU: number of nodes; of TPUs it follows from the topology', minimum=0)
+  slices: int = setting(1, 'TPU: number of slices', minimum=1)
   namespace: str = setting('default', 'Kubernetes namespace')
-  service_account: str = setting('', "its Kubernetes service account; '': the default one")
-  setup: str = setting('', "shell commands before it, such as 'cd /llmjax'")
-  save_seconds: int = setting(180, 'an evicted pod has so long to save', minimum=1)
-  restart: int = setting(0, 'start all pods again when one fails or is evicted, at most so often', minimum=0)
-  check: bool = setting(True, 'check the command here first; --nocheck where only the image has the recipe')
-  dry_run: bool = setting(False, 'print the manifest and submit nothing')
+  service_account: str = setting('', "Kubernetes service account; '': the default account")
+  setup: str = setting('', "shell commands to run first, such as 'cd /llmjax'")
+  save_seconds: int = setting(180, 'grace period in seconds for an evicted pod to save a checkpoint', minimum=1)
+  restart: int = setting(0, 'maximum number of restarts of all pods after one fails or is evicted', minimum=0)
+  check: bool = setting(True, 'check the command before submitting it; --nocheck if only the image has the recipe')
+  dry_run: bool = setting(False, 'print the manifest without submitting it')
 
   def validate(self):
     if not self.image:
@@ -49,17 +49,17 @@ class GkeOptions:
              'with none of the dashes at an end')
     near = difflib.get_close_matches(self.accelerator, DIMENSIONS, n=1)
     if self.is_tpu and self.accelerator not in DIMENSIONS and near:
-      yield f'accelerator={self.accelerator} is no label of GKE; did you mean {near[0]}?'
+      yield f'accelerator={self.accelerator} is not a GKE label; did you mean {near[0]}?'
     sizes = self.topology.split('x')
     if self.is_tpu and not all(s.isdigit() and int(s) for s in sizes):
-      yield f"topology={self.topology!r} must be a slice's chips, such as 4x4"
+      yield f'topology={self.topology!r} must be the topology of a slice, such as 4x4'
     elif self.is_tpu and len(sizes) != DIMENSIONS.get(self.accelerator, len(sizes)):
       like = 'x'.join(['4'] * DIMENSIONS[self.accelerator])
       yield f'topology={self.topology} must have {DIMENSIONS[self.accelerator]} sizes for {self.accelerator}: {like}'
     elif self.is_tpu and math.prod(map(int, sizes)) > self.chips and math.prod(map(int, sizes)) % self.chips:
       yield f'topology={self.topology} is not divisible by chips_per_node={self.chips}'
     if self.is_tpu and self.nodes:
-      yield f"nodes={self.nodes} is for GPUs; a TPU slice's nodes follow from topology, so leave it out"
+      yield f"nodes={self.nodes} is for GPUs; the number of TPU nodes follows from topology, so leave it out"
     if self.accelerator and not self.is_tpu and (self.topology or self.slices > 1):
       yield f'topology and slices are for TPUs, not for {self.accelerator}; write nodes=N'
 
@@ -69,31 +69,31 @@ class GkeOptions:
 
   @property
   def chips(self):
-    """Chips of a node."""
+    """Chips per node."""
     whole = math.prod(map(int, self.topology.split('x'))) if self.is_tpu and self.topology else 8
     return self.chips_per_node or (min(4, whole) if self.is_tpu else 8)
 
   @property
   def node_count(self):
-    """Nodes of a slice, or in all for GPUs."""
+    """Nodes per TPU slice, or total number of GPU nodes."""
     if self.is_tpu:
       return math.prod(map(int, self.topology.split('x'))) // self.chips
     return max(self.nodes, 1)
 
 
 def run(command, options):
-  """Submits the JobSet; returns kubectl's status."""
+  """Submit the JobSet; return the status of kubectl."""
   return run_tool(['kubectl', 'apply', '-f', '-'], manifest(command, options), dry_run=options.dry_run,
                   install=INSTALL)
 
 
 def manifest(command, options):
-  """Returns the JobSet's YAML."""
-  quoted = json.dumps  # A JSON string is a YAML string, whatever is in it.
+  """Return the YAML of the JobSet."""
+  quoted = json.dumps  # Every JSON string is a YAML string.
   if options.is_tpu:
     selector = {'gke-tpu-accelerator': options.accelerator, 'gke-tpu-topology': options.topology}
-    resource, ports = 'google.com/tpu', (8471, 8431, 8482)  # TPU runtime, its metrics, JAX's coordinator.
-    # One slice to a node pool: GKE numbers slices and hosts by this.
+    resource, ports = 'google.com/tpu', (8471, 8431, 8482)  # TPU runtime, its metrics, JAX's coordination service.
+    # One slice per node pool: GKE numbers slices and hosts by it.
     annotations = {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
     variables = ''
   else:
@@ -114,7 +114,7 @@ def manifest(command, options):
   account = f'\n            serviceAccountName: {options.service_account}' if options.service_account else ''
   labels = ''.join(f'\n              cloud.google.com/{name}: {value}' for name, value in selector.items())
   rules = pod_rules = ''
-  if options.restart:  # A wrong setting is final: the pod's failure fails its job, and that the JobSet.
+  if options.restart:  # Invalid settings are not retried: the pod's failure fails its job, and thereby the JobSet.
     rules = '''
     rules:
     - action: FailJobSet
@@ -127,7 +127,7 @@ def manifest(command, options):
               containerName: llmjax
               operator: In
               values: [{REFUSED}]'''
-  listed = ''.join(f'\n              - containerPort: {port}' for port in ports)
+  container_ports = ''.join(f'\n              - containerPort: {port}' for port in ports)
   return f'''apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
@@ -154,7 +154,7 @@ spec:
             - name: llmjax
               image: {options.image}
               command: [bash, -c, {quoted(shell_line(command, options.setup))}]
-              ports:{listed}{variables}
+              ports:{container_ports}{variables}
               resources:
                 limits:
                   {resource}: {options.chips}

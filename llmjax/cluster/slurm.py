@@ -1,6 +1,6 @@
-"""`llmjax launch slurm`: the command as one Slurm job, one process a GPU or a node.
+"""`llmjax launch slurm`: submits a command as a Slurm job, with one process per GPU or per node.
 
-The processes find one another through the variables that srun sets (parallel/rendezvous.py).
+The processes discover each other through the variables that srun sets (parallel/rendezvous.py).
 """
 
 import dataclasses
@@ -15,51 +15,51 @@ from llmjax.parallel.heartbeat import PREEMPTED
 class SlurmOptions:
   """Flags of `llmjax launch slurm`."""
 
-  nodes: int = setting(1, 'nodes', minimum=1)
-  gpus_per_node: int = setting(0, 'GPUs of each node; 0: none', minimum=0)
-  process_per: str = setting('gpu', 'one process for each GPU, or one for each node', choices=('gpu', 'node'))
-  cpus_per_process: int = setting(0, "CPUs of each process; 0: the cluster's default", minimum=0)
-  time: str = setting('', "longest run, such as 24:00:00; '': the partition's")
-  partition: str = setting('', "partition; '': the default one")
-  account: str = setting('', "account to charge; '': yours")
-  name: str = setting('llmjax', "the job's name")
-  log: str = setting('llmjax-%j.log', 'file for its output; %j is the job', kind='path')
-  save_seconds: int = setting(180, 'the job is told so long before its time is up, and saves; 0: never',
+  nodes: int = setting(1, 'number of nodes', minimum=1)
+  gpus_per_node: int = setting(0, 'GPUs per node', minimum=0)
+  process_per: str = setting('gpu', 'start one process per GPU, or one per node', choices=('gpu', 'node'))
+  cpus_per_process: int = setting(0, "CPUs per process; 0: the cluster's default", minimum=0)
+  time: str = setting('', "time limit, such as 24:00:00; '': the default of the partition")
+  partition: str = setting('', "partition; '': the default partition")
+  account: str = setting('', "account to charge; '': the user's default account")
+  name: str = setting('llmjax', 'name of the job')
+  log: str = setting('llmjax-%j.log', 'output file; %j is the job ID', kind='path')
+  save_seconds: int = setting(180, 'seconds before the time limit at which the job saves a checkpoint; 0: never',
                               minimum=0)
-  restart: int = setting(0, 'start it again after a failure, at most so often; and back into the queue when it has '
-                         'saved because its time is up', minimum=0)
-  setup: str = setting('', "shell commands before it, such as 'source .venv/bin/activate'")
-  sbatch: tuple[str, ...] = setting((), 'more options of sbatch, such as --qos=high,--exclusive')
-  check: bool = setting(True, 'check the command here first; --nocheck where only the cluster has the recipe')
-  dry_run: bool = setting(False, 'print the script and submit nothing')
+  restart: int = setting(0, 'maximum number of restarts after a failure; with it, a job that reaches its time limit is '
+                         'queued again', minimum=0)
+  setup: str = setting('', "shell commands to run first, such as 'source .venv/bin/activate'")
+  sbatch: tuple[str, ...] = setting((), 'further options of sbatch, such as --qos=high,--exclusive')
+  check: bool = setting(True, 'check the command before submitting it; --nocheck if only the cluster has the recipe')
+  dry_run: bool = setting(False, 'print the script without submitting it')
 
 
 def run(command, options):
-  """Submits the job; returns sbatch's status."""
+  """Submit the job; return the status of sbatch."""
   return run_tool(['sbatch'], script(command, options), dry_run=options.dry_run,
-                  install="it comes with Slurm: run this on the cluster's login node")
+                  install="it is part of Slurm: run this on the cluster's login node")
 
 
 def script(command, options):
-  """Returns the text that sbatch reads."""
+  """Return the batch script."""
   per_node = max(options.gpus_per_node, 1) if options.process_per == 'gpu' else 1
   settings = [
       ('job-name', options.name), ('nodes', options.nodes), ('ntasks-per-node', per_node),
       ('gpus-per-node', options.gpus_per_node), ('cpus-per-task', options.cpus_per_process),
       ('time', options.time), ('partition', options.partition), ('account', options.account),
       ('output', options.log), ('open-mode', options.restart and 'append'),
-      # JAX takes SIGTERM as the notice to save a checkpoint together.
+      # JAX treats SIGTERM as a preemption notice, and all processes save the same step.
       ('signal', options.save_seconds and f'TERM@{options.save_seconds}')]
   lines = ['#!/usr/bin/env bash', *(f'#SBATCH --{name}={value}' for name, value in settings if value),
            *['#SBATCH --requeue'] * bool(options.restart),
            *(f'#SBATCH {option}' for option in options.sbatch), 'set -euo pipefail']
   lines += [options.setup] if options.setup else []
-  # srun takes cpus-per-task from no script since Slurm 22.05.
+  # Since Slurm 22.05 srun ignores the script's cpus-per-task.
   cpus = f'--cpus-per-task={options.cpus_per_process} ' if options.cpus_per_process else ''
   srun = f'srun {cpus}--kill-on-bad-exit=1 {shell_line(command)}'
   if not options.restart:
     return '\n'.join([*lines, srun]) + '\n'
-  # A wrong setting and Ctrl-C are final; what has saved after SIGTERM waits in the queue for more time.
+  # Invalid settings and Ctrl-C are final; a job that has saved after SIGTERM returns to the queue.
   lines += ['for ((attempt = 0; ; attempt++)); do', '  status=0', f'  {srun} || status=$?',
             f'  if ((status == {PREEMPTED})); then exec scontrol requeue "$SLURM_JOB_ID"; fi',
             f'  if ((status == 0 || status == {REFUSED} || status == {INTERRUPTED} || attempt >= {options.restart})); '

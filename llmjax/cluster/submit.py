@@ -1,4 +1,4 @@
-"""What the launchers of clusters share: quoting a command, and running the cluster's own tool."""
+"""Helpers of the cluster launchers: quote a command, and run the cluster's command-line tool."""
 
 import shlex
 import shutil
@@ -8,29 +8,29 @@ from llmjax.config import ConfigError
 
 
 def shell_line(command, setup=''):
-  """Returns the shell text that runs `llmjax <command>`, after `setup` where there is one.
+  """Return the shell command that runs `setup`, if any, and then `llmjax <command>`.
 
-  exec: signals then reach llmjax itself and not the shell that waits for it.
+  It uses exec, so that signals reach llmjax and not a waiting shell.
   """
   line = quoted(['llmjax', *command])
   return f'{setup} && exec {line}' if setup else line
 
 
 def quoted(argv):
-  """Returns shell text of an argument list, as a person would write it: --flag='two words'."""
+  """Quote an argument list for a shell, in readable form: --flag='two words'."""
   parts = [arg.partition('=') if arg.startswith('--') else ('', '', arg) for arg in argv]
   return ' '.join(f'{shlex.quote(name) if name else ""}{equals}{shlex.quote(value) if value or not equals else ""}'
                   for name, equals, value in parts)
 
 
 def run_tool(argv, stdin=None, *, dry_run, install):
-  """Runs a cluster's tool and returns its status; with dry_run prints the command, or the file it would get.
+  """Run a command-line tool and return its status; with dry_run only print its input, or its command line.
 
-  stdin: text that the tool reads.  install: where to get the tool, said when it is not there.
+  stdin: input of the tool.  install: hint for the error if the tool is not installed.
   """
   if dry_run:
     print(stdin if stdin is not None else quoted(argv), end='' if stdin else '\n')
     return 0
   if shutil.which(argv[0]) is None:
-    raise ConfigError([f'{argv[0]} is not installed here ({install}); --dry-run prints what it would be given'])
+    raise ConfigError([f'{argv[0]} is not installed here ({install}); --dry-run prints its input'])
   return subprocess.run(argv, input=stdin, text=True, check=False).returncode

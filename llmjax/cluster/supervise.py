@@ -1,7 +1,7 @@
-"""Processes of one run, watched from outside: who died, hung or was stopped, and starting all of them again.
+"""Supervises the processes of a run: detects crashed, hung and stopped ones, and restarts all of them.
 
-The commands may be anything; one that writes heartbeats (parallel/heartbeat.py) is seen to hang, and to make
-progress.  No JAX here.
+Any command can be supervised; hangs and progress are detected for those that write heartbeats
+(parallel/heartbeat.py).  Imports no JAX.
 """
 
 import collections
@@ -24,28 +24,26 @@ from llmjax.run.progress import format_duration
 
 POLL_SECONDS = 0.1
 TAIL_LINES = 25
-# When one process has failed, the others may be about to say why, too; then they are ended.
-GRACE_SECONDS = 3.0
-NOTICE_SECONDS = 0.1  # Processes that end together are noticed in any order within this.
-# A process's own watchdog writes its stacks and leaves; then it is ended from here.
-WATCHDOG_SECONDS = 5.0
-PREEMPTED_SECONDS = 60.0
-STOPPED_SECONDS = 2.0  # SIGSTOP and SIGCONT may follow one another: a stop this long is one.
-LONGEST_BACKOFF = 300.0  # Seconds.
+GRACE_SECONDS = 3.0  # After the failure of one process, for the others to report theirs before they are ended.
+NOTICE_SECONDS = 0.1  # Processes that end within this time may be noticed in any order.
+WATCHDOG_SECONDS = 5.0  # Beyond the hang limit, for the process's own watchdog to write stack traces and exit.
+PREEMPTED_SECONDS = 60.0  # Grace period after a preemption.
+STOPPED_SECONDS = 2.0  # A process counts as stopped after this time, since SIGCONT may follow SIGSTOP.
+MAX_BACKOFF = 300.0  # Seconds.
 PR_SET_PDEATHSIG = 1  # From linux/prctl.h.
 
-_LIBC = ctypes.CDLL(None)  # Not in the child: between fork and exec as little as may be is done.
+_LIBC = ctypes.CDLL(None)  # Loaded here, because little is safe in a child between fork and exec.
 
-REFUSED, INTERRUPTED = 2, 130  # Statuses: a wrong setting; Ctrl-C.
+REFUSED, INTERRUPTED = 2, 130  # Exit statuses: invalid settings; Ctrl-C.
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """When to end processes, and when to start them again.
+  """When to end and restart processes.
 
-  restarts: in a row, without a new good checkpoint between them.  backoff: seconds before the second of
-  them, doubled for each further one.  hang, start: seconds, see heartbeat.hang_limit.  end: seconds between
-  SIGTERM and SIGKILL.  shrink: go on with the processes that are left.
+  restarts: maximum number in a row without a new verified checkpoint.  backoff: seconds before the second restart,
+  doubled for each further one.  hang, start: limits in seconds, see `heartbeat.hang_limit`.  end: seconds between
+  SIGTERM and SIGKILL.  shrink: restart without the processes that failed.
   """
 
   restarts: int = 0
@@ -57,22 +55,22 @@ class Policy:
 
   @property
   def ends_hung(self):
-    """Whether processes that hang are ended; else they only say so."""
+    """Whether hung processes are ended; otherwise they only report it."""
     return bool(self.restarts or self.hang)
 
   def delay(self, failures):
-    """Returns the seconds to wait after so many failures in a row; none after the first."""
-    return min(self.backoff * 2 ** (failures - 2), LONGEST_BACKOFF) if failures > 1 else 0.0
+    """Return the seconds to wait after a number of failures in a row; 0 after the first."""
+    return min(self.backoff * 2 ** (failures - 2), MAX_BACKOFF) if failures > 1 else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class End:
-  """How all processes of one attempt ended.
+class Outcome:
+  """The outcome of an attempt.
 
-  kind: done, preempted (saved after SIGTERM), hung, or failed.  rank: of the one that was first.  status: for
-  the shell.  text: what it did, such as 'ended with signal SIGKILL'.  tail: its last lines.  lost: how many
-  processes are at fault.  first, step, saved: the step that the attempt went on from, the farthest that
-  was done, the last good checkpoint.
+  kind: done, preempted (saved after SIGTERM), hung, or failed.  rank: of the first process that failed.  status: exit
+  status.  text: description, such as 'ended with signal SIGKILL'.  tail: its last lines of output.  lost: number of
+  failed processes.  first, step, saved: the step that the attempt resumed from, the last step, and the last verified
+  checkpoint.
   """
 
   kind: str
@@ -91,9 +89,9 @@ class End:
 
 
 class Group:
-  """The processes of one attempt.  Each leads a process group, so that a terminal signals only us.
+  """The processes of an attempt.  Each leads its own process group, so that a terminal signals only the supervisor.
 
-  folder: for logs and heartbeats.  quiet: process 0 has a log, too, and not the terminal.
+  folder: for logs and heartbeats.  quiet: process 0 writes to a log as well, instead of to the terminal.
   """
 
   def __init__(self, folder, policy=None, quiet=False):
@@ -101,11 +99,11 @@ class Group:
     self.folder.mkdir(parents=True, exist_ok=True)
     self.beats = self.folder / 'heartbeats'
     self.children, self._changes, self._stopped, self._tails = [], {}, {}, {}
-    self._ended = queue.SimpleQueue()  # Numbers of processes, in the order in which they ended.
+    self._ended = queue.SimpleQueue()  # Ranks, in the order in which they ended.
     self._signals = 0
 
   def start(self, argv, environment):
-    """Starts one more process.  argv: the whole command."""
+    """Start one more process.  argv: its command line."""
     rank = len(self.children)
     with contextlib.suppress(FileNotFoundError):
       (self.beats / f'{rank}.json').unlink()
@@ -114,24 +112,24 @@ class Group:
       environment[heartbeat.LIMIT] = str(self.policy.hang)
     log = self._log(rank)
     with open(log, 'wb') if log else contextlib.nullcontext() as output:
-      # Of a process that has the terminal, what it complains of goes by way of us, who may have to say it again.
-      watched = subprocess.PIPE if self.policy.restarts and not log else None
+      # The errors of a process on the terminal pass through the supervisor, which may have to repeat them.
+      piped = subprocess.PIPE if self.policy.restarts and not log else None
       child = subprocess.Popen(
           argv, env=environment, start_new_session=True, stdin=subprocess.DEVNULL, stdout=output,
-          stderr=subprocess.STDOUT if log else watched, preexec_fn=_end_with_parent)
+          stderr=subprocess.STDOUT if log else piped, preexec_fn=_die_with_parent)
     self.children.append(child)
     self._changes[rank] = (None, time.monotonic())
     if child.stderr:
       self._tails[rank] = collections.deque(maxlen=TAIL_LINES)
-      threading.Thread(target=self._pass_on, args=[rank, child.stderr], daemon=True).start()
-    threading.Thread(target=self._note_end, args=[rank], daemon=True).start()
+      threading.Thread(target=self._forward_stderr, args=[rank, child.stderr], daemon=True).start()
+    threading.Thread(target=self._reap, args=[rank], daemon=True).start()
 
   def read(self):
-    """Returns {rank: Beat or None}."""
+    """Return {rank: Beat or None}."""
     return {k: heartbeat.read_beat(self.beats, k) for k in range(len(self.children))}
 
   def signal(self, signum, frame=None):
-    """Passes a signal on; the second Ctrl-C ends everything.  A signal handler itself."""
+    """Forward a signal to all processes; a second one kills them.  Usable as a signal handler."""
     self._signals += 1
     if self._signals > 1:
       self.kill()
@@ -140,7 +138,10 @@ class Group:
         child.send_signal(signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
 
   def wait(self, watch=lambda: None):
-    """Returns an End once all have ended, having ended them if one failed or hung.  watch: called meanwhile."""
+    """Wait for all processes and return the Outcome; end the others if one fails or hangs.
+
+    watch: called every POLL_SECONDS while nothing happens.
+    """
     left = len(self.children)
     while left:
       try:
@@ -152,11 +153,11 @@ class Group:
         continue
       status, left = self.children[rank].returncode, left - 1
       if status:
-        return self._finish(self._judge(*self._find_first(rank, status)), GRACE_SECONDS if status > 0 else 0.0)
-    return self._with_steps(End('done'))
+        return self._finish(self._classify(*self._find_first(rank, status)), GRACE_SECONDS if status > 0 else 0.0)
+    return self._with_steps(Outcome('done'))
 
   def kill(self):
-    """Ends every process that is left, now."""
+    """Kill all processes that are left."""
     for child in self.children:
       if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
@@ -165,33 +166,33 @@ class Group:
       child.wait()
 
   def _find_first(self, rank, status):
-    """Returns (number, status) of the process that took the others with it; `rank` was the first to be noticed.
+    """Return (rank, status) of the process that caused the failure; `rank` is the first one noticed.
 
-    One that its watchdog ended, or that was killed, may be noticed a moment after those that miss it.
-    SIGABRT is how JAX ends a process that misses another.
+    A process that was killed or ended by its watchdog may be noticed after those that failed because of it.  JAX aborts
+    (SIGABRT) a process that lost another one.
     """
     time.sleep(NOTICE_SECONDS)
     ended = {k: child.returncode for k, child in enumerate(self.children) if child.returncode is not None}
-    for cause in (lambda s: s == heartbeat.HUNG, lambda s: s < 0 and s != -signal.SIGABRT):
-      if found := [k for k, s in ended.items() if cause(s)]:
-        rank = rank if rank in found else found[0]
+    for is_cause in (lambda s: s == heartbeat.HUNG, lambda s: s < 0 and s != -signal.SIGABRT):
+      if causes := [k for k, s in ended.items() if is_cause(s)]:
+        rank = rank if rank in causes else causes[0]
         return rank, ended[rank]
     return rank, status
 
-  def _judge(self, rank, status):
-    """Returns the End for a process that ended badly."""
+  def _classify(self, rank, status):
+    """Return the Outcome for a process that failed."""
     if status == heartbeat.HUNG:
       if stopped := [k for k, child in enumerate(self.children) if _is_stopped(child)]:
-        return End('hung', stopped[0], 128 + signal.SIGSTOP, 'is stopped (SIGSTOP)', lost=len(stopped))
-      return End('hung', rank, status, f'hung: its watchdog ended it (status {status})')
+        return Outcome('hung', stopped[0], 128 + signal.SIGSTOP, 'was stopped (SIGSTOP)', lost=len(stopped))
+      return Outcome('hung', rank, status, f'hung: its watchdog ended it (status {status})')
     if status == heartbeat.PREEMPTED:
-      return End('preempted', rank, status, f'was asked to end, and saved (status {status})', lost=0)
+      return Outcome('preempted', rank, status, f'was preempted after saving (status {status})', lost=0)
     if status < 0:
-      return End('failed', rank, 128 - status, f'ended with signal {signal.Signals(-status).name}')
-    return End('failed', rank, status, f'ended with status {status}')
+      return Outcome('failed', rank, 128 - status, f'ended with signal {signal.Signals(-status).name}')
+    return Outcome('failed', rank, status, f'ended with status {status}')
 
   def _find_hung(self):
-    """Returns an End for the processes that are stopped or stand still, or None."""
+    """Return an Outcome if processes are stopped or hung, else None."""
     now, stopped, hung = time.monotonic(), [], []
     for k, child in enumerate(self.children):
       if child.poll() is not None:
@@ -207,16 +208,16 @@ class Group:
       elif now - changed > heartbeat.hang_limit(beat, self.policy.hang, self.policy.start) + WATCHDOG_SECONDS:
         hung.append((changed, k))
     if stopped:
-      return End('hung', stopped[0], 128 + signal.SIGSTOP, 'is stopped (SIGSTOP)', lost=len(stopped))
+      return Outcome('hung', stopped[0], 128 + signal.SIGSTOP, 'was stopped (SIGSTOP)', lost=len(stopped))
     if hung:
       changed, rank = min(hung)
-      return End('hung', rank, heartbeat.HUNG, f'hung: no step for {now - changed:.0f} s')
+      return Outcome('hung', rank, heartbeat.HUNG, f'hung: no step for {now - changed:.0f} s')
     return None
 
   def _finish(self, end, grace):
-    """Waits `grace` seconds for the others, ends them, and returns the End with all that is known."""
+    """Wait `grace` seconds for the other processes, end them, and complete the Outcome."""
     if end.kind == 'preempted':
-      grace = PREEMPTED_SECONDS  # They have saved the same step together.
+      grace = PREEMPTED_SECONDS  # All processes save the same step.
     self._await(grace)
     if any(child.poll() is None for child in self.children):
       for child in self.children:
@@ -224,7 +225,7 @@ class Group:
           child.send_signal(signal.SIGTERM)
       self._await(self.policy.end)
     self.kill()
-    time.sleep(0.02)  # For the threads that read what it printed last.
+    time.sleep(0.02)  # For the threads that read the last output.
     return self._with_steps(dataclasses.replace(end, tail=self._tail(end.rank)))
 
   def _await(self, seconds):
@@ -246,11 +247,11 @@ class Group:
   def _log(self, rank):
     return self.folder / f'process-{rank}.log' if rank or self._quiet else None
 
-  def _note_end(self, rank):
+  def _reap(self, rank):
     self.children[rank].wait()
     self._ended.put(rank)
 
-  def _pass_on(self, rank, stream):
+  def _forward_stderr(self, rank, stream):
     with stream:
       for line in stream:
         text = line.decode(errors='replace')
@@ -260,17 +261,17 @@ class Group:
           sys.stderr.flush()
 
 
-def supervise(start, processes, policy, say=None):
-  """Runs attempts until one is done or nothing more is to be tried; returns the exit status.
+def supervise(start, processes, policy, report=None):
+  """Run attempts until one succeeds or the policy allows no more; return the exit status.
 
-  start(count, attempt): returns a Group of that many started processes.  say: prints a line.
-  SIGINT and SIGTERM go to the processes, and nothing is started again after them.
+  start(count, attempt): returns a Group of `count` started processes.  report: prints a line.  SIGINT and SIGTERM are
+  forwarded to the processes and end the supervision.
   """
-  say = say or (lambda text: print(f'llmjax launch: {text}', file=sys.stderr, flush=True))
-  group, asked = None, threading.Event()
+  report = report or (lambda text: print(f'llmjax launch: {text}', file=sys.stderr, flush=True))
+  group, stopping = None, threading.Event()
 
   def forward(signum, frame):
-    asked.set()
+    stopping.set()
     if group is not None:
       group.signal(signum)
 
@@ -283,58 +284,58 @@ def supervise(start, processes, policy, say=None):
     while True:
       group = start(count, attempt)
       stack.callback(group.kill)
-      if asked.is_set():  # While they were being started.
+      if stopping.is_set():  # A signal arrived while they were started.
         group.signal(signal.SIGTERM)
       end = group.wait()
       attempt += 1
       if end.kind == 'done':
         return 0
-      words = f'process {end.rank} of {count} {end.text}'
-      if asked.is_set() or end.status == INTERRUPTED or not policy.restarts:
-        if end.kind != 'preempted' and not _said_by_first(end, group):
-          _say_end(say, words, end, count)
+      summary = f'process {end.rank} of {count} {end.text}'
+      if stopping.is_set() or end.status == INTERRUPTED or not policy.restarts:
+        if end.kind != 'preempted' and not _reported_by_first(end, group):
+          _report_end(report, summary, end, count)
         return end.status
       if end.status == REFUSED:
-        # A mesh may not fit on fewer processes; fewer still may do, or else it waits for all of them.
+        # The mesh may not allow fewer processes: try fewer still, and finally all of them again.
         if count == processes or refused:
-          if not _said_by_first(end, group):
-            _say_end(say, words, end, count)
+          if not _reported_by_first(end, group):
+            _report_end(report, summary, end, count)
           return end.status
         refused, count = count == 1, count - 1 if count > 1 else processes
-        say(f'the mesh does not allow that; trying {count}')
+        report(f'the mesh does not allow that number of processes; trying {count}')
         continue
       refused = False
       if end.progressed:
         failures, first = 0, None
       failures += 1
-      first = first or (words, end, count)
+      first = first or (summary, end, count)
       if failures > policy.restarts:
-        say(f'{words}. No new checkpoint in {failures} attempts: giving up. The first failure was:')
-        _say_end(say, *first)
+        report(f'{summary}. No new checkpoint in {failures} attempts: giving up. The first failure was:')
+        _report_end(report, *first)
         return first[1].status
       if policy.shrink and end.lost:
         count = max(count - end.lost, 1)
       delay = policy.delay(failures)
-      say(f'{words} at step {end.step}; starting {count} again from step {end.saved}'
-          + (f' in {format_duration(delay)}' if delay else '') + f' ({failures} of {policy.restarts})')
-      if asked.wait(delay):
+      report(f'{summary} at step {end.step}; restarting {count} process{"es" * (count > 1)} from step {end.saved}'
+             + (f' in {format_duration(delay)}' if delay else '') + f' ({failures} of {policy.restarts})')
+      if stopping.wait(delay):
         return end.status
 
 
-def _said_by_first(end, group):
-  """Returns whether process 0 has said on the terminal what all of them ended with, as with a wrong setting."""
+def _reported_by_first(end, group):
+  """Return whether process 0 has reported the error on the terminal, as for invalid settings."""
   return end.status in (REFUSED, INTERRUPTED) and group.children[0].returncode == end.status
 
 
-def _say_end(say, words, end, count):
-  others = '; the others were ended' if count > 1 else ''
-  shown = end.tail if end.rank or end.tail else ()
-  lines = [f'its last {"lines" if len(shown) > 1 else "line"}:', *shown] if shown else []
-  say('\n  '.join([words + others, *lines]) if not lines else f'{words}{others}\n' + '\n  '.join(lines))
+def _report_end(report, summary, end, count):
+  text = summary + ('; the others were ended' if count > 1 else '')
+  if end.tail:
+    text += '\n' + '\n  '.join([f'its last line{"s" * (len(end.tail) > 1)}:', *end.tail])
+  report(text)
 
 
 def _is_stopped(child):
-  """Returns whether a process is stopped by a signal (Linux only)."""
+  """Return whether a process is stopped by a signal (Linux only)."""
   try:
     with open(f'/proc/{child.pid}/stat', encoding='utf-8', errors='replace') as f:
       return f.read().rpartition(')')[2].split()[0] in 'Tt'
@@ -342,14 +343,14 @@ def _is_stopped(child):
     return False
 
 
-def _end_with_parent():
-  """In the child: the kernel ends it should the launcher be killed (Linux only)."""
+def _die_with_parent():
+  """Ask the kernel to kill this process if the launcher dies; runs in the child (Linux only)."""
   if sys.platform.startswith('linux'):
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def start_processes(group, command, count, devices):
-  """Starts `llmjax <command>` as `count` processes of the group, with `devices` emulated devices each, or 0."""
+  """Start `llmjax <command>` in `count` processes.  devices: emulated CPU devices of each; 0: the machine's own."""
   coordinator = f'127.0.0.1:{_free_port()}'
   for i in range(count):
     environment = dict(os.environ)
@@ -359,14 +360,14 @@ def start_processes(group, command, count, devices):
 
 
 def _environment(environment, coordinator, count, process_id, devices, hang):
-  """Returns the variables that tell a process its place (see parallel/rendezvous.py) and its devices."""
-  # An emulated device count of the caller's would hold for each process.
+  """Return the environment of a process: its rank (see parallel/rendezvous.py) and its emulated devices."""
+  # The caller's own device count does not apply to the processes.
   flags = re.sub(r'--xla_force_host_platform_device_count=\S+', '', environment.get('XLA_FLAGS', ''))
   if hang and 'collective_timeout' not in flags:
-    # Should a watchdog not come to its turn: an exception out of the collective instead of none.
+    # A fallback for the watchdog: the collective raises an exception after this time.
     flags += f' --xla_cpu_collective_timeout_seconds={int(hang + 2 * WATCHDOG_SECONDS)}'
   direct = {}
-  if any(name.lower().endswith('_proxy') for name in environment):  # gRPC would go through it.
+  if any(name.lower().endswith('_proxy') for name in environment):  # gRPC would use the proxy.
     direct = {'no_proxy': ','.join(filter(None, [environment.get('no_proxy', ''), '127.0.0.1,localhost']))}
   return {**environment, **direct, 'LLMJAX_COORDINATOR': coordinator, 'LLMJAX_PROCESSES': str(count),
           'LLMJAX_PROCESS_ID': str(process_id), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags.strip(),

@@ -1,6 +1,6 @@
-"""`llmjax launch tpu-vm`: the command on every host of a Cloud TPU VM, over ssh.
+"""`llmjax launch tpu-vm`: runs a command on every host of a Cloud TPU VM over ssh.
 
-The hosts find one another through the TPU's metadata (parallel/rendezvous.py).
+The hosts discover each other through the TPU's metadata (parallel/rendezvous.py).
 """
 
 import dataclasses
@@ -16,31 +16,31 @@ INSTALL = 'https://cloud.google.com/sdk/docs/install'
 class TpuVmOptions:
   """Flags of `llmjax launch tpu-vm`."""
 
-  name: str = setting('', 'of the TPU VM, as `gcloud compute tpus tpu-vm list` shows it')
-  zone: str = setting('', 'such as us-east5-b')
-  project: str = setting('', "Google Cloud project; '': gcloud's own")
-  worker: str = setting('all', 'hosts to start it on')
-  setup: str = setting('cd ~/llmjax && source .venv/bin/activate', 'shell commands before it on each host')
-  detach: bool = setting(False, 'let it run on when the connection ends; its output goes to ~/llmjax.log')
-  check: bool = setting(True, 'check the command here first; --nocheck where only the TPU VM has the recipe')
-  dry_run: bool = setting(False, 'print the command and run nothing')
+  name: str = setting('', 'name of the TPU VM, as shown by `gcloud compute tpus tpu-vm list`')
+  zone: str = setting('', 'zone, such as us-east5-b')
+  project: str = setting('', "Google Cloud project; '': the default of gcloud")
+  worker: str = setting('all', 'hosts to run on: all, or a number')
+  setup: str = setting('cd ~/llmjax && source .venv/bin/activate', 'shell commands to run first on each host')
+  detach: bool = setting(False, 'keep running after the connection ends, with the output in ~/llmjax.log')
+  check: bool = setting(True, 'check the command before running it; --nocheck if only the TPU VM has the recipe')
+  dry_run: bool = setting(False, 'print the command without running it')
 
   def validate(self):
     for field in ('name', 'zone'):
       if not getattr(self, field):
-        yield f'{field} is missing; `gcloud compute tpus tpu-vm list --zone=-` shows what there is'
+        yield f'{field} is missing; `gcloud compute tpus tpu-vm list --zone=-` lists the TPU VMs'
 
 
 def run(command, options):
-  """Runs `llmjax <command>` on the hosts; returns gcloud's status."""
+  """Run `llmjax <command>` on the hosts; return the status of gcloud."""
   return run_tool(arguments(command, options), dry_run=options.dry_run, install=INSTALL)
 
 
 def arguments(command, options):
-  """Returns gcloud's argument list."""
+  """Return the command line of gcloud."""
   line = shell_line(command, options.setup)
   if options.detach:
-    # In a subshell of its own, for `a && b &` would put the `cd` in the background, too.
+    # In a shell of its own, because `a && b &` would run the `cd` in the background as well.
     line = f'nohup bash -c {shlex.quote(line)} > ~/llmjax.log 2>&1 < /dev/null &'
   project = [f'--project={options.project}'] if options.project else []
   return ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh', options.name, f'--zone={options.zone}', *project,

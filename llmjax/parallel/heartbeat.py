@@ -1,8 +1,8 @@
-"""What a process says of itself while it runs, and what it does when its loop stands still.
+"""Heartbeat files of the processes of a run, and the watchdog that detects a hung training loop.
 
-Each process has a small file, `<folder>/<rank>.json`, that it overwrites in place: the loop at every step,
-and a thread all the time, so that a loop that stands still is told apart from a process that does.  The
-thread is the watchdog, too.  A supervisor (cluster/supervise.py) reads the files.  No JAX here.
+Each process overwrites a small file, `<folder>/<rank>.json`: the loop at every step, and a background thread
+periodically, which distinguishes a hung loop from a stopped process.  The thread is also the watchdog.  A supervisor
+(cluster/supervise.py) reads the files.  Imports no JAX.
 """
 
 import contextlib
@@ -15,32 +15,33 @@ import sys
 import threading
 import time
 
-FOLDER = 'LLMJAX_HEARTBEATS'  # Set by a supervisor: where the files go.
-LIMIT = 'LLMJAX_HANG_SECONDS'  # Set by a supervisor: the watchdog ends the process then; 0: it finds the limit.
+FOLDER = 'LLMJAX_HEARTBEATS'  # Set by a supervisor: folder of the files.
+LIMIT = 'LLMJAX_HANG_SECONDS'  # Set by a supervisor: the watchdog exits after this time; 0: automatic.
 
-# Exit statuses.  75 is EX_TEMPFAIL of sysexits.h: start the same command again.
+# Exit statuses.  75 is EX_TEMPFAIL of sysexits.h: run the same command again.
 PREEMPTED = 75
 HUNG = 76
 
-OF_STEPS = ('step', 'data')  # Phases: the devices work, or the loop waits for its next batch.
+STEP_PHASES = ('step', 'data')  # The devices compute, or the loop waits for its next batch.
 
-FILE_BYTES = 512  # Overwritten in one write, so that a reader sees one record or the other.
-FLOOR_SECONDS = 300.0  # A limit that is found is never shorter: storage and data readers may stall for minutes.
-TIMES_LONGEST = 10.0
-START_SECONDS = 1800.0  # For what is not a step: starting, compiling, evaluating, saving.
-SUPERVISED_PULSE, PULSE = 0.25, 5.0  # Seconds.  A file on a shared disk is not written more often than it must.
+FILE_BYTES = 512  # Written in one call, so that a reader never sees a partial record.
+MIN_HANG_SECONDS = 300.0  # Minimum of the automatic limit: storage and data readers may stall for minutes.
+HANG_FACTOR = 10.0  # The automatic limit, as a multiple of the longest step so far.
+START_SECONDS = 1800.0  # Limit outside of steps: starting, compiling, evaluating, saving.
+SUPERVISED_PULSE, PULSE = 0.25, 5.0  # Seconds between writes; fewer on a shared disk.
 FLUSH_SECONDS = 5.0
-# Between its report and its end: the others, whose limits are over at about the same time, lose their
-# collectives with it, and are to look around first.
+# Between its report and its exit.  The other processes, whose limits expire at about the same time, fail when this one
+# exits, and must write their own reports first.
 LINGER_SECONDS = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-  """What is in a file.  first: the step that this sitting went on from.  saved: the last good checkpoint.
+  """The record in a heartbeat file.
 
-  phase: starting, step, or what the loop does between steps, such as compile, evaluate or save.  beats, pulses: how
-  often the loop and the thread wrote.  longest: seconds between two waits for the devices.
+  first: the step that this attempt resumed from.  saved: step of the last verified checkpoint.  phase: starting, step,
+  data, or an activity between steps such as compile, evaluate or save.  beats, pulses: number of writes by the loop and
+  in total.  longest: the longest time between two waits for the devices, in seconds.
   """
 
   rank: int = 0
@@ -54,14 +55,14 @@ class Beat:
 
 
 def hang_limit(beat, hang_seconds=0.0, start_seconds=START_SECONDS):
-  """Returns how many seconds a loop may stand still where it is.  hang_seconds: for steps; 0: found."""
-  if beat.phase not in OF_STEPS:
+  """Return the seconds without progress after which a loop counts as hung.  hang_seconds: for steps; 0: automatic."""
+  if beat.phase not in STEP_PHASES:
     return max(start_seconds, hang_seconds)
-  return hang_seconds or max(FLOOR_SECONDS, TIMES_LONGEST * beat.longest)
+  return hang_seconds or max(MIN_HANG_SECONDS, HANG_FACTOR * beat.longest)
 
 
 def read_beat(folder, rank):
-  """Returns a process's Beat, or None while it has none."""
+  """Return the Beat of a process, or None if it has not written one."""
   try:
     return Beat(**json.loads((pathlib.Path(folder) / f'{rank}.json').read_bytes()))
   except (OSError, ValueError, TypeError):
@@ -69,13 +70,13 @@ def read_beat(folder, rank):
 
 
 class Heartbeat:
-  """This process's file and its watchdog.  Close it at the end.
+  """The heartbeat file of this process and its watchdog thread; a context manager.
 
-  folder: of the files; None keeps the beats in memory.  stacks: folder for `<rank>.txt` when the loop
-  stands still.  hang_seconds: see hang_limit.  leave: whether the watchdog then ends the process, with
-  status HUNG, after `flush` (5 s at most).  end_seconds: it is also ended when its steps, and no other phase, stand
-  still so long; 0: never.  progress: function to a number that grows whenever the devices finish a program, also
-  where the loop does not beat.  say: prints a line.
+  folder: of the files; None keeps the beats in memory.  stacks: folder for the stack traces `<rank>.txt` of a hung
+  loop.  hang_seconds, start_seconds: see `hang_limit`.  leave: whether the watchdog exits a hung process, with status
+  HUNG, after calling `flush` (for up to 5 s).  end_seconds: also exit after this time without progress in a step; 0:
+  never.  progress: function that returns a counter of programs that the devices have finished, for phases in which the
+  loop does not beat.  say: function that prints a line.
   """
 
   def __init__(self, rank=0, processes=1, first=0, *, folder=None, stacks=None, hang_seconds=0.0,
@@ -88,8 +89,8 @@ class Heartbeat:
     self._progress, self._finished = progress or (lambda: 0), 0
     self._say = say or (lambda text: print(f'llmjax: {text}', file=sys.stderr, flush=True))
     self._loop = threading.get_ident()
-    self._changed, self._waited, self._told = time.monotonic(), None, -1
-    self._stepped = False  # Whether the devices have done a step.
+    self._changed, self._waited, self._reported = time.monotonic(), None, -1
+    self._stepped = False  # Whether the devices have finished a step.
     self._lock, self._closed, self._file = threading.Lock(), threading.Event(), None
     if self._folder:
       self._folder.mkdir(parents=True, exist_ok=True)
@@ -99,18 +100,18 @@ class Heartbeat:
     self._thread.start()
 
   def begin(self, first):
-    """Notes the step that the loop continues from."""
+    """Record the step that the loop resumes from."""
     self._write(step=first, first=first, saved=first)
 
   def beat(self, step, phase='step', *, waited=False, saved=None):
-    """Notes how far the loop is.  waited: the devices have done a step, and not only got it.
+    """Record the progress of the loop.  waited: the devices have finished a step, not only received it.
 
-    Steps are watched from the first such beat on: how long a step takes is not known before.
+    Steps are watched from the first such beat on, because their duration is unknown before.
     """
     now, old = time.monotonic(), self.now
     longest = old.longest
-    if phase not in OF_STEPS:
-      self._waited = None  # What comes between steps is no measure of them.
+    if phase not in STEP_PHASES:
+      self._waited = None  # Other phases do not count as step time.
     elif waited:
       if self._waited is not None:
         longest = max(longest, now - self._waited)
@@ -122,7 +123,7 @@ class Heartbeat:
                 saved=old.saved if saved is None else saved)
 
   def close(self):
-    """Ends the thread; the file stays."""
+    """Stop the thread; the file stays."""
     self._closed.set()
     self._thread.join()
     if self._file is not None:
@@ -139,7 +140,7 @@ class Heartbeat:
     with self._lock:
       self.now = dataclasses.replace(self.now, pulses=self.now.pulses + 1, **changes)
       if self._file is not None:
-        with contextlib.suppress(OSError):  # A full disk is the checkpoints' to tell.
+        with contextlib.suppress(OSError):  # The checkpointer reports a full disk.
           os.pwrite(self._file, json.dumps(dataclasses.asdict(self.now)).encode().ljust(FILE_BYTES), 0)
 
   def _watch(self):
@@ -151,20 +152,20 @@ class Heartbeat:
         self._write()
       beat, silent = self.now, time.monotonic() - self._changed
       late = silent > hang_limit(beat, *self._limits)
-      ends = late and self._leave or beat.phase == 'step' and 0 < self._end_seconds < silent
-      if ends or late and self._told != beat.beats:
-        self._told = beat.beats  # Once for each standstill.
+      exits = late and self._leave or beat.phase == 'step' and 0 < self._end_seconds < silent
+      if exits or late and self._reported != beat.beats:
+        self._reported = beat.beats  # Once per hang.
         self._report(beat, silent)
-      if ends:
+      if exits:
         self._closed.wait(LINGER_SECONDS)
-        self._end()
+        self._exit()
 
   def _report(self, beat, silent):
-    place = _place_of(self._loop)
+    location = _current_line(self._loop)
     lines = [f'rank {beat.rank} has made no progress for {silent:.0f} s after step {beat.step} ({beat.phase})'
-             + f', in {place}' * bool(place)]
+             + f', in {location}' * bool(location)]
     if self._folder and self._processes > 1:
-      lines.append(describe_others(*self._look_twice(), beat.rank))
+      lines.append(describe_ranks(*self._read_twice(), beat.rank))
     if self._stacks:
       with contextlib.suppress(OSError):
         self._stacks.mkdir(parents=True, exist_ok=True)
@@ -173,19 +174,19 @@ class Heartbeat:
           f.write('\n'.join(lines) + '\n\n')
           f.flush()
           faulthandler.dump_traceback(f, all_threads=True)
-        lines.append(f'stacks of its threads: {path}')
+        lines.append(f'stack traces: {path}')
     self._say('; '.join(lines))
 
-  def _look_twice(self):
-    """Returns all processes' beats ({rank: Beat}) and those that are silent, after two pulses' time."""
+  def _read_twice(self):
+    """Return ({rank: Beat or None}, ranks whose file did not change within two pulses)."""
     before = {k: read_beat(self._folder, k) for k in range(self._processes)}
     self._closed.wait(2.2 * self._pulse)
     self._write()
     after = {k: read_beat(self._folder, k) for k in range(self._processes)}
     return after, {k for k in after if k != self.now.rank and before[k] == after[k]}
 
-  def _end(self):
-    if self.flush:  # In a thread: a mirror's server may hang, too.
+  def _exit(self):
+    if self.flush:  # In a thread, because the server of a metrics writer may hang as well.
       flush = threading.Thread(target=self.flush, daemon=True)
       flush.start()
       flush.join(FLUSH_SECONDS)
@@ -195,34 +196,34 @@ class Heartbeat:
     os._exit(HUNG)
 
 
-def describe_others(beats, silent, rank):
-  """Returns words on where the processes are and which of them the rest wait for.
+def describe_ranks(beats, silent, rank):
+  """Describe the progress of all processes, and which of them the others wait for.
 
-  beats: {rank: Beat or None}.  silent: ranks whose threads write no more.  rank: of the process that asks.
+  beats: {rank: Beat or None}.  silent: ranks that stopped writing.  rank: of the reporting process.
   """
   steps = {k: b.step for k, b in beats.items() if b}
   farthest = max(steps.values(), default=0)
   late, rest = [], []
   for k, beat in beats.items():
     if beat is None:
-      late.append(f'rank {k} was never seen')
+      late.append(f'rank {k} never started')
     elif k in silent:
-      late.append(f'rank {k} last seen at step {beat.step} ({beat.phase}), silent: stopped, or dead')
+      late.append(f'rank {k} last seen at step {beat.step} ({beat.phase}), not responding: stopped or dead')
     elif beat.step < farthest or beat.phase != beats[rank].phase:
       late.append(f'rank {k} last seen at step {beat.step} ({beat.phase})')
     else:
       rest.append(k)
-  words = f'rank{"s" * (len(rest) > 1)} {", ".join(map(str, rest))}'
+  names = f'rank{"s" * (len(rest) > 1)} {", ".join(map(str, rest))}'
   if not late:
-    return f'all {len(beats)} ranks stand at step {farthest}: in a collective, or each at the same call'
-  waiting = [f'{words} wait{"s" * (len(rest) == 1)} at step {farthest}'] if rest else []
+    return f'all {len(beats)} ranks are at step {farthest}: in a collective, or each in the same call'
+  waiting = [f'{names} wait{"s" * (len(rest) == 1)} at step {farthest}'] if rest else []
   return '; '.join([*late, *waiting])
 
 
-def _place_of(thread):
-  """Returns 'run at harness.py:180: window.wait()' of a thread's innermost frame in this package, or ''.
+def _current_line(thread):
+  """Return the innermost line of this package that a thread executes, 'run at loop.py:180: step()', or ''.
 
-  in_flight.py waits for every program; which one it is, its caller's line says.
+  Skips in_flight.py, which waits for all programs; its caller tells which one.
   """
   import linecache
   frame, package = sys._current_frames().get(thread), os.path.dirname(os.path.dirname(__file__))

@@ -1,6 +1,6 @@
-"""What the launchers of clusters hand over, to the letter; `golden/` holds it.
+"""The scripts, manifests and commands of the cluster launchers, compared with the files in `golden/`.
 
-After a wanted change write the files anew: LLMJAX_WRITE_GOLDEN=1 pytest tests/cluster/test_clusters.py
+After an intended change rewrite them: LLMJAX_WRITE_GOLDEN=1 pytest tests/cluster/test_clusters.py
 """
 
 import os
@@ -48,12 +48,12 @@ def test_text(name, capsys):
 
 
 @pytest.mark.parametrize('cluster', ['slurm.sh', 'gke_tpu.yaml', 'tpu_vm.txt'])
-def test_a_command_is_checked_as_far_as_this_machine_can_know(capsys, cluster):
+def test_launched_command_is_checked_locally(capsys, cluster):
   here, there = 'configs/pretrain/quickstart.py', '/shared/recipes/mine.py'
   start = lambda *command, flag=(): launch(capsys, *CASES[cluster], '--dry-run', *flag, '--', *command)[::2]
   assert start('pretrain', f'--config={here}', '--workdir=/shared/a', '--config.data.sources=/shared/text') == (0, '')
   assert start('finetune', f'--config={here}', '--workdir=x', '--config.train.init_from=/shared/a',
-               '--config.mesh.tensor=64') == (0, '')  # Whose heads are as many as /shared/a has.
+               '--config.mesh.tensor=64') == (0, '')  # The number of heads is unknown here.
   assert start('evaluate', '--workdir=/shared/a') == (0, '')
   assert start('checkpoint', 'ls', '--workdir=/shared/a') == (0, '')
   assert start('pretrain', f'--config={there}', '--workdir=/shared/a', flag=['--nocheck']) == (0, '')
@@ -65,7 +65,7 @@ def test_a_command_is_checked_as_far_as_this_machine_can_know(capsys, cluster):
     assert status == 2 and problem in err and err.count('\n') == 1
 
 
-def test_a_manifest_that_restarts_does_so_but_for_wrong_settings():
+def test_manifest_does_not_restart_on_invalid_settings():
   jobset = yaml.safe_load((GOLDEN / 'gke_restart.yaml').read_text())
   assert jobset['spec']['failurePolicy'] == {
       'maxRestarts': 10, 'rules': [{'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']}]}
@@ -76,8 +76,8 @@ def test_a_manifest_that_restarts_does_so_but_for_wrong_settings():
 
 @pytest.mark.parametrize(('statuses', 'ending', 'calls'), [
     ([1, 139, 0], 0, 3), ([1, 1, 1, 7], 7, 4), ([2], 2, 1), ([130], 130, 1), ([1, 75], 0, 3)])
-def test_a_script_that_restarts(tmp_path, statuses, ending, calls):
-  """srun ends with one status after the other; the last call of a preempted job is scontrol's."""
+def test_slurm_script_restarts(tmp_path, statuses, ending, calls):
+  """srun exits with these statuses in turn; a preempted job calls scontrol last."""
   (tmp_path / 'statuses').write_text('\n'.join(map(str, statuses)) + '\n')
   (tmp_path / 'srun').write_text('#!/bin/bash\necho "srun $*" >> calls\nn=$(wc -l < calls)\n'
                                  'exit "$(sed -n "${n}p" statuses)"\n')
@@ -95,7 +95,7 @@ def test_a_script_that_restarts(tmp_path, statuses, ending, calls):
 
 @pytest.mark.parametrize(('name', 'nodes', 'chips'), [('gke_tpu.yaml', 4, {'google.com/tpu': 4}),
                                                       ('gke_gpu.yaml', 4, {'nvidia.com/gpu': 8})])
-def test_manifests_are_jobsets(name, nodes, chips):
+def test_manifests_are_valid_jobsets(name, nodes, chips):
   jobset = yaml.safe_load((GOLDEN / name).read_text())
   (job,) = jobset['spec']['replicatedJobs']
   spec = job['template']['spec']
@@ -111,8 +111,8 @@ def test_manifests_are_jobsets(name, nodes, chips):
       assert variable['value'] == f'{jobset["metadata"]["name"]}-{job["name"]}-0-0.{jobset["metadata"]["name"]}:8476'
 
 
-def test_a_script_runs_the_command_as_typed(tmp_path):
-  for tool in ('srun', 'llmjax'):  # srun drops its own options and runs the rest.
+def test_slurm_script_runs_the_command_as_typed(tmp_path):
+  for tool in ('srun', 'llmjax'):  # A stub of srun that skips its own options.
     (tmp_path / tool).write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nprintf "%s\\n" "$@"\n')
     (tmp_path / tool).chmod(0o755)
   done = subprocess.run(['bash', str(GOLDEN / 'slurm_node.sh')], capture_output=True, text=True, check=True,
@@ -121,17 +121,17 @@ def test_a_script_runs_the_command_as_typed(tmp_path):
 
 
 @pytest.mark.parametrize(('argv', 'expected'), [
-    ([], '  launch local   start a command'),
+    ([], '  launch local   run a command'),
     (['tpuvm'], 'launch tpu-vm'),
     (['tpu-vm', '--name=pod', *TRAIN], '--zone is missing'),
     (['slurm'], 'the command to start stands after `--`'),
     (['slurm', '--', 'pretrian'], 'did you mean pretrain?'),
     (['slurm', '--', 'launch local'], 'the command to start stands after `--`'),
-    (['gke', '--image=i', '--accelerator=tpu-v6e-slice', *TRAIN], "must be a slice's chips"),
-    (['gke', '--image=i', '--accelerator=nvidia-l4', '--topology=2x2', *TRAIN], 'are for TPUs'),
+    (['gke', '--image=i', '--accelerator=tpu-v6e-slice', *TRAIN], "must be the topology of a slice"),
+    (['gke', '--image=i', '--accelerator=nvidia-l4', '--topology=2x2', *TRAIN], 'for TPUs'),
     (['slurm', '--nodes=2', *TRAIN], 'sbatch is not installed here'),
 ])
-def test_mistakes_get_a_line(capsys, monkeypatch, argv, expected):
+def test_mistakes_are_reported(capsys, monkeypatch, argv, expected):
   monkeypatch.setenv('PATH', '')
   status, _, err = launch(capsys, *argv)
   assert status == 2

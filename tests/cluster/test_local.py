@@ -204,8 +204,8 @@ def test_a_run_is_started_again_with_the_processes_that_are_left(folder):
     process.kill()
   assert process.returncode == 75, out
   first, second = (line for line in out.splitlines() if 'starting' in line and line.startswith('llmjax launch:'))
-  assert 'process 1 of 2 ended with signal SIGKILL' in first and 'starting 1 again from step' in first
-  assert 'process 0 of 1 is stopped (SIGSTOP)' in second and 'starting 1 again from step' in second
+  assert 'process 1 of 2 ended with signal SIGKILL' in first and 'restarting 1 process from step' in first
+  assert 'process 0 of 1 was stopped (SIGSTOP)' in second and 'restarting 1 process from step' in second
   found = rows(folder / 'again')
   assert list(found) == list(range(1, max(found) + 1))
   assert (folder / f'again/checkpoints/{max(found)}/seal.json').exists()

@@ -1,4 +1,4 @@
-"""The supervisor over children of a few lines, without JAX: death, hang, stop, crash loop, fewer processes."""
+"""The supervisor with scripted processes, without JAX: crash, hang, stop, crash loop, fewer processes."""
 
 import os
 import pathlib
@@ -24,11 +24,11 @@ heart = Heartbeat(rank, count, 10 * attempt, folder=os.environ['LLMJAX_HEARTBEAT
 
 
 class Runs:
-  """Starts attempts of a script and keeps what the supervisor said."""
+  """Runs a script under the supervisor and records its reports."""
 
   def __init__(self, folder, script, policy):
     self.folder, self.script, self.policy = folder, HEAD + script, policy
-    self.counts, self.said, self.groups, self.times = [], [], [], []
+    self.counts, self.reports, self.groups, self.times = [], [], [], []
 
   def start(self, count, attempt):
     group = Group(self.folder, self.policy)
@@ -41,7 +41,7 @@ class Runs:
     return group
 
   def run(self, count):
-    return supervise.supervise(self.start, count, self.policy, self.said.append)
+    return supervise.supervise(self.start, count, self.policy, self.reports.append)
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def runs(tmp_path, monkeypatch):
   return make
 
 
-def test_a_death_is_seen_at_once_and_all_start_again(runs, tmp_path):
-  made = runs('''
+def test_crash_restarts_all_processes_at_once(runs, tmp_path):
+  attempts = runs('''
 heart.beat(11 + 10 * attempt, waited=True, saved=10 + 10 * attempt)
 if attempt == 0 and rank == 1:
   open('died', 'w').close()
@@ -67,16 +67,17 @@ if attempt == 0:
   signal.signal(signal.SIGTERM, signal.SIG_IGN)  # As in a collective.
   time.sleep(60)
 ''', restarts=1)
-  assert made.run(3) == 0
-  assert made.counts == [3, 3]
-  assert made.times[1] - (tmp_path / 'died').stat().st_mtime + time.time() - time.monotonic() < 1.0 + 0.2
-  assert made.said == ['process 1 of 3 ended with signal SIGKILL at step 11; starting 3 again from step 10 (1 of 1)']
-  assert all(child.poll() is not None for group in made.groups for child in group.children)
+  assert attempts.run(3) == 0
+  assert attempts.counts == [3, 3]
+  assert attempts.times[1] - (tmp_path / 'died').stat().st_mtime + time.time() - time.monotonic() < 1.0 + 0.2
+  assert attempts.reports == [
+      'process 1 of 3 ended with signal SIGKILL at step 11; restarting 3 processes from step 10 (1 of 1)']
+  assert all(child.poll() is not None for group in attempts.groups for child in group.children)
 
 
-def test_the_one_that_was_killed_is_named_and_not_the_one_that_missed_it(runs):
-  """Processes that end together may be noticed in another order than they ended."""
-  made = runs("""
+def test_report_names_the_killed_process_and_not_its_victims(runs):
+  """Processes that end together may be noticed in any order."""
+  attempts = runs("""
 if rank == 1:
   while not os.path.exists('left'):
     time.sleep(0.001)
@@ -84,12 +85,12 @@ if rank == 1:
 open('left', 'w').close()
 os._exit(1)
 """, hang=60.0)
-  assert made.run(2) == 128 + signal.SIGKILL
-  assert made.said[0].startswith('process 1 of 2 ended with signal SIGKILL')
+  assert attempts.run(2) == 128 + signal.SIGKILL
+  assert attempts.reports[0].startswith('process 1 of 2 ended with signal SIGKILL')
 
 
-def test_a_hang_is_seen_and_says_who_is_late(runs, tmp_path):
-  made = runs('''
+def test_hang_is_detected_and_names_the_late_rank(runs, tmp_path):
+  attempts = runs('''
 heart.beat(1, waited=True)
 if attempt == 0 and rank == 0:
   heart.beat(2, waited=True)
@@ -97,9 +98,9 @@ while attempt == 0:
   time.sleep(60)
 ''', restarts=1, hang=0.5)
   begin = time.monotonic()
-  assert made.run(2) == 0
+  assert attempts.run(2) == 0
   assert time.monotonic() - begin < 8
-  assert 'hung: its watchdog ended it (status 76) at step 2; starting 2 again' in made.said[0]
+  assert 'hung: its watchdog ended it (status 76) at step 2; restarting 2 processes' in attempts.reports[0]
   stacks = (tmp_path / 'stacks/0.txt').read_text()
   assert 'rank 0 has made no progress for ' in stacks and ' after step 2 (step)' in stacks
   assert 'rank 1 last seen at step 1 (step); rank 0 waits at step 2' in stacks
@@ -107,8 +108,8 @@ while attempt == 0:
 
 
 @pytest.mark.parametrize('moment', ['starting', 'step'])
-def test_a_stopped_process_is_seen(runs, moment):
-  made = runs(f'''
+def test_stopped_process_is_detected(runs, moment):
+  attempts = runs(f'''
 if {moment == "step"}:
   heart.beat(1, waited=True)
 if attempt == 0 and rank == 1:
@@ -116,62 +117,62 @@ if attempt == 0 and rank == 1:
 if attempt == 0:
   time.sleep(60)
 ''', restarts=1)
-  assert made.run(2) == 0
-  assert made.said[0].startswith('process 1 of 2 is stopped (SIGSTOP) at step')
+  assert attempts.run(2) == 0
+  assert attempts.reports[0].startswith('process 1 of 2 was stopped (SIGSTOP) at step')
 
 
-def test_a_loop_that_cannot_say_so_is_seen_from_outside(runs):
-  made = runs('''
+def test_hang_is_detected_without_the_watchdog(runs):
+  attempts = runs('''
 heart.beat(1, waited=True)
 heart.close()
 if attempt == 0:
   time.sleep(60)
 ''', restarts=1, hang=0.3)
-  assert made.run(1) == 0
-  assert 'process 0 of 1 hung: no step for 3 s' in made.said[0]
+  assert attempts.run(1) == 0
+  assert 'process 0 of 1 hung: no step for 3 s' in attempts.reports[0]
 
 
-def test_a_crash_loop_backs_off_and_shows_its_first_error(runs):
-  made = runs('''
+def test_crash_loop_backs_off_and_shows_the_first_error(runs):
+  attempts = runs('''
 print(f'error number {attempt}', file=sys.stderr)
 sys.exit(40 + attempt)
 ''', restarts=3, backoff=0.2)
-  assert made.run(1) == 40
-  assert made.counts == [1] * 4
-  pauses = [b - a for a, b in zip(made.times, made.times[1:], strict=False)]
+  assert attempts.run(1) == 40
+  assert attempts.counts == [1] * 4
+  pauses = [b - a for a, b in zip(attempts.times, attempts.times[1:], strict=False)]
   assert pauses[1] > 0.2 and pauses[2] > 0.4 and pauses[2] > pauses[0]
-  assert 'No new checkpoint in 4 attempts: giving up' in made.said[-2]
-  assert made.said[-1].splitlines()[-1].strip() == 'error number 0'
+  assert 'No new checkpoint in 4 attempts: giving up' in attempts.reports[-2]
+  assert attempts.reports[-1].splitlines()[-1].strip() == 'error number 0'
 
 
-def test_progress_forgives_earlier_failures(runs):
-  made = runs('''
+def test_progress_resets_the_number_of_failures(runs):
+  attempts = runs('''
 heart.beat(9, waited=True, saved=10 * attempt + (attempt == 1))
 sys.exit(7 if attempt < 3 else 0)
 ''', restarts=2)
-  assert made.run(1) == 0
-  assert [s.rpartition('(')[2] for s in made.said] == ['1 of 2)', '1 of 2)', '2 of 2)']
+  assert attempts.run(1) == 0
+  assert [s.rpartition('(')[2] for s in attempts.reports] == ['1 of 2)', '1 of 2)', '2 of 2)']
 
 
-def test_fewer_processes_go_on_where_the_mesh_allows_it(runs):
-  made = runs('''
+def test_shrink_restarts_with_fewer_processes(runs):
+  attempts = runs('''
 if count == 3:
-  sys.exit(2)  # A wrong setting: here, a mesh that three do not divide.
+  sys.exit(2)  # Invalid settings, such as a mesh that three processes do not fill.
 if count == 4:
   time.sleep(0.3)
   if rank == 2:
     os.kill(os.getpid(), signal.SIGKILL)
   time.sleep(60)
 ''', restarts=2, shrink=True)
-  assert made.run(4) == 0
-  assert made.counts == [4, 3, 2]
+  assert attempts.run(4) == 0
+  assert attempts.counts == [4, 3, 2]
 
 
-def test_a_preempted_run_is_started_again_but_not_after_our_own_sigterm(runs):
-  made = runs('sys.exit(75 if attempt == 0 else 0)', restarts=1)
-  assert made.run(2) == 0
-  assert 'was asked to end, and saved (status 75)' in made.said[0]
-  made = runs('''
+def test_preempted_run_restarts_unless_the_supervisor_was_terminated(runs):
+  attempts = runs('sys.exit(75 if attempt == 0 else 0)', restarts=1)
+  assert attempts.run(2) == 0
+  assert 'was preempted after saving (status 75)' in attempts.reports[0]
+  attempts = runs('''
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 open(f'ready-{rank}', 'w').close()
 time.sleep(60)
@@ -184,12 +185,12 @@ time.sleep(60)
 
   thread = threading.Thread(target=terminate)
   thread.start()
-  assert made.run(2) == heartbeat.PREEMPTED
+  assert attempts.run(2) == heartbeat.PREEMPTED
   thread.join()
-  assert made.counts == [2] and not made.said
+  assert attempts.counts == [2] and not attempts.reports
 
 
-def test_limits():
+def test_hang_limits():
   beat = heartbeat.Beat(phase='step', longest=40.0)
   assert heartbeat.hang_limit(beat) == 400
   assert heartbeat.hang_limit(heartbeat.Beat(phase='step', longest=0.1)) == 300
@@ -198,10 +199,10 @@ def test_limits():
   assert [Policy(backoff=2).delay(n) for n in (1, 2, 3, 4, 30)] == [0, 2, 4, 8, 300]
 
 
-def test_steps_are_watched_once_the_devices_have_done_some():
+def test_steps_are_watched_after_the_first_finished_one():
   with heartbeat.Heartbeat(pulse=60) as heart:
     heart.beat(1)
-    assert heart.now.phase == 'starting'  # Handed over, and perhaps not compiled.
+    assert heart.now.phase == 'starting'  # Dispatched, but possibly still compiling.
     heart.beat(2, waited=True)
     time.sleep(0.02)
     heart.beat(3)
@@ -212,16 +213,16 @@ def test_steps_are_watched_once_the_devices_have_done_some():
     heart.beat(4, 'save')
     time.sleep(longest + 0.05)
     heart.beat(5, waited=True)
-    assert heart.now.longest == longest  # A save is no step.
+    assert heart.now.longest == longest  # Saving does not count as a step.
 
 
-@pytest.mark.parametrize(('beats', 'silent', 'words'), [
+@pytest.mark.parametrize(('beats', 'silent', 'text'), [
     ({0: heartbeat.Beat(0, 42, 'step'), 1: heartbeat.Beat(1, 42, 'step'), 2: heartbeat.Beat(2, 41, 'step')}, {2},
-     'rank 2 last seen at step 41 (step), silent: stopped, or dead; ranks 0, 1 wait at step 42'),
+     'rank 2 last seen at step 41 (step), not responding: stopped or dead; ranks 0, 1 wait at step 42'),
     ({0: heartbeat.Beat(0, 42, 'step'), 1: heartbeat.Beat(1, 42, 'save')}, set(),
      'rank 1 last seen at step 42 (save); rank 0 waits at step 42'),
-    ({0: heartbeat.Beat(0, 42, 'step'), 1: None}, set(), 'rank 1 was never seen; rank 0 waits at step 42'),
-    ({0: heartbeat.Beat(0, 4, 'step'), 1: heartbeat.Beat(1, 4, 'step')}, set(), 'all 2 ranks stand at step 4'),
+    ({0: heartbeat.Beat(0, 42, 'step'), 1: None}, set(), 'rank 1 never started; rank 0 waits at step 42'),
+    ({0: heartbeat.Beat(0, 4, 'step'), 1: heartbeat.Beat(1, 4, 'step')}, set(), 'all 2 ranks are at step 4'),
 ])
-def test_words_for_a_hang(beats, silent, words):
-  assert heartbeat.describe_others(beats, silent, 0).startswith(words)
+def test_describe_ranks(beats, silent, text):
+  assert heartbeat.describe_ranks(beats, silent, 0).startswith(text)
