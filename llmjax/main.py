@@ -96,25 +96,28 @@ COMMANDS = {
         'llmjax.plan.spec:PlanOptions', 'llmjax.commands.spec:PlanSpec',
         'llmjax plan --config=configs/pretrain/llama2_7b.py --topology=v5p:4x4x4'),
     'checkpoint ls': Command(
-        "a run's checkpoints: size, time, metric, good or damaged", 'llmjax.commands.checkpoint',
+        "list a run's checkpoints: size, time, metric, verified or damaged", 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:ListOptions', None, 'llmjax checkpoint ls --workdir=runs/quickstart'),
     'checkpoint verify': Command(
-        'read every file of the checkpoints; name those that are damaged', 'llmjax.commands.checkpoint',
+        'verify the checksums of every file of the checkpoints', 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:VerifyOptions', None, 'llmjax checkpoint verify --workdir=runs/quickstart'),
     'checkpoint show': Command(
-        'what is in a checkpoint: config, position in the data, arrays and their norms',
+        'print the contents of a checkpoint: config, position in the data, arrays and their norms',
         'llmjax.commands.checkpoint', 'llmjax.checkpoint.spec:ShowOptions', None,
         'llmjax checkpoint show 400 --workdir=runs/quickstart'),
     'checkpoint diff': Command(
-        'how far the arrays of two checkpoints are apart', 'llmjax.commands.checkpoint',
+        'compare the arrays of two checkpoints', 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:DiffOptions', None, 'llmjax checkpoint diff 400 800 --workdir=runs/quickstart'),
     'checkpoint prune': Command(
-        'remove the checkpoints that are not to be kept', 'llmjax.commands.checkpoint',
+        'remove the checkpoints that no retention rule keeps', 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:PruneOptions', None,
         'llmjax checkpoint prune --workdir=runs/quickstart --dry-run'),
-    'checkpoint seal': Command(
-        'vouch for checkpoints of a version that did not seal them', 'llmjax.commands.checkpoint',
-        'llmjax.checkpoint.spec:SealOptions', None, 'llmjax checkpoint seal 400 --workdir=runs/quickstart'),
+    'checkpoint sign': Command(
+        'write a checksum manifest for checkpoints that have none and that you trust', 'llmjax.commands.checkpoint',
+        'llmjax.checkpoint.spec:SignOptions', None, 'llmjax checkpoint sign 400 --workdir=runs/quickstart'),
+    'checkpoint migrate': Command(
+        'rewrite a run of an older version for this one', 'llmjax.commands.checkpoint',
+        'llmjax.checkpoint.spec:MigrateOptions', None, 'llmjax checkpoint migrate --workdir=runs/quickstart'),
     'adapter show': Command(
         "an adapter's settings, its base and its arrays", 'llmjax.commands.adapter',
         'llmjax.adapt.spec:AdapterShowOptions', None, 'llmjax adapter show --workdir=runs/lora'),
@@ -236,6 +239,8 @@ def _run(argv):
       _fail(2, _overview(f'{name} '))
     print(_overview(f'{name} '))
     sys.exit(0)
+  if new := renamed.COMMANDS.get(' '.join(argv[:2])):
+    _fail(2, f'llmjax {name}: {arguments[0]} is now called {new.split()[1]}; write `llmjax {new}`')
   if parts:
     near = '' if arguments[0].startswith('-') else difflib.get_close_matches(arguments[0], parts, n=1)
     hint = f'did you mean `llmjax {name} {near[0]}`?' if near else f'known: {", ".join(parts)}'

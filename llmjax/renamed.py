@@ -33,6 +33,10 @@ FLAGS = {
     'rows_per_chip': 'sequences_per_chip',
 }
 
+COMMANDS = {
+    'checkpoint seal': 'checkpoint sign',
+}
+
 
 def renamed_value(field, value):
   """Returns the present name of a former value of a field, or None."""

@@ -112,7 +112,7 @@ def test_a_whole_run_holds_no_canary(life):
   files = [p for part in ('run', 'data') for p in (folder / part).rglob('*') if p.is_file()]
   names = {p.name for p in files}
   assert {'config.json', 'environment.json', 'metrics.jsonl', 'samples.jsonl', 'report.html', 'manifest.json',
-          'quarantine.jsonl', 'seal.json'} <= names and any('tfevents' in n for n in names)
+          'quarantine.jsonl'} <= names and any('tfevents' in n for n in names)
   contents = {str(p): p.read_bytes().decode('utf-8', 'replace') for p in files}
   contents.update({f'output {i}': text for i, text in enumerate(printed)})
   for name, text in contents.items():

@@ -7,7 +7,7 @@ Four parts, each in processes of its own, medians over `--rounds`:
 
 save     `Checkpoints.save` of a state of so many gigabytes (float32 parameters and two moments, stacked layers and two
          large matrices), five times: the seconds that it holds the caller up, beside those that copying every array
-         to the host's memory takes by itself in the same process; then the seconds and CPU-seconds until it is sealed.
+         to the host's memory takes by itself in the same process; then the seconds and CPU-seconds until it has ended.
 peak     the highest resident memory while it is saved, less what the process had before, over the size of the state.
          A save holds a copy of the state, as the next step may overwrite it: 1.0 is the least there can be.
 restore  the highest resident memory while it is restored, less what the process had before, over the size of the state.
@@ -113,7 +113,7 @@ def save(args):
     checkpoints.save(step, state, {'batches': step}, {})
     held = time.perf_counter() - begin
     checkpoints.wait()
-    rows.append({'held_seconds': held, 'copy_seconds': copied, 'sealed_seconds': time.perf_counter() - begin,
+    rows.append({'held_seconds': held, 'copy_seconds': copied, 'complete_seconds': time.perf_counter() - begin,
                  'cpu_seconds': time.process_time() - cpu})
   checkpoints.close()
   # The first one compiles the search for what is not finite.

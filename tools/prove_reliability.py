@@ -23,7 +23,7 @@ FOLDER = ROOT / 'experiments/reliability'
 # What is counted, and the tests that do it.  A test's inputs are its property of that name, or the number that a fuzz
 # test has in its name, or one.
 TESTS = {
-    'damaged checkpoints, none loaded': ['tests/checkpoint/test_seal.py::test_every_damage_to_every_file_is_named'],
+    'damaged checkpoints, none loaded': ['tests/checkpoint/test_manifest.py::test_every_damage_to_every_file_is_named'],
     'malformed inputs, a clear line each': ['tests/fuzz'],
     'wrong commands, word for word': ['tests/test_wrong_commands.py'],
     'restores on another mesh, to the bit': ['tests/parallel/test_meshes.py', '-k', 'a_checkpoint_of_one_mesh'],

@@ -1,7 +1,7 @@
-"""The frozen base of an adapter: adapter checkpoints leave it out and say which one it was.
+"""The frozen base model of an adapter: adapter checkpoints do not contain it, they record which one it was.
 
-A base is a sealed checkpoint of a run.  It is known by the SHA-256 of its parameters' sealed files, so it
-may be moved, and another one in its place is refused.
+A base is a checkpoint with a manifest. It is identified by the SHA-256 of its parameter files, so it may be moved, and
+another one in its place is refused.
 """
 
 import hashlib
@@ -9,62 +9,62 @@ import os
 
 from etils import epath
 
-from llmjax.checkpoint import seal
+from llmjax.checkpoint import manifest
 from llmjax.config import ConfigError
 
 
 def identify(checkpoint):
-  """Returns {'path', 'sha256'} of a sealed checkpoint, as JSON keeps it: the hash is over its parameters' files.
+  """Return {'path', 'sha256'} of a checkpoint, to be stored as JSON; the hash covers its parameter files.
 
-  Raises ConfigError when it has no whole seal.
+  Raises ConfigError if it has no complete manifest.
   """
   try:
-    files = seal.read_seal(checkpoint).files
-  except seal.SealError as e:
+    files = manifest.read_manifest(checkpoint).files
+  except manifest.ManifestError as e:
     raise ConfigError([f'{checkpoint} is not loaded: {e}']) from e
   lines = [f'{name} {digest}\n' for name, (_, digest) in sorted(files.items()) if name.startswith('params/')]
   path = str(checkpoint) if '://' in str(checkpoint) else os.path.abspath(checkpoint)
   return {'path': path, 'sha256': hashlib.sha256(''.join(lines).encode()).hexdigest()}
 
 
-def find_base(recorded, source, run):
-  """Returns the path of the recorded base, wherever it is now.
+def find_base(recorded, init_from, run):
+  """Find the checkpoint that was recorded as the base, wherever it is now.
 
-  Looked for are its old place, `<run>/base`, what train.init_from names, and the runs beside this one.
+  Looks at its recorded path, `<run>/base`, train.init_from, and the runs next to this one.
 
-  recorded: what `identify` said.  source: train.init_from.  run: the folder of the adapter's run.  Raises ConfigError
-  when another checkpoint is in its place, or it is gone.
+  recorded: result of `identify`. run: the folder of the adapter's run. Raises ConfigError if the base is gone or
+  another checkpoint is in its place.
   """
   path, run = epath.Path(recorded['path']), epath.Path(run)
-  for other in _candidates(path, source, run):
+  for candidate in _candidates(path, init_from, run):
     try:
-      if identify(other)['sha256'] == recorded['sha256']:
-        return other
+      if identify(candidate)['sha256'] == recorded['sha256']:
+        return candidate
     except ConfigError:
-      continue  # What has no seal cannot be it.
-  where = f'link to where it is now: ln -s FOLDER {run / "base"}'
+      continue  # Without a manifest it cannot be the base.
+  sha256, link = f'SHA-256 of its parameters: {recorded["sha256"][:16]}...', f'ln -s FOLDER {run / "base"}'
   if path.exists():
-    raise ConfigError([f'{path} is not the base of this adapter: it has other weights than the adapter was trained on '
-                       f'(SHA-256 of the parameters was {recorded["sha256"][:16]}...); put the base back, or {where}'])
-  raise ConfigError([f'the base of this adapter, {path}, is gone; put it back, or {where} (SHA-256 of its parameters: '
-                     f'{recorded["sha256"][:16]}...)'])
+    raise ConfigError([f'{path} is not the base of this adapter: it has other weights than the adapter was trained on. '
+                       f'Put the base back, or link to where it is now: {link} ({sha256})'])
+  raise ConfigError([f'the base of this adapter, {path}, is gone; put it back, or link to where it is now: {link} '
+                     f'({sha256})'])
 
 
-def _candidates(path, source, run):
-  """Yields the checkpoints that may be the base at this path once, the likeliest first."""
+def _candidates(path, init_from, run):
+  """Yield the checkpoints that may be the base, the likeliest first."""
   yield path
   yield from _checkpoints_of(run / 'base')
-  if source:
-    yield from _checkpoints_of(epath.Path(source))
+  if init_from:
+    yield from _checkpoints_of(epath.Path(init_from))
   try:
-    beside = sorted(run.parent.iterdir())
+    siblings = sorted(run.parent.iterdir())
   except OSError:
-    beside = []
-  for folder in beside:  # One seal of each, where the step is known.
+    siblings = []
+  for folder in siblings:  # The same step of each.
     yield folder / 'checkpoints' / path.name
 
 
 def _checkpoints_of(path):
-  """Returns the checkpoints that a path names: itself, or those of a run."""
+  """List the checkpoints of a run, or the path itself if it is no run's folder."""
   folder = path / 'checkpoints'
-  return [folder / str(step) for step in seal.find_steps(folder)] if folder.exists() else [path]
+  return [folder / str(step) for step in manifest.find_steps(folder)] if folder.exists() else [path]

@@ -1,7 +1,7 @@
-"""Weights that are programs: pickles, whatever they are called, are refused unread.  No JAX here.
+"""Refuse weights that are pickles without reading them: unpickling runs arbitrary code. No JAX here.
 
-Unpickling runs what the file says, with the user's rights; `.pt`, `.pth`, `.bin` and `.ckpt` are pickles,
-`.npy` files of objects hold one.  Only arrays without code are loaded, which Orbax checkpoints are.
+`.pt`, `.pth`, `.bin` and `.ckpt` files are pickles, and `.npy` files of objects contain one. Only formats without code
+are loaded, such as Orbax checkpoints.
 """
 
 import json
@@ -9,33 +9,32 @@ import os
 import pathlib
 
 PICKLED = ('.pt', '.pth', '.bin', '.ckpt', '.pkl', '.pickle')
-# `weights_only` unpickles nothing but tensors; clones, because safetensors stores no memory that is shared.
+# `weights_only` unpickles nothing but tensors; clones, because safetensors stores no shared memory.
 CONVERT = ("python -c \"import sys, torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in "
            "torch.load(sys.argv[1], map_location='cpu', weights_only=True).items()}}, 'model.safetensors')\" {}")
+EXAMPLE = "give a run's folder, or one of its checkpoints such as runs/quickstart/checkpoints/400"
 
 
 def refusal(path):
-  """Returns one line saying why weights at a path are not loaded and what to do, or None.
+  """Return one line on why the weights at a path are not loaded and what to do, or None.
 
-  path: a file or a folder; it is judged by its name, and a file by its first bytes too.
+  path: a file or folder, checked by its name and, for files, its first bytes.
   """
   path = pathlib.Path(path)
-  if found := _find_pickle(path):
-    return (f'{path} holds a pickle, which can run any program: it is never loaded. Where torch is installed and '
-            f'you trust it, turn it into safetensors: {CONVERT.format(found)}')
+  if pickled := _find_pickle(path):
+    return (f'{path} holds a pickle, which can run any program: it is never loaded. If you trust it, convert it to '
+            f'safetensors where torch is installed: {CONVERT.format(pickled)}')
   if path.suffix in ('.npy', '.npz'):
-    return (f"{path} is a NumPy file, which may hold pickled objects: it is not loaded; give a run's folder or one "
-            'of its checkpoints')
+    return f'{path} is a NumPy file, which may hold pickled objects: it is not loaded; {EXAMPLE}'
   if path.suffix == '.safetensors' and os.path.isfile(path):
-    return (f"{path}: this version imports no safetensors yet; give a run's folder, or one checkpoint of it such as "
-            'runs/quickstart/checkpoints/400')
+    return f'{path}: importing safetensors is not supported yet; {EXAMPLE}'
   if os.path.isfile(path):
-    return f"{path} is a file; give a run's folder, or one checkpoint of it such as runs/quickstart/checkpoints/400"
+    return f'{path} is a file; {EXAMPLE}'
   return None
 
 
 def no_run(workdir):
-  """Yields the line for a folder of this machine that holds no run, or one whose config.json is damaged."""
+  """Yield the problem of a local folder that holds no run, or whose config.json is damaged."""
   if not workdir or os.path.isfile(workdir):
     return
   file = pathlib.Path(workdir, 'config.json')
@@ -49,12 +48,12 @@ def no_run(workdir):
   except OSError as e:
     yield f'workdir={workdir}: its config.json cannot be read: {e.strerror}'
   except (ValueError, RecursionError) as e:
-    yield (f'workdir={workdir}: its config.json is damaged ({" ".join(str(e).split())[:200]}); it is in every '
-           f'checkpoint too: llmjax checkpoint show --workdir={workdir}')
+    yield (f'workdir={workdir}: its config.json is damaged ({" ".join(str(e).split())[:200]}); every checkpoint has a '
+           f'copy: llmjax checkpoint show --workdir={workdir}')
 
 
 def _find_pickle(path):
-  """Returns the file of a path that is a pickle or named like one, or None."""
+  """Return the file at a path that is a pickle or named like one, or None."""
   if path.suffix.lower() in PICKLED:
     return path
   try:
@@ -63,12 +62,12 @@ def _find_pickle(path):
     if os.path.isdir(path) and not (path / 'checkpoints').exists() and not (path / 'params').exists():
       return next((p for p in sorted(path.iterdir()) if p.suffix.lower() in PICKLED), None)
   except OSError:
-    pass  # Whoever loads it says why it cannot be read.
+    pass  # Whoever loads it reports why it cannot be read.
   return None
 
 
 def _looks_pickled(path):
-  """Says whether a file begins as a pickle of protocol 2 to 5, or as torch's zip archive of one."""
+  """Return whether a file begins as a pickle of protocol 2 to 5, or as torch's zip archive of one."""
   with open(path, 'rb') as f:
     start = f.read(1024)
     size = os.fstat(f.fileno()).st_size

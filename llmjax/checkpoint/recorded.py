@@ -1,23 +1,23 @@
-"""Paths in the config that a run records: absolute, and found again when the run's folder was moved.  No JAX here."""
+"""Paths in the config of a run: recorded as absolute, and found again after the run's folder moved. No JAX here."""
 
 import json
 import os
 import pathlib
 
-# Settings that name files or folders: one each, or several.
+# Fields that hold one path, and fields that hold several.
 PATHS = (('train', 'init_from'), ('distill', 'teacher'), ('rl', 'reward_model'), ('data', 'tokenizer'))
 FOLDERS = (('data', 'sources'), ('evaluate', 'extra_sources'))
 
 
 def absolute_paths(settings):
-  """Returns a config's nested dicts with absolute paths, so that they mean the same in every working directory."""
+  """Return a config's nested dicts with absolute paths, which mean the same in every working directory."""
   return _map_paths(settings, lambda path: path if '://' in path else os.path.abspath(path))
 
 
 def find_paths(settings, workdir):
-  """Returns a run's recorded config with paths that exist now, where they can be found.
+  """Return a run's recorded config with missing paths replaced by existing ones where possible.
 
-  A path that is gone is looked for where it is from the run's folder as it was from the folder's old place.
+  A missing path is looked up relative to the run's folder, as it was relative to the folder's recorded place.
   """
   try:
     old = json.loads((pathlib.Path(workdir) / 'environment.json').read_bytes())['workdir']
@@ -32,13 +32,13 @@ def find_paths(settings, workdir):
 
 
 def _map_paths(settings, change):
-  found = {group: dict(fields) if isinstance(fields, dict) else fields for group, fields in settings.items()}
+  changed = {group: dict(fields) if isinstance(fields, dict) else fields for group, fields in settings.items()}
   for group, name in (*PATHS, *FOLDERS):
-    value = found[group].get(name) if isinstance(found.get(group), dict) else None
+    value = changed[group].get(name) if isinstance(changed.get(group), dict) else None
     if isinstance(value, str) and value:
-      found[group][name] = change(value)
+      changed[group][name] = change(value)
     elif isinstance(value, dict):
-      found[group][name] = {change(path): weight for path, weight in value.items()}
+      changed[group][name] = {change(path): weight for path, weight in value.items()}
     elif isinstance(value, list):
-      found[group][name] = [change(path) for path in value]
-  return found
+      changed[group][name] = [change(path) for path in value]
+  return changed

@@ -1,52 +1,35 @@
-"""The checkpoint group of a config.  No JAX here."""
+"""The checkpoint group of a config, and the flags of `llmjax checkpoint`. No JAX here."""
 
 import dataclasses
 
 from llmjax.checkpoint import pickle_guard
 from llmjax.config import setting
 
-# A metric with one of these in its name is better when it is higher.
-HIGHER_IS_BETTER = ('accuracy', 'exact_match', 'score', 'reward', 'pass', 'win_rate', 'f1', 'bleu', 'rouge')
-
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointSpec:
-  """What is kept of the checkpoints that a run writes, and what happens when one cannot be written.
+  """Which checkpoints a run keeps, and what it does if one cannot be written.
 
-  A checkpoint is kept when any of the rules wants it; the newest always is.
+  A checkpoint is kept if at least one rule keeps it; the newest always is.
   """
 
-  keep: int = setting(3, 'newest checkpoints to keep', minimum=1)
-  keep_every: int = setting(0, 'keep every step that this divides, for good; 0: none', minimum=0)
-  best_metric: str = setting('', 'keep the best by this too, such as eval/validation/loss')
-  keep_best: int = setting(1, 'how many of the best to keep', minimum=1)
-  best_mode: str = setting('', "which is best: min or max; empty: min, but max for a name such as accuracy",
-                           choices=('', 'min', 'max'))
-  on_error: str = setting('stop', 'when a checkpoint cannot be written: stop, so that no work is lost unseen, '
-                          'or continue to the next one', choices=('stop', 'continue'))
-  fresh_start: bool = setting(False, 'start anew in a folder with checkpoints, which are renamed to checkpoints.1 and '
-                              'so on; what was started so is resumed as ever')
-
-  def best_steps(self, metrics):
-    """Returns the `keep_best` best steps.  metrics: step -> {name: value} of the good checkpoints."""
-    mode = self.best_mode or (
-        'max' if any(word in self.best_metric for word in HIGHER_IS_BETTER) else 'min')
-    sign = -1 if mode == 'max' else 1
-    # Of equals, the older one: the newer may carry a metric that was measured before it.
-    ranked = sorted((sign * m[self.best_metric], step) for step, m in metrics.items() if self.best_metric in m)
-    return {step for _, step in ranked[:self.keep_best]}
-
-  def kept_steps(self, metrics):
-    """Returns the steps to keep.  metrics: as in best_steps."""
-    kept = set(sorted(metrics)[-self.keep:]) | self.best_steps(metrics)
-    return kept | {step for step in metrics if self.keep_every and step % self.keep_every == 0}
+  keep: int = setting(3, 'number of newest checkpoints to keep', minimum=1)
+  keep_every: int = setting(0, 'also keep every checkpoint whose step is a multiple of this; 0: off', minimum=0)
+  best_metric: str = setting('', 'also keep the best checkpoints by this metric, such as eval/validation/loss')
+  keep_best: int = setting(1, 'number of best checkpoints to keep', minimum=1)
+  best_mode: str = setting('', "whether a lower (min) or higher (max) best_metric is better; empty: max if its name "
+                           'contains a word such as accuracy or reward, otherwise min', choices=('', 'min', 'max'))
+  on_error: str = setting('stop', 'if a checkpoint cannot be written: stop the run, or continue training until the '
+                          'next one', choices=('stop', 'continue'))
+  fresh_start: bool = setting(False, 'start anew in a folder that has checkpoints, which are renamed to checkpoints.1 '
+                              'and so on; the new run resumes as usual')
 
 
 def _workdir_problems(options):
   if not options.workdir:
     yield "workdir is missing; write --workdir=FOLDER, a run's folder such as runs/quickstart"
-  elif refused := pickle_guard.refusal(options.workdir):
-    yield f'workdir={refused}'
+  elif refusal := pickle_guard.refusal(options.workdir):
+    yield f'workdir={refusal}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +37,7 @@ class ListOptions:
   """Flags of `llmjax checkpoint ls`."""
 
   workdir: str = setting('', "the run's folder", kind='path')
-  quick: bool = setting(False, 'look at names and sizes only, and read no contents')
+  quick: bool = setting(False, 'compare file names and sizes only; do not read contents')
 
   validate = _workdir_problems
 
@@ -63,21 +46,35 @@ class ListOptions:
 class VerifyOptions:
   """Flags of `llmjax checkpoint verify`."""
 
-  words = 'steps'  # The field that plain words of the command line fill.
+  words = 'steps'  # The field that positional arguments fill.
   workdir: str = setting('', "the run's folder", kind='path')
-  steps: tuple[int, ...] = setting((), 'which; none: all')
+  steps: tuple[int, ...] = setting((), 'steps to verify; none: all')
 
   validate = _workdir_problems
 
 
 @dataclasses.dataclass(frozen=True)
-class SealOptions(VerifyOptions):
-  """Flags of `llmjax checkpoint seal`."""
+class SignOptions:
+  """Flags of `llmjax checkpoint sign`."""
+
+  words = 'steps'
+  workdir: str = setting('', "the run's folder", kind='path')
+  steps: tuple[int, ...] = setting((), 'steps to write a checksum manifest for')
 
   def validate(self):
     yield from _workdir_problems(self)
     if not self.steps:
-      yield 'steps is missing; name the checkpoints that you trust: llmjax checkpoint seal 400 --workdir=FOLDER'
+      yield 'steps is missing; name the checkpoints that you trust: llmjax checkpoint sign 400 --workdir=FOLDER'
+
+
+@dataclasses.dataclass(frozen=True)
+class MigrateOptions:
+  """Flags of `llmjax checkpoint migrate`."""
+
+  workdir: str = setting('', "the run's folder", kind='path')
+  dry_run: bool = setting(False, 'only print what would be changed')
+
+  problems = _workdir_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +83,7 @@ class ShowOptions:
 
   words = 'steps'
   workdir: str = setting('', "the run's folder", kind='path')
-  steps: tuple[int, ...] = setting((), 'which; none: the newest good one')
+  steps: tuple[int, ...] = setting((), 'steps to show; none: the newest verified one')
   optimizer: bool = setting(False, "list the optimizer's arrays too")
 
   validate = _workdir_problems
@@ -98,14 +95,14 @@ class DiffOptions:
 
   words = 'steps'
   workdir: str = setting('', "the run's folder", kind='path')
-  steps: tuple[int, ...] = setting((), 'two; or, with --other, one or two')
-  other: str = setting('', "another run's folder, which the second checkpoint is of", kind='path')
+  steps: tuple[int, ...] = setting((), 'two steps; with --other one or two')
+  other: str = setting('', "the folder of another run, which has the second checkpoint", kind='path')
 
   def validate(self):
     yield from _workdir_problems(self)
     if len(self.steps) != 2 and not (self.other and len(self.steps) == 1):
-      yield ('steps: two are wanted, such as llmjax checkpoint diff 200 400 --workdir=FOLDER; '
-             'with --other=FOLDER one step of both will do')
+      yield ('steps: give two, such as llmjax checkpoint diff 200 400 --workdir=FOLDER; with --other=FOLDER one step '
+             'of both runs is enough')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +110,7 @@ class PruneOptions:
   """Flags of `llmjax checkpoint prune`."""
 
   workdir: str = setting('', "the run's folder", kind='path')
-  keep: int = setting(0, "newest to keep; 0: what the run's config says", minimum=0)
-  dry_run: bool = setting(False, 'only say what would be removed')
+  keep: int = setting(0, "number of newest checkpoints to keep; 0: as in the run's config", minimum=0)
+  dry_run: bool = setting(False, 'only print what would be removed')
 
   validate = _workdir_problems

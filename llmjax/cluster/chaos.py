@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 
-from llmjax.checkpoint import seal
+from llmjax.checkpoint import manifest
 from llmjax.cluster.spec import FAULTS
 from llmjax.cluster.supervise import Group, Policy, start_processes
 from llmjax.config import ConfigError, to_dict
@@ -286,8 +286,8 @@ class Chaos:
     if self._step() < event.target:
       return False
     if event.kind == 'save':
-      return bool(seal.find_temporaries(self._checkpoints)) or any(
-          not (self._checkpoints / str(step) / 'seal.json').exists() for step in seal.find_steps(self._checkpoints))
+      return bool(manifest.find_temporaries(self._checkpoints)) or any(
+          not (self._checkpoints / str(s) / 'manifest.json').exists() for s in manifest.find_steps(self._checkpoints))
     if event.kind in ('damage', 'refuse', 'disk'):
       return self._saved() > 0
     return True
@@ -321,9 +321,9 @@ class Chaos:
       told = [found[1] for line in end.tail if (found := re.search('(?:not saved|be written): ([^;]*)', line))]
       event.detail = told[0] if told else (end.tail[-1] if end.tail else '')[:60] or 'not met'
     if event.kind == 'save':
-      left = seal.find_temporaries(self._checkpoints)
-      left = [p.name for p in left] or [str(s) for s in seal.find_steps(self._checkpoints)
-                                        if not (self._checkpoints / str(s) / 'seal.json').exists()]
+      left = manifest.find_temporaries(self._checkpoints)
+      left = [p.name for p in left] or [str(s) for s in manifest.find_steps(self._checkpoints)
+                                        if not (self._checkpoints / str(s) / 'manifest.json').exists()]
       event.detail = f'left {left[-1]}' if left else 'just after it'
     good = newest_good(self._checkpoints)
     if end.kind == 'preempted' and good < end.step:
@@ -332,7 +332,7 @@ class Chaos:
       self.problems.append(f'the checkpoint of step {end.saved} was said to be saved and is not good')
     if event.kind == 'damage' and good:
       event.detail = damage(self._checkpoints / str(good), self.random)
-      if not seal.find_damage(self._checkpoints / str(good)):
+      if not manifest.find_damage(self._checkpoints / str(good)):
         self.problems.append(f'the damage is not seen: {event.detail}')
     if event.kind == 'refuse' and good:
       event.detail = self._require_refusal()
@@ -341,7 +341,7 @@ class Chaos:
     """Damages all checkpoints, starts the run, which must refuse and keep them, and puts them back; returns words."""
     kept = self.workdir / 'kept'
     shutil.copytree(self._checkpoints, kept)
-    steps = seal.find_steps(self._checkpoints)
+    steps = manifest.find_steps(self._checkpoints)
     for step in steps:
       damage(self._checkpoints / str(step), self.random)
     before = _contents(self._checkpoints)
@@ -428,13 +428,14 @@ class Chaos:
 
 
 def newest_good(folder):
-  """Returns the newest step whose checkpoint is as it was sealed, or 0."""
-  return next((s for s in reversed(seal.find_steps(folder)) if not seal.find_damage(pathlib.Path(folder) / str(s))), 0)
+  """Return the newest step with an undamaged checkpoint, or 0."""
+  steps = reversed(manifest.find_steps(folder))
+  return next((step for step in steps if not manifest.find_damage(pathlib.Path(folder) / str(step))), 0)
 
 
 def _contents(folder):
   """Returns {path: SHA-256} of the files in a folder."""
-  return {str(p): seal.hash_file(p) for p in sorted(folder.rglob('*')) if p.is_file()}
+  return {str(p): manifest.hash_file(p) for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 def damage(checkpoint, generator):

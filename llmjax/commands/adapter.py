@@ -15,15 +15,8 @@ from llmjax.adapt.matrices import path_text
 from llmjax.adapt.spec import AdapterExportOptions, AdapterImportOptions, AdapterMergeOptions, AdapterShowOptions
 from llmjax.checkpoint import bases
 from llmjax.checkpoint.arrays import read_json
-from llmjax.checkpoint.checkpoints import (
-  Checkpoints,
-  checkpoints_folder,
-  find_step,
-  is_adapter,
-  load_adapters,
-  load_params,
-  read_config,
-)
+from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.checkpoint.load import checkpoints_folder, find_step, is_adapter, load_adapters, load_params, read_config
 from llmjax.checkpoint.recorded import absolute_paths
 from llmjax.config import ConfigError
 from llmjax.interop import peft

@@ -14,7 +14,7 @@ import time
 import jax
 import numpy as np
 
-from llmjax.checkpoint.checkpoints import checkpoints_folder, read_config
+from llmjax.checkpoint.load import checkpoints_folder, read_config
 from llmjax.config import ConfigError
 from llmjax.data import prepared
 from llmjax.data.conversations import read_answers, read_prompt, read_records
@@ -117,8 +117,8 @@ class _Voice:
     enable_compilation_cache(run_spec.train.compilation_cache)
     self._generator, self._tokenizer, step = load_generator(self._options, run_spec)
     self._chat = load_chat(workdir, self._tokenizer, '--workdir' if workdir == options.workdir else '--policy')
-    seal = checkpoints_folder(workdir) / str(step) / 'seal.json'
-    self.origin = {'workdir': str(workdir), 'step': step, 'seal_sha256': hashlib.sha256(seal.read_bytes()).hexdigest()}
+    digest = hashlib.sha256((checkpoints_folder(workdir) / str(step) / 'manifest.json').read_bytes()).hexdigest()
+    self.origin = {'workdir': str(workdir), 'step': step, 'manifest_sha256': digest}
 
   def __enter__(self):
     return self

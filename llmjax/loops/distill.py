@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from llmjax import config
-from llmjax.checkpoint.checkpoints import load_params, read_config
+from llmjax.checkpoint.load import load_params, read_config
 from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.model.model import Model

@@ -7,7 +7,7 @@ import pathlib
 import jax
 
 from llmjax import config, secrets
-from llmjax.checkpoint.checkpoints import load_params, read_config
+from llmjax.checkpoint.load import load_params, read_config
 from llmjax.data import prepared, stream
 from llmjax.evaluate.compressors import compressor_bits_per_byte
 from llmjax.loops import rl

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from llmjax.adapt.lora import adapter_names, combine, count, init_adapter
 from llmjax.adapt.quantize import quantize_tree
 from llmjax.checkpoint import bases
-from llmjax.checkpoint.checkpoints import find_step, is_adapter, require_good, restore_params
+from llmjax.checkpoint.load import find_step, is_adapter, require_verified, restore_params
 from llmjax.config import ConfigError
 from llmjax.model.model import Model
 from llmjax.parallel.sharding import tree_shardings
@@ -30,7 +30,7 @@ def checkpoint_of(name, source):
     folder = folder / 'checkpoints' / str(find_step(folder))
   if not (folder / 'params').exists():
     raise ConfigError([f"{name}={source} is neither a run's folder nor one of its checkpoints"])
-  require_good(folder)
+  require_verified(folder)
   return folder
 
 
@@ -84,7 +84,7 @@ class Adapting:
     train = self.spec.train
     folder = (bases.find_base(self.base, train.init_from, self.workdir) if self.base
               else initial_checkpoint(train.init_from))
-    require_good(folder)
+    require_verified(folder)
     base = restore_initial(train.init_from, folder, self._abstract_base())
     self.base = self.base or bases.identify(folder)
     return {'base': self._quantize(base)}

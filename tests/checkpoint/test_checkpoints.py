@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.checkpoint.checkpoints import Checkpoints, find_step, load_params, read_config
+from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.checkpoint.load import find_step, load_params, read_config
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.model.spec import ModelSpec

@@ -78,9 +78,9 @@ def test_every_command_that_loads_weights_refuses_them(tmp_path):
     config.build(LayoutSpec, {'model': {'vocab_size': 256}}, [('train.init_from', str(file))])
   with pytest.raises(config.ConfigError, match='workdir=.*model.pt holds a pickle'):
     config.build(GenerateOptions, {'workdir': str(file)})
-  from llmjax.checkpoint import checkpoints
+  from llmjax.checkpoint import load as loading
 
-  for load in (checkpoints.read_config, lambda path: checkpoints.restore_params(path, None)):
+  for load in (loading.read_config, lambda path: loading.restore_params(path, None)):
     with pytest.raises(config.ConfigError, match='holds a pickle'):
       load(file)
   assert not (tmp_path / 'witness').exists()

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from llmjax.checkpoint import seal
+from llmjax.checkpoint import manifest
 from llmjax.cluster import chaos
 from llmjax.cluster.spec import FAULTS
 from llmjax.run.spec import PretrainSpec
@@ -101,11 +101,11 @@ def test_damage_is_always_seen(tmp_path):
   for _ in range(40):
     for name, size in (('params/d/a', 300), ('params/manifest', 40), ('spec', 3)):
       (tmp_path / '7' / name).write_bytes(generator.randbytes(size))
-    seal.write_seal(tmp_path / '7', 7)
+    manifest.write_manifest(tmp_path / '7', 7)
     assert chaos.newest_good(tmp_path) == 7
     words = chaos.damage(tmp_path / '7', generator)
     kinds.add(words.split()[1])
-    assert seal.find_damage(tmp_path / '7'), words
+    assert manifest.find_damage(tmp_path / '7'), words
     assert chaos.newest_good(tmp_path) == 0
   assert {'deleted', 'cut'} < kinds
 

@@ -208,7 +208,7 @@ def test_a_run_is_started_again_with_the_processes_that_are_left(folder):
   assert 'process 0 of 1 was stopped (SIGSTOP)' in second and 'restarting 1 process from step' in second
   found = rows(folder / 'again')
   assert list(found) == list(range(1, max(found) + 1))
-  assert (folder / f'again/checkpoints/{max(found)}/seal.json').exists()
+  assert (folder / f'again/checkpoints/{max(found)}/manifest.json').exists()
 
 
 @pytest.mark.slow

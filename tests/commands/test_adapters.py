@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llmjax.adapt.spec import AdapterSpec
-from llmjax.checkpoint import seal
-from llmjax.checkpoint.checkpoints import load_params
+from llmjax.checkpoint import manifest
+from llmjax.checkpoint.load import load_params
 from llmjax.config import ConfigError, build
 from llmjax.interop import peft, safetensors
 from llmjax.model.spec import ModelSpec
@@ -84,8 +84,8 @@ def test_a_run_goes_on_to_the_bit_and_only_on_its_base(runs, tmp_path, capsys):
   status, out, _ = call_and_read(capsys, 'checkpoint', 'diff', '4', '4', f'--workdir={runs}/lora',
                                  f'--other={tmp_path}/lora')
   assert status == 0 and 'are equal to the bit' in out
-  size = lambda run, step: seal.read_seal(run / f'checkpoints/{step}').size
-  assert 'embed' not in str(list(seal.read_seal(runs / 'lora/checkpoints/4').files))
+  size = lambda run, step: manifest.read_manifest(run / f'checkpoints/{step}').size
+  assert 'embed' not in str(list(manifest.read_manifest(runs / 'lora/checkpoints/4').files))
   assert size(runs / 'lora', 4) > 0
   # Another base in the same place, and then none.
   shutil.rmtree(tmp_path / 'lora/checkpoints/4')

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.checkpoint import seal
+from llmjax.checkpoint import manifest
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.commands.checkpoint import compare
 from llmjax.config import ConfigError, build
@@ -88,7 +88,7 @@ def no_measured_peak():
 
 
 def steps_of(workdir):
-  return seal.find_steps(workdir / 'checkpoints')
+  return manifest.find_steps(workdir / 'checkpoints')
 
 
 @pytest.fixture(scope='module')
@@ -109,17 +109,17 @@ def damage(path):
 
 def test_the_newest_two_and_the_best_are_kept(workdir):
   assert steps_of(workdir) == [4, 6, 8]
-  sealed = seal.read_seal(workdir / 'checkpoints/4')
-  assert (sealed.metrics, sealed.metrics_step) == ({'eval/validation/loss': 1.0}, 4)
+  listed = manifest.read_manifest(workdir / 'checkpoints/4')
+  assert (listed.metrics, listed.metrics_step) == ({'eval/validation/loss': 1.0}, 4)
 
 
 def test_list(workdir, capsys):
   status, out, _ = call_and_read(capsys, 'checkpoint', 'ls', f'--workdir={workdir}')
   assert status == 0
   rows = [line.split() for line in out.splitlines()]
-  assert rows[0] == ['step', 'size', 'files', 'sealed', 'eval/validation/loss', 'state']
-  assert [(r[0], r[-2], r[-1]) for r in rows[1:2]] == [('4', 'good,', 'best')]
-  assert [(r[0], r[-2], r[-1]) for r in rows[2:]] == [('6', '2.5000', 'good'), ('8', '2.0000', 'good')]
+  assert rows[0] == ['step', 'size', 'files', 'saved', 'eval/validation/loss', 'state']
+  assert [(r[0], r[-2], r[-1]) for r in rows[1:2]] == [('4', 'verified,', 'best')]
+  assert [(r[0], r[-2], r[-1]) for r in rows[2:]] == [('6', '2.5000', 'verified'), ('8', '2.0000', 'verified')]
 
 
 def test_diff(workdir, capsys):
@@ -155,7 +155,7 @@ def test_show(workdir, capsys):
   assert '"d_model": 8' in out
   rows = [line.split('  ') for line in out.splitlines() if line.startswith(('params/', 'optimizer/'))]
   assert len(rows) > 10 and all(r[-1].strip() == '0' for r in rows)
-  from llmjax.checkpoint.checkpoints import load_params
+  from llmjax.checkpoint.load import load_params
   params, *_ = load_params(workdir)
   path, first = jax.tree_util.tree_flatten_with_path(params)[0][0]
   row = next(r for r in rows if r[0] == 'params/' + '/'.join(k.key for k in path))
@@ -163,20 +163,20 @@ def test_show(workdir, capsys):
   assert str(list(first.shape)) in ' '.join(row)
 
 
-def test_damage_is_found_passed_over_and_pruned(workdir, capsys):
+def test_damage_is_found_skipped_and_pruned(workdir, capsys):
   assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
   name = damage(workdir / 'checkpoints/6')
   status, out, _ = call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')
   assert status == 1
   assert [line.split(': ')[1].split(',')[0] for line in out.splitlines()] == [
-      'good', f'params/ocdbt.process_0/d/{name} has other contents than were saved (SHA-256)', 'good']
+      'verified', f'params/ocdbt.process_0/d/{name} has other contents than were saved (SHA-256)', 'verified']
   assert call_and_read(capsys, 'checkpoint', 'verify', '4', '8', f'--workdir={workdir}')[0] == 0
   assert 'damaged: params/' in call_and_read(capsys, 'checkpoint', 'ls', f'--workdir={workdir}')[1]
   name = damage(workdir / 'checkpoints/8')
   assert train(workdir, 10, losses=[2.0, 2.0, 2.0]) == 0
   out = capsys.readouterr().out
   for step in (6, 8):
-    assert f'checkpoints/{step} is passed over: params/ocdbt.process_0/d/' in out
+    assert f'checkpoints/{step} is skipped: params/ocdbt.process_0/d/' in out
   assert 'going on from step 4' in out
   assert steps_of(workdir) == [6, 8, 10]
   assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
@@ -186,11 +186,11 @@ def test_damage_is_found_passed_over_and_pruned(workdir, capsys):
   assert steps_of(workdir) == [6, 8, 10]
   call_and_read(capsys, 'checkpoint', 'prune', f'--workdir={workdir}', '--keep=1')
   assert steps_of(workdir) == [10]
-  (workdir / 'checkpoints/10/seal.json').unlink()
+  (workdir / 'checkpoints/10/manifest.json').unlink()
   assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 1
-  assert call_and_read(capsys, 'checkpoint', 'seal', '10', f'--workdir={workdir}')[0] == 0
+  assert call_and_read(capsys, 'checkpoint', 'sign', '10', f'--workdir={workdir}')[0] == 0
   assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
-  status, _, err = call_and_read(capsys, 'checkpoint', 'seal', '10', f'--workdir={workdir}')
+  status, _, err = call_and_read(capsys, 'checkpoint', 'sign', '10', f'--workdir={workdir}')
   assert status == 2 and 'would hide damage' in err
 
 

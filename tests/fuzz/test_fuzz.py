@@ -20,7 +20,7 @@ import zipfile
 import pytest
 
 from llmjax import config, main
-from llmjax.checkpoint import pickle_guard, seal
+from llmjax.checkpoint import manifest, pickle_guard
 from llmjax.data import prepared, text_files, token_store
 from llmjax.data.documents import Document, Limits, Rejected
 from llmjax.data.spec import DataSpec
@@ -299,8 +299,8 @@ def test_checkpoint_folders(count, tmp_path):
   (good / 'params' / 'd').mkdir(parents=True)
   for name in ('params/_METADATA', 'params/d/0', 'params/d/1', 'config'):
     (good / name).write_bytes(rng.randbytes(200))
-  seal.write_seal(good, 7, {'eval/validation/loss': 2.5}, 7)
-  assert seal.find_damage(good) == []
+  manifest.write_manifest(good, 7, {'eval/validation/loss': 2.5}, 7)
+  assert manifest.find_damage(good) == []
   names = [p.relative_to(good) for p in sorted(good.rglob('*')) if p.is_file()]
   for number in range(count):
     bad = tmp_path / 'bad' / '7'
@@ -315,21 +315,21 @@ def test_checkpoint_folders(count, tmp_path):
       path.unlink()
       path.mkdir()
     with at_most(SECONDS):
-      damage = seal.find_damage(bad)
+      damage = manifest.find_damage(bad)
       try:
-        seal.read_seal(bad)
-      except seal.SealError as e:
+        manifest.read_manifest(bad)
+      except manifest.ManifestError as e:
         assert_plain([str(e)])
     if after != before:
       assert damage, path
     assert_plain(damage)
-    assert seal.find_damage(good) == []
+    assert manifest.find_damage(good) == []
     shutil.rmtree(tmp_path / 'bad')
 
 
 @times(100, 2000)
 def test_configs_of_runs_and_files_of_weights(count, tmp_path):
-  from llmjax.checkpoint import checkpoints
+  from llmjax.checkpoint.load import read_config
   from llmjax.run.spec import LayoutSpec
   rng, refused = random.Random(count), 0
   good = json.dumps(config.to_dict(LayoutSpec())).encode()
@@ -343,7 +343,7 @@ def test_configs_of_runs_and_files_of_weights(count, tmp_path):
     with at_most(SECONDS):
       assert_plain([pickle_guard.refusal(file)])
       try:
-        config.build(LayoutSpec, checkpoints.read_config(workdir))
+        config.build(LayoutSpec, read_config(workdir))
       except config.ConfigError as e:
         refused += 1
         assert_plain(e.problems)

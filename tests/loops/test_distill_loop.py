@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmjax import config, main
-from llmjax.checkpoint.checkpoints import load_params
+from llmjax.checkpoint.load import load_params
 from llmjax.loops.distill import layer_copy
 from llmjax.post import rollout
 from llmjax.post.on_policy import is_on_policy, prompts_of

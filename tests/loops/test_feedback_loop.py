@@ -47,7 +47,7 @@ def test_records_say_where_they_come_from_and_the_same_command_goes_on(folder, c
   for number, row in enumerate(rows):
     assert [m['role'] for m in row['messages']] == ['user', 'assistant']
     origin = row['provenance']
-    assert origin['record'] == number and origin['model']['step'] == 1 and len(origin['model']['seal_sha256']) == 64
+    assert origin['record'] == number and origin['model']['step'] == 1 and len(origin['model']['manifest_sha256']) == 64
     assert [step.get('principle') for step in origin['steps']] == [None, 'x']
   assert feedback(folder, 'revise', 'whole.jsonl', '--seed=1') == 2
   assert 'made from something else' in capsys.readouterr().err

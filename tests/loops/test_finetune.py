@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmjax import config, main
-from llmjax.checkpoint.checkpoints import load_params
+from llmjax.checkpoint.load import load_params
 from llmjax.data import stream
 from llmjax.run.sources import reward_problems
 from llmjax.run.spec import FinetuneSpec

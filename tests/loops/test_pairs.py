@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llmjax import config, main
-from llmjax.checkpoint.checkpoints import load_params, read_config
+from llmjax.checkpoint.load import load_params, read_config
 from llmjax.data import prepared
 from llmjax.data.spec import DataSpec
 from llmjax.evaluate import pairs as held_out

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llmjax.checkpoint import seal
+from llmjax.checkpoint import manifest
 from tests.helpers import ROOT, environment_of, run_process
 
 TINY = ['--config.model.num_layers=2', '--config.model.d_model=32', '--config.model.num_heads=2',
@@ -121,9 +121,9 @@ def test_a_stopped_run_goes_on_to_the_bit(folder):
   # As after a kill between steps 3 and 6, whose lines ran ahead; and what is left of step 6 is not to be had.
   (folder / 'half/checkpoints/6/params/_METADATA').write_text('')
   out = pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
-  assert 'checkpoints/6 is passed over: params/_METADATA is empty' in out
+  assert 'checkpoints/6 is skipped: params/_METADATA is empty' in out
   assert 'going on from step 3' in out
-  assert seal.find_damage(folder / 'half/checkpoints/6') == []
+  assert manifest.find_damage(folder / 'half/checkpoints/6') == []
   for key in ('train/loss', 'train/grad_norm', 'eval/validation/loss'):
     assert rows(folder / 'half', key) == rows(folder / 'whole', key)
   before, after = ([json.loads(line)['seconds'] for line in (folder / name / 'time.jsonl').read_text().splitlines()][-1]

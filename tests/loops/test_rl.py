@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmjax import main
-from llmjax.checkpoint.checkpoints import load_params
+from llmjax.checkpoint.load import load_params
 from llmjax.data import stream
 from llmjax.post import rewards
 

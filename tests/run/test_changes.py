@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmjax.checkpoint import recorded, seal
+from llmjax.checkpoint import manifest, recorded
 from llmjax.config import ConfigError
 from llmjax.evaluate.metrics import read_lines
 from llmjax.model.spec import ModelSpec
@@ -211,19 +211,19 @@ def test_folders_that_moved_are_no_change():
 def test_a_fresh_start_renames_the_checkpoints_once(workdir, capsys):
   for step in (2, 4):
     (workdir / f'checkpoints/{step}/params/_METADATA').write_text('')
-  with pytest.raises(ConfigError, match='no checkpoint in .* can be loaded'):
+  with pytest.raises(ConfigError, match='checkpoints in .* are damaged'):
     train(workdir)
   fresh = {'checkpoint': {'fresh_start': True}}
   assert train(workdir, **fresh)[0] == 0
   assert f'{workdir}/checkpoints is {workdir}/checkpoints.1 now; the run starts anew' in capsys.readouterr().out
-  assert seal.find_steps(workdir / 'checkpoints.1') == seal.find_steps(workdir / 'checkpoints') == [2, 4]
+  assert manifest.find_steps(workdir / 'checkpoints.1') == manifest.find_steps(workdir / 'checkpoints') == [2, 4]
   assert train(workdir, **fresh)[0] == 0  # As a supervisor starts the same command again.
   assert 'is done: step 4 of 4' in capsys.readouterr().out
   assert not (workdir / 'checkpoints.2').exists()
   shutil.rmtree(workdir / 'checkpoints')
   shutil.copytree(workdir / 'checkpoints.1', workdir / 'checkpoints')
   assert train(workdir, **fresh)[0] == 0
-  assert seal.find_steps(workdir / 'checkpoints.2') == [2, 4]
+  assert manifest.find_steps(workdir / 'checkpoints.2') == [2, 4]
 
 
 def test_a_checkpoint_of_another_model_is_refused(workdir, finished, tmp_path):

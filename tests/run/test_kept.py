@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.checkpoint import bases, seal
+from llmjax.checkpoint import bases, manifest
 from llmjax.config import ConfigError
 from llmjax.run.cached_outputs import Kept
 
@@ -13,10 +13,10 @@ MESH = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
 
 
 def write_model(folder, value):
-  """A sealed checkpoint of one number."""
+  """A checkpoint of one number."""
   (folder / 'params').mkdir(parents=True, exist_ok=True)
   (folder / 'params/w').write_text(str(value))
-  seal.write_seal(folder, 1)
+  manifest.write_manifest(folder, 1)
   return folder
 
 

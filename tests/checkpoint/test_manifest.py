@@ -10,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from llmjax.checkpoint import seal
-from llmjax.checkpoint.checkpoints import Checkpoints, SaveError, find_step, require_good
+from llmjax.checkpoint import manifest
+from llmjax.checkpoint.checkpoints import Checkpoints, SaveError
+from llmjax.checkpoint.load import find_step, require_verified
+from llmjax.checkpoint.retention import best_steps, kept_steps
 from llmjax.checkpoint.spec import CheckpointSpec
 from llmjax.config import ConfigError
 from llmjax.train.state import TrainState
@@ -46,7 +48,7 @@ def assert_loads(checkpoints, step):
 
 
 def steps_of(workdir):
-  return seal.find_steps(workdir / 'checkpoints')
+  return manifest.find_steps(workdir / 'checkpoints')
 
 
 @pytest.fixture(scope='module')
@@ -87,10 +89,10 @@ def test_every_damage_to_every_file_is_named(workdir, record_property):
   checkpoint, rng, count = workdir / 'checkpoints/6', np.random.default_rng(0), 0
   files = sorted(p for p in checkpoint.rglob('*') if p.is_file())
   names = {str(f.relative_to(checkpoint)) for f in files}
-  assert {'seal.json', '_CHECKPOINT_METADATA', 'params/_METADATA', 'params/manifest.ocdbt', 'stream/metadata',
+  assert {'manifest.json', '_CHECKPOINT_METADATA', 'params/_METADATA', 'params/manifest.ocdbt', 'stream/metadata',
           'spec/metadata', 'optimizer/_sharding'} <= names
   assert any(n.startswith('params/ocdbt.process_0/d/') for n in names)
-  assert seal.find_damage(checkpoint) == []
+  assert manifest.find_damage(checkpoint) == []
   for file in files:
     data, name = file.read_bytes(), str(file.relative_to(checkpoint))
     for kind, damaged in damages(data, rng):
@@ -98,21 +100,21 @@ def test_every_damage_to_every_file_is_named(workdir, record_property):
         file.unlink()
       else:
         file.write_bytes(damaged)
-      found = seal.find_damage(checkpoint)
+      found = manifest.find_damage(checkpoint)
       assert len(found) == 1, (name, kind, found)
       assert name in found[0]
-      if name == 'seal.json':
+      if name == 'manifest.json':
         assert ('is missing' if damaged is None else 'is damaged') in found[0]
       else:
         assert kind in found[0]
       count += 1
       file.write_bytes(data)
-  assert seal.find_damage(checkpoint) == []
+  assert manifest.find_damage(checkpoint) == []
   assert count >= 200
   record_property('inputs', count)
 
 
-def test_a_damaged_checkpoint_is_passed_over(workdir):
+def test_a_damaged_checkpoint_is_skipped(workdir):
   folder, whole = workdir / 'checkpoints', workdir / 'whole'
   shutil.move(folder / '6', whole)
 
@@ -133,10 +135,10 @@ def test_a_damaged_checkpoint_is_passed_over(workdir):
            ('params/manifest.ocdbt', lambda n: (folder / '6' / n).unlink()),
            ('stream/metadata', lambda n: change(n, middle)),
            ('_CHECKPOINT_METADATA', lambda n: (folder / '6' / n).unlink()),
-           ('seal.json', lambda n: (folder / '6' / n).unlink()),
-           ('seal.json', lambda n: change(n, half)),
+           ('manifest.json', lambda n: (folder / '6' / n).unlink()),
+           ('manifest.json', lambda n: change(n, half)),
            ('params/d/more', lambda n: (folder / '6' / n).write_text('x')),
-           ('seal.json is of step 3', lambda n: [shutil.rmtree(folder / '6'),
+           ('manifest.json belongs to step 3', lambda n: [shutil.rmtree(folder / '6'),
                                                  shutil.copytree(folder / '3', folder / '6')]),
            ('an empty folder', lambda n: [shutil.rmtree(folder / '6'), (folder / '6').mkdir()]),
            ('not a folder', lambda n: [shutil.rmtree(folder / '6'), (folder / '6').write_text('')])]
@@ -148,7 +150,7 @@ def test_a_damaged_checkpoint_is_passed_over(workdir):
     line, = checkpoints.passed_over
     assert str(folder / '6') in line and name in line and '\n' not in line
     with pytest.raises(ConfigError, match='6 is not loaded'):
-      require_good(folder / '6')
+      require_verified(folder / '6')
     if (folder / '6').is_dir():
       shutil.rmtree(folder / '6')
     else:
@@ -156,7 +158,7 @@ def test_a_damaged_checkpoint_is_passed_over(workdir):
   (folder / '9.orbax-checkpoint-tmp').mkdir()
   shutil.copytree(whole, folder / '6')
   assert_loads(checkpoints, 6)
-  assert 'save was cut off' in checkpoints.passed_over[0]
+  assert 'save was interrupted' in checkpoints.passed_over[0]
   checkpoints.close()
 
 
@@ -167,26 +169,26 @@ def test_find_step_falls_back_aloud(workdir, capsys):
   assert 'spec/metadata has 2 bytes' in capsys.readouterr().err
   with pytest.raises(ConfigError, match='6 is not loaded: spec/metadata'):
     find_step(workdir, 6)
-  (workdir / 'checkpoints/3/seal.json').unlink()
-  with pytest.raises(ConfigError, match='has no good checkpoint'):
+  (workdir / 'checkpoints/3/manifest.json').unlink()
+  with pytest.raises(ConfigError, match='has no undamaged checkpoint'):
     find_step(workdir)
 
 
-def test_checkpoints_from_before_seals_are_not_taken_for_damage(workdir):
+def test_checkpoints_without_any_manifest_are_refused(workdir):
   for step in (3, 6):
-    (workdir / f'checkpoints/{step}/seal.json').unlink()
-  with pytest.raises(ConfigError, match='llmjax checkpoint seal 6 --workdir='):
+    (workdir / f'checkpoints/{step}/manifest.json').unlink()
+  with pytest.raises(ConfigError, match='llmjax checkpoint sign 6 --workdir='):
     Checkpoints(workdir).latest()
   shutil.rmtree(workdir / 'checkpoints/3')
-  with pytest.raises(ConfigError, match='llmjax checkpoint seal 6 --workdir='):
+  with pytest.raises(ConfigError, match='llmjax checkpoint sign 6 --workdir='):
     Checkpoints(workdir).latest()
   # A save that was cut off never has a step's name, so a kill during the first one leaves nothing to resume.
   (workdir / 'checkpoints/6').rename(workdir / 'checkpoints/6.partial')
   assert Checkpoints(workdir).latest() is None
 
 
-def test_a_folder_without_a_good_checkpoint_is_refused_and_kept(workdir):
-  """Where nothing can be loaded, or it cannot be found out whether it can, a run must not start anew on top of it."""
+def test_a_folder_without_an_undamaged_checkpoint_is_refused_and_kept(workdir):
+  """A run must not start anew on top of checkpoints of which none can be loaded."""
   folder = workdir / 'checkpoints'
   for step in (3, 6):
     file = folder / f'{step}/params/_METADATA'
@@ -195,37 +197,37 @@ def test_a_folder_without_a_good_checkpoint_is_refused_and_kept(workdir):
   with pytest.raises(ConfigError) as e:
     Checkpoints(workdir).latest()
   line, = e.value.problems
-  for words in ('no checkpoint in', '6: params/_METADATA has other contents', 'llmjax checkpoint verify --workdir=',
+  for words in ('are damaged', '6: params/_METADATA has other contents', 'llmjax checkpoint verify --workdir=',
                 '--config.checkpoint.fresh_start=true', 'another --workdir'):
     assert words in line
   assert before == {p: p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
   checkpoints = Checkpoints(workdir)
   aside = checkpoints.set_aside()
-  assert aside.name == 'checkpoints.1' and seal.find_steps(aside) == [3, 6]
+  assert aside.name == 'checkpoints.1' and manifest.find_steps(aside) == [3, 6]
   assert checkpoints.latest() is None
   folder.mkdir()
   assert checkpoints.set_aside().name == 'checkpoints.2'
 
 
-def test_what_cannot_be_checked_is_neither_passed_over_nor_replaced(workdir, monkeypatch):
-  file = workdir / 'checkpoints/6/seal.json'
+def test_what_cannot_be_verified_is_neither_skipped_nor_replaced(workdir, monkeypatch):
+  file = workdir / 'checkpoints/6/manifest.json'
   fields = json.loads(file.read_text())
-  file.write_text(seal._render({**fields, 'version': 2}))
-  with pytest.raises(ConfigError, match='checkpoints/6 may be good and cannot be checked: seal.json has version 2'):
+  file.write_text(manifest._render({**fields, 'version': 2}))
+  with pytest.raises(ConfigError, match='checkpoints/6 .* cannot be verified: manifest.json has version 2'):
     Checkpoints(workdir).latest()
   assert find_step(workdir) == 3  # To read an older one harms nothing.
-  file.write_text(seal._render(fields))
-  real, hidden = seal.hash_file, workdir / 'checkpoints/6/stream/metadata'
+  file.write_text(manifest._render(fields))
+  real, hidden = manifest.hash_file, workdir / 'checkpoints/6/stream/metadata'
 
   def refuse(path):
     if path == hidden:
       raise PermissionError(13, 'Permission denied')
     return real(path)
 
-  monkeypatch.setattr(seal, 'hash_file', refuse)
-  with pytest.raises(ConfigError, match='cannot be checked: stream/metadata cannot be read .Permission denied'):
+  monkeypatch.setattr(manifest, 'hash_file', refuse)
+  with pytest.raises(ConfigError, match='cannot be verified: stream/metadata cannot be read .Permission denied'):
     Checkpoints(workdir).latest()
-  monkeypatch.setattr(seal, 'hash_file', real)
+  monkeypatch.setattr(manifest, 'hash_file', real)
   assert Checkpoints(workdir).latest() == 6
 
 
@@ -233,7 +235,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(workdir, m
   def fail(path):
     raise OSError(5, 'Input/output error')
 
-  monkeypatch.setattr(type(seal.epath.Path(workdir)), 'iterdir', fail)
+  monkeypatch.setattr(type(manifest.epath.Path(workdir)), 'iterdir', fail)
   with pytest.raises(ConfigError, match='checkpoints cannot be listed: Input/output error'):
     Checkpoints(workdir).latest()
   monkeypatch.undo()
@@ -247,29 +249,30 @@ def test_a_checkpoint_with_other_arrays_is_one_line(workdir):
   state = make_state(6)
   other = state.replace(opt_state=optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(state.params))
   abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), other)
-  with pytest.raises(ConfigError, match='6 holds other arrays .* optimizer/opt_state/1/0/count is not in it'):
+  with pytest.raises(ConfigError, match='6 holds other arrays .* optimizer/opt_state/1/0/count is missing'):
     Checkpoints(workdir).restore(6, abstract)
 
 
-def test_several_processes_each_seal_their_share(workdir):
+def test_several_processes_each_write_a_manifest_of_their_share(workdir):
   checkpoint = workdir / 'checkpoints/6'
-  alone = seal.read_seal(checkpoint)
-  (checkpoint / 'seal.json').unlink()
+  alone = manifest.read_manifest(checkpoint)
+  (checkpoint / 'manifest.json').unlink()
   for process in (2, 0, 1):
-    with pytest.raises(seal.SealError):
-      seal.read_seal(checkpoint)
-    seal.write_seal(checkpoint, 6, process=process, processes=3)
-  shares = [json.loads((checkpoint / n).read_text())['files'] for n in ('seal.json', 'seal.1.json', 'seal.2.json')]
+    with pytest.raises(manifest.ManifestError):
+      manifest.read_manifest(checkpoint)
+    manifest.write_manifest(checkpoint, 6, process=process, processes=3)
+  names = ('manifest.json', 'manifest.1.json', 'manifest.2.json')
+  shares = [json.loads((checkpoint / name).read_text())['files'] for name in names]
   assert all(shares)
   assert sum(map(len, shares)) == len(alone.files)
-  assert seal.read_seal(checkpoint).files == alone.files
-  assert seal.find_damage(checkpoint) == []
+  assert manifest.read_manifest(checkpoint).files == alone.files
+  assert manifest.find_damage(checkpoint) == []
   name = min(shares[2])
   (checkpoint / name).write_bytes(flip((checkpoint / name).read_bytes(), 0, 0))
-  found = [seal.find_damage(checkpoint, process=k, processes=2) for k in range(2)]
+  found = [manifest.find_damage(checkpoint, process=k, processes=2) for k in range(2)]
   assert sorted(map(len, found)) == [0, 1]
-  (checkpoint / 'seal.1.json').unlink()
-  assert 'seal.1.json is missing' in seal.find_damage(checkpoint)[0]
+  (checkpoint / 'manifest.1.json').unlink()
+  assert 'manifest.1.json is missing' in manifest.find_damage(checkpoint)[0]
 
 
 def test_going_back_and_saving_an_older_step(workdir):
@@ -364,8 +367,14 @@ def test_retention(tmp_path):
   checkpoints.close()
   assert steps_of(tmp_path) == [3, 4, 6, 7]
   metrics = {step: {'eval/validation/loss': loss} for step, loss in losses.items() if step < 7}
-  assert CheckpointSpec(keep=1).kept_steps(metrics) == {6}
-  assert CheckpointSpec(keep=1, best_metric='eval/validation/loss', keep_best=3).kept_steps(metrics) == {3, 4, 6}
-  assert CheckpointSpec(best_metric='eval/validation/loss', best_mode='max').best_steps(metrics) == {1}
-  assert CheckpointSpec(best_metric='accuracy').best_steps({1: {'accuracy': 1.0}, 2: {'accuracy': 2.0}}) == {2}
-  assert CheckpointSpec(best_metric='absent').kept_steps(metrics) == {4, 5, 6}
+  kept = lambda **fields: kept_steps(CheckpointSpec(**fields), metrics)
+  best = lambda scores, **fields: best_steps(CheckpointSpec(**fields), scores)
+  assert kept(keep=1) == {6}
+  assert kept(keep=1, best_metric='eval/validation/loss', keep_best=3) == {3, 4, 6}
+  assert best(metrics, best_metric='eval/validation/loss', best_mode='max') == {1}
+  assert best({1: {'accuracy': 1.0}, 2: {'accuracy': 2.0}}, best_metric='accuracy') == {2}
+  assert best({1: {'loss': 1.0}, 2: {}}, best_metric='loss', keep_best=3) == {1}
+  assert kept(best_metric='absent') == {4, 5, 6}
+  # Of equal metrics the older step is the best one.
+  assert best({2: {'loss': 1.0}, 4: {'loss': 1.0}}, best_metric='loss') == {2}
+  assert best({2: {'score': 1.0}, 4: {'score': 1.0}}, best_metric='score') == {2}
