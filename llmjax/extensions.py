@@ -1,5 +1,6 @@
 """Objects of the user's own modules, named as `module:name` in the config."""
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -41,6 +42,17 @@ def load(path: str, field: str):
   if not callable(value):
     raise error(f'{name} is not callable, but of type {type(value).__name__}; name a function or a class')
   return value
+
+
+@contextlib.contextmanager
+def errors_of(path: str, field: str):
+  """Turn an exception of the user's code into a ConfigError of one line with its place; a ConfigError passes."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except Exception as e:
+    raise ConfigError([f'{field}={path}: {type(e).__name__}: {one_line(e)}; correct {_place_of(path, e)}']) from e
 
 
 def _import(name, error):

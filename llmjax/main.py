@@ -56,7 +56,7 @@ COMMANDS = {
     'reward': Command(
         "let a run's model learn to score answers, from pairs of a better and a worse one", 'llmjax.loops.reward',
         'llmjax.run.spec:PretrainOptions', 'llmjax.run.spec:RewardSpec',
-        'llmjax reward --config=configs/reward/pairs.py --workdir=runs/reward'),
+        'llmjax reward --config=configs/reward/preference.py --workdir=runs/reward'),
     'rl': Command(
         "let a run's model learn from what its own answers are worth", 'llmjax.loops.rl',
         'llmjax.run.spec:PretrainOptions', 'llmjax.run.spec:RlCommandSpec',

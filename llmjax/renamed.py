@@ -26,6 +26,7 @@ FIELDS = {
 VALUES = {
     'rl.rewards': {'maths': 'math'},
     'reward': {'maths': 'math'},
+    'records': {'pairs': 'preference', 'steps': 'stepwise'},
 }
 
 FLAGS = {

@@ -60,7 +60,7 @@ def bench_encode(folder, repeats, megabytes=3):
 def bench_rows(folder, seq_len, batch_size, repeats, batches=400):
   """Reads random rows through PackedRows alone, and batches through Grain."""
   store = token_store.TokenStore(prepared.tokens_path(folder, 'train'))
-  rows = packing.PackedRows(store, seq_len)
+  rows = packing.PackedSequences(store, seq_len)
   numbers = np.random.default_rng(0).integers(len(rows), size=(batches, batch_size)).tolist()
   rows.batch(numbers[0])  # Maps the files.
   count = batches * batch_size * seq_len
@@ -69,7 +69,7 @@ def bench_rows(folder, seq_len, batch_size, repeats, batches=400):
   with stream.open_stream(spec, batch_size=batch_size, seed=0) as batches_:
     next(batches_)
     through = best_rate(count, lambda: [next(batches_) for _ in range(batches)], repeats)
-  return {'rows': alone, 'stream': through, 'fill': rows.num_pairs / (len(rows) * seq_len),
+  return {'rows': alone, 'stream': through, 'fill': rows.num_targets / (len(rows) * seq_len),
           'documents': len(store), 'tokens': store.num_tokens}
 
 

@@ -1,6 +1,6 @@
 """Direct preference optimisation (DPO) of a chat model on pairs of a better and a worse answer.
 
-Prepare the pairs as configs/reward/pairs.py says. --config.preference.loss=ipo, kto, orpo, simpo, ... are other losses.
+Prepare the pairs as configs/reward/preference.py says. --config.preference.loss=ipo, kto, orpo, simpo, ... are other losses.
 """
 
 from ml_collections import config_dict

@@ -3,7 +3,7 @@
     python experiments/preference/make_words.py data/words
     llmjax prepare --config=configs/data/chat.py --config.path=data/words/chat.jsonl --config.output=data/words_chat \
       --config.template=plain --config.tokenizer.vocab_size=320
-    llmjax prepare --config=configs/data/chat.py --config.path=data/words/pairs.jsonl --config.records=pairs \
+    llmjax prepare --config=configs/data/chat.py --config.path=data/words/pairs.jsonl --config.records=preference \
       --config.template=plain --config.output=data/words_pairs --config.tokenizer.path=data/words_chat/tokenizer.model
     llmjax pretrain --config=configs/preference/words_base.py --workdir=runs/words
 """

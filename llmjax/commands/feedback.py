@@ -17,7 +17,7 @@ import numpy as np
 from llmjax.checkpoint.load import checkpoints_folder, read_config
 from llmjax.config import ConfigError
 from llmjax.data import prepared
-from llmjax.data.conversations import read_answers, read_prompt, read_records
+from llmjax.data.records import read_answers, read_prompt, read_records
 from llmjax.evaluate.metrics import read_lines
 from llmjax.generate.score import score
 from llmjax.loops.generate import load_chat, load_generator
@@ -70,7 +70,7 @@ def run(spec, options):
           f'{found["inconsistent"]:.1%} named another answer when the answers changed places')
   learner = options.policy if prefers and options.policy else options.workdir
   command = ['llmjax', 'prepare', '--config=configs/data/chat.py', f'--config.path={options.output}',
-             f'--config.records={"pairs" if prefers else "chat"}',
+             f'--config.records={"preference" if prefers else "chat"}',
              f'--config.tokenizer.path={pathlib.Path(learner) / prepared.TOKENIZER}']
   print(f'next: {shlex.join(command)}')
   return 0

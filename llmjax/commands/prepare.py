@@ -1,4 +1,4 @@
-"""`llmjax prepare`: text to a corpus, a tokenizer and a token store."""
+"""`llmjax prepare`: build a corpus, a tokenizer and a token store from text."""
 
 import errno
 import itertools
@@ -16,17 +16,17 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def run(spec, options):
-  """Prepares spec.folder, unless it is prepared already, and prints what came out."""
+  """Prepare spec.folder, unless it is prepared already, and print a summary."""
   show = Stages()
   start = time.monotonic()
   try:
     manifest, was_finished = corpus.prepare(spec, force=options.force, progress=show)
-  except (OSError, RuntimeError) as e:  # The writers of libraries give the system's reason in words.
+  except (OSError, RuntimeError) as e:  # Libraries report a full disk by its message alone.
     reason = next((os.strerror(n) for n in _CANNOT_WRITE if os.strerror(n) in str(e)), None)
     if reason is None:
       raise
-    print(f'llmjax prepare: {spec.folder} cannot be written: {reason}; the same command goes on when that is '
-          'mended, or choose another --config.output', file=sys.stderr)
+    print(f'llmjax prepare: {spec.folder} cannot be written: {reason}; the same command resumes once that is '
+          'fixed, or choose another --config.output', file=sys.stderr)
     return 1
   show.finish()
   if was_finished:
@@ -38,29 +38,28 @@ def run(spec, options):
 
 
 def describe(manifest, folder) -> str:
-  """Returns the table of a prepared folder, what was left out, and the next command."""
+  """Return the table of a prepared folder, the rejected records, and the next command."""
   kind = prepared.kind(manifest)
-  counted = 'completions' if kind == 'pairs' else 'documents'
-  lines = [f'{"split":<11}{counted:>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}'
-           + f'{"trained":>13}' * (kind in ('chat', 'pairs', 'steps'))]
+  noun = 'completions' if kind == 'preference' else 'documents'
+  has_trained = kind in ('chat', 'preference', 'stepwise')
+  lines = [f'{"split":<11}{noun:>11}{"bytes":>15}{"tokens":>14}{"bytes/token":>13}' + f'{"trained":>13}' * has_trained]
   for split in prepared.SPLITS:
     if split in manifest['splits']:
       row = manifest['splits'][split]
       lines.append(f'{split:<11}{row["documents"]:>11,}{row["bytes"]:>15,}{row["tokens"]:>14,}'
-                   f'{row["bytes"] / max(row["tokens"], 1):>13.2f}'
-                   + f'{row.get("trained", 0):>13,}' * (kind in ('chat', 'pairs', 'steps')))
-  found, asked = manifest['tokenizer']['vocab_size'], manifest['tokenizer'].get('asked_vocab_size', 0)
-  lines.append(f'tokenizer: {found:,} ids' + (
-      f', not {asked:,}: the text supports no more' if found < asked else ''))
+                   f'{row["bytes"] / max(row["tokens"], 1):>13.2f}' + f'{row.get("trained", 0):>13,}' * has_trained)
+  size, requested = manifest['tokenizer']['vocab_size'], manifest['tokenizer'].get('asked_vocab_size', 0)
+  lines.append(f'tokenizer: {size:,} ids' + (
+      f', not {requested:,}: the text supports no more' if size < requested else ''))
   quarantine, duplicates = manifest['quarantine'], manifest['duplicates']
   if quarantine['records']:
     reasons = ', '.join(f'{count} {reason}' for reason, count in quarantine['reasons'].items())
-    lines.append(f'left out: {quarantine["records"]:,} bad records ({reasons}), listed in '
+    lines.append(f'rejected: {quarantine["records"]:,} bad records ({reasons}), listed in '
                  f'{prepared.quarantine_path(folder)}')
   if quarantine['byte_order_marks_removed']:
     lines.append(f'byte-order marks removed: {quarantine["byte_order_marks_removed"]:,}')
   if any(duplicates.values()):
-    lines.append(f'copies left out: {duplicates["repeated"]:,}, and from train '
+    lines.append(f'duplicates removed: {duplicates["repeated"]:,}, and from train '
                  f'{duplicates["train_copies_of_held_out"]:,} of held-out documents')
   lines += prepared.notes(manifest)
   if manifest['ignored_files']:
@@ -70,16 +69,16 @@ def describe(manifest, folder) -> str:
   return '\n'.join([*lines, f'folder: {folder}', *(f'next: {line}' for line in next_steps(manifest, folder))])
 
 
-# The command that learns from records of a kind, and the recipe for it.
+# The commands that train on each kind of record, and a recipe for each.
 RECIPES = {'text': [('pretrain', 'pretrain/quickstart')], 'chat': [('finetune', 'finetune/chat')],
-           'pairs': [('finetune', 'preference/dpo'), ('reward', 'reward/pairs')], 'prompts': [('rl', 'rl/grpo')],
-           'steps': [('reward', 'reward/steps')]}
+           'preference': [('finetune', 'preference/dpo'), ('reward', 'reward/preference')], 'prompts': [('rl', 'rl/grpo')],
+           'stepwise': [('reward', 'reward/stepwise')]}
 
 
 def next_steps(manifest, folder):
-  """Returns the commands that learn from a prepared folder, each a line to paste.
+  """Return the commands that train on a prepared folder, each a line to paste.
 
-  All but text need a run with the same tokenizer to begin from: without one the lines say how to get there.
+  All kinds but text start from a run with the same tokenizer: without one the lines say how to prepare for one.
   """
   kind, name, run = prepared.kind(manifest), pathlib.Path(folder).name, _run_of(manifest)
   if kind == 'text' or run:
@@ -93,12 +92,12 @@ def next_steps(manifest, folder):
                       f'--config.records={kind}', f'--config.output={folder}', '--force'])
   base = next(iter(_runs()), None)
   return [f'{again} --config.tokenizer.path={shlex.quote(str(base / prepared.TOKENIZER))}' if base else
-          f'no run has the tokenizer of {name}; when there is one to learn from it: {again} '
+          f'no run has the tokenizer of {name}; once there is one: {again} '
           '--config.tokenizer.path=RUN/tokenizer.model']
 
 
 def _train_command(command, recipe, manifest, folder, run):
-  """Returns a training command on a folder alone.  run: to begin from, or None."""
+  """Return the command that trains on one folder.  run: the run to start from, or None."""
   quickstart = pathlib.Path(folder) == pathlib.Path('data/python_docs')
   name = 'quickstart' if quickstart else pathlib.Path(folder).name
   workdir = pathlib.Path('runs') / (f'{name}_{command}' if len(RECIPES[prepared.kind(manifest)]) > 1 else name)
@@ -110,26 +109,26 @@ def _train_command(command, recipe, manifest, folder, run):
   if 'validation' not in manifest['splits']:
     flags.append('--config.evaluate.splits=')
   length = run and run_groups(run, ('data',)).get('data', {}).get('seq_len')
-  if command == 'rl' and isinstance(length, int) and length < 128:  # Its completions are half of a sequence at most.
+  if command == 'rl' and isinstance(length, int) and length < 128:  # Completions of at most half a sequence.
     flags.append(f'--config.rl.max_new_tokens={length // 2}')
   return shlex.join(['llmjax', command, *flags])
 
 
 def _run_of(manifest):
-  """Returns the folder of a run with the manifest's tokenizer, that of --config.tokenizer.path first, or None."""
-  asked = manifest['request'].get('settings', {}).get('tokenizer', {}).get('path', '')
-  tried = [pathlib.Path(asked).parent] * bool(asked) + _runs()
-  return next((run for run in tried if _can_begin(run) and prepared.file_sha256(run / prepared.TOKENIZER)
+  """Return the folder of a run with the manifest's tokenizer, that of --config.tokenizer.path first, or None."""
+  path = manifest['request'].get('settings', {}).get('tokenizer', {}).get('path', '')
+  candidates = [pathlib.Path(path).parent] * bool(path) + _runs()
+  return next((run for run in candidates if _can_start_from(run) and prepared.file_sha256(run / prepared.TOKENIZER)
                == manifest['tokenizer']['sha256']), None)
 
 
 def _runs():
-  """Returns the runs in `runs` that others can begin from, newest first."""
-  found = [path.parent for path in pathlib.Path('runs').glob('*/config.json') if _can_begin(path.parent)]
-  return sorted(found, key=lambda run: (run / 'config.json').stat().st_mtime, reverse=True)
+  """Return the runs in `runs` that others can start from, newest first."""
+  runs = [path.parent for path in pathlib.Path('runs').glob('*/config.json') if _can_start_from(path.parent)]
+  return sorted(runs, key=lambda run: (run / 'config.json').stat().st_mtime, reverse=True)
 
 
-def _can_begin(run):
-  """Says whether a folder is a run with a checkpoint and a tokenizer, and no reward model."""
+def _can_start_from(run):
+  """Return whether a folder is a run with a checkpoint and a tokenizer, and not of a reward model."""
   return ((run / prepared.TOKENIZER).is_file() and any(run.glob('checkpoints/[0-9]*'))
           and 'reward' not in run_groups(run, ('model', 'reward')) and bool(run_groups(run, ('model',))))

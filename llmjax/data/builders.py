@@ -14,18 +14,17 @@ _VERSION = tfds.core.Version('1.0.0')
 
 
 class _LocalInfo(tfds.core.DatasetInfo):
-  """Information on a dataset that no bucket of TFDS's has."""
+  """Dataset info that is not looked up in the bucket of TFDS."""
 
   def initialize_from_bucket(self):
-    """Does nothing.  TFDS's own asks its bucket, and leaves an empty temporary folder behind."""
+    """Do nothing.  TFDS would query its bucket, and leave an empty temporary folder."""
 
 
 class _Documents(tfds.core.GeneratorBasedBuilder):
-  """Records {'id', 'text'}, both str; `splits` maps a split to a function that yields them."""
+  """Records {'id', 'text'}, both str.  splits: {name: function that yields (id, text)}."""
 
   VERSION = _VERSION
-  # TFDS looks for a checksum file beside the class; finding the place out itself takes the package
-  # importlib_resources, which TFDS uses without declaring it.
+  # Where TFDS looks for a checksum file.  Its default needs importlib_resources, which TFDS does not declare.
   code_path = epath.Path(__file__)
 
   def __init__(self, *, splits=None, description='', **kwargs):
@@ -44,7 +43,7 @@ class _Documents(tfds.core.GeneratorBasedBuilder):
     return {name: self._generate_examples(read) for name, read in self._splits.items()}
 
   def _generate_examples(self, read):
-    # Numbers as keys: TFDS orders records by a hash of the key, so the order is the same each time.
+    # TFDS orders records by a hash of the key: with numbers the order is always the same.
     for number, (name, text) in enumerate(read()):
       yield number, {'id': name, 'text': text}
 
@@ -54,21 +53,21 @@ class PythonDocs(_Documents):
 
 
 class LocalText(_Documents):
-  """Text from files of the user's, or from another TFDS dataset, cleaned and split."""
+  """The user's own text, or that of another TFDS dataset, cleaned and split."""
 
 
 def write_documents(folder, builder_class, splits, description=''):
-  """Writes a dataset under `folder`; splits: {name: function that yields (name, text)}."""
+  """Write a dataset under `folder`.  splits: {name: function that yields (id, text)}."""
   tfds.disable_progress_bar()
   builder = builder_class(splits=splits, description=description, data_dir=str(folder))
-  with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself at length.
+  with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints a long announcement.
     builder.download_and_prepare()
 
 
 def open_documents(folder, split):
-  """Returns the TFDS data source of a split: items {'id': bytes, 'text': bytes}, random access.
+  """Return the TFDS data source of a split: items {'id': bytes, 'text': bytes}, random access.
 
-  Raises ValueError when the folder holds no dataset or the dataset has no such split.
+  Raises ValueError where the folder holds no dataset or the dataset has no such split.
   """
   found = sorted(pathlib.Path(folder).glob('*/*/dataset_info.json'))
   if not found:
@@ -80,12 +79,12 @@ def open_documents(folder, split):
 
 
 def iterate(source, chunk=32):
-  """Yields the items of a data source in order; reading some at a time takes half as long."""
+  """Yield the items of a data source in order, read in chunks: twice as fast as one by one."""
   for start in range(0, len(source), chunk):
     yield from source.__getitems__(list(range(start, min(start + chunk, len(source)))))
 
 
 def read_documents(folder, split):
-  """Yields (name, text) of a split, as str."""
+  """Yield (id, text) of a split, as str."""
   for item in iterate(open_documents(folder, split)):
     yield item['id'].decode(), item['text'].decode()

@@ -1,7 +1,7 @@
-"""Streams of bytes out of gzip, zstd, bzip2 and xz files, of any number of members, and out of UTF-16.
+"""Decompression of gzip, zstd, bzip2 and xz files with any number of members, and conversion of UTF-16 to UTF-8.
 
-The standard library's readers ignore what follows a bad byte between members, and zstandard's a file that breaks off;
-here all that was read before a fault comes out, and then the fault is raised.
+The standard library's readers ignore the rest after a bad byte between members, and zstandard's a truncated file; here
+all bytes before a fault are returned, and then the fault is raised.
 """
 
 import codecs
@@ -11,25 +11,25 @@ import zlib
 
 BLOCK = 1 << 20
 SUFFIXES = ('.gz', '.zst', '.zstd', '.bz2', '.xz', '.lzma')
-# Compressions and archives that are not read, and how to make one that is.
+# Formats that are not supported, and how to convert them.
 UNSUPPORTED = {
     '.lz4': 'lz4 -dc FILE | zstd -o NEW.zst', '.br': 'brotli -dc FILE | zstd -o NEW.zst',
     '.z': 'uncompress -c FILE | zstd -o NEW.zst', '.lzo': 'lzop -dc FILE | zstd -o NEW.zst',
     '.sz': 'snzip -dc FILE | zstd -o NEW.zst', '.snappy': 'snzip -dc FILE | zstd -o NEW.zst',
     '.7z': '7z x FILE', '.rar': 'unrar x FILE'}
-# A zstd block of 4 bytes may be 128 KiB long, and a call gives all that its input holds: at most 64 MiB.
+# A zstd block of 4 bytes may unpack to 128 KiB, and one call unpacks all of its input: at most 64 MiB.
 _ZSTD_INPUT = 2048
 _ZSTD_HEADER = 18
 
 
 class Unsupported(OSError):
-  """A file is whole, but uses what is not read here; the message says how to convert it."""
+  """A valid file uses a feature that is not supported; the message says how to convert it."""
 
 
 class Filled(io.RawIOBase):
-  """A stream made of the blocks that `_block` returns, b'' at the end.
+  """A stream of the blocks that `_block` returns, b'' at the end.
 
-  An error of `_block` is raised after all that came before it was read.
+  An error of `_block` is raised once all bytes before it are read.
   """
 
   def __init__(self):
@@ -39,7 +39,7 @@ class Filled(io.RawIOBase):
     return True
 
   def read1(self, size=-1):
-    """Returns some bytes, at most `size` where it is not negative; b'' at the end."""
+    """Read some bytes, at most `size` where it is not negative; b'' at the end."""
     if self._start == len(self._buffer):
       if self._error:
         raise self._error
@@ -50,7 +50,7 @@ class Filled(io.RawIOBase):
     return data
 
   def read(self, size=-1):
-    """Returns `size` bytes, or all that are left: fewer only at the end."""
+    """Read `size` bytes, fewer only at the end; all that are left where it is negative."""
     parts, count = [], 0
     while size < 0 or count < size:
       try:
@@ -68,10 +68,7 @@ class Filled(io.RawIOBase):
 
 
 class Members(Filled):
-  """What the members of a compressed file hold, one after the other.
-
-  Raises EOFError where the file ends within a member.
-  """
+  """The decompressed content of all members of a file.  Raises EOFError where the file ends within a member."""
 
   def __init__(self, raw, compression, max_window_bytes):
     super().__init__()
@@ -81,7 +78,7 @@ class Members(Filled):
         '.zst': (lambda data: _open_zstd(data, max_window_bytes), _unzstd),
         '.bz2': (lambda data: _import('bz2').BZ2Decompressor(), _decompress),
         '.xz': (lambda data: _open_xz(max_window_bytes), _decompress)}[compression]
-    # Zeros between and behind members are padding: tapes' behind gzip, by the format's definition in xz.
+    # Zeros between and behind members are padding: of tapes behind gzip, by the definition of the format in xz.
     self._padding = b'\0' if compression in ('.gz', '.xz') else b''
 
   def _block(self):
@@ -105,7 +102,7 @@ class Members(Filled):
         return data
 
   def _next_member(self):
-    """Begins a member; returns False at the end of the file."""
+    """Start the next member; return False at the end of the file."""
     if self._count:
       self._input = self._input.lstrip(self._padding) if self._padding else self._input
     while len(self._input) < _ZSTD_HEADER and (more := self._raw.read(BLOCK)):
@@ -119,18 +116,18 @@ class Members(Filled):
 
 
 def _inflate(member, data):
-  found = member.decompress(data, BLOCK)
-  return found, member.unused_data if member.eof else member.unconsumed_tail
+  block = member.decompress(data, BLOCK)
+  return block, member.unused_data if member.eof else member.unconsumed_tail
 
 
 def _decompress(member, data):
-  found = member.decompress(data, BLOCK)
-  return found, member.unused_data if member.eof else b''
+  block = member.decompress(data, BLOCK)
+  return block, member.unused_data if member.eof else b''
 
 
 def _unzstd(member, data):
-  found = member.decompress(data[:_ZSTD_INPUT])
-  return found, (member.unused_data if member.eof else b'') + data[_ZSTD_INPUT:]
+  block = member.decompress(data[:_ZSTD_INPUT])
+  return block, (member.unused_data if member.eof else b'') + data[_ZSTD_INPUT:]
 
 
 def _import(name):
@@ -145,7 +142,7 @@ def _open_zstd(data, max_window_bytes):
   try:
     frame = zstandard.get_frame_parameters(data)
   except zstandard.ZstdError:
-    frame = None  # A skippable frame, or none at all: the decompressor knows.
+    frame = None  # A skippable frame, or no frame: the decompressor reports it.
   if frame and frame.dict_id:
     raise Unsupported('it was compressed with a dictionary, which is not supported; repack it: '
                       'zstd -dc -D DICTIONARY FILE | zstd -o NEW.zst')
@@ -157,12 +154,12 @@ def _open_zstd(data, max_window_bytes):
 
 def _open_xz(max_window_bytes):
   lzma = _import('lzma')
-  # Beside its window the decoder needs some memory for itself.
+  # The decoder needs some memory besides its window.
   return lzma.LZMADecompressor(memlimit=max_window_bytes + (16 << 20))
 
 
 class _Recoded(Filled):
-  """UTF-16 or UTF-32 as UTF-8, the mark at its beginning included.  A lone surrogate stays one: no UTF-8."""
+  """UTF-16 or UTF-32 as UTF-8, with the byte-order mark.  A lone surrogate becomes invalid UTF-8."""
 
   def __init__(self, stream, encoding):
     super().__init__()
@@ -183,7 +180,7 @@ class _Recoded(Filled):
 
 
 class _Preceded(Filled):
-  """A stream with bytes before it that were read from it already."""
+  """A stream with some bytes put back in front."""
 
   def __init__(self, begin, stream):
     super().__init__()
@@ -194,13 +191,13 @@ class _Preceded(Filled):
 
 
 def as_utf8(stream):
-  """Returns a stream of text as UTF-8, where a mark says that it is UTF-16 or UTF-32; else as it is."""
+  """Return a stream as UTF-8 where a byte-order mark announces UTF-16 or UTF-32; else unchanged."""
   begin = b''
   while len(begin) < 4 and (data := stream.read(4 - len(begin))):
     begin += data
-  found = _Preceded(begin, stream)
+  whole = _Preceded(begin, stream)
   for mark, encoding in ((codecs.BOM_UTF32_LE, 'utf-32-le'), (codecs.BOM_UTF32_BE, 'utf-32-be'),
                          (codecs.BOM_UTF16_LE, 'utf-16-le'), (codecs.BOM_UTF16_BE, 'utf-16-be')):
     if begin.startswith(mark):
-      return _Recoded(found, encoding)
-  return found
+      return _Recoded(whole, encoding)
+  return whole

@@ -1,7 +1,7 @@
-"""Preparing a corpus: documents, tokenizer, tokens, manifest; each step once, each step atomic.
+"""Prepare a corpus: documents, tokenizer, tokens, manifest; every step is atomic.
 
-The work is done in `<folder>.unfinished`, which becomes `<folder>` in one rename when everything is
-there.  A run that was killed goes on after its last finished step.
+The work is done in `<folder>.unfinished`, which is renamed to `<folder>` when it is complete.  An interrupted run
+resumes after its last finished step.
 """
 
 import collections
@@ -20,20 +20,21 @@ import numpy as np
 
 from llmjax import secrets
 from llmjax.config import ConfigError, to_dict
-from llmjax.data import conversations, prepared, python_docs, splits, text_files, tokens
+from llmjax.data import conversations, prepared, python_docs, records, splits, text_files, tokens, user_source
 from llmjax.data.documents import Document, Limits, Rejected
-from llmjax.data.spec import PrepareSpec
+from llmjax.data.spec import SOURCES, PrepareSpec
 from llmjax.text.chat import PLAIN
 from llmjax.text.template_path import split_template
 
-# With fewer files (or records) than this, held-out text is drawn from parts of files.
+# With fewer files than this, parts of files are held out.
 _FEW_FILES = 20
 
 
 def prepare(spec: PrepareSpec, *, force=False, progress=lambda *args: None):
-  """Prepares spec.folder; returns (manifest, True if there was nothing to do).
+  """Prepare spec.folder; return (manifest, whether it was prepared already).
 
-  progress(step, done, total): called often; total is None where it is unknown.  Raises ConfigError.
+  force: prepare a finished folder again.  progress(step, done, total): called often; total is None where it is unknown.
+  Raises ConfigError.
   """
   folder = pathlib.Path(spec.folder)
   request = _request(spec)
@@ -41,8 +42,7 @@ def prepare(spec: PrepareSpec, *, force=False, progress=lambda *args: None):
     return _check_finished(folder, request), True
   if folder.exists() and not prepared.is_prepared(folder) and (
       not folder.is_dir() or any(folder.iterdir())):
-    raise ConfigError([f'{folder} exists and is not a prepared folder; it is left as it is: choose '
-                       'another --config.output'])
+    raise ConfigError([f'{folder} exists and is not a prepared folder; choose another --config.output'])
   unfinished = folder.with_name(folder.name + '.unfinished')
   try:
     unfinished.mkdir(parents=True, exist_ok=True)
@@ -51,12 +51,12 @@ def prepare(spec: PrepareSpec, *, force=False, progress=lambda *args: None):
   with _locked(unfinished):
     _start_or_resume(unfinished, request, force)
     try:
-      found = _write_documents(spec, unfinished, progress)
+      counts = _write_documents(spec, unfinished, progress)
     except ConfigError:
-      shutil.rmtree(unfinished)  # There is nothing to go on from.
+      shutil.rmtree(unfinished)  # There is nothing to resume from.
       raise
     tokenizer = tokens.make_tokenizer(spec, unfinished, progress)
-    manifest = tokens.write_tokens(spec, unfinished, tokenizer, found, request, progress)
+    manifest = tokens.write_tokens(spec, unfinished, tokenizer, counts, request, progress)
     _write_json(prepared.manifest_path(unfinished), manifest)
     for name in ('request.json', 'documents.json', 'refused.jsonl', 'lock'):
       (unfinished / name).unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def prepare(spec: PrepareSpec, *, force=False, progress=lambda *args: None):
 
 
 def _request(spec):
-  """Returns what decides the outcome: the settings, and the state of the input."""
+  """Return everything that decides the result: the settings, and fingerprints of the input."""
   settings = to_dict(spec)
   settings.pop('output')
   request = {'settings': settings, 'format': prepared.FORMAT}
@@ -80,6 +80,8 @@ def _request(spec):
     request['files_sha256'] = digest.hexdigest()
   elif spec.source == 'python_docs':
     request['python'] = python_docs.version()
+  elif spec.source not in SOURCES and (digest := user_source.fingerprint(spec.source)):
+    request['source_sha256'] = digest
   if os.path.isfile(template := split_template(spec.template)[0]):
     request['template_sha256'] = prepared.file_sha256(template)
   if spec.tokenizer.path:
@@ -88,13 +90,13 @@ def _request(spec):
 
 
 def _check_finished(folder, request):
-  """Returns the manifest of a finished folder; raises ConfigError if it holds something else."""
+  """Return the manifest of a finished folder; raise ConfigError where it was prepared with another request."""
   try:
     manifest = prepared.read_manifest(folder)
   except ValueError as e:
     raise ConfigError([str(e)]) from e
   old, new = (_flat(r) for r in (manifest['request'], request))
-  # A setting that only one of them knows came with another version of the program.
+  # A setting that only one of them has belongs to another version of the program.
   changed = [f'{k} {old[k]!r}, now {new[k]!r}' for k in sorted({*old} & {*new})
              if old[k] != new[k]]
   if changed:
@@ -116,18 +118,18 @@ def _flat(request):
 
 @contextlib.contextmanager
 def _locked(folder):
-  """Holds a folder for this process; raises ConfigError when another one has it."""
+  """Lock a folder; raise ConfigError where another process holds it."""
   with open(folder / 'lock', 'w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-      raise ConfigError([f'another `llmjax prepare` is at work in {folder}; wait for it, or choose '
+      raise ConfigError([f'another `llmjax prepare` is writing to {folder}; wait for it, or choose '
                          'another --config.output']) from e
     yield
 
 
 def _start_or_resume(folder, request, force):
-  """Empties an unfinished folder unless it was begun with this very request."""
+  """Empty an unfinished folder unless it was started with the same request."""
   path = folder / 'request.json'
   with contextlib.suppress(OSError, ValueError):
     if json.loads(path.read_text()) == request and not force:
@@ -139,7 +141,7 @@ def _start_or_resume(folder, request, force):
 
 
 def _write_json(path, value):
-  """Writes a file that is either whole or absent."""
+  """Write a JSON file atomically."""
   partial = path.with_name(path.name + '.partial')
   with open(partial, 'w', encoding='utf-8') as f:
     f.write(json.dumps(value, indent=2, sort_keys=True) + '\n')
@@ -149,7 +151,7 @@ def _write_json(path, value):
 
 
 def _swap(new, folder):
-  """Puts the new folder in the place of the old one, if there is one."""
+  """Replace the old folder, if there is one, by the new one."""
   old = folder.with_name(folder.name + '.old')
   if old.exists():
     shutil.rmtree(old)
@@ -165,10 +167,11 @@ def _swap(new, folder):
 
 @dataclasses.dataclass
 class _Scan:
-  """What a first reading of the input found; lists have one entry a document.
+  """Results of the first pass over the input; lists have one entry for each document.
 
-  digests: of the text without white space and case that differ.  units: uint64 [n], equal for what must not be divided
-  between splits: the file of plain text, the prompt of completions, else the record.
+  digests: of the normalised text.  units: uint64 [n], equal for what must stay in one split: the file of plain text,
+  the prompt of completions, else the record.  fixed: the split that the source assigns, or ''.  unused: names of unused
+  fields of records.
   """
 
   digests: list = dataclasses.field(default_factory=list)
@@ -177,32 +180,36 @@ class _Scan:
   fixed: list = dataclasses.field(default_factory=list)
   rejected: list = dataclasses.field(default_factory=list)
   files: set = dataclasses.field(default_factory=set)
-  found: text_files.Found = dataclasses.field(default_factory=text_files.Found)
-  unused: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # Names of records' fields.
+  listing: text_files.Listing = dataclasses.field(default_factory=text_files.Listing)
+  unused: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
-def _read(spec, found=None, unused=None):
-  """Yields the Documents and the Rejected of the source that the spec names."""
+def _read(spec, listing=None, unused=None):
+  """Yield the Documents and the Rejected of the source."""
   is_text = spec.records == 'text'
   limits = Limits(
-      tuple(spec.suffixes) if is_text else conversations.SUFFIXES, spec.text_key or 'text', spec.document_bytes,
-      spec.max_record_bytes, spec.max_unpacked_bytes, spec.max_unpacked_ratio, spec.follow_links,
-      None if is_text else conversations.normaliser(spec.records, unused, spec.train_history,
-                                                    dialogues=spec.template != PLAIN), spec.max_window_bytes)
+      suffixes=tuple(spec.suffixes) if is_text else records.SUFFIXES, text_key=spec.text_key or 'text',
+      document_bytes=spec.document_bytes, max_record_bytes=spec.max_record_bytes,
+      max_unpacked_bytes=spec.max_unpacked_bytes, max_unpacked_ratio=spec.max_unpacked_ratio,
+      max_window_bytes=spec.max_window_bytes, follow_links=spec.follow_links,
+      normalise=None if is_text else records.normaliser(spec.records, unused, spec.train_history,
+                                                        dialogues=spec.template != PLAIN))
   if spec.source == 'python_docs':
     yield from python_docs.read_python_docs(include_site_packages=spec.include_site_packages)
   elif spec.source == 'text_dir':
-    yield from text_files.read_files(spec.path, limits, found)
-  else:
+    yield from text_files.read_files(spec.path, limits, listing)
+  elif spec.source == 'tfds':
     from llmjax.data import tfds_source
 
     yield from tfds_source.read_tfds(spec.name, spec.text_key, limits)
+  else:
+    yield from user_source.read_records(spec, limits)
 
 
 def _scan(spec, progress):
-  """Reads the input once; keeps about 500 bytes of memory a document."""
+  """Read the input once; takes about 500 bytes of memory a document."""
   scan, keys = _Scan(), []
-  for item in _read(spec, scan.found, scan.unused):
+  for item in _read(spec, scan.listing, scan.unused):
     if isinstance(item, Rejected):
       scan.rejected.append(item)
       continue
@@ -220,13 +227,14 @@ def _scan(spec, progress):
 
 
 def _digest(spec, item):
-  """Returns 16 bytes that are equal for documents that count as copies."""
-  return splits.text_digest(splits.normal(item.text) if spec.records == 'text' else conversations.normal(item.text))
+  """Return 16 bytes that are equal for duplicates."""
+  normalise = splits.normalise if spec.records == 'text' else conversations.normalise_document
+  return splits.text_digest(normalise(item.text))
 
 
 def _keys(spec, item, digest):
-  """Returns the hashes of what a document must not be divided from, one or more."""
-  digests = [] if spec.records == 'text' else [splits.text_digest(p) for p in conversations.prompts(item.text)]
+  """Return one or more hashes of what must be in the same split as a document."""
+  digests = [] if spec.records == 'text' else [splits.text_digest(p) for p in conversations.prompts_of(item.text)]
   return tuple(_unit(d) for d in digests or [digest if item.record else splits.text_digest(item.file)])
 
 
@@ -235,14 +243,14 @@ def _unit(digest):
 
 
 def _write_documents(spec, folder, progress):
-  """Reads the input, splits it, writes the TFDS dataset; returns the counts for the manifest."""
+  """Read the input, assign splits and write the TFDS dataset; return the counts for the manifest."""
   path = folder / 'documents.json'
   if path.is_file():
     return json.loads(path.read_text())
   scan = _scan(spec, progress)
   if not scan.digests:
     raise ConfigError([_nothing_found(spec, scan)])
-  counts = {'files': len(scan.files), 'ignored_files': dict(sorted(scan.found.ignored.items()))}
+  counts = {'files': len(scan.files), 'ignored_files': dict(sorted(scan.listing.ignored.items()))}
   if spec.source == 'text_dir' and spec.records == 'text' and len(set(scan.units.tolist())) < _FEW_FILES:
     # Whole files would be too coarse: cut them so that a few per cent are a few documents.
     size = max(1024, min(spec.document_bytes, sum(scan.sizes) // 40))
@@ -250,11 +258,27 @@ def _write_documents(spec, folder, progress):
       spec = dataclasses.replace(spec, document_bytes=size)
       scan = _scan(spec, progress)
     scan.units = np.array([_unit(digest) for digest in scan.digests], np.uint64)
-  counts |= {'document_bytes': spec.document_bytes, 'unused_fields': dict(sorted(scan.unused.items()))}
   codes = _assign(spec, scan)
   (folder / 'refused.jsonl').write_text(tokens.json_lines(scan.rejected), encoding='utf-8')
-  wanted = [name for name, code in splits.CODES.items() if np.any(codes == code)]
-  total = int(sum(np.sum(codes == splits.CODES[name]) for name in wanted))
+  names = [name for name, code in splits.CODES.items() if np.any(codes == code)]
+  _write_dataset(spec, folder, scan, codes, names, progress)
+  lost = [r for r in scan.rejected if not r.kept]
+  reasons = collections.Counter(tokens.kind_of(r.reason) for r in lost)
+  counts |= {
+      'document_bytes': spec.document_bytes, 'unused_fields': dict(sorted(scan.unused.items())), 'splits': names,
+      'duplicates': {'repeated': int(np.sum(codes == splits.DUPLICATE)),
+                     'train_copies_of_held_out': int(np.sum(codes == splits.LEAK))},
+      'quarantine': {'records': len(lost), 'reasons': dict(sorted(reasons.items())),
+                     'byte_order_marks_removed': len(scan.rejected) - len(lost)}}
+  _write_json(path, counts)
+  return counts
+
+
+def _write_dataset(spec, folder, scan, codes, names, progress):
+  """Write the documents of the named splits as a TFDS dataset.  Raises ConfigError where the input has changed."""
+  from llmjax.data import builders
+
+  total = int(sum(np.sum(codes == splits.CODES[name]) for name in names))
   written = itertools.count(1)
 
   def select(name):
@@ -266,29 +290,17 @@ def _write_documents(spec, folder, progress):
         progress('documents', next(written), total)
         yield item.name, item.text
 
-  from llmjax.data import builders
-
   kind = builders.PythonDocs if spec.source == 'python_docs' else builders.LocalText
   shutil.rmtree(prepared.documents_path(folder), ignore_errors=True)
   builders.write_documents(prepared.documents_path(folder), kind,
-                           {name: functools.partial(select, name) for name in wanted})
-  lost = [r for r in scan.rejected if not r.kept]
-  reasons = collections.Counter(tokens.kind_of(r.reason) for r in lost)
-  counts |= {
-      'splits': wanted,
-      'duplicates': {'repeated': int(np.sum(codes == splits.DUPLICATE)),
-                     'train_copies_of_held_out': int(np.sum(codes == splits.LEAK))},
-      'quarantine': {'records': len(lost), 'reasons': dict(sorted(reasons.items())),
-                     'byte_order_marks_removed': len(scan.rejected) - len(lost)}}
-  _write_json(path, counts)
-  return counts
+                           {name: functools.partial(select, name) for name in names})
 
 
 def _assign(spec, scan):
-  """Returns the split code of each document; raises ConfigError when none can be held out."""
+  """Return the split code of each document; raise ConfigError where none can be held out."""
   codes = np.array([splits.CODES.get(split, -1) for split in scan.fixed], np.int8)
   free = np.flatnonzero(codes < 0)
-  # A split that the source itself provides is not added to.
+  # A split that the source provides is not extended.
   fractions = {'validation': spec.validation_fraction, 'test': spec.test_fraction}
   fractions = {name: 0.0 if np.any(codes == splits.CODES[name]) else fraction
                for name, fraction in fractions.items()}
@@ -296,7 +308,7 @@ def _assign(spec, scan):
     codes[free] = splits.choose_held_out(
         scan.units[free], np.array(scan.sizes, np.int64)[free],
         fractions['validation'], fractions['test'])
-  codes = splits.drop_divided(splits.drop_duplicates(codes, scan.digests), scan.units)
+  codes = splits.drop_leaks(splits.drop_duplicates(codes, scan.digests), scan.units)
   for name, fraction in fractions.items():
     if free.size and fraction and not np.any(codes == splits.CODES[name]):
       raise ConfigError([
@@ -307,17 +319,17 @@ def _assign(spec, scan):
 
 
 def _nothing_found(spec, scan):
-  """Returns the message for an empty corpus: what was looked for, where, and what was there."""
+  """Return the message for an empty corpus: what was searched for, where, and what was there."""
+  reasons = collections.Counter(r.reason for r in scan.rejected).most_common(3)
+  rejected = f'every record was rejected: {"; ".join(f"{count} x {reason}" for reason, count in reasons)}'
   if spec.source != 'text_dir':
-    return f'{spec.name or spec.source}: there is no text in it'
-  suffixes = spec.suffixes if spec.records == 'text' else conversations.SUFFIXES
-  looked = (f'no {spec.records} found in {spec.path}: looked for {", ".join(suffixes)} (also in .gz, '
-            f'.zst, .bz2, .xz, .tar, .zip)')
-  if scan.rejected:
-    reasons = collections.Counter(r.reason for r in scan.rejected).most_common(3)
-    return (f'{looked}; {scan.found.files} such files, but every record was refused: '
-            + '; '.join(f'{count} x {reason}' for reason, count in reasons))
-  if scan.found.ignored:
-    return (f'{looked}; there are only other files: {scan.found.describe_ignored()}; add their '
-            "suffixes to --config.suffixes if they are text")
-  return f'{looked}; there are no files at all'
+    return f'{spec.name or spec.source}: ' + (rejected if reasons else 'there is no text in it')
+  suffixes = spec.suffixes if spec.records == 'text' else records.SUFFIXES
+  searched = (f'no {spec.records} found in {spec.path}: searched for {", ".join(suffixes)} (also in .gz, '
+              f'.zst, .bz2, .xz, .tar, .zip)')
+  if reasons:
+    return f'{searched}; {scan.listing.files} such files, but {rejected}'
+  if scan.listing.ignored:
+    return (f'{searched}; there are only other files: {scan.listing.describe_ignored()}; add their '
+            'suffixes to --config.suffixes if they are text')
+  return f'{searched}; there are no files at all'

@@ -1,4 +1,4 @@
-"""What reading makes of files: documents, and what was left out and why."""
+"""Results of reading a source: documents, and rejected records with the reason."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from collections.abc import Callable
 class Document:
   """A text and the file it came from.
 
-  split: where it must go, '' where it may go anywhere.  record: it is one of many independent ones
-  in its file, as in JSONL.
+  split: train, validation or test; '' to assign one at random.  record: whether it is independent of the other
+  documents of its file, as a line of JSONL is.
   """
 
   name: str
@@ -21,9 +21,9 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-  """What was left out.  offset: in bytes from the start of the (uncompressed) file; line: from 1.
+  """A record that was left out.  offset: bytes from the start of the (uncompressed) file.  line: from 1.
 
-  kept: True where only a byte-order mark was removed and the text went on.
+  kept: True where only a byte-order mark was removed.
   """
 
   file: str
@@ -36,13 +36,12 @@ class Rejected:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """suffixes: of files to read.  document_bytes: where plain text is cut.  text_key: the field of records.
+  """How files are read, and how much they may hold.
 
-  take: makes a record's text of the whole record, in place of text_key; it raises ValueError with a reason.
-
-  max_unpacked_bytes, max_unpacked_ratio: of what one file unpacks to, on all levels together, and how many
-  times its size that is.  max_window_bytes: how far back a compressed file may refer, all of it memory.
-  follow_links: read what links of the file system lead to outside the folder.
+  suffixes: of the files to read.  document_bytes: size at which plain text is cut.  text_key: field of records with the
+  text.  normalise: function of a whole record to its text, instead of text_key; it raises ValueError with the reason.
+  max_unpacked_bytes, max_unpacked_ratio: of what a file unpacks to on all levels, absolutely and as a multiple of its
+  size.  max_window_bytes: memory of a decompressor.  follow_links: read the targets of links to outside the folder.
   """
 
   suffixes: tuple[str, ...]
@@ -52,25 +51,25 @@ class Limits:
   max_unpacked_bytes: int = 1 << 38
   max_unpacked_ratio: int = 200
   follow_links: bool = False
-  take: Callable[[dict], str] | None = None
+  normalise: Callable[[dict], str] | None = None
   max_window_bytes: int = 1 << 31
 
 
 def check_record(record, name, file, limits, offset=None, line=None):
-  """Returns the Document of a record, a dict as JSON has it, or the Rejected that says what is wrong with it."""
-  if limits.take:
+  """Return the Document of a record, a dict of JSON types, or a Rejected with the reason."""
+  if limits.normalise:
     try:
-      return check_text(limits.take(record), name, file, limits, offset, line)
+      return check_text(limits.normalise(record), name, file, limits, offset, line)
     except ValueError as e:
       return Rejected(file, one_line(e), offset, line)
   if not isinstance(record, dict) or limits.text_key not in record:
-    fields = field_names(record) if isinstance(record, dict) else 'no object'
+    fields = field_names(record) if isinstance(record, dict) else 'not an object'
     return Rejected(file, f'no field {limits.text_key!r} (found: {fields})', offset, line)
   return check_text(record[limits.text_key], name, file, limits, offset, line)
 
 
 def check_text(text, name, file, limits, offset=None, line=None):
-  """Returns the Document of a record's text, or the Rejected that says what is wrong with it."""
+  """Return the Document of a record's text, or a Rejected with the reason."""
   if isinstance(text, bytes):
     try:
       text = text.decode()
@@ -94,11 +93,11 @@ def check_text(text, name, file, limits, offset=None, line=None):
 
 
 def field_names(names):
-  """Returns the first few names of fields, as a message can show them."""
+  """Return the first few names of fields in printable form."""
   return ', '.join(''.join(c if c.isprintable() else '?' for c in str(name)[:40]) for name in list(names)[:8])
 
 
 def one_line(error):
-  """Returns the first line of what an error says, as a message can show it: a file may have written it."""
+  """Return the first line of an error's message in printable form: it may quote a file."""
   line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
   return ''.join(c if c.isprintable() else '?' for c in line)

@@ -1,7 +1,7 @@
-"""Documents of one stream of bytes: plain text, JSON lines, a JSON array, Parquet.
+"""Documents of one byte stream: plain text, JSON lines, a JSON array, Parquet.
 
-Reading never stops at a bad record: it yields a `Rejected` that says where and why, and goes on.  Memory stays
-bounded by the longest record that is allowed.
+A bad record yields a `Rejected` with its place and the reason, and reading continues.  Memory is bounded by the longest
+record allowed.
 """
 
 import codecs
@@ -17,7 +17,7 @@ BOM = b'\xef\xbb\xbf'
 
 
 def read_text(stream, name, limits):
-  """Yields a plain-text file as documents that, joined, are the file without its bad lines."""
+  """Yield a plain-text file as documents whose concatenation is the file without its bad lines."""
   pending, parts, rejected = bytearray(), 0, 0
 
   def documents(final):
@@ -43,7 +43,7 @@ def read_text(stream, name, limits):
       pending += block
       if len(pending) > 2 * limits.document_bytes:
         yield from documents(final=False)
-  except Exception:  # A damaged file: what came before the damage is good.
+  except Exception:  # A damaged file: the text before the damage is good.
     yield from documents(final=True)
     raise
   yield from documents(final=True)
@@ -52,7 +52,7 @@ def read_text(stream, name, limits):
 
 
 def _blocks(stream, name, limits):
-  """Yields good bytes that end with a line, or Rejected lines."""
+  """Yield valid bytes that end with a line, or Rejected lines."""
   size = min(BLOCK, limits.max_record_bytes)
   number = 1
   while block := stream.read(size):
@@ -64,7 +64,7 @@ def _blocks(stream, name, limits):
     if not block.endswith(b'\n'):
       try:
         block += stream.readline(limits.max_record_bytes + 1)
-      except Exception as e:  # Raised below, after the lines that are whole.
+      except Exception as e:  # Raised below, after the complete lines.
         damage, block = e, block[:block.rfind(b'\n') + 1]
     last = block.rfind(b'\n', 0, len(block) - 1) + 1
     tail, overlong = block[last:], None
@@ -86,7 +86,7 @@ def _blocks(stream, name, limits):
 
 
 def _good_lines(block, name, start, number):
-  """Yields the lines of a block that are text, and a Rejected for each that is not."""
+  """Yield the valid lines of a block, and a Rejected for each other line."""
   end = start + len(block)
   for i, line in enumerate(block.split(b'\n')):  # Not splitlines: a lone \r ends no line here.
     line += b'\n' if start + len(line) < end else b''
@@ -99,7 +99,7 @@ def _good_lines(block, name, start, number):
 
 
 def _cut(data, target, final):
-  """Returns where to end the next document, about `target` bytes on; 0 to wait for more."""
+  """Return the size of the next document, about `target` bytes; 0 where more data are needed."""
   if len(data) <= target * 1.25:
     return len(data) if final else 0
   for mark in (b'\n\n', b'\n'):
@@ -111,17 +111,17 @@ def _cut(data, target, final):
 
 
 def read_records(stream, name, limits):
-  """Yields a Document or a Rejected for each record of JSON lines or of a JSON array, whichever the file holds."""
+  """Yield a Document or a Rejected for each record of JSON lines or of a JSON array."""
   begin = stream.peek().removeprefix(BOM).lstrip()
   if begin[:1] == b'{' and re.match(rb'\{\s*\n', begin):
-    yield Rejected(name, 'one JSON object over several lines, not records: make JSON lines of those within it, such as '
-                   "jq -c '.FIELD[]' FILE > NEW.jsonl", 0, 1)
+    yield Rejected(name, 'one JSON object over several lines, not records; convert those in it to JSON lines, such as '
+                   "by jq -c '.FIELD[]' FILE > NEW.jsonl", 0, 1)
     return
   yield from (read_json if begin[:1] == b'[' else read_jsonl)(stream, name, limits)
 
 
 def read_jsonl(stream, name, limits):
-  """Yields a Document or a Rejected for each line that is not blank."""
+  """Yield a Document or a Rejected for each line that is not blank."""
   for item in _lines(stream, name, limits):
     if isinstance(item, Rejected):
       yield item
@@ -142,7 +142,7 @@ def read_jsonl(stream, name, limits):
 
 
 def _lines(stream, name, limits):
-  """Yields (offset, line number, bytes with line end) or Rejected, of lines of any length."""
+  """Yield (offset, line number, bytes with line end) or Rejected, for lines of any length."""
   offset, limit = stream.offset, limits.max_record_bytes
   for number in itertools.count(1):
     line = stream.readline(limit + 1)
@@ -161,7 +161,7 @@ def _lines(stream, name, limits):
 
 
 def _skip_line(stream):
-  """Reads to the end of the line; returns how many bytes that was."""
+  """Read to the end of the line; return the number of bytes read."""
   length = 0
   while part := stream.readline(BLOCK):
     length += len(part)
@@ -171,7 +171,7 @@ def _skip_line(stream):
 
 
 def read_json(stream, name, limits):
-  """Yields the records of a JSON array; what comes after a mistake in it is lost."""
+  """Yield the records of a JSON array; the rest after a syntax error is lost."""
   array, number, line = _Array(stream, limits.max_record_bytes), 0, 1
   try:
     if mark := _encoding_mark(array.begin, name):
@@ -189,7 +189,7 @@ _END = object()
 
 
 class _Array:
-  """A JSON array, of which no more than a few records are in memory."""
+  """An incremental parser of a JSON array, with a few records in memory at a time."""
 
   def __init__(self, stream, most):
     self._stream, self._most = stream, most
@@ -201,7 +201,7 @@ class _Array:
     self._text = self._text.removeprefix('\ufeff')
 
   def _more(self):
-    """Reads on; drops what was read before.  Returns False at the end."""
+    """Read more and drop the text before the current place; return False at the end."""
     if self._fault:
       raise self._fault
     data = b'' if self._ended else self._stream.read(BLOCK)
@@ -209,7 +209,7 @@ class _Array:
     self._count_lines()
     try:
       text = self._decode(data, final=self._ended)
-    except UnicodeDecodeError as e:  # Raised above, once what comes before it is read.
+    except UnicodeDecodeError as e:  # Raised above, once the text before it is read.
       text, self._fault = e.object[:e.start].decode(), e
     self._text, self._at, self._counted = self._text[self._at:] + text, 0, 0
     return not self._ended
@@ -219,7 +219,7 @@ class _Array:
     self._counted = self._at
 
   def _next(self):
-    """Returns the next character that is no white space, '' at the end."""
+    """Return the next character that is not white space, '' at the end."""
     while True:
       while self._at < len(self._text) and self._text[self._at] in ' \t\r\n':
         self._at += 1
@@ -237,7 +237,7 @@ class _Array:
     return found
 
   def next_record(self):
-    """Returns a record, or _END."""
+    """Return the next record, or _END."""
     if self._started and self.expect(',', ']') == ']' or self._next() == ']':
       return _END
     self._started = True
@@ -245,7 +245,7 @@ class _Array:
     while True:
       try:
         record, end = _DECODER.raw_decode(self._text, self._at)
-        if end < len(self._text) or self._ended:  # At the end a number may go on.
+        if end < len(self._text) or self._ended:  # A number at the end of the text may continue.
           break
       except ValueError:
         if self._ended:
@@ -261,19 +261,19 @@ _DECODER = json.JSONDecoder()
 
 
 def read_parquet(raw, name, limits, budget):
-  """Yields a Document or a Rejected for each row.  budget: whose `spend` hears how long each text is."""
+  """Yield a Document or a Rejected for each row.  budget: its `spend` is called with the size of each text."""
   try:
     import pyarrow.parquet
   except ImportError as e:
     raise OSError('.parquet needs the package pyarrow: pip install pyarrow') from e
   table = pyarrow.parquet.ParquetFile(raw)
-  if not limits.take and limits.text_key not in table.schema_arrow.names:
+  if not limits.normalise and limits.text_key not in table.schema_arrow.names:
     yield Rejected(name, f'no field {limits.text_key!r} '
                    f'(found: {field_names(table.schema_arrow.names)})')
     return
   row = 0
-  for batch in table.iter_batches(batch_size=256, columns=None if limits.take else [limits.text_key]):
-    for value in batch.to_struct_array() if limits.take else batch.column(0):
+  for batch in table.iter_batches(batch_size=256, columns=None if limits.normalise else [limits.text_key]):
+    for value in batch.to_struct_array() if limits.normalise else batch.column(0):
       row += 1
       try:
         text = value.as_py()
@@ -282,19 +282,19 @@ def read_parquet(raw, name, limits, budget):
         continue
       # A dictionary and run lengths make many long texts of few bytes.
       budget.spend(len(text) if isinstance(text, (str, bytes)) else len(repr(text)))
-      check = check_record if limits.take else check_text
+      check = check_record if limits.normalise else check_text
       yield check(text, f'{name}#{row}', name, limits, None, row)
 
 
 def _encoding_mark(start, name):
-  """Returns a Rejected, whose text is kept, when a file starts with a byte-order mark."""
+  """Return a Rejected with `kept` set where a file starts with a byte-order mark."""
   if start.startswith(BOM):
     return Rejected(name, 'byte-order mark removed, text kept', 0, 1, len(BOM), kept=True)
   return None
 
 
 def _bad_text(data):
-  """Returns (reason, offset within data) when bytes are not text, else None."""
+  """Return (reason, offset within data) where bytes are not text, else None."""
   nul = data.find(b'\0')
   try:
     data.decode()
@@ -305,16 +305,16 @@ def _bad_text(data):
 
 
 class Counted:
-  """A binary stream that knows how many bytes were taken, and loses none when reading fails.
+  """A binary stream that counts the bytes read, and returns all bytes before an error.
 
-  The standard library's buffered readers drop what they hold when a compressed file breaks off.
+  The standard library's buffered readers drop their buffer where a compressed file is truncated.
   """
 
   def __init__(self, stream):
     self._stream, self._buffer, self._start, self.offset, self._error = stream, b'', 0, 0, None
 
   def _fill(self):
-    """Adds what one read gives to the buffer; returns False at the end."""
+    """Read once into the buffer; return False at the end."""
     if self._error:
       raise self._error
     data = self._stream.read1(BLOCK)
@@ -329,22 +329,22 @@ class Counted:
     return data
 
   def peek(self):
-    """Returns what comes next without taking it: some bytes, none only at the end."""
+    """Return some of the next bytes without consuming them; none only at the end."""
     try:
       while len(self._buffer) - self._start < 4096 and self._fill():
         pass
-    except Exception as e:  # Raised when what came before is taken.
+    except Exception as e:  # Raised once the bytes before it are read.
       self._error = e
     return self._buffer[self._start:self._start + BLOCK]
 
   def read(self, size):
-    """Returns up to `size` bytes, b'' at the end."""
+    """Read up to `size` bytes, b'' at the end."""
     if self._start == len(self._buffer):
       self._fill()
     return self._take(min(self._start + size, len(self._buffer)))
 
   def readline(self, size):
-    """Returns a line with its end, or its first `size` bytes."""
+    """Read a line with its end, or its first `size` bytes."""
     searched = self._start
     while True:
       end = self._buffer.find(b'\n', searched, self._start + size)

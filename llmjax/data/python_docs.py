@@ -1,7 +1,7 @@
-"""The text that every Python brings along: reference prose and the standard library's sources.
+"""The text of a Python installation: language reference, sources of the standard library, docstrings.
 
-About 11 MB: the language reference (pydoc_data.topics), the sources with their docstrings, and the
-docstrings of modules written in C.  Losses on it compare only between equal versions of Python.
+About 11 MB: the language reference (pydoc_data.topics), the sources, and the docstrings of modules written in C.
+Losses are comparable only between equal versions of Python.
 """
 
 import importlib
@@ -15,16 +15,16 @@ import warnings
 from llmjax.config import ConfigError
 from llmjax.data.documents import Document, Limits, Rejected, check_text
 
-# Tables, tests, demonstrations and tools; pydoc_data's text is read as topics.
+# Tables, tests, demos and tools; pydoc_data is read as topics.
 EXCLUDED = frozenset((
     'encodings', 'test', 'tests', 'idlelib', 'lib2to3', 'turtledemo', 'pydoc_data', 'ensurepip',
     'site-packages', 'dist-packages', '__pycache__', 'idle_test', '__phello__'))
-# Fixed lists, about 6 % of the bytes each on 3.11 to 3.13: hashes of so few modules are lumpy.
+# Fixed lists, about 6 % of the bytes each on 3.11 to 3.13: a random choice of so few modules would be uneven.
 HELD_OUT_MODULES = {
     'validation': ('statistics', 'textwrap', 'heapq', 'calendar', 'zipfile', 'email'),
     'test': ('fractions', 'difflib', 'argparse', 'shelve', 'sched', 'tarfile', 'ipaddress',
              'configparser')}
-# Many topics are excerpts of others (`with` is all inside `compound`); these share no passage.
+# Many topics are excerpts of others (`with` of `compound`); these share no passage with others.
 HELD_OUT_TOPICS = {
     'validation': ('import', 'typesmapping', 'slicings', 'lambda', 'assert'),
     'test': ('strings', 'calls', 'raise', 'yield', 'booleans', 'subscriptions')}
@@ -34,21 +34,21 @@ _NO_TEXT = ('this Python has no sources to read ({where}): zipped and stripped i
 
 
 def version() -> str:
-  """Returns the version of the corpus, which is Python's."""
+  """Return the version of the corpus, that of Python."""
   return '.'.join(map(str, sys.version_info[:3]))
 
 
 def split_of(module: str) -> str:
-  """Returns the split of a module by its first name; an accelerator goes with its module."""
+  """Return the split of a module by its top-level name; a C accelerator belongs to its module."""
   name = module.split('.')[0].lstrip('_')
   return next((s for s, names in HELD_OUT_MODULES.items() if name in names), 'train')
 
 
 def read_python_docs(*, include_site_packages=False, library=None):
-  """Yields the Documents (with their splits) and Rejected of this Python, in a fixed order.
+  """Yield the Documents (with their splits) and Rejected of this Python, in a fixed order.
 
-  library: the folder of the standard library, this Python's unless given.  Raises ConfigError when
-  there are no sources or no topics.
+  library: folder of the standard library, by default this Python's.  Raises ConfigError where there are no sources or
+  no topics.
   """
   library = pathlib.Path(library or sysconfig.get_path('stdlib'))
   sources = _list_sources(library)
@@ -63,7 +63,7 @@ def read_python_docs(*, include_site_packages=False, library=None):
     if text := _docstrings(module):
       yield _checked(text, f'builtin/{module}', split_of(module))
   if include_site_packages:
-    # To train only, so that the held-out text stays the same for everyone.
+    # In train only, so that the held-out text is the same for everyone.
     folder = pathlib.Path(sysconfig.get_path('purelib'))
     for path in sorted(folder.rglob('*.py')):
       relative = path.relative_to(folder)
@@ -82,7 +82,7 @@ def _read_topics():
 
 
 def _list_sources(library):
-  """Returns the source files, empty ones (packages without code) left out."""
+  """Return the source files that are not empty."""
   found = []
   for folder, folders, names in os.walk(library):
     folders[:] = sorted(f for f in folders if f not in EXCLUDED and not f.startswith('config-'))
@@ -107,7 +107,7 @@ def _checked(text, name, split):
 
 
 def _compiled_modules(library):
-  """Returns names of the standard library's modules without Python source."""
+  """Return the names of standard modules without Python source."""
   names = set(sys.builtin_module_names)
   for path in (library / 'lib-dynload').glob('*'):
     names.add(path.name.split('.')[0])
@@ -116,13 +116,13 @@ def _compiled_modules(library):
 
 
 def _docstrings(name):
-  """Returns a page of a compiled module's docstrings, '' if there are none."""
+  """Return the docstrings of a compiled module as one text, '' if there are none."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')
       module = importlib.import_module(name)
   except ImportError:
-    return ''  # Built against a library that is absent here.
+    return ''  # A shared library is missing.
   page = [f'{name}\n\n{inspect.cleandoc(module.__doc__)}\n'] if module.__doc__ else []
   for key, value in sorted(vars(module).items()):
     owner = getattr(value, '__module__', name)

@@ -1,4 +1,4 @@
-"""Which document goes to which split.  The choice depends on names, sizes and text alone."""
+"""Assignment of documents to splits, and removal of duplicates.  Both depend on names, sizes and text alone."""
 
 import hashlib
 
@@ -9,19 +9,19 @@ CODES = {'train': TRAIN, 'validation': VALIDATION, 'test': TEST}
 
 
 def text_digest(text: str) -> bytes:
-  """Returns 16 bytes that are equal for equal texts."""
+  """Return 16 bytes that are equal for equal texts."""
   return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def normal(text: str) -> str:
-  """Returns the text with one space for any white space, in one case: texts with the same are copies."""
+def normalise(text: str) -> str:
+  """Return the text in lower case with single spaces: texts for which this is equal are duplicates."""
   return ' '.join(text.split()).casefold()
 
 
 def join_units(keys) -> np.ndarray:
-  """Returns uint64 [n], equal for items that share a key, also by way of other items.
+  """Return uint64 [n], equal for items that share a key, directly or through other items (union-find).
 
-  keys: for each item one key or more, uint64, each a hash of what must not be divided between splits.
+  keys: for each item one key or more, uint64, each a hash of what must stay in one split.
   """
   parent = {}
 
@@ -38,18 +38,18 @@ def join_units(keys) -> np.ndarray:
 
   def unit(key):
     key = root(key)
-    # The least of many hashes would come early in the order of units: hash it again.
+    # The smallest of many hashes would come early in the order of units: hash it again.
     return key if key not in joined else int.from_bytes(hashlib.blake2b(key.to_bytes(8), digest_size=8).digest())
 
   return np.array([unit(item[0]) for item in keys], np.uint64)
 
 
 def choose_held_out(units, sizes, validation_fraction, test_fraction):
-  """Returns an int8 code [n] for n documents: TRAIN, VALIDATION or TEST.
+  """Return an int8 code [n] for n documents: TRAIN, VALIDATION or TEST.
 
-  units: uint64 [n], a hash of what must stay together (a file, a prompt, or the document itself); a unit is
-  never in two splits.  sizes: int64 [n] bytes.  Each held-out split takes units in the order of
-  their hashes until it has its share of the bytes, and at least one where there are three or more.
+  units: uint64 [n], a hash of what must stay in one split (a file, a prompt, or the document itself).  sizes: int64 [n]
+  bytes.  Each held-out split takes units in the order of their hashes until it has its share of the bytes, and at least
+  one where there are three or more.
   """
   codes = np.full(len(units), TRAIN, np.int8)
   names, member = np.unique(units, return_inverse=True)
@@ -59,7 +59,7 @@ def choose_held_out(units, sizes, validation_fraction, test_fraction):
     if not fraction or free.sum() < 2:
       continue
     target = fraction * totals.sum()
-    # One unit much larger than the share would hold out far more than was asked for.
+    # A unit much larger than the share would hold out far more than requested.
     small = np.flatnonzero(free & (totals <= max(2 * target, totals[free].min())))
     middle = np.cumsum(totals[small]) - totals[small] / 2
     # At most half: the next split needs small units too.
@@ -69,20 +69,20 @@ def choose_held_out(units, sizes, validation_fraction, test_fraction):
   return codes
 
 
-def drop_divided(codes, units):
-  """Returns the codes with LEAK for what is in train and shares a unit with what is held out.
+def drop_leaks(codes, units):
+  """Return the codes with LEAK for train documents that share a unit with a held-out one.
 
-  Only where a source comes with splits of its own can that be.
+  This happens only where a source has splits of its own.
   """
   held_out = units[(codes == VALIDATION) | (codes == TEST)]
   return np.where((codes == TRAIN) & np.isin(units, held_out), LEAK, codes).astype(np.int8)
 
 
 def drop_duplicates(codes, digests):
-  """Returns the codes with copies marked: one document of each text stays.
+  """Return the codes with duplicates marked: one document of each text stays.
 
-  digests: bytes [n].  A copy in train of a held-out text is a LEAK; any other copy is a DUPLICATE.
-  Where held-out splits share a text, test keeps it.
+  digests: bytes [n].  A duplicate in train of a held-out text is a LEAK; any other is a DUPLICATE.  Where held-out
+  splits share a text, test keeps it.
   """
   codes = codes.copy()
   # Test first, then validation, then train; within a split the first one stays.

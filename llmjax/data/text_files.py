@@ -1,8 +1,8 @@
 """Documents from files: plain text, Markdown, JSON, JSONL, Parquet, compressed and in tar and zip archives.
 
-formats.py reads what each holds; a bad one yields a `Rejected`, and reading goes on.  Archives are read as streams
-and nothing is unpacked to a path, so a member's name is only a label; links within them are not followed, and what
-one file on the disk unpacks to is bounded, absolutely and by its own size.
+`formats` reads the content; a bad record or file yields a `Rejected`, and reading continues.  Archives are read as
+streams and never unpacked to a path, so the name of a member is only a label; links within them are not followed, and
+the size that one file unpacks to is bounded, absolutely and relative to its own size.
 """
 
 import collections
@@ -17,24 +17,24 @@ import tempfile
 import zipfile
 import zlib
 
-from llmjax.data import compression as compressions
+from llmjax.data import compression
 from llmjax.data.compression import BLOCK, Unsupported
 from llmjax.data.documents import Limits, Rejected, one_line
 from llmjax.data.formats import Counted, read_parquet, read_records, read_text
 
-# Names of one suffix for two.
+# One suffix for two.
 _JOINED = {'.tgz': ['.tar', '.gz'], '.tbz': ['.tar', '.bz2'], '.tbz2': ['.tar', '.bz2'], '.txz': ['.tar', '.xz'],
            '.tzst': ['.tar', '.zst']}
 RECORD_SUFFIXES = ('.jsonl', '.ndjson')
 ARCHIVES = ('.tar', '.zip')
-# An archive within an archive within an archive is somebody's backup; deeper ones are made to do harm.
+# Three levels of archives occur in backups; deeper nesting is an attack.
 _DEPTH = 3
-# Below this no ratio is looked at: small files of blank lines are harmless.
+# The ratio is not checked below this: small files of blank lines are harmless.
 _SMALL = 64 << 20
 
 
-class Found:
-  """Counts what a walk came across, for error messages and the manifest."""
+class Listing:
+  """Counts of files read and of files ignored, by suffix, for error messages and the manifest."""
 
   def __init__(self):
     self.files, self.ignored = 0, collections.Counter()
@@ -45,11 +45,11 @@ class Found:
 
 
 class _TooLarge(OSError):
-  """A file unpacks to more than it may."""
+  """A file unpacks to more than is allowed."""
 
 
 class _Budget:
-  """What one file on the disk may still unpack to, its archives' archives included."""
+  """The number of bytes to which one file on the disk may unpack, nested archives included."""
 
   def __init__(self, size, limits):
     self._limits = limits
@@ -57,7 +57,7 @@ class _Budget:
     self._spent = 0
 
   def spend(self, count):
-    """Notes that `count` more bytes came out; raises _TooLarge."""
+    """Add `count` unpacked bytes; raise _TooLarge."""
     self._spent += count
     if self._spent > self._most:
       limits = self._limits
@@ -80,14 +80,14 @@ class _Capped(io.RawIOBase):
     return data
 
   def read(self, size):
-    # tarfile takes a short answer for the end.
+    # tarfile takes a short read for the end.
     data = self._stream.read(size)
     self._budget.spend(len(data))
     return data
 
 
 def list_files(path):
-  """Returns the files under a path, sorted, hidden ones left out; a file is its own only one."""
+  """Return the sorted files under a path, without hidden ones; of a file, the file itself."""
   if os.path.isfile(path):
     return [str(path)]
   files = []
@@ -98,13 +98,13 @@ def list_files(path):
 
 
 def readable_name(path):
-  """Returns a file's name as text that can be encoded and printed, whatever its bytes are."""
+  """Return a file name of any bytes as printable text."""
   name = os.fsencode(path).decode('utf-8', 'backslashreplace')
   return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in name)
 
 
-def _why_not(file, root, limits):
-  """Returns why a path is not opened, or ''.  A pipe would wait for ever, a device has no end."""
+def _refusal(file, root, limits):
+  """Return why a path is not opened, or ''.  A pipe would block for ever, a device has no end."""
   if not stat.S_ISREG(os.stat(file).st_mode):
     return 'not a regular file'
   if not limits.follow_links:
@@ -114,85 +114,90 @@ def _why_not(file, root, limits):
   return ''
 
 
-def read_files(path, limits: Limits, found: Found | None = None):
-  """Yields the Documents and the Rejected of a folder, a file or an archive, in sorted order."""
-  found = found if found is not None else Found()
+def read_files(path, limits: Limits, listing: Listing | None = None):
+  """Yield the Documents and the Rejected of a folder, a file or an archive, in sorted order."""
+  listing = listing if listing is not None else Listing()
   root = path if os.path.isdir(path) else os.path.dirname(path) or '.'
   for file in list_files(path):
     name = readable_name(os.path.relpath(file, root))
     try:
-      # A file that the user names himself may be a link to anywhere.
-      if reason := _why_not(file, path, limits):
+      # A file that the user names directly may be a link to anywhere.
+      if reason := _refusal(file, path, limits):
         yield Rejected(name, reason)
         continue
       with open(file, 'rb') as raw:
-        yield from _read_file(raw, name, limits, found, _Budget(os.fstat(raw.fileno()).st_size, limits))
+        yield from _read_file(raw, name, limits, listing, _Budget(os.fstat(raw.fileno()).st_size, limits))
     except OSError as e:
       yield Rejected(name, f'cannot be read: {e.strerror or e}')
 
 
-def _read_file(raw, name, limits, found, budget, depth=0):
-  """Yields what an open file holds; suffixes say how to read it.  depth: archives around it."""
+def _read_file(raw, name, limits, listing, budget, depth=0):
+  """Yield the content of an open file, read as its suffixes say.  depth: of nested archives."""
   suffixes = [s.lower() for s in pathlib.PurePath(name).suffixes] or ['']
   suffixes[-1:] = _JOINED.get(suffixes[-1], suffixes[-1:])
-  compression = suffixes.pop() if suffixes[-1] in (*compressions.SUFFIXES, *compressions.UNSUPPORTED) else ''
+  packed = suffixes.pop() if suffixes[-1] in (*compression.SUFFIXES, *compression.UNSUPPORTED) else ''
   kind = suffixes[-1] if suffixes else ''
-  # A bare `text.gz` is taken for text if plain text is asked for.
+  # A bare `text.gz` is plain text where that is requested.
   wanted = kind in ARCHIVES or kind in limits.suffixes or (
-      compression and not kind and '.txt' in limits.suffixes)
-  if remedy := compressions.UNSUPPORTED.get(compression):
-    if wanted or compression in ('.7z', '.rar'):
-      yield Rejected(name, f'{compression} is not supported; unpack or repack it: {remedy}')
+      packed and not kind and '.txt' in limits.suffixes)
+  if remedy := compression.UNSUPPORTED.get(packed):
+    if wanted or packed in ('.7z', '.rar'):
+      yield Rejected(name, f'{packed} is not supported; unpack or repack it: {remedy}')
       return
   if not wanted:
-    found.ignored[readable_name(kind + compression)] += 1
+    listing.ignored[readable_name(kind + packed)] += 1
     return
   stream = raw
-  if compression:
-    short = {'.zstd': '.zst', '.lzma': '.xz'}.get(compression, compression)
-    stream = _Capped(compressions.Members(raw, short, limits.max_window_bytes), budget)
+  if packed:
+    packed = {'.zstd': '.zst', '.lzma': '.xz'}.get(packed, packed)
+    stream = _Capped(compression.Members(raw, packed, limits.max_window_bytes), budget)
   if kind in ARCHIVES:
     if depth == _DEPTH:
       yield Rejected(name, f'an archive within {_DEPTH} archives')
       return
     read = _read_tar if kind == '.tar' else _read_zip
-    yield from read(stream, name, limits, found, budget, depth + 1)
+    yield from read(stream, name, limits, listing, budget, depth + 1)
     return
-  found.files += 1
+  listing.files += 1
+  yield from _read_content(stream, kind, name, limits, budget)
+
+
+def _read_content(stream, kind, name, limits, budget):
+  """Yield the Documents and the Rejected of a file that is no archive.  kind: its suffix."""
   counted = None
   try:
     if kind == '.parquet':
       with _seekable(stream) as file:
         yield from read_parquet(file, name, limits, budget)
       return
-    counted = Counted(compressions.as_utf8(stream))
-    if kind in RECORD_SUFFIXES or kind == '.json' and limits.take:
+    counted = Counted(compression.as_utf8(stream))
+    if kind in RECORD_SUFFIXES or kind == '.json' and limits.normalise:
       yield from read_records(counted, name, limits)
     else:
       yield from read_text(counted, name, limits)
   except Exception as e:
-    # What a damaged Parquet file makes pyarrow raise is of many kinds, UnicodeDecodeError among them.
+    # pyarrow raises errors of many types for a damaged file, UnicodeDecodeError among them.
     if not _is_damage(e) and kind != '.parquet':
       raise
     yield Rejected(name, _fault('file', e), offset=counted.offset if counted else None)
 
 
-def _fault(what, error):
-  """Returns the reason for a file or an archive that cannot be read further."""
+def _fault(noun, error):
+  """Return the reason for a file or an archive that cannot be read further."""
   if isinstance(error, (Unsupported, NotImplementedError)):
     remedy = '' if isinstance(error, Unsupported) else '; unpack it, or pack it again with deflate'
-    return f'unsupported {what}, the rest is left out: {one_line(error)}{remedy}'
-  return f'damaged {what}, the rest is lost: {one_line(error)}'
+    return f'unsupported {noun}, the rest is left out: {one_line(error)}{remedy}'
+  return f'damaged {noun}, the rest is lost: {one_line(error)}'
 
 
 def _is_damage(error):
-  """Says whether an error is the fault of a file's bytes, not of this program."""
+  """Return whether an error is caused by the bytes of a file, not by this program."""
   if isinstance(error, (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)):
     return True
   return type(error).__name__ in ('ZstdError', 'LZMAError') or type(error).__name__.startswith('Arrow')
 
 
-def _read_tar(stream, name, limits, found, budget, depth):
+def _read_tar(stream, name, limits, listing, budget, depth):
   try:
     with tarfile.open(fileobj=stream, mode='r|') as archive:
       for member in archive:
@@ -202,17 +207,17 @@ def _read_tar(stream, name, limits, found, budget, depth):
         if not member.isfile():
           yield Rejected(label, 'a link or a device in an archive')
           continue
-        # Counted again: a sparse member is larger than what the archive holds of it.
+        # Counted again: a sparse member is larger than its bytes in the archive.
         file = _Capped(archive.extractfile(member), budget) if member.issparse() else archive.extractfile(member)
-        yield from _read_file(file, label, limits, found, budget, depth)
+        yield from _read_file(file, label, limits, listing, budget, depth)
   except Exception as e:
-    # tarfile lets what a header's numbers mean to Python pass through.
+    # tarfile does not catch what invalid numbers of a header raise.
     if not _is_damage(e) and not isinstance(e, (ValueError, OverflowError, RecursionError, AttributeError)):
       raise
     yield Rejected(name, _fault('archive', e))
 
 
-def _read_zip(stream, name, limits, found, budget, depth):
+def _read_zip(stream, name, limits, listing, budget, depth):
   try:
     with _seekable(stream) as file, zipfile.ZipFile(file) as archive:
       for member in archive.infolist():
@@ -227,7 +232,7 @@ def _read_zip(stream, name, limits, found, budget, depth):
           continue
         try:
           with archive.open(member) as content:
-            yield from _read_file(_Capped(content, budget), label, limits, found, budget, depth)
+            yield from _read_file(_Capped(content, budget), label, limits, listing, budget, depth)
         except Exception as e:
           if not _is_damage(e) and not isinstance(e, (NotImplementedError, RuntimeError, ValueError)):
             raise
@@ -240,8 +245,8 @@ def _read_zip(stream, name, limits, found, budget, depth):
 
 @contextlib.contextmanager
 def _seekable(stream):
-  """Yields a stream that can go back: itself, or a temporary file of what it holds."""
-  if type(stream) is io.BufferedReader:  # A file; members of archives are of subclasses, and cannot go back.
+  """Yield a seekable stream: the stream itself, or a temporary copy."""
+  if type(stream) is io.BufferedReader:  # A file; members of archives are of subclasses, and not seekable.
     yield stream
     return
   with tempfile.TemporaryFile() as copy:

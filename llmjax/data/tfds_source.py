@@ -6,7 +6,7 @@ import difflib
 import logging
 import tempfile
 
-from llmjax.config import ConfigError
+from llmjax.config import ConfigError, one_line
 from llmjax.data.documents import Limits, Rejected, check_record, check_text
 
 _SPLITS = {'train': '', 'validation': 'validation', 'valid': 'validation', 'dev': 'validation',
@@ -14,22 +14,22 @@ _SPLITS = {'train': '', 'validation': 'validation', 'valid': 'validation', 'dev'
 
 
 def read_tfds(name, text_key, limits: Limits):
-  """Yields the Documents and Rejected of a dataset, downloading and preparing it at first use.
+  """Yield the Documents and Rejected of a dataset, which is downloaded and prepared at first use.
 
-  A dataset's own validation and test splits stay what they are; what is missing is held out of
-  train.  Raises ConfigError, one line each: unknown name, no network, no text field.
+  The validation and test splits of a dataset are used as they are; a missing one is held out of train.  Raises
+  ConfigError: unknown name, no network, no text field.
   """
   builder = _find(name)
-  key = None if limits.take else _text_field(name, builder.info.features, text_key)
+  key = None if limits.normalise else _text_field(name, builder.info.features, text_key)
   try:
     with _few_retries():
       builder.download_and_prepare(file_format='array_record')
   except ModuleNotFoundError as e:
     raise ConfigError([f'name={name}: TFDS needs the package {e.name} to prepare it; '
                        f'pip install {e.name}']) from e
-  except Exception as e:  # Whatever a third party's script or the network raises is one line here.
+  except Exception as e:  # The dataset's own script or the network may raise anything.
     raise ConfigError([f'name={name}: TFDS could not download and prepare it '
-                       f'({type(e).__name__}: {_one_line(e)}); check the network, or use '
+                       f'({type(e).__name__}: {one_line(e)}); check the network, or use '
                        '--text-dir=DIR with files of your own']) from e
   from llmjax.data import builders
 
@@ -38,7 +38,7 @@ def read_tfds(name, text_key, limits: Limits):
   for split, target in own.items():
     for number, record in enumerate(builders.iterate(builder.as_data_source(split=split))):
       place = f'{name}/{split}'
-      item = (check_record(record, f'{place}#{number}', place, limits, None, number + 1) if limits.take else
+      item = (check_record(record, f'{place}#{number}', place, limits, None, number + 1) if limits.normalise else
               check_text(record[key], f'{place}#{number}', place, limits, None, number + 1))
       if isinstance(item, Rejected):
         yield item
@@ -49,7 +49,7 @@ def read_tfds(name, text_key, limits: Limits):
 
 @contextlib.contextmanager
 def _few_retries():
-  """Without a network TFDS would try for minutes, with a warning each time; so it takes seconds."""
+  """Limit retries: without a network TFDS would try for minutes, with a warning each time."""
   from tensorflow_datasets.core.download import downloader
 
   logger = logging.getLogger('urllib3')
@@ -65,7 +65,7 @@ def _few_retries():
 
 @contextlib.contextmanager
 def _own_temporary_folder():
-  """Removes what TFDS, which leaves an empty folder for each builder, puts into the temporary folder."""
+  """Remove the empty temporary folder that TFDS leaves for each builder."""
   before = tempfile.tempdir
   with tempfile.TemporaryDirectory() as folder:
     tempfile.tempdir = folder
@@ -76,7 +76,7 @@ def _own_temporary_folder():
 
 
 def _find(name):
-  """Returns the builder of a name; raises ConfigError naming the nearest known ones."""
+  """Return the builder of a name; raise ConfigError with the nearest known ones."""
   import tensorflow_datasets as tfds
   import tensorflow_datasets.text
   from tensorflow_datasets.core import registered
@@ -91,11 +91,11 @@ def _find(name):
     raise ConfigError([f'name={name}: TFDS has no such dataset; {hint}']) from e
   except Exception as e:
     raise ConfigError([f'name={name}: TFDS cannot open it without TensorFlow '
-                       f'({type(e).__name__}: {_one_line(e)})']) from e
+                       f'({type(e).__name__}: {one_line(e)})']) from e
 
 
 def _text_field(name, features, text_key):
-  """Returns the field to read; raises ConfigError when it does not exist or is ambiguous."""
+  """Return the field to read; raise ConfigError where it does not exist or is ambiguous."""
   import tensorflow_datasets as tfds
 
   fields = [k for k, v in features.items() if isinstance(v, tfds.features.Text)] if hasattr(
@@ -112,7 +112,3 @@ def _text_field(name, features, text_key):
     return fields[0]
   raise ConfigError([f'text_key is missing: {name} has the text fields '
                      f'{", ".join(fields) or "none"}; choose one with --config.text_key=FIELD'])
-
-
-def _one_line(error):
-  return ' '.join(str(error).split())[:200]

@@ -1,11 +1,10 @@
-"""Token ids of a split, one after another in a flat memory-mapped file.
+"""Token ids of a split, concatenated in a flat memory-mapped file.
 
-tokens.bin: uint16 (vocabulary up to 65,536) or uint32, every document as BOS, tokens, EOS.
-offsets.npy: int64 [documents + 1], where each document starts; the last one is the total.
-weights.bin: float32, one for each id: its weight in the loss as a target.  Only stores of conversations have it;
-their documents are as the chat template makes them.
-notes.jsonl: one JSON value for each document; stores of prompts have it, for the right answers, and
-those of pairs, for what a pair says of itself.
+tokens.bin    uint16 (vocabulary up to 65,536) or uint32; a document of text is BOS, tokens, EOS.
+offsets.npy   int64 [documents + 1]: where each document starts; the last one is the total.
+<column>.bin  float32, one value for each id as a target: loss_mask (its weight in the loss) of all records but text,
+              and step_labels (how good the step is that ends before it) of stepwise data.
+fields.jsonl  one JSON object for each document: the answer of a prompt; label, margin and probability of a completion.
 """
 
 import functools
@@ -18,69 +17,69 @@ import numpy as np
 
 
 class TokenStoreWriter:
-  """Writes a store; use it in a `with` block.  A store without meta.json was not finished.
+  """Writes a store; use it in a `with` block.  A store without meta.json is unfinished.
 
-  weighted: documents come with the weight of every id (`add_weighted`), else as text (`add`).
+  columns: names of the columns of a store of conversations (`add_encoded`); none for text (`add`).
   """
 
-  def __init__(self, folder, *, vocab_size, bos_id, eos_id, weighted=False):
+  def __init__(self, folder, *, vocab_size, bos_id, eos_id, columns=()):
     self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
     (self.folder / 'meta.json').unlink(missing_ok=True)
     self.vocab_size = vocab_size
     self.dtype = np.dtype('<u2' if vocab_size <= 1 << 16 else '<u4')
     self._bos, self._eos = (np.array([i], self.dtype).tobytes() for i in (bos_id, eos_id))
-    self._file = open(self.folder / 'tokens.bin', 'wb')
-    self._hash = hashlib.sha256()
-    self._lengths = []
-    (self.folder / 'weights.bin').unlink(missing_ok=True)
-    self._weights = open(self.folder / 'weights.bin', 'wb') if weighted else None
-    self._weights_hash, self._trained, self._notes = hashlib.sha256(), 0, []
+    self._files = {name: open(self.folder / f'{name}.bin', 'wb') for name in ('tokens', *columns)}
+    self._hashes = {name: hashlib.sha256() for name in self._files}
+    self._columns, self._lengths, self._trained, self._fields = tuple(columns), [], 0, []
 
   def add(self, ids) -> str | None:
-    """Appends a document's ids (int [n], BOS and EOS not among them).
+    """Append a document of text: int [n], without BOS and EOS.
 
-    Returns None, or why the document was refused: an id outside the vocabulary, or no ids.
+    Return None, or why the document is rejected: an id outside the vocabulary, or no ids.
     """
     ids = np.asarray(ids)
-    refused = self._refusal(ids)
-    if not refused:
-      self._write(self._bos + ids.astype(self.dtype).tobytes() + self._eos)
-    return refused
+    problem = self._problem(ids)
+    if not problem:
+      self._write_ids(self._bos + ids.astype(self.dtype).tobytes() + self._eos)
+    return problem
 
-  def add_weighted(self, ids, weights, note=None) -> str | None:
-    """Appends a document's ids (int [n], whatever begins and ends it among them) and weights (float [n]).
+  def add_encoded(self, ids, columns, fields=None) -> str | None:
+    """Append a rendered conversation: ids int [n], control tokens included, and {column: float [n]}.
 
-    note: a JSON value to keep with it.
+    fields: an object to store with it.  Return value as of `add`.
     """
-    ids, data = np.asarray(ids), np.asarray(weights, '<f4')
-    refused = self._refusal(ids)
-    if not refused:
-      self._write(ids.astype(self.dtype).tobytes())
-      self._weights.write(data.tobytes())
-      self._weights_hash.update(data.tobytes())
-      self._trained += int(np.count_nonzero(data[1:]))
-      self._notes += [] if note is None else [json.dumps(note) + '\n']
-    return refused
+    ids = np.asarray(ids)
+    problem = self._problem(ids)
+    if not problem:
+      self._write_ids(ids.astype(self.dtype).tobytes())
+      for name in self._columns:
+        self._write(name, np.asarray(columns[name], '<f4').tobytes())
+      self._trained += int(np.count_nonzero(columns['loss_mask'][1:]))
+      self._fields += [] if fields is None else [json.dumps(fields) + '\n']
+    return problem
 
-  def _refusal(self, ids):
+  def _problem(self, ids):
     if not ids.size:
       return 'no tokens'
-    if int(ids.max()) >= self.vocab_size or int(ids.min()) < 0:
-      bad = int(ids.max()) if int(ids.max()) >= self.vocab_size else int(ids.min())
-      return f'token id {bad} outside the vocabulary of {self.vocab_size}'
+    for bad in (int(ids.max()), int(ids.min())):
+      if not 0 <= bad < self.vocab_size:
+        return f'token id {bad} outside the vocabulary of {self.vocab_size}'
     return None
 
-  def _write(self, data):
-    self._file.write(data)
-    self._hash.update(data)
+  def _write_ids(self, data):
+    self._write('tokens', data)
     self._lengths.append(len(data) // self.dtype.itemsize)
+
+  def _write(self, name, data):
+    self._files[name].write(data)
+    self._hashes[name].update(data)
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, error, trace):
-    for file in filter(None, (self._file, self._weights)):
+    for file in self._files.values():
       file.flush()
       os.fsync(file.fileno())
       file.close()
@@ -89,31 +88,30 @@ class TokenStoreWriter:
     offsets = np.zeros(len(self._lengths) + 1, np.int64)
     np.cumsum(self._lengths, out=offsets[1:])
     np.save(self.folder / 'offsets.npy', offsets)
-    meta = {'dtype': self.dtype.str, 'documents': len(self._lengths), 'tokens': int(offsets[-1]),
-            'tokens_sha256': self._hash.hexdigest()}
-    if self._weights:
-      meta |= {'weights_sha256': self._weights_hash.hexdigest(), 'trained': self._trained}
-    if self._notes:
-      notes = ''.join(self._notes).encode()
-      (self.folder / 'notes.jsonl').write_bytes(notes)
-      meta['notes_sha256'] = hashlib.sha256(notes).hexdigest()
-    (self.folder / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
-    self.meta = meta
+    self.meta = {'dtype': self.dtype.str, 'documents': len(self._lengths), 'tokens': int(offsets[-1]),
+                 'tokens_sha256': self._hashes['tokens'].hexdigest()}
+    if self._columns:
+      self.meta |= {'columns_sha256': {name: self._hashes[name].hexdigest() for name in self._columns},
+                    'trained': self._trained}
+    if self._fields:
+      data = ''.join(self._fields).encode()
+      (self.folder / 'fields.jsonl').write_bytes(data)
+      self.meta['fields_sha256'] = hashlib.sha256(data).hexdigest()
+    (self.folder / 'meta.json').write_text(json.dumps(self.meta, indent=2) + '\n')
 
 
 class TokenStore:
-  """Reads a store.  Maps its files at first use; pickles as its path."""
+  """Reads a store.  Maps its files at first use; pickles as its path.  Raises ValueError where it is damaged."""
 
   def __init__(self, folder):
     self.folder = os.fspath(folder)
     try:
       self.meta = json.loads((pathlib.Path(folder) / 'meta.json').read_text())
-      good = (self.meta['dtype'] in ('<u2', '<u4')
-              and all(type(self.meta[name]) is int and self.meta[name] >= 0 for name in ('documents', 'tokens')))
+      valid = (self.meta['dtype'] in ('<u2', '<u4') and isinstance(self.meta.get('columns_sha256', {}), dict)
+               and all(type(self.meta[name]) is int and self.meta[name] >= 0 for name in ('documents', 'tokens')))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-      raise ValueError(f'{folder} is not a finished token store; prepare it again with '
-                       '--force') from e
-    if not good:
+      raise ValueError(f'{folder} is not a finished token store; prepare it again with --force') from e
+    if not valid:
       raise ValueError(f'{folder}/meta.json is damaged; prepare the folder again with --force')
 
   def __getstate__(self):
@@ -132,26 +130,27 @@ class TokenStore:
     """uint16 or uint32 [num_tokens], mapped."""
     return self._map('tokens.bin', np.dtype(self.meta['dtype']))
 
-  @functools.cached_property
-  def weights(self) -> np.ndarray | None:
-    """float32 [num_tokens], mapped: the weight of each id as a target.  None: all weigh 1."""
-    return self._map('weights.bin', np.dtype('<f4')) if self.is_weighted else None
+  @property
+  def column_names(self) -> tuple[str, ...]:
+    """Names of the columns; none in a store of text, all of whose targets weigh 1."""
+    return tuple(self.meta.get('columns_sha256', ()))
 
   @functools.cached_property
-  def notes(self) -> list:
-    """The notes of the documents, in order."""
-    path = pathlib.Path(self.folder) / 'notes.jsonl'
+  def columns(self) -> dict[str, np.ndarray]:
+    """{name: float32 [num_tokens], mapped}."""
+    return {name: self._map(f'{name}.bin', np.dtype('<f4')) for name in self.column_names}
+
+  @functools.cached_property
+  def fields(self) -> list[dict]:
+    """The fields of each document, in order."""
+    path = pathlib.Path(self.folder) / 'fields.jsonl'
     try:
-      found = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
+      fields = [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
     except (OSError, ValueError, RecursionError) as e:
       raise ValueError(f'{path} cannot be read; prepare the folder again with --force') from e
-    if len(found) != len(self):
-      raise ValueError(f'{path} does not fit meta.json beside it; prepare the folder again with --force')
-    return found
-
-  @property
-  def is_weighted(self) -> bool:
-    return 'weights_sha256' in self.meta
+    if len(fields) != len(self) or not all(isinstance(item, dict) for item in fields):
+      raise ValueError(f'{path} does not match meta.json; prepare the folder again with --force')
+    return fields
 
   def _map(self, name, dtype):
     path = pathlib.Path(self.folder) / name
@@ -160,8 +159,8 @@ class TokenStore:
     except OSError as e:
       raise ValueError(f'{path} cannot be read ({e.strerror}); prepare the folder again with --force') from e
     if size != self.num_tokens * dtype.itemsize:
-      raise ValueError(f'{path} has {size} bytes, not the {self.num_tokens} ids of '
-                       'its meta.json; prepare the folder again with --force')
+      raise ValueError(f'{path} has {size} bytes, not the {self.num_tokens} ids of meta.json; prepare the folder again '
+                       'with --force')
     if not self.num_tokens:
       return np.zeros(0, dtype)
     # A plain ndarray over the map: indexing np.memmap itself costs several times as much.
@@ -172,16 +171,16 @@ class TokenStore:
     """int64 [documents + 1]."""
     path = pathlib.Path(self.folder) / 'offsets.npy'
     try:
-      found = np.load(path, allow_pickle=False)
-    except Exception as e:  # NumPy lets pass what its header's parser raises.
-      raise ValueError(f'{path} is damaged or of another kind; prepare the folder again with --force') from e
-    if (found.dtype != np.int64 or found.shape != (len(self) + 1,) or found[0] != 0
-        or found[-1] != self.num_tokens or np.any(np.diff(found) < 0)):
-      raise ValueError(f'{path} does not fit meta.json beside it; prepare the folder again with --force')
-    return found
+      offsets = np.load(path, allow_pickle=False)
+    except Exception as e:  # The parser of NumPy's header raises errors of many types.
+      raise ValueError(f'{path} is damaged; prepare the folder again with --force') from e
+    if (offsets.dtype != np.int64 or offsets.shape != (len(self) + 1,) or offsets[0] != 0
+        or offsets[-1] != self.num_tokens or np.any(np.diff(offsets) < 0)):
+      raise ValueError(f'{path} does not match meta.json; prepare the folder again with --force')
+    return offsets
 
   def __getitem__(self, document) -> np.ndarray:
-    """Returns the stored ids of a document: BOS, tokens, EOS."""
+    """Return the stored ids of a document."""
     if not 0 <= document < len(self):
       raise IndexError(f'document {document} of {len(self)}')
     return self.tokens[self.offsets[document]:self.offsets[document + 1]]

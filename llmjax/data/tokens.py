@@ -1,4 +1,4 @@
-"""From a prepared folder's documents to its tokenizer, its token stores and its manifest."""
+"""The tokenizer, the token stores and the manifest of a prepared folder."""
 
 import collections
 import contextlib
@@ -23,7 +23,7 @@ from llmjax.text import tokenizer as tokenizers
 
 
 def make_tokenizer(spec, folder, progress):
-  """Returns the tokenizer, copied or trained on a sample of the train split."""
+  """Return the tokenizer, copied or trained on a sample of the train split.  Raises ConfigError."""
   path = prepared.tokenizer_path(folder)
   if not path.is_file():
     if spec.tokenizer.path:
@@ -50,16 +50,16 @@ def make_tokenizer(spec, folder, progress):
 
 
 def _special(spec):
-  """Returns the control symbols of a tokenizer to train: those asked for, and the template's."""
+  """Return the control symbols of a tokenizer to train: those of the config, and the chat template's."""
   template = chat.TEMPLATES.get(spec.template) if spec.records != 'text' else None
   return (*spec.tokenizer.special, *(template.special if template else ()))
 
 
 def sample_lines(folder, count, seed, records='text') -> list[str]:
-  """Returns about `count` lines of the train split, the same ones each time, blank ones left out.
+  """Sample about `count` non-blank lines of the train split, the same ones for a seed.
 
-  Documents are visited in a random order until eight times as many lines were seen; so a large
-  corpus is not read whole, and a small one gives lines of every document.
+  Documents are visited in random order until eight times as many lines were seen; so a large corpus is not read whole,
+  and a small one gives lines of every document.
   """
   from llmjax.data import builders
 
@@ -67,7 +67,7 @@ def sample_lines(folder, count, seed, records='text') -> list[str]:
   rng, lines = np.random.default_rng(seed), []
   for number in rng.permutation(len(documents)).tolist():
     text = documents[number]['text'].decode()
-    text = text if records == 'text' else '\n'.join(conversations.texts(text))
+    text = text if records == 'text' else '\n'.join(conversations.texts_of(text))
     lines += [part for line in text.split('\n') if line.strip() for part in _short(line)]
     if len(lines) >= 8 * count:
       break
@@ -77,10 +77,9 @@ def sample_lines(folder, count, seed, records='text') -> list[str]:
 
 
 def _short(line, size=512):
-  """Yields a line in parts of at most `size` characters, cut before a space where there is one.
+  """Yield a line in parts of at most `size` characters, cut before a space where there is one.
 
-  Training time goes with characters: paragraphs must not make a sample of lines a hundred times
-  larger than code does.
+  Training time grows with characters: a sample of paragraphs must not be a hundred times larger than one of code.
   """
   start = 0
   while len(line) - start > size:
@@ -91,158 +90,123 @@ def _short(line, size=512):
   yield line[start:]
 
 
-def write_tokens(spec, folder, tokenizer, found, request, progress):
-  """Encodes every split; returns the manifest."""
-  from llmjax.data import builders
+def write_tokens(spec, folder, tokenizer, counts, request, progress):
+  """Encode every split into its token store; return the manifest.
 
+  counts: as `corpus` stores them in documents.json.  Raises ConfigError: a template that the tokenizer does not fit, a
+  conversation without a trained token, a split of which every record is rejected.
+  """
   shutil.rmtree(folder / 'tokens', ignore_errors=True)
-  splits_found, refused, untrained, template, unpaired = {}, [], [], None, 0
-  is_text = spec.records == 'text'
+  rejected, untrained, template = [], [], None
   with contextlib.ExitStack() as stack:
-    if not is_text:
+    encoder = None
+    if spec.records != 'text':
       try:
-        shape = stack.enter_context(chat.ChatFormat(spec.template, tokenizer, spec.reasoning == 'drop'))
-        _ = shape.stop_ids  # Finds out at once whether the template suits the tokenizer.
+        chat_format = stack.enter_context(chat.ChatFormat(spec.template, tokenizer, spec.reasoning == 'drop'))
+        _ = chat_format.stop_ids  # Fails at once where the template does not fit the tokenizer.
       except chat.TemplateError as e:
         raise ConfigError([f'template={spec.template}: {e}']) from e
-      encode = conversations.Encoder(spec.records, shape)
-      template = shape.template and dataclasses.asdict(shape.template)
-    for split in found['splits']:
-      documents = builders.open_documents(prepared.documents_path(folder), split)
-      records, size = hashlib.sha256(), 0
-      with token_store.TokenStoreWriter(
-          prepared.tokens_path(folder, split), vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id,
-          eos_id=tokenizer.eos_id, weighted=not is_text) as store:
-        halves = _Halves(store, tokenizer)
-        for number, item in enumerate(builders.iterate(documents)):
-          name, text = item['id'].decode(), item['text'].decode()
-          if is_text:
-            reason, count = store.add(tokenizer.encode(text)), len(item['text'])
-          else:
-            reason, count = _add_conversation(store, encode, name, text, untrained, halves)
-          if reason:
-            refused.append(Rejected(name, reason, bytes=len(item['text'])))
-          else:
-            size += count
-          for field in (item['id'], item['text']):
-            records.update(len(field).to_bytes(8, 'big') + field)
-          progress(f'tokens of {split}', number + 1, len(documents))
-        unpaired += halves.finish()
-      splits_found[split] = {
-          'documents': store.meta['documents'], 'bytes': size, 'tokens': store.meta['tokens'],
-          'records_sha256': records.hexdigest(),
-          **{k: v for k, v in store.meta.items() if k.endswith('_sha256') or k == 'trained'}}
+      encoder = conversations.Encoder(spec.records, chat_format)
+      template = chat_format.template and dataclasses.asdict(chat_format.template)
+    split_counts = {split: _write_split(folder, split, spec.records, tokenizer, encoder, rejected, untrained, progress)
+                    for split in counts['splits']}
   if untrained:
     raise ConfigError(_nothing_to_train(spec, untrained))
-  if problems := _empty_splits(spec, splits_found, refused):
+  if problems := _empty_splits(spec, split_counts, rejected):
     raise ConfigError(problems)
-  before = (folder / 'refused.jsonl').read_text(encoding='utf-8')
-  prepared.quarantine_path(folder).write_text(before + json_lines(refused), encoding='utf-8')
-  if refused:
-    found['quarantine']['records'] += len(refused)
-    for reason, count in collections.Counter(kind_of(r.reason) for r in refused).items():
-      reason = 'token id outside the vocabulary' if reason.startswith('token id') else reason
-      reasons = found['quarantine']['reasons']
-      reasons[reason] = reasons.get(reason, 0) + count
+  _add_to_quarantine(folder, counts['quarantine'], rejected)
+  kind = {} if encoder is None else {
+      'records': spec.records, 'template': template, 'reasoning_dropped': encoder.reasoning_dropped,
+      'unpaired': encoder.unpaired}
   packages = ('numpy', 'sentencepiece', 'tensorflow-datasets', 'array_record')
   return {
       'format': prepared.FORMAT,
       'name': secrets.hide(pathlib.Path(spec.folder).name),
       'source': spec.source,
-      **({} if is_text else {'records': spec.records, 'template': template,
-                             'reasoning_dropped': encode.reasoning_dropped, 'unpaired': unpaired}),
+      **kind,
       'request': request,
-      'splits': splits_found,
+      'splits': split_counts,
       'tokenizer': {'sha256': tokenizer.sha256, 'vocab_size': tokenizer.vocab_size,
                     'asked_vocab_size': 0 if spec.tokenizer.path else spec.tokenizer.vocab_size,
                     'bos_id': tokenizer.bos_id, 'eos_id': tokenizer.eos_id,
                     'pad_id': tokenizer.pad_id},
-      **{k: v for k, v in found.items() if k != 'splits'},
+      **{k: v for k, v in counts.items() if k != 'splits'},
       'versions': {'llmjax': llmjax.__version__, 'python': platform.python_version(),
                    **{p: importlib.metadata.version(p) for p in packages}}}
 
 
-def _add_conversation(store, encode, name, text, untrained, halves):
-  """Appends a conversation's documents; returns (why it was refused or None, bytes of its text).
+def _write_split(folder, split, kind, tokenizer, encoder, rejected, untrained, progress):
+  """Encode the documents of a split; return its entry of the manifest.
 
-  untrained: a list that gains a line where there is nothing to train.  halves: where unpaired preferences go.
+  encoder: of records, None for text.  rejected, untrained: lists that gain a Rejected or a line of text for a record.
   """
-  try:
-    made, size = encode(text)
-  except chat.TemplateError as e:
-    return str(e), 0
-  if encode.kind != 'prompts':
-    for ids, weights in made:
-      if not np.any(weights[1:]):
-        untrained.append(conversations.untrained(name, encode.chat, ids))
-        return None, size
-  label = conversations.label_of(encode.kind, text)
-  if label is not None:
-    return halves.add(label, made[0]), size
-  note = conversations.note_of(encode.kind, text)
-  for ids, weights in made:
-    if reason := store.add_weighted(ids, weights, note):
-      return reason, 0
-  return None, size
+  from llmjax.data import builders
+
+  documents = builders.open_documents(prepared.documents_path(folder), split)
+  digest, num_bytes = hashlib.sha256(), 0
+  with token_store.TokenStoreWriter(
+      prepared.tokens_path(folder, split), vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id,
+      eos_id=tokenizer.eos_id, columns=conversations.COLUMNS[kind]) as store:
+    for number, item in enumerate(builders.iterate(documents)):
+      name, text = item['id'].decode(), item['text'].decode()
+      reason, size = None, len(item['text'])
+      try:
+        if encoder is None:
+          reason = store.add(tokenizer.encode(text))
+        else:
+          reason, size = encoder.add(store, text)
+      except conversations.Untrained as e:
+        untrained.append(f'{name} {e}')
+      if reason:
+        rejected.append(Rejected(name, reason, bytes=len(item['text'])))
+      else:
+        num_bytes += size
+      for field in (item['id'], item['text']):
+        digest.update(len(field).to_bytes(8, 'big') + field)
+      progress(f'tokens of {split}', number + 1, len(documents))
+    if encoder is not None:
+      encoder.flush(store)
+  return {'documents': store.meta['documents'], 'bytes': num_bytes, 'tokens': store.meta['tokens'],
+          'records_sha256': digest.hexdigest(),
+          **{k: v for k, v in store.meta.items() if k.endswith('_sha256') or k == 'trained'}}
 
 
-class _Halves:
-  """Stores unpaired preferences as pairs: a good completion beside a bad one, to different prompts.
-
-  Each counts by itself in the losses that take them.  What has no other half at the end gets one without a trained
-  token.  Holds the tokens of those that wait for another half: of all, where a file has all good ones first.
-  """
-
-  def __init__(self, store, tokenizer):
-    self._store, self._waiting, self._count = store, {True: collections.deque(), False: collections.deque()}, 0
-    self._nothing = np.array([tokenizer.bos_id, tokenizer.eos_id], np.int32), np.zeros(2, np.float32)
-
-  def add(self, good, document):
-    """Stores a completion's (ids, weights), at once or later; returns why one is refused, or None."""
-    self._count += 1
-    self._waiting[good].append(document)
-    if not self._waiting[not good]:
-      return None
-    return self._store_pair(*(self._waiting[half].popleft() for half in (True, False)))
-
-  def finish(self):
-    """Stores what waits; returns how many completions there were."""
-    for good, waiting in self._waiting.items():
-      for document in waiting:
-        self._store_pair(*((document, self._nothing) if good else (self._nothing, document)))
-    return self._count
-
-  def _store_pair(self, *halves):
-    reasons = [self._store.add_weighted(*half, {}) for half in halves]
-    return next(filter(None, reasons), None)
+def _add_to_quarantine(folder, quarantine, rejected):
+  """Write quarantine.jsonl, and add the records that could not be encoded to the counts of a manifest."""
+  earlier = (folder / 'refused.jsonl').read_text(encoding='utf-8')
+  prepared.quarantine_path(folder).write_text(earlier + json_lines(rejected), encoding='utf-8')
+  quarantine['records'] += len(rejected)
+  for reason, count in collections.Counter(kind_of(r.reason) for r in rejected).items():
+    reason = 'token id outside the vocabulary' if reason.startswith('token id') else reason
+    quarantine['reasons'][reason] = quarantine['reasons'].get(reason, 0) + count
 
 
 def _nothing_to_train(spec, untrained):
-  """Returns the problem lines for conversations without a trained token."""
+  """Return the problem lines for conversations without a trained token."""
   advice = ('end each conversation with a message of the assistant whose weight is above 0'
             if spec.template in (*chat.TEMPLATES, chat.PLAIN) else
-            f'{spec.template} must have {{% generation %}} and {{% endgeneration %}} around what the assistant says')
+            f'{spec.template} must have {{% generation %}} and {{% endgeneration %}} around the assistant\'s text')
   more = [f'... and {len(untrained) - 3:,} more'] if len(untrained) > 3 else []
   return [*untrained[:3], *more, advice]
 
 
-def _empty_splits(spec, splits_found, refused):
-  """Returns the problem lines for splits of which no document was left."""
-  empty = [name for name, split in splits_found.items() if not split['documents']]
-  if not empty or not refused:
+def _empty_splits(spec, split_counts, rejected):
+  """Return the problem lines for splits without a document."""
+  empty = [name for name, split in split_counts.items() if not split['documents']]
+  if not empty or not rejected:
     return []
-  reasons = collections.Counter(item.reason for item in refused).most_common(3)
-  return [f'{spec.records}: every record of {", ".join(empty)} was refused, so nothing is prepared: '
+  reasons = collections.Counter(item.reason for item in rejected).most_common(3)
+  return [f'{spec.records}: every record of {", ".join(empty)} was rejected, so nothing is prepared: '
           + '; '.join(f'{count} x {reason}' for reason, count in reasons)]
 
 
 def json_lines(rejected):
-  """Returns a JSON object a line for each Rejected, without the fields that say nothing."""
+  """Return one line of JSON for each Rejected, without empty fields."""
   entries = ({k: v for k, v in dataclasses.asdict(item).items() if v is not None and v is not False}
              for item in rejected)
   return ''.join(json.dumps(secrets.hide_within(entry)) + '\n' for entry in entries)
 
 
 def kind_of(reason):
-  """Returns a reason without its particulars, to count by."""
+  """Return a reason without its details, for counting."""
   return reason.split(' (')[0].split(':')[0]

@@ -44,8 +44,8 @@ class EvaluateOptions:
       except ValueError as e:
         yield f'sources: {e}'
         continue
-      if held in ('pairs', 'steps'):
-        yield f'sources: {folder} holds {held}, which `llmjax reward` and `llmjax finetune` evaluate as they train'
+      if held in ('preference', 'stepwise'):
+        yield f'sources: {folder} holds {held} records; `llmjax reward` and `llmjax finetune` evaluate those'
     names = [os.path.basename(os.path.normpath(folder)) for folder in self.sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
       yield f'sources: {", ".join(twice)} is the name of two folders; evaluate one after the other'

@@ -99,7 +99,7 @@ class Lessons:
     return jax.jit(functools.partial(layer_copy, layers=layers), out_shardings=layout)(params, teacher)
 
   def columns(self, data, split):
-    """Returns {field: stream.Table [rows, 1, T, k]} of what the teacher said of a split, or None with it in memory."""
+    """Returns {field: dataset.Table [rows, 1, T, k]} of what the teacher said of a split, or None with it in memory."""
     k, mesh = self.spec.distill.top_k, self.mesh
     if not k:
       return None
@@ -110,4 +110,4 @@ class Lessons:
       return self.lessons.top_k, self.load(), (place_batch(mesh, batch) for batch in rows)
 
     return self.kept.tables(mesh, data, split, k, dict(zip(TEACHER, ('float32', 'int32'), strict=True)),
-                            (stream.count_rows(data, split), 1, data.seq_len, k), make)
+                            (stream.count_examples(data, split), 1, data.seq_len, k), make)

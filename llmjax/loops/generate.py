@@ -16,7 +16,7 @@ from llmjax import config
 from llmjax.checkpoint.load import load_params, read_config
 from llmjax.config import ConfigError
 from llmjax.data import stream
-from llmjax.data.conversations import read_prompt, read_records
+from llmjax.data.records import read_prompt, read_records
 from llmjax.generate.decode import CHUNK, STREAM_CHUNK, Generator
 from llmjax.generate.spec import ANSWERS, CHAT_TEMPLATE
 from llmjax.generate.stops import TextStream

@@ -21,7 +21,7 @@ REFERENCE = 'ref_logprobs'
 
 def open_batches(spec, mesh):
   """Returns the stream of the run's batches of pairs."""
-  return stream.open_pairs(spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
+  return stream.open_stream(spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
                            blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
 
 
@@ -49,7 +49,7 @@ def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
 def read_split(spec, mesh, split, columns=None, limit=0):
   """Yields the batches, on the devices, with every pair of a split once; at most `limit` pairs where it is not 0."""
   size = start.eval_rows(spec, mesh)
-  for batch in stream.eval_pairs(spec.data, split, size, limit, blocks=batch_blocks(mesh),
+  for batch in stream.eval_batches(spec.data, split, size, limit, blocks=batch_blocks(mesh),
                                  block_count=batch_shards(mesh), columns=columns):
     yield place_batch(mesh, batch)
 
@@ -100,7 +100,7 @@ def preference_job(spec, mesh, batches, workdir):
 
 
 def score_reference(spec, mesh, score, kept):
-  """Returns {split: stream.Table, float32 [pairs, 2]}: the sums of the reference's log-probabilities over all answers.
+  """Returns {split: dataset.Table, float32 [pairs, 2]}: the sums of the reference's log-probabilities over all answers.
 
   In nats.  kept: the Kept reference.
   """
@@ -109,7 +109,7 @@ def score_reference(spec, mesh, score, kept):
 
   def table(split):
     found = kept.tables(mesh, spec.data, split, f'{spec.preference.length_weight:g}', {REFERENCE: 'float32'},
-                        (stream.count_pairs(spec.data, split), 2),
+                        (stream.count_examples(spec.data, split), 2),
                         lambda: (said, load(), read_split(spec, mesh, split)))
     return found[REFERENCE]
 

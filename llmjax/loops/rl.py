@@ -33,7 +33,7 @@ def run(spec, options):
 
 def open_prompts(spec, mesh):
   """Returns the stream of the prompts of iterations, the same on every process."""
-  return stream.open_prompts(prompt_data(spec), batch_size=spec.rl.prompts_per_iteration, seed=spec.train.seed)
+  return stream.open_stream(prompt_data(spec), batch_size=spec.rl.prompts_per_iteration, seed=spec.train.seed)
 
 
 def make_job(spec, mesh, prompts, workdir):
@@ -64,7 +64,11 @@ def make_job(spec, mesh, prompts, workdir):
 
 def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params, frozen=None):
   """Returns the mean reward of the likeliest answers to a split's prompts, or to a sample of evaluate.limit."""
-  prompts = stream.eval_prompts(prompt_data(spec), split, spec.evaluate.limit)
+  data = prompt_data(spec)
+  batches = stream.eval_batches(data, split, spec.rl.prompts_per_iteration, spec.evaluate.limit)
+  prompts = [prompt for batch in batches for prompt in batch]
+  if not prompts:
+    raise ConfigError([f'data.sources: {", ".join(data.sources)} has no prompts in its {split} split'])
   generator = Generator(spec.model, params, jnp.dtype(spec.train.compute_dtype), mesh,
                         vocab_size=tokenizer.vocab_size)
   made = generator.generate([np.asarray(p['ids'], np.int32) for p in prompts], spec.rl.max_new_tokens,
@@ -75,7 +79,7 @@ def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params, frozen=None)
   return {'reward': float(raw.mean()), **{f'reward/{name}': float(np.mean(v)) for name, v in parts.items()},
           'ended': float(np.mean([a.ended for a in answers])), 'answers': len(answers),
           'tokens': float(made.lengths.mean()),
-          **stream.describe_evaluation(prompt_data(spec), split, spec.evaluate.limit, *_reward_settings(spec.rl))}
+          **stream.describe_evaluation(data, split, spec.evaluate.limit, *_reward_settings(spec.rl))}
 
 
 def _reward_settings(rl):

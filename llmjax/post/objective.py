@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmjax.data.steps import JUDGED
 from llmjax.ops.losses import token_logprobs
 from llmjax.parallel.sharding import by_rows, sum_over_rows
 from llmjax.post import distillation, policy, preference, reward_model
@@ -112,8 +111,9 @@ MISMATCHED = 'ref_logprobs_mismatched'
 def make_unpaired_loss(spec, model, vocab_size=None, neftune_alpha=0.0):
   """Returns the loss_fn of a PreferenceSpec that takes single answers; batches as of `make_pair_loss`.
 
-  The better answer of a pair counts as good, the worse one as bad.  For loss kto batches also have `MISMATCHED`, the
-  reference's sums over `mismatch(batch)`.  The weight is the number of answers.
+  batch['label'], float32 [B], is 1 for desirable completions, also the chosen ones of pairs, and 0 for others.
+  For loss kto batches also have `MISMATCHED`, the reference's sums over `mismatch(batch)`.  The weight is the number of
+  answers.
   """
   def sums(params, batch, key):
     batch = model.order(batch)
@@ -125,7 +125,7 @@ def make_unpaired_loss(spec, model, vocab_size=None, neftune_alpha=0.0):
   @weighed(count_answers)
   def loss_fn(params, frozen, batch, key):
     logprobs, lengths, model_aux, logged = sums(params, batch, key)
-    good = jnp.arange(len(logprobs)) % 2 == 0
+    good = batch['label'] > 0.5
     weights, kl = (lengths > 0).astype(jnp.float32), 0.0
     if spec.loss == 'kto':
       other, count, *_ = sums(jax.lax.stop_gradient(params), mismatch(batch), None)
@@ -232,7 +232,7 @@ def make_reward_judge(model, *, center_rewards_coef=0.0, neftune_alpha=0.0):
 def make_step_judge(model, neftune_alpha=0.0):
   """Returns the same function of a model that judges steps; what it says of each target is [B, T].
 
-  batch: loss_mask is 1 + a step's label at the target behind its last token, else 0 (see `data.steps`); the value
+  batch: at the target behind a step's last token loss_mask is 1 and step_labels the label (`data.stepwise`); the value
   head is read there.  weight: 1 at those targets.  margin: the score, with its sign changed where the step is bad.
   good: whether the label is above a half.  place: which step of its document that is, from 1.
   """
@@ -241,7 +241,7 @@ def make_step_judge(model, neftune_alpha=0.0):
     x, model_aux = forward(model, params, model.order(batch), key, neftune_alpha)
     values = model.restore(model.values(params, x))
     weights = (batch['loss_mask'] != 0).astype(jnp.float32)
-    labels = batch['loss_mask'] - JUDGED
+    labels = batch['step_labels']
     loss, weight, aux = reward_model.process_loss(values, labels, weights)
     good = labels > 0.5
     count = jnp.cumsum(weights, axis=1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.data import steps
+from llmjax.data import stepwise
 from llmjax.generate.spec import SamplingSpec
 from llmjax.parallel import in_flight
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
@@ -53,7 +53,7 @@ def own_rows(mesh, rows):
 
 
 def answer_of(tokenizer, prompt, tokens, stop_ids):
-  """Returns the rewards.Answer of sampled tokens.  prompt: {'ids', 'answer'}, as `stream.open_prompts` has them."""
+  """Returns the rewards.Answer of sampled tokens.  prompt: {'ids', 'answer'}, an example of prompts data."""
   ended = bool(len(tokens)) and int(tokens[-1]) in stop_ids
   return rewards.Answer(tokenizer.decode(prompt['ids']), tokenizer.decode(tokens[:-1] if ended else tokens),
                         prompt['answer'], len(tokens), ended, (*map(int, prompt['ids']), *map(int, tokens)))
@@ -117,7 +117,7 @@ class RewardScorer:
 def places_of_steps(tokenizer, answer):
   """Returns the places in an Answer's ids of the last token of each of its steps."""
   first = len(answer.ids) - answer.tokens
-  return [first + end - 1 for end in steps.find_ends(tokenizer, answer.ids[first:len(answer.ids) - answer.ended])]
+  return [first + end - 1 for end in stepwise.find_ends(tokenizer, answer.ids[first:len(answer.ids) - answer.ended])]
 
 
 class Scorer:

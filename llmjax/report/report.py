@@ -33,8 +33,8 @@ EVALUATIONS = (
         ('step', 'step', '{:,}'), ('pairs', 'pairs', '{:,}'), ('steps', 'steps', '{:,}'),
         ('accuracy', 'ranked right', '{:.1%}'), ('margin', 'margin', '{:.3f}'), ('loss', 'loss', '{:.4f}'))))
 # What prepared folders hold, and what a document is there.
-KINDS = {'text': 'text', 'chat': 'conversations', 'pairs': 'pairs, a document for each completion',
-         'prompts': 'prompts', 'steps': 'solutions in steps'}
+KINDS = {'text': 'text', 'chat': 'conversations', 'preference': 'pairs, a document for each completion',
+         'prompts': 'prompts', 'stepwise': 'solutions in steps'}
 COMPRESSORS = (('xz_bits_per_byte', 'xz -9'), ('gzip_bits_per_byte', 'gzip -9'))
 
 

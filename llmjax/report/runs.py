@@ -207,7 +207,7 @@ def number(mapping, key):
 
 def is_of_pairs(run):
   """Says whether a sample of the run's batches is a pair: two sequences."""
-  return any(isinstance(source, dict) and source.get('records') == 'pairs' for source in run.data.values())
+  return any(isinstance(source, dict) and source.get('records') == 'preference' for source in run.data.values())
 
 
 def steps_done(run):

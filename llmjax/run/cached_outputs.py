@@ -12,7 +12,7 @@ import numpy as np
 
 from llmjax.checkpoint import bases
 from llmjax.config import ConfigError
-from llmjax.data import stream
+from llmjax.data import dataset, stream
 from llmjax.parallel import distributed, in_flight
 
 
@@ -48,7 +48,7 @@ class Kept:
                          f'{self.known["path"]}; put it back, or start a new run']) from e
 
   def tables(self, mesh, data, split, variant, fields, shape, make):
-    """Returns {field: stream.Table} of what it says of a split, made where one is not kept yet.
+    """Returns {field: dataset.Table} of what it says of a split, made where one is not kept yet.
 
     data: a DataSpec.  variant: names what else they depend on.  fields: {name: dtype}.  shape: of each table; rows
     beyond it are padding.  make() -> (step, params, batches on the devices), step(params, batch) -> {field: rows}.
@@ -63,7 +63,7 @@ class Kept:
         step = jax.jit(step, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
         _write(files, fields, shape, in_flight.results(step(params, batch) for batch in batches))
       distributed.wait_for_all(f'wrote what the {self._role} said of {split}')
-    return {field: stream.Table(file) for field, file in files.items()}
+    return {field: dataset.Table(file) for field, file in files.items()}
 
 
 def _write(files, fields, shape, parts):

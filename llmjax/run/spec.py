@@ -253,13 +253,13 @@ class FromRunSpec(PretrainSpec):
 class TunedData(DataSpec):
   """The data group of fine-tuning: text and conversations together, or pairs of answers."""
 
-  kinds = ('text', 'pairs', 'chat')
+  kinds = ('text', 'preference', 'chat')
 
   def validate(self):
     yield from super().validate()
-    kinds = self.held()
-    if 'pairs' in kinds.values() and len(set(kinds.values())) > 1:
-      pairs = [folder for folder, kind in kinds.items() if kind == 'pairs']
+    kinds = self.record_kinds()
+    if 'preference' in kinds.values() and len(set(kinds.values())) > 1:
+      pairs = [folder for folder, kind in kinds.items() if kind == 'preference']
       yield (f'sources: {", ".join(pairs)} holds pairs and the rest does not; pairs are learnt from by themselves '
              '(preference.sft_weight keeps the likelihood of the better answers up)')
 
@@ -274,7 +274,7 @@ class FinetuneSpec(FromRunSpec):
   @property
   def prefers(self):
     """Whether it learns from pairs."""
-    return 'pairs' in self.data.held().values()
+    return 'preference' in self.data.record_kinds().values()
 
   def validate(self):
     yield from super().validate()
@@ -307,14 +307,14 @@ class FinetuneSpec(FromRunSpec):
 class JudgedData(DataSpec):
   """The data group of a reward model: pairs of answers, or solutions whose steps are judged."""
 
-  kinds = ('steps', 'pairs')
+  kinds = ('stepwise', 'preference')
 
   def validate(self):
     yield from super().validate()
     if unpaired := self.unpaired():
       yield (f'sources: {", ".join(unpaired)} holds single completions with labels, and a reward model learns from '
              'pairs; prepare prompt, chosen and rejected')
-    if len({*self.held().values()} & {*self.kinds}) > 1:
+    if len({*self.record_kinds().values()} & {*self.kinds}) > 1:
       yield ('sources: some hold pairs and some steps, and one reward model learns from one of them; leave the others '
              'out')
 
@@ -331,7 +331,7 @@ class RewardSpec(FromRunSpec):
   @property
   def judges_steps(self):
     """Whether it learns to score steps."""
-    return 'steps' in self.data.held().values()
+    return 'stepwise' in self.data.record_kinds().values()
 
   def validate(self):
     yield from super().validate()

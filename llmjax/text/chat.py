@@ -212,12 +212,12 @@ class ChatFormat:
     return np.concatenate(ids).astype(np.int32), np.array(runs, np.int32)
 
   def marked(self, ids, weights=None):
-    """Returns the text of ids with control tokens spelled out and, given weights, trained stretches in [[ ]]."""
-    return ''.join(f'[[{text}]]' if trained else text for text, trained in self.stretches(ids, weights))
+    """Returns the text of ids with control tokens spelled out and, given weights, trained trained_spans in [[ ]]."""
+    return ''.join(f'[[{text}]]' if trained else text for text, trained in self.trained_spans(ids, weights))
 
-  def stretches(self, ids, weights=None):
-    """Returns [(text, trained)]: the longest stretches of tokens that are all trained, or all not."""
-    return stretches(self.tokenizer, ids, weights)
+  def trained_spans(self, ids, weights=None):
+    """Returns [(text, trained)]: the longest trained_spans of tokens that are all trained, or all not."""
+    return trained_spans(self.tokenizer, ids, weights)
 
   def save(self, path):
     """Writes the template, for `load`: a run keeps it."""
@@ -252,7 +252,7 @@ def template_name(values):
                if same_template(json.loads(json.dumps(dataclasses.asdict(template))), values)), 'FILE')
 
 
-def stretches(tokenizer, ids, weights=None):
+def trained_spans(tokenizer, ids, weights=None):
   """Returns [(text, trained)] of ids, control tokens spelled out; weights: float [n], or None for none trained."""
   ids = np.asarray(ids)
   trained = np.zeros(len(ids), bool) if weights is None else np.asarray(weights) > 0

@@ -65,26 +65,26 @@ def test_records_that_are_all_refused_fail_with_the_reason(tmp_path, monkeypatch
   with pytest.raises(SystemExit) as e:
     main.main(command)
   assert e.value.code == 2 and not prepared.is_prepared('out')
-  assert ('every record of train was refused, so nothing is prepared: 1 x the chat template llmjax does not render the '
-          'role developer (message 1); write the role system') in capsys.readouterr().err
+  assert ('every record of train was rejected, so nothing is prepared: 1 x the chat template llmjax does not render '
+          'the role developer (message 1); write the role system') in capsys.readouterr().err
   turns[0]['role'] = 'system'
   pathlib.Path('a.jsonl').write_text(json.dumps({'messages': turns, 'source': 'web'}) + '\n')
   with pytest.raises(SystemExit) as e:
     main.main(command)
   assert not e.value.code
-  assert 'fields not used, in how many records: messages.id (1), source (1)' in capsys.readouterr().out
+  assert 'fields not used (number of records): messages.id (1), source (1)' in capsys.readouterr().out
 
 
 RECORDS = {
     'chat': {'messages': [{'role': 'user', 'content': 'a?'}, {'role': 'assistant', 'content': 'b'}]},
-    'pairs': {'prompt': 'a?', 'chosen': 'b', 'rejected': 'c'}, 'prompts': {'prompt': 'a?', 'answer': 'b'},
-    'steps': {'prompt': 'a?', 'steps': [{'text': 'b', 'label': 1}, {'text': 'c', 'label': 0}]}}
+    'preference': {'prompt': 'a?', 'chosen': 'b', 'rejected': 'c'}, 'prompts': {'prompt': 'a?', 'answer': 'b'},
+    'stepwise': {'prompt': 'a?', 'steps': [{'text': 'b', 'label': 1}, {'text': 'c', 'label': 0}]}}
 
 
 @pytest.mark.parametrize('kind, commands', [
     ('chat', ['finetune --config=configs/finetune/chat.py']),
-    ('pairs', ['finetune --config=configs/preference/dpo.py', 'reward --config=configs/reward/pairs.py']),
-    ('prompts', ['rl --config=configs/rl/grpo.py']), ('steps', ['reward --config=configs/reward/steps.py'])])
+    ('preference', ['finetune --config=configs/preference/dpo.py', 'reward --config=configs/reward/preference.py']),
+    ('prompts', ['rl --config=configs/rl/grpo.py']), ('stepwise', ['reward --config=configs/reward/stepwise.py'])])
 def test_the_next_commands_fit_the_records_and_can_be_pasted(kind, commands, tmp_path, monkeypatch, texts):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'configs').symlink_to(ROOT / 'configs')

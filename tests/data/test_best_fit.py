@@ -37,7 +37,7 @@ def test_every_document_is_in_the_rows(tmp_path, lengths, seq_len, weighted):
   else:
     store, documents = write_store(tmp_path, lengths, vocab_size=500)
     expected = [d[i:i + seq_len + 1] for d in documents for i in range(0, len(d) - 1, seq_len)]
-  rows = packing.BestFitRows(store, seq_len, 'drop')
+  rows = packing.BestFitSequences(store, seq_len, 'drop')
   batch = rows.batch(range(len(rows)))
   found = []
   for row in range(len(rows)):
@@ -52,9 +52,9 @@ def test_every_document_is_in_the_rows(tmp_path, lengths, seq_len, weighted):
       np.testing.assert_array_equal(batch['tokens'][row, place][1:], batch['targets'][row, place][:-1])
       found.append([*batch['tokens'][row, place].tolist(), int(batch['targets'][row, place[-1]])])
   assert sorted(found) == sorted(d.tolist() for d in expected)
-  assert rows.num_pairs == sum(len(d) - 1 for d in expected)
+  assert rows.num_targets == sum(len(d) - 1 for d in expected)
   if weighted:
-    assert rows.left_out() == {'truncated': 0, 'dropped': sum(n > seq_len for n in lengths)}
+    assert rows.overflow_counts() == {'truncated': 0, 'dropped': sum(n > seq_len for n in lengths)}
 
 
 @pytest.mark.parametrize(('draw', 'least'), [
@@ -71,12 +71,12 @@ def test_long_conversations(tmp_path):
   store = write_weighted(tmp_path, [5, 30, 9])
   with pytest.raises(ConfigError, match=r'1 of 3 conversations in .* longer than data.seq_len=20, document 1 with 29 '
                                         r'tokens; write data.seq_len=29, or data.overflow=truncate or drop'):
-    len(packing.BestFitRows(store, 20))
-  rows = packing.BestFitRows(store, 20, 'truncate')
-  assert rows.num_pairs == 4 + 20 + 8 and rows.left_out() == {'truncated': 1, 'dropped': 0}
+    len(packing.BestFitSequences(store, 20))
+  rows = packing.BestFitSequences(store, 20, 'truncate')
+  assert rows.num_targets == 4 + 20 + 8 and rows.overflow_counts() == {'truncated': 1, 'dropped': 0}
   # Cut before anything that is trained: there is nothing to learn from the rest.
-  weights = np.array(store.weights)
+  weights = np.array(store.columns['loss_mask'])
   weights[5:5 + 21] = 0
-  weights.tofile(tmp_path / 'weights.bin')
-  rows = packing.BestFitRows(type(store)(tmp_path), 20, 'truncate')
-  assert rows.num_pairs == 4 + 8 and rows.left_out() == {'truncated': 0, 'dropped': 1}
+  weights.tofile(tmp_path / 'loss_mask.bin')
+  rows = packing.BestFitSequences(type(store)(tmp_path), 20, 'truncate')
+  assert rows.num_targets == 4 + 8 and rows.overflow_counts() == {'truncated': 0, 'dropped': 1}

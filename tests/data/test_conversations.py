@@ -12,7 +12,7 @@ import pytest
 
 from llmjax import config
 from llmjax.config import ConfigError
-from llmjax.data import conversations, corpus, packing, prepared, steps, stream, token_store
+from llmjax.data import conversations, corpus, packing, prepared, records, stepwise, stream, token_store
 from llmjax.data.spec import DataSpec, PrepareSpec, TokenizerSpec
 
 USER, SAID = {'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}
@@ -20,7 +20,7 @@ SAID2 = {'role': 'assistant', 'content': 'b'}
 
 
 def normal(kind, record):
-  return json.loads(conversations.normaliser(kind)(record))
+  return json.loads(records.normaliser(kind)(record))
 
 
 @pytest.mark.parametrize('record', [
@@ -44,7 +44,7 @@ def test_an_instruction_and_its_input_are_one_message():
     {'chosen': [USER, SAID], 'rejected': [USER, SAID2]},
     {'prompt': [USER], 'chosen': [USER, SAID], 'rejected': [USER, SAID2]}])
 def test_every_form_of_a_pair(record):
-  assert normal('pairs', record) == {'prompt': [USER], 'chosen': [SAID], 'rejected': [SAID2]}
+  assert normal('preference', record) == {'prompt': [USER], 'chosen': [SAID], 'rejected': [SAID2]}
 
 
 @pytest.mark.parametrize('record', [
@@ -70,22 +70,22 @@ STEPS = [{'text': 'Step 1: 2', 'label': 1}, {'text': 'Step 2: 5', 'label': 0}]
          'chosen_completion': None},
         {'completions': [{'text': 'Step 2: 5', 'rating': -1}], 'chosen_completion': 0}]}}])
 def test_every_form_of_steps(record):
-  assert normal('steps', record) == {'prompt': [USER], 'steps': STEPS}
+  assert normal('stepwise', record) == {'prompt': [USER], 'steps': STEPS}
 
 
 @pytest.mark.parametrize(('kind', 'record', 'reason'), [
-    ('steps', {'prompt': 'q', 'answer': 'a'}, 'no prompt and steps of text and label;'),
-    ('steps', {'steps': [{'text': 'a', 'label': 1}]}, 'no prompt before the steps'),
-    ('steps', {'prompt': 'q', 'steps': []}, 'steps must be a list'),
-    ('steps', {'prompt': 'q', 'steps': {'text': 1}}, 'steps must be a list'),
-    ('steps', {'prompt': 'q', 'steps': [{'text': 'a'}]}, 'the label of a step must be true, false, + or -'),
-    ('steps', {'prompt': 'q', 'steps': [{'text': 'a', 'label': 1.5}]}, 'or a number from 0 to 1, not 1.5'),
-    ('steps', {'prompt': 'q', 'steps': [{'text': 'a', 'rating': 2}]}, 'must be -1, 0 or 1, not 2'),
-    ('steps', {'prompt': 'q', 'steps': [{'text': ' ', 'label': 1}]}, 'a step is empty'),
-    ('steps', {'prompt': 'q', 'completions': ['a'], 'labels': []}, 'lists of one length'),
-    ('steps', {'input': 'q Step 1: 2 ки', 'label': 'q Step 1: 2 ?'}, 'it must have + or -'),
+    ('stepwise', {'prompt': 'q', 'answer': 'a'}, 'no prompt and steps of text and label;'),
+    ('stepwise', {'steps': [{'text': 'a', 'label': 1}]}, 'no prompt before the steps'),
+    ('stepwise', {'prompt': 'q', 'steps': []}, 'steps must be a list'),
+    ('stepwise', {'prompt': 'q', 'steps': {'text': 1}}, 'steps must be a list'),
+    ('stepwise', {'prompt': 'q', 'steps': [{'text': 'a'}]}, 'the label of a step must be true, false, + or -'),
+    ('stepwise', {'prompt': 'q', 'steps': [{'text': 'a', 'label': 1.5}]}, 'or a number from 0 to 1, not 1.5'),
+    ('stepwise', {'prompt': 'q', 'steps': [{'text': 'a', 'rating': 2}]}, 'must be -1, 0 or 1, not 2'),
+    ('stepwise', {'prompt': 'q', 'steps': [{'text': ' ', 'label': 1}]}, 'a step is empty'),
+    ('stepwise', {'prompt': 'q', 'completions': ['a'], 'labels': []}, 'lists of one length'),
+    ('stepwise', {'input': 'q Step 1: 2 ки', 'label': 'q Step 1: 2 ?'}, 'it must have + or -'),
     ('chat', {'text': 'x'}, 'completion; or instruction, input and output (found: text)'),
-    ('chat', [1], 'the record is no object'),
+    ('chat', [1], 'not an object'),
     ('chat', {'messages': []}, 'messages must be a list'),
     ('chat', {'messages': 'x'}, 'messages must be a list'),
     ('chat', {'messages': [{'role': 'user'}]}, 'a message has no content'),
@@ -94,13 +94,13 @@ def test_every_form_of_steps(record):
     ('chat', {'messages': [{**SAID, 'weight': -1}]}, 'must be a number from 0 on'),
     ('chat', {'messages': [{**SAID, 'weight': True}]}, 'must be a number from 0 on'),
     ('chat', {'prompt': 'a\0', 'completion': 'x'}, 'NUL byte'),
-    ('pairs', {'prompt': 'q', 'chosen': 'a', 'rejected': 'a'}, 'chosen and rejected are the same'),
-    ('pairs', {'chosen': 'a', 'rejected': 'b'}, 'no prompt before'),
-    ('pairs', {'prompt': 'q', 'chosen': [USER], 'rejected': 'b'}, 'holds no message of the assistant'),
+    ('preference', {'prompt': 'q', 'chosen': 'a', 'rejected': 'a'}, 'chosen and rejected are the same'),
+    ('preference', {'chosen': 'a', 'rejected': 'b'}, 'no prompt before'),
+    ('preference', {'prompt': 'q', 'chosen': [USER], 'rejected': 'b'}, 'holds no message of the assistant'),
     ('prompts', {'prompt': 'q'}, 'and answer')])
 def test_bad_records_get_a_reason(kind, record, reason):
   with pytest.raises(ValueError) as e:
-    conversations.normaliser(kind)(record)
+    records.normaliser(kind)(record)
   assert reason in str(e.value)
 
 
@@ -163,7 +163,7 @@ def test_every_form_of_tools(record):
   made = normal('chat', record)
   assert made == {'messages': [USER, CALLS, RESULT, SAID], 'tools': [TOOL]}
   assert list(made['tools'][0]['function']['parameters']) == ['z', 'a']  # A template writes them in this order.
-  assert {'f', '{"x": 1}'} <= set(conversations.texts(json.dumps(made)))
+  assert {'f', '{"x": 1}'} <= set(conversations.texts_of(json.dumps(made)))
 
 
 def test_results_of_tools_come_in_the_order_of_the_calls():
@@ -175,20 +175,20 @@ def test_results_of_tools_come_in_the_order_of_the_calls():
 
 def test_train_history_trains_it():
   record = {'instruction': 'q', 'output': 'a', 'history': [['q', 'b']]}
-  made = json.loads(conversations.normaliser('chat', train_history=True)(record))
+  made = json.loads(records.normaliser('chat', train_history=True)(record))
   assert made == {'messages': [USER, SAID2, USER, SAID]}
 
 
 def test_dialogues_stay_text_for_a_template_that_writes_no_roles():
   text = '\n\nHuman: q\n\nAssistant:'
-  make = conversations.normaliser('chat', dialogues=False)
+  make = records.normaliser('chat', dialogues=False)
   assert json.loads(make({'prompt': text, 'completion': 'a'})) == {'messages': [{**USER, 'content': text}, SAID]}
   assert normal('chat', {'prompt': text, 'completion': 'a'}) == {'messages': [USER, SAID]}
 
 
 def test_fields_without_a_meaning_are_counted():
   unused = collections.Counter()
-  make = conversations.normaliser('chat', unused)
+  make = records.normaliser('chat', unused)
   for number in range(3):
     make({'messages': [USER, {**SAID, 'id': 'x'}], 'source': 'web', 'tags': [], 'score\x1b': number})
   assert unused == {'messages.id': 3, 'source': 3, 'score?': 3}
@@ -214,7 +214,7 @@ def test_fields_without_a_meaning_are_counted():
     ({'input': {'messages': [USER]}, 'preferred_output': [SAID], 'non_preferred_output': [SAID2]}, ([USER], 'a', 'b'))])
 def test_what_every_field_of_a_pair_means(record, made):
   prompt, chosen, rejected = made
-  assert normal('pairs', record) == {'prompt': prompt, 'chosen': [{**SAID, 'content': chosen}],
+  assert normal('preference', record) == {'prompt': prompt, 'chosen': [{**SAID, 'content': chosen}],
                                      'rejected': [{**SAID, 'content': rejected}]}
 
 
@@ -229,24 +229,24 @@ def test_an_answer_never_stands_in_its_prompt(record, prompt):
       {'tools': [TOOL]} if 'tools' in record else {})
   if 'tools' in record:
     with pytest.raises(ValueError, match='tools have no place'):
-      conversations.read_prompt(record)
+      records.read_prompt(record)
   else:
-    assert conversations.read_prompt(record) == prompt
+    assert records.read_prompt(record) == prompt
 
 
 FLAGGED = {'messages': [USER, SAID]}
 
 
 @pytest.mark.parametrize(('kind', 'record', 'reason'), [
-    ('chat', {'prompt': 'q', 'completion': 'a', 'label': False}, 'label is false: a bad completion is not trained'),
-    ('chat', {'instruction': 'q', 'output': 'a', 'kto_tag': 'false'}, 'kto_tag is false: .*--config.records=pairs'),
-    ('pairs', {'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'label': 0}, 'label is false'),
+    ('chat', {'prompt': 'q', 'completion': 'a', 'label': False}, 'label is false'),
+    ('chat', {'instruction': 'q', 'output': 'a', 'kto_tag': 'false'}, 'kto_tag is false.*records=preference'),
+    ('preference', {'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'label': 0}, 'label is false'),
     ('chat', {**FLAGGED, 'system': 's', 'system_prompt': 't'}, 'system and system_prompt and .* differ'),
     ('chat', {'messages': [SYSTEM, USER, SAID], 'system': 't'}, 'system is not the system message'),
-    ('chat', {**FLAGGED, 'completion': 'other'}, 'completion is no part of what the other fields say'),
-    ('chat', {'prompt': 'q', 'completion': 'a', 'context': 'c'}, 'context is no part of'),
-    ('chat', {'prompt': 'q', 'completion': 'a', 'thinking': 'c'}, 'thinking is no part of'),
-    ('chat', {**FLAGGED, 'history': [['a', 'b']]}, 'history is no part of'),
+    ('chat', {**FLAGGED, 'completion': 'other'}, 'completion has text that no other field has'),
+    ('chat', {'prompt': 'q', 'completion': 'a', 'context': 'c'}, 'context has text that no other'),
+    ('chat', {'prompt': 'q', 'completion': 'a', 'thinking': 'c'}, 'thinking has text that no other'),
+    ('chat', {**FLAGGED, 'history': [['a', 'b']]}, 'history has text that no other'),
     ('chat', {**FLAGGED, 'images': ['x.png']}, 'images is not text'),
     ('chat', {**FLAGGED, 'mask': 'User'}, 'mask of a record'),
     ('chat', {**FLAGGED, 'tools': '[{'}, 'tools must be JSON'),
@@ -270,14 +270,14 @@ FLAGGED = {'messages': [USER, SAID]}
     ('chat', {'conversations': [turn('human', 'q'), turn('function_call', 'f(1)')]}, 'a function_call must be JSON'),
     ('chat', {'messages': [USER, {**CALLS, 'tool_calls': [{'id': 'a', **CALL}]}, {**RESULT, 'tool_call_id': 'b'}]},
      "tool_call_id 'b' is no call"),
-    ('pairs', {'prompt': 'x', 'chosen': [USER, SAID], 'rejected': [USER, SAID2]}, 'prompt is not what chosen and rej'),
-    ('pairs', {'prompt': 'q', 'chosen': [SYSTEM, SAID], 'rejected': [SAID2]}, 'a message of the system, not'),
+    ('preference', {'prompt': 'x', 'chosen': [USER, SAID], 'rejected': [USER, SAID2]}, 'prompt is not what chosen'),
+    ('preference', {'prompt': 'q', 'chosen': [SYSTEM, SAID], 'rejected': [SAID2]}, 'a message of the system, not'),
     ('prompts', {'prompt': [USER, SAID], 'answer': '4'}, 'prompt ends with a message of the assistant'),
     ('prompts', {'messages': [SYSTEM, SAID], 'answer': '4'}, 'messages hold none of the user'),
-    ('prompts', {'question': 'q', 'context': 'c', 'answer': '4'}, 'context is no part of')])
+    ('prompts', {'question': 'q', 'context': 'c', 'answer': '4'}, 'context has text that no other')])
 def test_a_field_that_cannot_be_used_is_named(kind, record, reason):
   with pytest.raises(ValueError, match=reason):
-    conversations.normaliser(kind)(record)
+    records.normaliser(kind)(record)
 
 
 def write_chats(path, count, seed=0):
@@ -320,12 +320,13 @@ def test_a_prepared_folder_of_chats(chats):
     store = token_store.TokenStore(prepared.tokens_path(chats, split))
     chat = stream.chat_format(DataSpec(sources={chats: 1.0}))
     documents = list(stream.read_documents(chats, split))
-    assert counts['trained'] == int((store.weights > 0).sum())
+    assert counts['trained'] == int((store.columns['loss_mask'] > 0).sum())
     with chat:
       for number, (_, text) in enumerate(documents):
         ids, weights = chat.encode(json.loads(text)['messages'])
         np.testing.assert_array_equal(store[number], ids)
-        np.testing.assert_array_equal(store.weights[store.offsets[number]:store.offsets[number + 1]], weights)
+        part = slice(store.offsets[number], store.offsets[number + 1])
+        np.testing.assert_array_equal(store.columns['loss_mask'][part], weights)
         said = ''.join(m['content'] for m in json.loads(text)['messages'] if m['role'] == 'assistant')
         assert tokenizer.decode(ids[weights > 0]) == said
 
@@ -396,33 +397,33 @@ def of_prompts(kind):
       more = [{'role': 'user', 'content': f'And {k}?'}, {'role': 'assistant', 'content': 'Yes'}]
       yield i, {
           'chat': {'messages': messages + more * (k % 2)},
-          'pairs': {'prompt': text, 'chosen': said, 'rejected': other},
+          'preference': {'prompt': text, 'chosen': said, 'rejected': other},
           'prompts': {'question': text, 'answer': f'{i + 1}' + '.0' * k},
-          'steps': {'prompt': text, 'steps': [{'text': said, 'label': 1}, {'text': other, 'label': 0}]}}[kind]
+          'stepwise': {'prompt': text, 'steps': [{'text': said, 'label': 1}, {'text': other, 'label': 0}]}}[kind]
 
 
-@pytest.mark.parametrize('kind', ['chat', 'pairs', 'prompts', 'steps'])
+@pytest.mark.parametrize('kind', ['chat', 'preference', 'prompts', 'stepwise'])
 def test_completions_of_a_prompt_are_in_one_split(tmp_path, small_folder, kind):
   numbered = list(of_prompts(kind))
   random.Random(0).shuffle(numbered)
   (tmp_path / 'data.jsonl').write_text(''.join(json.dumps(record) + '\n' for _, record in numbered))
   folder = prepare_records(tmp_path, small_folder, kind, validation_fraction=0.2, test_fraction=0.1)
-  found = {split: {int(re.search(r'how much is (\d+)', conversations.normal(text))[1])
+  found = {split: {int(re.search(r'how much is (\d+)', conversations.normalise_document(text))[1])
                    for _, text in stream.read_documents(folder, split)} for split in prepared.SPLITS}
   assert sum(map(len, found.values())) == 60 and set().union(*found.values()) == set(range(60))
   assert 6 <= len(found['validation']) <= 18 and 2 <= len(found['test']) <= 12
   counts = prepared.read_manifest(folder)['splits']
-  assert sum(split['documents'] for split in counts.values()) == 240 * (2 if kind == 'pairs' else 1)
+  assert sum(split['documents'] for split in counts.values()) == 240 * (2 if kind == 'preference' else 1)
 
 
 def test_a_turn_that_is_not_trained_is_no_prompt_of_its_own(tmp_path, small_folder):
   """Examples that begin every conversation must not join them all."""
   shots = [{'role': 'user', 'content': 'Hello'}, {'role': 'assistant', 'content': 'Hi', 'weight': 0}]
   chats = [[*shots, {'role': 'user', 'content': f'{i}?'}, {'role': 'assistant', 'content': f'{i}!'}] for i in range(40)]
-  document = conversations.normaliser('chat')({'messages': chats[0]})
-  assert len(conversations.prompts(document)) == 1
-  alone = conversations.normaliser('chat')({'messages': [{'role': 'assistant', 'content': 'Welcome'}]})
-  assert conversations.prompts(alone) == []
+  document = records.normaliser('chat')({'messages': chats[0]})
+  assert len(conversations.prompts_of(document)) == 1
+  alone = records.normaliser('chat')({'messages': [{'role': 'assistant', 'content': 'Welcome'}]})
+  assert conversations.prompts_of(alone) == []
   (tmp_path / 'data.jsonl').write_text(''.join(json.dumps({'messages': c}) + '\n' for c in chats))
   manifest = prepared.read_manifest(prepare_records(tmp_path, small_folder, 'chat', validation_fraction=0.1))
   assert manifest['splits']['validation']['documents'] >= 2
@@ -444,12 +445,13 @@ def test_copies_differ_in_white_space_and_case(tmp_path, small_folder):
 
 def test_pairs_stay_together(tmp_path, small_folder):
   write_pairs(tmp_path / 'data.jsonl')
-  folder = prepare_records(tmp_path, small_folder, 'pairs')
+  folder = prepare_records(tmp_path, small_folder, 'preference')
   spec = DataSpec(sources={folder: 1.0}, seq_len=32)
   tokenizer = stream.load_tokenizer(spec)
-  batches = stream.open_pairs(spec, batch_size=4, seed=1)
+  batches = stream.open_stream(spec, batch_size=4, seed=1)
   batch = next(batches)
-  assert {name: v.shape for name, v in batch.items()} == dict.fromkeys(packing.FIELDS, (8, 32))
+  assert {name: v.shape for name, v in batch.items()} == {**dict.fromkeys(packing.FIELDS, (8, 32)), 'label': (8,)}
+  np.testing.assert_array_equal(batch['label'], [1, 0] * 4)
   for i in range(4):
     (chosen, w1), = stream.documents_of(batch, 2 * i)
     (rejected, w2), = stream.documents_of(batch, 2 * i + 1)
@@ -457,13 +459,13 @@ def test_pairs_stay_together(tmp_path, small_folder):
     assert good.startswith('good ') and bad == good.replace('good', 'bad row')
     assert tokenizer.decode(chosen[w1 == 0]) == tokenizer.decode(rejected[w2 == 0]) == f'q {good.split()[1]}'
   # Two processes with two blocks each get whole pairs, and together the same batch.
-  parts = [next(stream.open_pairs(spec, batch_size=4, seed=1, blocks=b, block_count=2)) for b in ((0,), (1,))]
+  parts = [next(stream.open_stream(spec, batch_size=4, seed=1, blocks=b, block_count=2)) for b in ((0,), (1,))]
   for name, value in batch.items():
     np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), value)
-  held_out = list(stream.eval_pairs(spec, 'validation', 4))
+  held_out = list(stream.eval_batches(spec, 'validation', 4))
   assert sum(int((b['loss_mask'].sum(1) > 0).sum()) for b in held_out) == prepared.read_manifest(
       folder)['splits']['validation']['documents']
-  with pytest.raises(ConfigError, match='holds pairs, and this command reads text or chat'):
+  with pytest.raises(ConfigError, match='holds preference records, and this command reads text or chat'):
     config.build(DataSpec, {'sources': {folder: 1.0}})
 
 
@@ -473,8 +475,8 @@ def test_pairs_stay_together(tmp_path, small_folder):
     {'messages': [USER, SAID], 'label': False}, {'instruction': 'q', 'output': 'a', 'kto_tag': False},
     {'conversations': [turn('human', 'q'), turn('gpt', 'a')], 'kto_tag': 'false'}])
 def test_every_form_of_an_unpaired_preference(record):
-  assert normal('pairs', record) == {'prompt': [USER], 'completion': [SAID], 'label': False}
-  with pytest.raises(ValueError, match='is false: a bad completion'):
+  assert normal('preference', record) == {'prompt': [USER], 'completion': [SAID], 'label': False}
+  with pytest.raises(ValueError, match='is false'):
     normal('chat', record)
 
 
@@ -483,15 +485,16 @@ def test_unpaired_completions_are_halves_of_pairs(tmp_path, small_folder, good, 
   (tmp_path / 'data.jsonl').write_text(''.join(
       json.dumps({'prompt': f'q {i}', 'completion': f'{"good" if i < good else "bad"} {i}', 'label': i < good}) + '\n'
       for i in range(good + bad)))
-  folder = prepare_records(tmp_path, small_folder, 'pairs')
+  folder = prepare_records(tmp_path, small_folder, 'preference')
   assert prepared.read_manifest(folder)['unpaired'] == good + bad
   spec, found = DataSpec(sources={folder: 1.0}, seq_len=32), []
   tokenizer = stream.load_tokenizer(spec)
   for split in prepared.SPLITS:
-    for batch in stream.eval_pairs(spec, split, 4):
+    for batch in stream.eval_batches(spec, split, 4):
       for row, weights in enumerate(batch['loss_mask']):
         said = tokenizer.decode(batch['targets'][row][weights > 0])
         assert said.startswith(('good', 'bad')[row % 2]) or not said  # Good ones at even places, bad ones at odd ones.
+        assert batch['label'][row] == (row % 2 == 0) or not said and not weights.any()
         found += [said] * bool(said)
   assert sorted(int(said.split()[1]) for said in found) == list(range(good + bad))
 
@@ -502,23 +505,25 @@ def test_what_follows_a_step_has_its_label(tmp_path, template):
                                           {'text': f'two\nlines {i}', 'label': 0}, {'text': 'three', 'label': 0.25}]}
            for i in range(40)]
   (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records='steps', template=template,
+  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records='stepwise', template=template,
                      output=str(tmp_path / 'out'), tokenizer=TokenizerSpec(vocab_size=340, sample_lines=100))
   manifest, _ = corpus.prepare(spec)
   assert sum(s['trained'] for s in manifest['splits'].values()) == 120 and not manifest['quarantine']['records']
   data = DataSpec(sources={str(tmp_path / 'out'): 1.0}, seq_len=256, packing='best_fit')
   tokenizer = stream.load_tokenizer(data)
-  (batch,) = stream.eval_batches(data, 'validation', stream.count_rows(data, 'validation'))
-  documents = [d for row in range(len(batch['tokens'])) for d in stream.documents_of(batch, row)]
+  (batch,) = stream.eval_batches(data, 'validation', stream.count_examples(data, 'validation'))
+  documents = [d for row in range(len(batch['tokens'])) for d in stream.documents_of(batch, row, ('step_labels',))]
   assert len(documents) == manifest['splits']['validation']['documents'] > 1
-  for ids, weights in documents:
+  for ids, weights, labels in documents:
     (ends,) = np.nonzero(weights)
-    np.testing.assert_array_equal(weights[ends], [2.0, 1.0, 1.25])
+    np.testing.assert_array_equal(weights[ends], 1.0)
+    np.testing.assert_array_equal(labels[ends], [1.0, 0.0, 0.25])
+    assert labels.sum() == 1.25
     number = int(tokenizer.decode(ids[:ends[0]]).split()[-1])
     begins = np.append(0, ends[:-1])
     said = [tokenizer.decode(ids[a:b]) for a, b in zip(begins, ends, strict=True)]
     first = 1 + max(i for i in range(ends[0]) if tokenizer.decode(ids[i:ends[0]]).strip().startswith('one'))
-    found = first - 1 + np.asarray(steps.find_ends(tokenizer, ids[first - 1:ends[-1]]))
+    found = first - 1 + np.asarray(stepwise.find_ends(tokenizer, ids[first - 1:ends[-1]]))
     assert set(ends) < set(found) and len(found) == 4  # A line in a step divides it.
     assert said[0].endswith(f'one é ▁ {number}') and f'q {number}' in said[0]
     assert said[1:] == [f'\ntwo\nlines {number}', '\nthree']
@@ -531,7 +536,7 @@ def test_what_follows_a_step_has_its_label(tmp_path, template):
 def test_steps_of_an_answer(small_folder, text, said):
   tokenizer = stream.load_tokenizer(DataSpec(sources={small_folder: 1.0}))
   ids = tokenizer.encode(text)
-  places = steps.find_ends(tokenizer, ids)
+  places = stepwise.find_ends(tokenizer, ids)
   assert [tokenizer.decode(ids[:place]).strip() for place in places] == said
   assert all(tokenizer.decode(ids[place - 1:place]).strip() for place in places if place)  # Read at a word.
 
@@ -541,10 +546,10 @@ def test_a_template_that_changes_what_is_said_has_no_ends_of_steps(tmp_path, sma
                                       '{% endfor %}')
   lines = [{'prompt': f'q {i}', 'completions': ['a'], 'labels': [1]} for i in range(40)]
   (tmp_path / 'data.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records='steps',
+  spec = PrepareSpec(source='text_dir', path=str(tmp_path / 'data.jsonl'), records='stepwise',
                      output=str(tmp_path / 'out'), template=str(tmp_path / 'own.jinja'),
                      tokenizer=TokenizerSpec(path=f'{small_folder}/tokenizer.model'))
-  with pytest.raises(ConfigError, match='every record of .* was refused.* 40 x .* changes or leaves out content'):
+  with pytest.raises(ConfigError, match='every record of .* was rejected.* 40 x .* changes or leaves out content'):
     corpus.prepare(spec)
   assert not prepared.is_prepared(tmp_path / 'out')
 
@@ -555,7 +560,7 @@ def test_prompts_come_with_their_answers(tmp_path, small_folder):
   folder = prepare_records(tmp_path, small_folder, 'prompts')
   spec = DataSpec(sources={folder: 1.0}, seq_len=64)
   tokenizer = stream.load_tokenizer(spec)
-  with stream.open_prompts(spec, batch_size=6, seed=0) as prompts:
+  with stream.open_stream(spec, batch_size=6, seed=0) as prompts:
     first, second = next(prompts), next(prompts)
     prompts.restore(1)
     assert [p['answer'] for p in next(prompts)] == [p['answer'] for p in second]
@@ -567,7 +572,8 @@ def test_prompts_come_with_their_answers(tmp_path, small_folder):
   # Held out: each prompt once, whatever the weights; a limit is a sample of every source.
   shutil.copytree(folder, f'{folder}2')
   both = DataSpec(sources={folder: 0.9, f'{folder}2': 0.1}, seq_len=64)
-  answers = lambda *args: sorted(p['answer'] for p in stream.eval_prompts(*args))
+  answers = lambda spec, split, limit=0: sorted(
+      p['answer'] for batch in stream.eval_batches(spec, split, 3, limit) for p in batch)
   assert answers(both, 'validation') == sorted(2 * answers(spec, 'validation'))
   assert len(answers(spec, 'train')) > 30 and answers(both, 'train', 4) == sorted(2 * answers(spec, 'train', 2))
 
@@ -588,9 +594,10 @@ def test_replay_mixes_rows_of_both_kinds(chats, small_folder):
 
 def write_weighted(folder, lengths, seed=0):
   rng = np.random.default_rng(seed)
-  with token_store.TokenStoreWriter(folder, vocab_size=500, bos_id=3, eos_id=1, weighted=True) as writer:
+  with token_store.TokenStoreWriter(folder, vocab_size=500, bos_id=3, eos_id=1, columns=('loss_mask',)) as writer:
     for n in lengths:
-      assert writer.add_weighted(rng.integers(4, 500, n), rng.choice([0, 0.5, 1], n).astype(np.float32)) is None
+      ids, mask = rng.integers(4, 500, n), rng.choice([0, 0.5, 1], n).astype(np.float32)
+      assert writer.add_encoded(ids, {'loss_mask': mask}) is None
   return token_store.TokenStore(folder)
 
 
@@ -602,11 +609,12 @@ def test_weights_follow_their_targets_in_every_packing(tmp_path):
     found = sorted((int(t), float(w)) for t, w, s in zip(
         batch['targets'].ravel(), batch['loss_mask'].ravel(), batch['segment_ids'].ravel(), strict=True) if s)
     first = np.isin(np.arange(store.num_tokens), store.offsets[:-1])
-    assert found == sorted(zip(store.tokens[~first].tolist(), store.weights[~first].tolist(), strict=True)), name
+    mask = store.columns['loss_mask']
+    assert found == sorted(zip(store.tokens[~first].tolist(), mask[~first].tolist(), strict=True)), name
 
 
 def test_damaged_weights_are_refused(tmp_path):
   write_weighted(tmp_path, [7, 20])
-  (tmp_path / 'weights.bin').write_bytes(b'123')
+  (tmp_path / 'loss_mask.bin').write_bytes(b'123')
   with pytest.raises(ValueError, match='--force'):
-    _ = token_store.TokenStore(tmp_path).weights
+    _ = token_store.TokenStore(tmp_path).columns

@@ -13,7 +13,7 @@ import zipfile
 import pytest
 import zstandard
 
-from llmjax.data import conversations, text_files
+from llmjax.data import records, text_files
 from llmjax.data.documents import Document, Limits, Rejected
 
 SUFFIXES = ('.txt', '.jsonl', '.parquet')
@@ -127,7 +127,7 @@ def test_what_is_not_supported_says_how_to_convert_it(tmp_path):
     (tmp_path / name).write_bytes(content)
     texts, (reason,) = read(tmp_path / name, max_window_bytes=1 << 20)
     assert not texts and expected in reason and 'damaged' not in reason
-  found = text_files.Found()
+  found = text_files.Listing()
   (tmp_path / 'a.csv.lz4').write_bytes(b'x')  # Of a kind that is not read in any case.
   assert not list(text_files.read_files(tmp_path / 'a.csv.lz4', Limits(SUFFIXES), found))
   assert found.ignored == {'.csv.lz4': 1}
@@ -187,7 +187,7 @@ def test_encodings_with_a_mark(tmp_path, encoding):
 
 
 def test_arrays_and_lines_by_either_name(tmp_path):
-  limits = {'suffixes': ('.json', '.jsonl', '.ndjson'), 'take': lambda record: record['text']}
+  limits = {'suffixes': ('.json', '.jsonl', '.ndjson'), 'normalise': lambda record: record['text']}
   records = [{'text': f'{i} ' + 'x' * (i * 997 % 5000)} for i in range(2000)]
   forms = [json.dumps(records), json.dumps(records, indent=2), ''.join(json.dumps(r) + '\r\n' for r in records),
            ' \n' + json.dumps(records) + '\n\n']
@@ -227,5 +227,5 @@ def test_parquet_types(tmp_path):
   nested = pyarrow.Table.from_pylist(rows).append_column('when', pyarrow.array([1, 2], pyarrow.timestamp('us')))
   (tmp_path / 'nested').mkdir()
   pq.write_table(nested, tmp_path / 'nested' / 'a.parquet', row_group_size=1)
-  made, reasons = read(tmp_path / 'nested', take=conversations.normaliser('chat'))
+  made, reasons = read(tmp_path / 'nested', normalise=records.normaliser('chat'))
   assert [json.loads(text)['messages'][1]['content'] for text in made] == ['a', 'a'] and not reasons

@@ -62,7 +62,7 @@ def test_rows_equal_the_reference(tmp_path, name, lengths, seq_len, small):
     assert batch[field].dtype == packing.FIELDS[field]
     np.testing.assert_array_equal(batch[field], value, err_msg=field)
   # Every pair exactly once.
-  assert batch['loss_mask'].sum() == rows.num_pairs == sum(len(d) - 1 for d in documents)
+  assert batch['loss_mask'].sum() == rows.num_targets == sum(len(d) - 1 for d in documents)
 
 
 @pytest.mark.parametrize('name', ['concat', 'pad'])
@@ -83,14 +83,14 @@ def test_rows_in_any_order_and_one_by_one(tmp_path, name):
 
 def test_segments_restart_in_every_row(tmp_path):
   store, _ = write_store(tmp_path, [20])
-  batch = packing.PackedRows(store, 8).batch([0, 1, 2])
+  batch = packing.PackedSequences(store, 8).batch([0, 1, 2])
   np.testing.assert_array_equal(batch['positions'][1], np.arange(8))
   np.testing.assert_array_equal(batch['segment_ids'][2], [1] * 5 + [0] * 3)
 
 
 def test_concat_fills_all_but_the_last_row(tmp_path):
   store, _ = write_store(tmp_path, [50] * 400)
-  rows = packing.PackedRows(store, 64)
+  rows = packing.PackedSequences(store, 64)
   mask = rows.batch(range(len(rows)))['loss_mask']
   assert mask[:-1].all() and mask.mean() > 0.99
 

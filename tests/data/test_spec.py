@@ -54,7 +54,7 @@ def test_different_tokenizers(small_folder, tmp_path):
   assert 'different tokenizers' in problem
   assert f'--config.tokenizer.path={small_folder}/tokenizer.model' in problem
   (tmp_path / 'x.model').write_bytes(b'x')
-  assert 'did not make' in validate(DataSpec, sources={small_folder: 1},
+  assert 'is not the tokenizer of' in validate(DataSpec, sources={small_folder: 1},
                                     tokenizer=str(tmp_path / 'x.model'))[0]
 
 

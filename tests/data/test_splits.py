@@ -61,4 +61,4 @@ def test_what_a_source_divides_leaves_train():
   train, validation, test, duplicate, leak = range(5)
   codes = np.array([train, validation, train, test, train, duplicate], np.int8)
   units = np.array([1, 1, 2, 3, 3, 2], np.uint64)
-  assert splits.drop_divided(codes, units).tolist() == [leak, validation, train, test, leak, duplicate]
+  assert splits.drop_leaks(codes, units).tolist() == [leak, validation, train, test, leak, duplicate]

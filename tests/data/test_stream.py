@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.data import corpus, packing, prepared, stream, token_store
+from llmjax.data import corpus, dataset, packing, prepared, stream, token_store
 from llmjax.data.spec import DataSpec, PrepareSpec, TokenizerSpec
 from tests.data.conftest import WORDS
 
@@ -42,14 +42,14 @@ def test_shapes_and_types(spec):
 
 def test_every_row_once_an_epoch_in_a_new_order(small_folder):
   spec = DataSpec(sources={small_folder: 1.0}, seq_len=16)
-  rows = packing.PackedRows(token_store.TokenStore(prepared.tokens_path(small_folder, 'train')), 16)
+  rows = packing.PackedSequences(token_store.TokenStore(prepared.tokens_path(small_folder, 'train')), 16)
   expected = collections.Counter(row.tobytes() for row in rows.batch(range(len(rows)))['tokens'])
   drawn = [batch['tokens'][0].tobytes() for batch in draw(spec, 2 * len(rows), batch_size=1)]
   first, second = drawn[:len(rows)], drawn[len(rows):]
   assert collections.Counter(first) == collections.Counter(second) == expected
   assert first != second
   with stream.open_stream(spec, batch_size=1, seed=0) as batches:
-    assert batches.rows_per_epoch == len(rows)
+    assert batches.examples_per_epoch == len(rows)
 
 
 def test_seeds_differ(spec):
@@ -111,7 +111,7 @@ def test_weights(small_folder, other_folder, spec):
   documents = {}
   for folder in (small_folder, other_folder):
     store = token_store.TokenStore(prepared.tokens_path(folder, 'train'))
-    rows = packing.PackedRows(store, 32)
+    rows = packing.PackedSequences(store, 32)
     documents[folder] = {r.tobytes() for r in rows.batch(range(len(rows)))['tokens']}
   assert not documents[small_folder] & documents[other_folder]
   drawn = [r.tobytes() for batch in draw(spec, 100) for r in batch['tokens']]
@@ -138,7 +138,7 @@ def test_eval_batches_hold_every_pair_once(spec, hosts, packed):
     for d in range(len(store)):
       expected += list(itertools.pairwise(store[d].tolist()))
   assert [tuple(pair) for pair in found.tolist()] == expected
-  assert len(expected) == stream.split_counts(spec, 'validation')['pairs']
+  assert len(expected) == stream.split_counts(spec, 'validation')['targets']
   padding = np.concatenate([b['segment_ids'] for b in batches]) == 0
   assert not np.concatenate([b['loss_mask'] for b in batches])[padding].any()
 
@@ -206,7 +206,7 @@ def test_a_limit_is_a_fair_sample_of_every_source(unequal, packing):
     ([0, 10, 10], 3, [0, 1, 2]), ([1, 1, 98], 3, [1, 1, 1]), ([10, 20, 30], 6, [1, 2, 3]), ([2, 1000], 1, [0, 1]),
     ([1, 1, 1, 1, 96], 50, [1, 1, 1, 1, 46])])
 def test_shares_of_a_limit(sizes, limit, counts):
-  assert stream._shares(sizes, limit, [str(i) for i in range(len(sizes))]) == counts
+  assert dataset.proportional_counts(sizes, limit, [str(i) for i in range(len(sizes))]) == counts
 
 
 def test_decoded_rows_are_the_documents(small_folder):

@@ -136,7 +136,7 @@ def test_compressed_files_and_archives(tmp_path):
   (data / 'b.jsonl.zst').write_bytes(zstandard.compress(b'{"text": "zipped"}\n'))
   (data / '.hidden.txt').write_text('no')
   (data / 'other.csv').write_text('a,b')
-  found = text_files.Found()
+  found = text_files.Listing()
   items = list(text_files.read_files(data, Limits(SUFFIXES), found))
   assert {i.name: i.text for i in items} == {
       't.tar.gz/src/x.txt': 'from the archive\n', 'deep/er/a.txt.gz': 'gzipped\n',

@@ -61,12 +61,12 @@ def folder(tmp_path_factory):
   assert run(*prepare, '--config.path=data/words/chat.jsonl', '--config.output=data/words_chat',
              '--config.tokenizer.vocab_size=320') == 0
   for name in ('words', 'flipped'):
-    assert run(*prepare, f'--config.path=data/{name}/pairs.jsonl', '--config.records=pairs',
+    assert run(*prepare, f'--config.path=data/{name}/pairs.jsonl', '--config.records=preference',
                f'--config.output=data/{name}_pairs', '--config.tokenizer.path=data/words_chat/tokenizer.model') == 0
-  assert run(*prepare, '--config.path=data/words/pairs_test.jsonl', '--config.records=pairs',
+  assert run(*prepare, '--config.path=data/words/pairs_test.jsonl', '--config.records=preference',
              '--config.output=data/clean_pairs', '--config.validation_fraction=0.4',
              '--config.tokenizer.path=data/words_chat/tokenizer.model') == 0
-  assert run(*prepare, '--config.path=data/words/steps.jsonl', '--config.records=steps',
+  assert run(*prepare, '--config.path=data/words/steps.jsonl', '--config.records=stepwise',
              '--config.output=data/words_steps', '--config.tokenizer.path=data/words_chat/tokenizer.model') == 0
   assert run(*prepare, '--config.path=data/words/prompts.jsonl', '--config.records=prompts',
              '--config.output=data/words_prompts', '--config.tokenizer.path=data/words_chat/tokenizer.model') == 0
@@ -295,7 +295,8 @@ def test_a_critic_with_a_rule_lowers_what_it_forbids(folder):
   made = [row for row in ai_feedback.compare(records, judge, [rule]) if row['probability'] > 0.5]
   assert ai_feedback.describe_places(made)['mean_bias'] > 0.02
   pathlib.Path('data/cats.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in made))
-  assert run('prepare', f'--config={ROOT}/configs/data/chat.py', '--config.template=plain', '--config.records=pairs',
+  assert run('prepare', f'--config={ROOT}/configs/data/chat.py', '--config.template=plain',
+             '--config.records=preference',
              '--config.path=data/cats.jsonl', '--config.output=data/cats_pairs',
              '--config.tokenizer.path=data/words_chat/tokenizer.model') == 0
   assert train('finetune', 'words_dpo', 'runs/cats', '--config.data.sources=data/cats_pairs',

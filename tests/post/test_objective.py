@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from llmjax.data.steps import JUDGED
 from llmjax.generate.decode import Generator
 from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
@@ -137,6 +136,7 @@ def pair_batch(count=4):
   answers = [draw.integers(1, WORDS, draw.integers(1, 9)) for _ in range(2 * count)]
   batch = rollout.make_rows(prompts, answers, LENGTH)
   batch['ref_logprobs'] = draw.normal(-20, 1, 2 * count).astype(np.float32)
+  batch['label'] = np.array([1, 0] * count, np.float32)
   return batch
 
 
@@ -152,7 +152,7 @@ def step_batch():
   marks = (draw.random(real.shape) < 0.4) & real
   labels = draw.choice([0.0, 0.3, 1.0], real.shape)
   return {**batch, 'segment_ids': segments, 'positions': (np.where(segments == 2, place - first, place) * real).astype(
-      np.int32), 'loss_mask': np.where(marks, JUDGED + labels, 0).astype(np.float32)}
+      np.int32), 'loss_mask': marks.astype(np.float32), 'step_labels': np.where(marks, labels, 0).astype(np.float32)}
 
 
 def wider(batch, left, right, rows=0):
@@ -178,7 +178,7 @@ def test_steps_are_judged_alike_however_they_lie_in_rows(params):
   for name, values in each.items():
     np.testing.assert_allclose(np.ravel(values)[marks], np.ravel(single[name])[others], rtol=1e-5, atol=1e-6)
   values = np.ravel(each['score'])[marks].astype(np.float64)
-  labels = packed['loss_mask'].ravel()[marks].astype(np.float64) - 1
+  labels = packed['step_labels'].ravel()[marks].astype(np.float64)
   by_hand = np.logaddexp(0, -values) * labels + np.logaddexp(0, values) * (1 - labels)
   np.testing.assert_allclose(loss, by_hand.sum(), rtol=1e-5)
   assert aux['accuracy'] == ((values > 0) == (labels > 0.5)).sum() == (np.ravel(each['margin'])[marks] > 0).sum()
@@ -359,7 +359,7 @@ def test_a_completion_without_another_half_counts_by_itself(params, loss):
   mask[5] = 0
   batch = {'tokens': rng.integers(1, WORDS, (6, 8)), 'targets': rng.integers(1, WORDS, (6, 8)), 'loss_mask': mask,
            'segment_ids': np.ones((6, 8), np.int32), 'positions': np.tile(np.arange(8, dtype=np.int32), (6, 1)),
-           'ref_logprobs': rng.normal(-9, 1, 6).astype(np.float32),
+           'ref_logprobs': rng.normal(-9, 1, 6).astype(np.float32), 'label': np.array([1, 0] * 3, np.float32),
            objective.MISMATCHED: rng.normal(-9, 1, 6).astype(np.float32)}
   arguments = PreferenceSpec(loss=loss, reference='copy'), make_model(SPEC, TRAIN, 'cpu')
   sums = lambda batch: np.asarray(objective.make_sequence_logprobs(*arguments)(params, batch), np.float64)

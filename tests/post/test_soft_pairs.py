@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.data import conversations, corpus, stream
+from llmjax.data import corpus, records, stream
 from llmjax.data.spec import DataSpec, PrepareSpec, TokenizerSpec
 from llmjax.post import objective, preference, reward_model
 from llmjax.post.spec import PreferenceSpec
@@ -72,16 +72,16 @@ def test_mismatched_rows_are_prompts_with_the_answers_of_the_next_pair():
 
 def test_numbers_of_pairs_come_with_their_batches(tmp_path):
   file = tmp_path / 'pairs.jsonl'
-  records = [{'prompt': f'say {i}', 'chosen': f'yes {i}', 'rejected': 'no', **more} for i, more in enumerate(
+  lines = [{'prompt': f'say {i}', 'chosen': f'yes {i}', 'rejected': 'no', **more} for i, more in enumerate(
       [{'margin': 2.0}, {'probability': 0.75}, {}, {'margin': 1, 'probability': 0.5}] * 20)]
-  file.write_text(''.join(json.dumps(r) + '\n' for r in records))
-  corpus.prepare(PrepareSpec(source='text_dir', path=str(file), records='pairs', template='plain',
+  file.write_text(''.join(json.dumps(r) + '\n' for r in lines))
+  corpus.prepare(PrepareSpec(source='text_dir', path=str(file), records='preference', template='plain',
                              output=str(tmp_path / 'pairs'), tokenizer=TokenizerSpec(vocab_size=300)))
   spec = DataSpec(sources={str(tmp_path / 'pairs'): 1.0}, seq_len=32)
-  count = stream.count_pairs(spec, 'train')
+  count = stream.count_examples(spec, 'train')
   table = np.arange(2.0 * count).reshape(count, 2)
   tokenizer = stream.load_tokenizer(spec)
-  with stream.open_pairs(spec, batch_size=4, seed=0) as batches:
+  with stream.open_stream(spec, batch_size=4, seed=0) as batches:
     batches.attach('reference', table)
     seen = set()
     for _ in range(30):
@@ -89,14 +89,14 @@ def test_numbers_of_pairs_come_with_their_batches(tmp_path):
       assert batch['margin'].shape == batch['reference'].shape == (8,)
       for i in range(4):
         number = int(tokenizer.decode(batch['tokens'][2 * i][batch['segment_ids'][2 * i] > 0]).split()[1].split('y')[0])
-        record = records[number]
+        record = lines[number]
         assert batch['margin'][2 * i] == record.get('margin', 0.0)
         assert batch['probability'][2 * i] == np.float32(record.get('probability', 1.0))
         first, second = batch['reference'][2 * i:2 * i + 2]
         assert second == first + 1 and first % 2 == 0
         seen.add(int(first) // 2)
     assert len(seen) > 40
-  *_, last = stream.eval_pairs(spec, 'train', 7, columns={'reference': table})
+  *_, last = stream.eval_batches(spec, 'train', 7, columns={'reference': table})
   assert last['reference'].shape == (14,)
   np.testing.assert_array_equal(last['reference'][:2 * (count % 7)], table[-(count % 7):].reshape(-1))
   with pytest.raises(ValueError, match='must begin with the shape'):
@@ -106,4 +106,4 @@ def test_numbers_of_pairs_come_with_their_batches(tmp_path):
 @pytest.mark.parametrize('more', [{'margin': -1}, {'probability': 1.5}, {'margin': 'x'}, {'probability': True}])
 def test_wrong_numbers_of_pairs(more):
   with pytest.raises(ValueError, match='must be a number from 0 to'):
-    conversations.normaliser('pairs')({'prompt': 'a', 'chosen': 'b', 'rejected': 'c', **more})
+    records.normaliser('preference')({'prompt': 'a', 'chosen': 'b', 'rejected': 'c', **more})

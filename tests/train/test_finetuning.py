@@ -27,7 +27,7 @@ def store(tmp_path_factory):
   """Seven samples with uneven masks and weights; together they weigh less than 1 in some microbatches."""
   rng = np.random.default_rng(0)
   folder = tmp_path_factory.mktemp('store')
-  with token_store.TokenStoreWriter(folder, vocab_size=97, bos_id=3, eos_id=1, weighted=True) as writer:
+  with token_store.TokenStoreWriter(folder, vocab_size=97, bos_id=3, eos_id=1, columns=('loss_mask',)) as writer:
     for n in (9, 14, 5, 7, 12, 4, 3):
       weights = np.where(np.arange(n) < n // 2, 0, rng.choice([0.05, 0.5, 1], n))
       writer.add_weighted(rng.integers(4, 97, n), weights)
@@ -53,7 +53,8 @@ def shifted(batch, by):
 def test_loss_and_gradient_do_not_depend_on_rows_padding_or_microbatches(store):
   alone = grown(rows(store, 'pad', 16), 8)
   expected = gradient(alone)
-  weight = float(store.weights.sum() - store.weights[store.offsets[:-1]].sum())
+  mask = store.columns['loss_mask']
+  weight = float(mask.sum() - mask[store.offsets[:-1]].sum())
   assert float(expected[0]['target_tokens']) == pytest.approx(weight, rel=1e-6)
   packed = rows(store, 'best_fit', 16)
   assert len(packed['tokens']) == 3  # 47 targets: it is packed.

@@ -1,10 +1,10 @@
-"""Records of solutions whose steps are judged one by one, and where in the tokens each step ends.
+"""Stepwise records: solutions with a label for every step, and the tokens at which the steps end.
 
     {"prompt": [messages], "steps": [{"text", "label"}, ...]}
 
-A label says how good a step is, from 0 to 1.  Steps are joined by SEPARATOR to one message of the assistant.  What
-tells of a step is the target that follows its last token: the separator, or what ends the message.  Its weight in
-the store is 1 + label, and all other weights are 0; so a model reads a step to its last token and nothing beyond.
+A label is the quality of a step, from 0 to 1.  The steps are joined by SEPARATOR to one assistant message.  A step is
+scored at the target behind its last token: the separator, or the token that ends the message.  There loss_mask is 1 and
+step_labels is the label; elsewhere both are 0.  So a model reads a step to its last token and nothing beyond.
 """
 
 import re
@@ -15,18 +15,17 @@ from llmjax.data.messages import read_objects
 from llmjax.text.templates import TemplateError
 
 SEPARATOR = '\n'
-JUDGED = 1.0  # Weight of a step's end, less its label.
 FORMS = ('prompt and steps of text and label; prompt, completions and labels; question and label.steps (PRM800K); or '
          'input and label with a mark behind each step (Math-Shepherd)')
-_MARK = 'ки'  # Math-Shepherd's, where its labels have + or -.
+_MARK = 'ки'  # Math-Shepherd marks the end of a step; its labels have + or - there.
 _WORDS = {'+': 1, '-': 0, 'good': 1, 'bad': 0, 'true': 1, 'false': 0}
 _RATINGS = {-1: 0, 0: 1, 1: 1}  # PRM800K's bad, neutral, good; a neutral step is no error (arXiv:2305.20050).
 
 
 def read_steps(record):
-  """Returns (prompt in any form or None, [{'text', 'label'}]) of a record in one of FORMS, or None.
+  """Return (prompt in any form or None, [{'text', 'label'}]) of a record in one of FORMS, or None.
 
-  Raises ValueError with a reason.
+  Raises ValueError with the reason.
   """
   steps, prompt = None, None
   if 'steps' in record:
@@ -37,9 +36,9 @@ def read_steps(record):
       raise ValueError('completions and labels must be lists of one length')
     steps = [{'text': text, 'label': label} for text, label in zip(texts, labels, strict=True)]
   elif isinstance(record.get('label'), dict) and isinstance(record.get('question'), dict):
-    prompt, steps = record['question'].get('problem'), _chosen(record['label'].get('steps'))
+    prompt, steps = record['question'].get('problem'), _prm800k_steps(record['label'].get('steps'))
   elif isinstance(record.get('label'), str) and isinstance(record.get('input'), str):
-    prompt, steps = _marked(record['input'], record['label'])
+    prompt, steps = _math_shepherd_steps(record['input'], record['label'])
   if steps is None:
     return None
   if not isinstance(steps, list) or not steps:
@@ -70,31 +69,30 @@ def _rating(rating):
   return _RATINGS[rating]
 
 
-def _chosen(found):
-  """Returns the path of steps that PRM800K's people took: up to an error, or to the end."""
-  if not isinstance(found, list):
+def _prm800k_steps(steps):
+  """Return the steps that the annotators of PRM800K followed: up to the first error, or to the end."""
+  if not isinstance(steps, list):
     return None
-  steps = []
-  for step in found:
-    answers, number = step.get('completions') or [], step.get('chosen_completion')
+  path = []
+  for step in steps:
+    completions, chosen = step.get('completions') or [], step.get('chosen_completion')
     human = step.get('human_completion')
-    if number is None and human:  # Written by a person in place of wrong ones.
-      steps.append({'text': human.get('text') if isinstance(human, dict) else human, 'label': 1})
+    if chosen is None and human:  # Written by a person where all completions were wrong.
+      path.append({'text': human.get('text') if isinstance(human, dict) else human, 'label': 1})
       continue
-    last = number is None
-    if not answers or not isinstance(number or 0, int) or not 0 <= (number or 0) < len(answers):
+    if not completions or not isinstance(chosen or 0, int) or not 0 <= (chosen or 0) < len(completions):
       break
-    answer = answers[number or 0]
-    if answer.get('rating') is None:
+    completion = completions[chosen or 0]
+    if completion.get('rating') is None:
       break
-    steps.append({'text': answer.get('text'), 'label': _rating(answer['rating'])})
-    if last:
+    path.append({'text': completion.get('text'), 'label': _rating(completion['rating'])})
+    if chosen is None:
       break
-  return steps
+  return path
 
 
-def _marked(text, labels):
-  """Returns (prompt, steps) of Math-Shepherd's two texts: one with marks, the same with + or - in place of them."""
+def _math_shepherd_steps(text, labels):
+  """Return (prompt, steps) of Math-Shepherd's two texts: one with marks, the same with + or - in place of them."""
   parts, steps, place = text.split(_MARK), [], 0
   for part in parts[:-1]:
     place += len(part)
@@ -110,43 +108,45 @@ def _marked(text, labels):
   return prompt.strip(), steps
 
 
-def solution(steps):
-  """Returns the text that the steps are together."""
+def join_steps(steps):
+  """Return the text of the assistant message."""
   return SEPARATOR.join(step['text'] for step in steps)
 
 
-def mark(tokenizer, ids, weights, steps):
-  """Returns float32 [n]: 1 + the label at the target behind each step, else 0.
+def label_columns(tokenizer, ids, mask, steps):
+  """Return {'loss_mask', 'step_labels'}, float32 [n] each: 1 and the label at the target behind each step, else 0.
 
-  ids, weights: of a conversation whose only trained message is the steps'.  Raises TemplateError where the chat
-  template has changed what they say.
+  ids, mask: a rendered conversation in which only the message of the steps is trained.  Raises TemplateError where the
+  chat template changes the text of that message.
   """
-  said, text = np.flatnonzero(weights > 0), solution(steps).encode()
-  inside, end = said[:-1], said[-1]  # What ends the message is trained, too.
+  trained, text = np.flatnonzero(mask > 0), join_steps(steps).encode()
+  inside, end = trained[:-1], trained[-1]  # The token that ends the message is trained, too.
   parts = [tokenizer.decode_bytes(i) for i in ids[inside]]
-  found = b''.join(parts)
-  if found.strip() != text.strip():
-    raise TemplateError('the chat template changes what the assistant says, so that the ends of steps cannot be found')
-  # A template may take white space away at the beginning and the end.
-  lead = len(text) - len(text.lstrip()) - (len(found) - len(found.lstrip()))
-  marks, ends = np.zeros(len(ids), np.float32), np.cumsum([len(p) for p in parts]) + lead
-  place = 0
+  rendered = b''.join(parts)
+  if rendered.strip() != text.strip():
+    raise TemplateError("the chat template changes the assistant's text, so that the ends of steps cannot be found; "
+                        'choose another template')
+  # A template may strip white space at the beginning and the end.
+  lead = len(text) - len(text.lstrip()) - (len(rendered) - len(rendered.lstrip()))
+  ends = np.cumsum([len(p) for p in parts]) + lead
+  loss_mask, labels, place = np.zeros(len(ids), np.float32), np.zeros(len(ids), np.float32), 0
   for step in steps:
     place += len(step['text'].encode())
-    behind = int(np.searchsorted(ends, place, 'right'))  # The token that has the separator's byte.
-    marks[inside[behind] if behind < len(inside) else end] = JUDGED + step['label']
+    behind = int(np.searchsorted(ends, place, 'right'))  # The token with the separator's byte.
+    target = inside[behind] if behind < len(inside) else end
+    loss_mask[target], labels[target] = 1.0, step['label']
     place += len(SEPARATOR.encode())
-  return marks
+  return {'loss_mask': loss_mask, 'step_labels': labels}
 
 
 def find_ends(tokenizer, ids):
-  """Returns the places in an answer's ids of the tokens that follow its steps, as `mark` has them.
+  """Return the indices of the tokens that follow the steps of a completion, as in `label_columns`.
 
-  ids: int [n], without what ends the message; so the last place may be n.  Steps are what line breaks divide.
+  ids: int [n], without the token that ends the message; so the last index may be n.  Steps end at line breaks.
   """
   parts = [tokenizer.decode_bytes(i) for i in ids]
   text, ends = b''.join(parts), np.cumsum([len(p) for p in parts], dtype=int)
-  said = text.rstrip()
-  breaks = [found.start() for found in re.finditer(rb'(?<=\S)\s*\n', said)]
-  last = int(np.searchsorted(ends, len(said))) + 1 if said else 0
+  stripped = text.rstrip()
+  breaks = [match.start() for match in re.finditer(rb'(?<=\S)\s*\n', stripped)]
+  last = int(np.searchsorted(ends, len(stripped))) + 1 if stripped else 0
   return [int(np.searchsorted(ends, place, 'right')) for place in breaks] + [last]

@@ -1,6 +1,6 @@
 """A reward model from pairs of a better and a worse answer.
 
-Prepare yours: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=pairs \
+Prepare yours: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=preference \
   --config.output=data/pairs --config.tokenizer.path=runs/chat/tokenizer.model
 """
 
