@@ -25,7 +25,7 @@ def get_config():
           'data': {'sources': {'data/text': 1.0}, 'seq_len': 64}, 'train': {'steps': 100, 'batch_size': 8}}
 '''
 MANIFEST = {
-    'format': 1, 'request': {}, 'tokenizer': {'sha256': 'x', 'vocab_size': 512},
+    'format': 2, 'request': {}, 'tokenizer': {'sha256': 'x', 'vocab_size': 512},
     'splits': {'train': {'documents': 1, 'bytes': 9, 'tokens': 9, 'tokens_sha256': 'x'}},
     'quarantine': {'records': 0, 'byte_order_marks_removed': 0, 'reasons': {}}, 'ignored_files': {},
     'duplicates': {'repeated': 0, 'train_copies_of_held_out': 0}}
@@ -50,7 +50,7 @@ def fill(folder):
       'numbers.json': '{"1": {"2": 3}}', 'nan.json': '{"optimizer": {"lr": NaN}}', 'group.json': '{"train": 3}',
       'text/a.txt': 'text\n', 'data/text/manifest.json': json.dumps(MANIFEST),
       'data/old/manifest.json': '{"format": 0}',
-      'data/cut/manifest.json': '{"format": 1, "tok', 'data/less/manifest.json': '{"format": 1}',
+      'data/cut/manifest.json': '{"format": 1, "tok', 'data/less/manifest.json': '{"format": 2}',
       'data/other/manifest.json': json.dumps({**MANIFEST, 'tokenizer': {'sha256': 'y', 'vocab_size': 512}}),
       'data/prompts/manifest.json': json.dumps({**MANIFEST, 'records': 'prompts'}),
       'run/config.json': json.dumps({'model': {'num_layers': 2, 'd_model': 64, 'num_heads': 4, 'mlp_dim': 128},

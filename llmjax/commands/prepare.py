@@ -69,9 +69,10 @@ def describe(manifest, folder) -> str:
   return '\n'.join([*lines, f'folder: {folder}', *(f'next: {line}' for line in next_steps(manifest, folder))])
 
 
-# The commands that train on each kind of record, and a recipe for each.
+# The commands that train on each kind of record, with a recipe for each.
 RECIPES = {'text': [('pretrain', 'pretrain/quickstart')], 'chat': [('finetune', 'finetune/chat')],
-           'preference': [('finetune', 'preference/dpo'), ('reward', 'reward/preference')], 'prompts': [('rl', 'rl/grpo')],
+           'preference': [('finetune', 'preference/dpo'), ('reward', 'reward/preference')],
+           'prompts': [('rl', 'rl/grpo')],
            'stepwise': [('reward', 'reward/stepwise')]}
 
 

@@ -133,7 +133,7 @@ def _how_to_prepare(folder):
 class PrepareSpec:
   """The config of `llmjax prepare`.  The fields are at the top level."""
 
-  source: str = setting('python_docs', "python_docs: the Python installation's own text; text_dir: files of path; "
+  source: str = setting('python_docs', "python_docs: the Python installation's own text; text_dir: the text at path; "
                         'tfds: the TensorFlow dataset of name; module:name: a function of your own that yields '
                         'records (see docs/data_formats.md)')
   path: str = setting('', 'text_dir: a folder (searched recursively), a file or an archive', kind='path')

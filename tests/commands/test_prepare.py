@@ -223,7 +223,7 @@ def test_copies_of_held_out_documents_leave_train(texts, tmp_path):
 @pytest.mark.parametrize('make, message', [
     (lambda f: None, 'there are no files at all'),
     (lambda f: (f / 'a.csv').write_text('a,b'), 'only other files: 1 .csv'),
-    (lambda f: (f / 'a.txt').write_text(''), 'every record was refused: 1 x empty'),
+    (lambda f: (f / 'a.txt').write_text(''), 'every record was rejected: 1 x empty'),
     (lambda f: (f / 'a.jsonl').write_text('{"body": "x"}'), 'found: body')])
 def test_an_empty_corpus_says_what_was_looked_for(tmp_path, make, message):
   folder = tmp_path / 'texts'
@@ -280,7 +280,7 @@ def test_other_settings_need_force(texts, tmp_path):
 def test_a_folder_of_the_users_is_left_alone(texts, tmp_path):
   (tmp_path / 'out').mkdir()
   (tmp_path / 'out' / 'thesis.txt').write_text('precious')
-  with pytest.raises(config.ConfigError, match='is left as it is'):
+  with pytest.raises(config.ConfigError, match='choose another --config.output'):
     corpus.prepare(spec_for(texts, tmp_path / 'out'), force=True)
   assert (tmp_path / 'out' / 'thesis.txt').read_text() == 'precious'
 
@@ -348,3 +348,96 @@ def test_public_texts(tmp_path):
   assert total == (path / 'input.txt').stat().st_size  # One file, cut without losing a byte.
   for split in ('validation', 'test'):
     assert 0.03 < manifest['splits'][split]['bytes'] / total < 0.08
+
+
+def prepare_command(*arguments):
+  """Runs `llmjax prepare` and returns its exit status."""
+  with pytest.raises(SystemExit) as e:
+    main.main(['prepare', *arguments])
+  return e.value.code or 0
+
+
+SOURCE = """
+from llmjax.data.documents import Document
+
+def my_documents(spec):
+  for i in range(60):
+    yield {'text': f'The value of number {i} is written here, in one line of text.'}
+  yield Document('last', 'A document whose split is known.', 'a file', split='test')
+  yield {'no_text': 1}
+
+def my_preferences(spec):
+  for i in range(30):
+    yield {'prompt': f'{spec.name} {i}', 'chosen': f'yes {i}', 'rejected': f'no {i}'}
+
+def wrong(spec):
+  return 3
+
+def lines(spec):
+  yield 'a text'
+
+def fails(spec):
+  yield {'text': 'x'}
+  raise KeyError('shard')
+
+NUMBER = 3
+"""
+
+
+def test_a_function_of_the_users_module_is_a_source(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  module = f'source_{tmp_path.name}'
+  (tmp_path / f'{module}.py').write_text(SOURCE)
+  recipe = f'--config={ROOT}/configs/data/python_docs.py'
+  arguments = [recipe, '--config.tokenizer.vocab_size=320', f'--config.source={module}:my_documents']
+  assert prepare_command(*arguments) == 0
+  manifest = prepared.read_manifest('data/my_documents')
+  assert sum(split['documents'] for split in manifest['splits'].values()) == 61
+  assert 'A document whose split is known.' in [
+      text for _, text in stream.read_documents('data/my_documents', 'test')]
+  (entry,) = quarantine('data/my_documents')
+  assert 'no_text' in entry['reason'] and entry['line'] == 62
+  assert prepare_command(*arguments) == 0  # Nothing to do.
+  (tmp_path / f'{module}.py').write_text(SOURCE + '\n')
+  capsys.readouterr()
+  assert prepare_command(*arguments) == 2 and '--force' in capsys.readouterr().err
+  assert prepare_command(recipe, f'--config.source={module}:my_preferences', '--config.records=preference',
+                         '--config.name=ask', '--config.output=data/own', '--config.template=plain',
+                         '--config.tokenizer.path=data/my_documents/tokenizer.model') == 0
+  assert prepared.kind(prepared.read_manifest('data/own')) == 'preference'
+  assert next(iter(stream.read_documents('data/own', 'train')))[1].count('ask') == 1
+
+
+@pytest.mark.parametrize('source, words', [
+    ('absent_{m}:f', ['no module', 'install']), ('{m}:absent', ['has no absent', '{m}.py']),
+    ('{m}:NUMBER', ['not callable', 'int']), ('{m}:wrong', ['returned int', 'yield records']),
+    ('{m}:lines', ['item 1 is of type str', 'yield records']), ('{m}:fails', ['KeyError', 'shard', '{m}.py, line']),
+    ('text_dirs', ['python_docs, text_dir, tfds, or module:name', 'did you mean text_dir?'])])
+def test_a_wrong_source_is_one_line(tmp_path, monkeypatch, capsys, source, words):
+  monkeypatch.chdir(tmp_path)
+  module = f'wrong_{"".join(c for c in tmp_path.name if c.isalnum())}'
+  (tmp_path / f'{module}.py').write_text(SOURCE)
+  assert prepare_command(f'--config={ROOT}/configs/data/python_docs.py',
+                         f'--config.source={source.format(m=module)}', '--config.output=out') == 2
+  line = capsys.readouterr().err.strip().splitlines()[-1]
+  assert 'source=' in line and all(word.format(m=module) in line for word in words), line
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('old, new', [('pairs', 'preference'), ('steps', 'stepwise')])
+def test_an_old_kind_of_record_is_an_error_that_names_the_new_one(tmp_path, capsys, old, new):
+  assert prepare_command(f'--config={ROOT}/configs/data/chat.py', f'--config.records={old}',
+                         f'--config.output={tmp_path}/out') == 2
+  error = capsys.readouterr().err
+  assert f"records='{old}'" in error and f'write {new}' in error
+
+
+def test_a_folder_of_the_earlier_format_must_be_prepared_again(texts, tmp_path, capsys):
+  output = tmp_path / 'out'
+  corpus.prepare(spec_for(texts, output))
+  manifest = json.loads(prepared.manifest_path(output).read_text())
+  prepared.manifest_path(output).write_text(json.dumps({**manifest, 'format': 1}))
+  with pytest.raises(config.ConfigError, match=r'format 1, .*; prepare the folder again with --force'):
+    corpus.prepare(spec_for(texts, output))
+  corpus.prepare(spec_for(texts, output), force=True)
+  assert prepared.read_manifest(output)['format'] == prepared.FORMAT

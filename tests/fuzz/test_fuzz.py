@@ -223,7 +223,7 @@ def test_tokenizer_models(count, tmp_path, model):
 
 
 MANIFEST = {
-    'format': 1, 'request': {'settings': {'path': 'x'}}, 'tokenizer': {'sha256': 'x', 'vocab_size': 512},
+    'format': 2, 'request': {'settings': {'path': 'x'}}, 'tokenizer': {'sha256': 'x', 'vocab_size': 512},
     'splits': {'train': {'documents': 3, 'bytes': 9, 'tokens': 9, 'tokens_sha256': 'x'}},
     'quarantine': {'records': 0, 'byte_order_marks_removed': 0, 'reasons': {'empty': 1}},
     'duplicates': {'repeated': 1, 'train_copies_of_held_out': 0}, 'ignored_files': {'.csv': 1}}

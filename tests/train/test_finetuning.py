@@ -30,7 +30,7 @@ def store(tmp_path_factory):
   with token_store.TokenStoreWriter(folder, vocab_size=97, bos_id=3, eos_id=1, columns=('loss_mask',)) as writer:
     for n in (9, 14, 5, 7, 12, 4, 3):
       weights = np.where(np.arange(n) < n // 2, 0, rng.choice([0.05, 0.5, 1], n))
-      writer.add_weighted(rng.integers(4, 97, n), weights)
+      writer.add_encoded(rng.integers(4, 97, n), {'loss_mask': weights})
   return token_store.TokenStore(folder)
 
 
