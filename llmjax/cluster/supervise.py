@@ -128,6 +128,10 @@ class Group:
     """Return {rank: Beat or None}."""
     return {k: heartbeat.read_beat(self.beats, k) for k in range(len(self.children))}
 
+  def maximum(self, field):
+    """Return the maximum of a field of Beat over the processes, 0 while there are no beats."""
+    return max((getattr(b, field) for b in self.read().values() if b), default=0)
+
   def signal(self, signum, frame=None):
     """Forward a signal to all processes; a second one kills them.  Usable as a signal handler."""
     self._signals += 1
@@ -234,9 +238,7 @@ class Group:
       time.sleep(0.02)
 
   def _with_steps(self, end):
-    beats = [b for b in self.read().values() if b]
-    return dataclasses.replace(end, **{
-        name: max((getattr(b, name) for b in beats), default=0) for name in ('first', 'step', 'saved')})
+    return dataclasses.replace(end, **{name: self.maximum(name) for name in ('first', 'step', 'saved')})
 
   def _tail(self, rank):
     if rank in self._tails:

@@ -1,4 +1,4 @@
-"""`llmjax chaos`: what it measures with, and short runs of it."""
+"""`llmjax chaos`: its parts, and short runs."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import types
 import pytest
 
 from llmjax.checkpoint import manifest
-from llmjax.cluster import chaos
+from llmjax.cluster import chaos, chaos_report, faults
 from llmjax.cluster.spec import FAULTS
 from llmjax.run.spec import PretrainSpec
 from llmjax.train.spec import TrainSpec
@@ -47,12 +47,11 @@ def run(folder, *argv):
 
 
 @pytest.mark.slow
-def test_a_run_survives(folder):
+def test_run_survives_three_faults(folder):
   status, out, found = run(folder, '--workdir=short', '--kills=3', '--events=damage,terminate,refuse')
   assert status == 0, out
   assert found['passed'] and not found['bits_differing'] and not found['problems']
   assert sorted(e['kind'] for e in found['events']) == ['damage', 'refuse', 'terminate']
-  # Something was done to it, and something was lost and done again.
   assert all(e['step'] >= 1 and e['compared'] > 0 for e in found['events'])
   (damaged,) = (e for e in found['events'] if e['kind'] == 'damage')
   assert damaged['lost'] >= 1 and damaged['detail']
@@ -61,96 +60,92 @@ def test_a_run_survives(folder):
   assert found['checkpoint_every'] == 5
   rows = [json.loads(line) for line in (folder / 'short/run/metrics.jsonl').read_text().splitlines()]
   assert [row['step'] for row in rows if 'train/loss' in row] == list(range(1, 61))
-  assert '│ all' in out and 'to the bit' in out
+  assert '\nall ' in out and 'to the bit' in out
   status, out, _ = run(folder, '--workdir=short')
   assert status == 2 and '--workdir=short is not empty' in out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes, kills', [(1, 10), (2, 6)])
-def test_a_run_survives_all_of_it(folder, processes, kills):
+def test_run_survives_all_faults(folder, processes, kills):
   status, out, found = run(folder, f'--workdir=full{processes}', f'--kills={kills}', '--steps=200', '--seed=1',
                            f'--processes={processes}')
   assert status == 0, out
   assert found['passed'] and len(found['events']) == kills
 
 
-def test_a_recipe_that_fails_by_itself_is_told(folder):
+def test_recipe_that_fails_undisturbed_is_reported(folder):
   status, out, _ = run(folder, '--workdir=wrong', '--config.train.platform=tpu')
   assert status == 1
-  assert 'the recipe does not run in peace: process 0 ended with status 2' in out
+  assert 'the undisturbed run failed: process 0 ended with status 2' in out
   assert 'tpu' in out.splitlines()[-1]
 
 
-def test_the_checkpoint_interval_is_the_one_that_was_asked_for():
+def test_checkpoint_interval():
   for asked, steps, taken in ((5, 60, 5), (59, 60, 59), (400, 200, 10), (0, 60, 3), (2, 5, 2)):
     spec = PretrainSpec(train=TrainSpec(steps=1000, checkpoint_every=asked))
     assert chaos.make_recipe(spec, steps)['train']['checkpoint_every'] == taken
 
 
-def test_events():
+def test_plan_faults():
   for seed in range(3):
-    assert set(chaos.plan_events(20, seed)) == set(FAULTS)
-  assert chaos.plan_events(20, 0) == chaos.plan_events(20, 0) != chaos.plan_events(20, 1)
-  assert set(chaos.plan_events(5, 0, ('stop', 'save'))) == {'stop', 'save'}
+    assert set(faults.plan_faults(20, seed)) == set(FAULTS)
+  assert faults.plan_faults(20, 0) == faults.plan_faults(20, 0) != faults.plan_faults(20, 1)
+  assert set(faults.plan_faults(5, 0, ('stop', 'save'))) == {'stop', 'save'}
 
 
-def test_damage_is_always_seen(tmp_path):
+def test_damage_is_always_detected(tmp_path):
   (tmp_path / '7/params/d').mkdir(parents=True)
   generator, kinds = random.Random(0), set()
   for _ in range(40):
     for name, size in (('params/d/a', 300), ('params/manifest', 40), ('spec', 3)):
       (tmp_path / '7' / name).write_bytes(generator.randbytes(size))
     manifest.write_manifest(tmp_path / '7', 7)
-    assert chaos.newest_good(tmp_path) == 7
-    words = chaos.damage(tmp_path / '7', generator)
-    kinds.add(words.split()[1])
-    assert manifest.find_damage(tmp_path / '7'), words
-    assert chaos.newest_good(tmp_path) == 0
-  assert {'deleted', 'cut'} < kinds
+    assert faults.newest_verified(tmp_path) == 7
+    description = faults.damage(tmp_path / '7', generator)
+    kinds.add(description.split()[1])
+    assert manifest.find_damage(tmp_path / '7'), description
+    assert faults.newest_verified(tmp_path) == 0
+  assert {'deleted', 'truncated'} < kinds
 
 
-def test_bits():
-  assert chaos.differing_bits(1.5, 1.5) == 0
-  assert chaos.differing_bits(1.0, math.nextafter(1.0, 2.0)) == 1
-  assert chaos.differing_bits(0.0, -0.0) == 1
-  assert chaos.differing_bits(1.5, 'NaN') == 64
-  assert chaos.differing_bits('NaN', 'NaN') == 0
+def test_differing_bits():
+  assert chaos_report.differing_bits(1.5, 1.5) == 0
+  assert chaos_report.differing_bits(1.0, math.nextafter(1.0, 2.0)) == 1
+  assert chaos_report.differing_bits(0.0, -0.0) == 1
+  assert chaos_report.differing_bits(1.5, 'NaN') == 64
+  assert chaos_report.differing_bits('NaN', 'NaN') == 0
 
 
-def test_what_differs_is_a_problem(tmp_path):
-  """One bit of one loss, a missing row, a row twice, another final state."""
+def test_differences_are_problems(tmp_path):
+  """One bit of one loss, a missing row, a duplicate row, a missing final checkpoint."""
   (tmp_path / 'run').mkdir()
   rows = [{'step': s, 'time': s, 'train/loss': 1 / s, 'train/step_seconds': 0.1 * s} for s in range(1, 6)]
   options = types.SimpleNamespace(workdir=str(tmp_path), kills=1, processes=1, devices_per_process=0, seed=0)
-  made = chaos.Chaos({'train': {'steps': 5, 'checkpoint_every': 2}}, options, chaos.Screen(io.StringIO()))
-  made.reference = {(row['step'], 'train/loss'): row['train/loss'] for row in rows}
+  comparison = chaos.Chaos({'train': {'steps': 5, 'checkpoint_every': 2}}, options, chaos_report.Screen(io.StringIO()))
+  comparison.reference = {(row['step'], 'train/loss'): row['train/loss'] for row in rows}
 
   def write(rows):
-    made.problems = []
+    comparison.problems = []
     (tmp_path / 'run/metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
   write([{**row, 'train/step_seconds': 9.0} for row in rows])
-  assert made._compare(2) == (3, 0) and not made.problems
+  assert comparison._compare(2) == (3, 0) and not comparison.problems
   write([*rows[:3], {**rows[3], 'train/loss': math.nextafter(0.25, 1)}, rows[4]])
-  assert made._compare(2) == (3, 1)
-  assert made.problems == ['step 4: train/loss is 0.25000000000000006 instead of 0.25']
-  assert made._compare(4) == (1, 0)
+  assert comparison._compare(2) == (3, 1)
+  assert comparison.problems == ['step 4: train/loss is 0.25000000000000006 instead of 0.25']
+  assert comparison._compare(4) == (1, 0)
   write([*rows[:2], *rows[3:], rows[4]])
-  made._compare_all()
-  assert made.problems == ['1 values are missing, the first of them train/loss of step 3',
-                           '1 lines of metrics.jsonl are there twice', 'there is no good checkpoint of step 5']
+  comparison._compare_final()
+  assert comparison.problems == ['1 values are missing, first train/loss of step 3',
+                           '1 lines of metrics.jsonl are duplicates', 'there is no undamaged checkpoint of step 5']
 
 
-def test_table():
-  events = [chaos.Event('kill', lost=3, seconds=4.0), chaos.Event('kill', lost=2, seconds=6.0),
-            chaos.Event('disk', lost=1, bits=2)]
-  assert chaos.render_table(events) == """\
-┌───────────────────────┬───────┬────────────┬────────────────┬────────────────────────┐
-│ event                 │ count │ steps lost │ bits differing │ median time to recover │
-├───────────────────────┼───────┼────────────┼────────────────┼────────────────────────┤
-│ kill -9 at any moment │     2 │          5 │              0 │                  5.0 s │
-│ disk full             │     1 │          1 │              2 │                        │
-├───────────────────────┼───────┼────────────┼────────────────┼────────────────────────┤
-│ all                   │     3 │          6 │              2 │                  5.0 s │
-└───────────────────────┴───────┴────────────┴────────────────┴────────────────────────┘"""
+def test_render_table():
+  injected = [faults.Fault('kill', lost=3, seconds=4.0), faults.Fault('kill', lost=2, seconds=6.0),
+            faults.Fault('disk', lost=1, bits=2)]
+  assert chaos_report.render_table(injected) == """\
+fault                  count  steps lost  bits differing  median time to recover
+kill -9 at any moment      2           5               0                   5.0 s
+disk full                  1           1               2
+all                        3           6               2                   5.0 s"""
