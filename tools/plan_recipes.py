@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Compiles the recipes of configs/pretrain for the chips that they are meant for: experiments/tpu_recipes.
+"""Compiles the recipes of configs/pretrain for their intended chips: experiments/tpu_recipes.
 
   pip install 'jax[tpu]' && python tools/plan_recipes.py [--jobs=2] [--only=llama2_7b] [--small]
 
-Each is one `llmjax plan`, for TPUs that nobody needs to have.  Writes table.json and README.md; a program that was
-compiled before by the same versions comes from the cache, so a second run takes seconds.  Exit status 1 where one
-does not compile or does not fit.
+Each is one `llmjax plan`; no TPU is needed.  Writes table.json and README.md.  Programs compiled before with the same
+versions come from the cache, so that a second run takes seconds.  The exit status is 1 if a program does not compile or
+does not fit.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from llmjax.plan.text import gib
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A recipe for chips.  shows: which strategy.  changes: on the command line.  small: compiled in every CI run."""
+  """A recipe and its chips.  shows: the parallelism.  changes: config overrides.  small: compiled in every CI run."""
 
   recipe: str
   topology: str
@@ -46,7 +46,7 @@ class Program:
     return [f'--topology={self.topology}', *([f'--slices={self.slices}'] if self.slices > 1 else []), *changes]
 
 
-VOCABULARY = {'model.vocab_size': 32000}  # Their presets have one, these recipes take their corpus's.
+VOCABULARY = {'model.vocab_size': 32000}  # For recipes whose vocabulary depends on the corpus.
 PROGRAMS = (
     Program('gpt2_124m.py', 'v5e:2x4', 'data', changes=VOCABULARY, small=True),
     Program('llm_1b.py', 'v5e:2x4', 'FSDP', changes=VOCABULARY, small=True),
@@ -75,14 +75,14 @@ PROGRAMS = (
 
 
 def source_state():
-  """Returns a digest of the code that decides what a step's program is; a line of another one may be out of date."""
+  """Return a digest of the code that determines the program of a step, to mark rows that may be out of date."""
   folders = [ROOT / 'llmjax' / name for name in ('adapt', 'model', 'ops', 'parallel', 'train')]
   files = sorted(file for folder in folders for file in folder.glob('*.py'))
   return hashlib.sha256(b'\0'.join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
 def entry_of(program, job):
-  """Returns the entry of one program in table.json."""
+  """Return the entry of a program in table.json."""
   entry = {'name': program.name, 'recipe': program.recipe, 'topology': program.topology, 'slices': program.slices,
            'changes': program.changes, 'shows': program.shows, 'state': source_state()}
   if job.plan is None:
@@ -94,10 +94,10 @@ def entry_of(program, job):
 
 
 def row(entry):
-  """Returns the cells of one line of the table."""
+  """Return the cells of a row of the table."""
   flags = ' '.join(f'{name}={value}' for name, value in entry['changes'].items() if name != 'model.vocab_size')
   chips = entry['topology'] + (f' x {entry["slices"]}' if entry['slices'] > 1 else '')
-  earlier = ' (of an earlier state of the code)' if entry.get('state') != source_state() else ''
+  earlier = ' (of an earlier version of the code)' if entry.get('state') != source_state() else ''
   first = [f'`{entry["recipe"]}`' + (f' {flags}' if flags else '') + earlier, chips]
   if 'failed' in entry:
     return [*first, '', '', '', f'failed: {entry["failed"]}', *[''] * 5]
@@ -115,17 +115,17 @@ def row(entry):
 def report(entries):
   versions = next((e['versions'] for e in entries if 'versions' in e), {})
   line = lambda cells: '| ' + ' | '.join(cells) + ' |'
-  header = ['recipe', 'chips of a slice', 'in all', 'mesh of a slice times slices', 'rows x tokens / accumulation',
-            'GiB a device', 'step s', 'of it waiting', 'tokens/s/chip', 'MFU', 'compiled in s']
+  header = ['recipe', 'slices', 'chips', 'mesh', 'sequences x tokens / accumulation steps', 'GiB per device',
+            'step s', 'exposed communication s', 'tokens/s/chip', 'MFU', 'compile s']
   table = '\n'.join(map(line, [header, ['---'] * len(header), *map(row, entries)]))
-  return f'''# Recipes, compiled for the chips they are meant for
+  return f'''# Recipes compiled for their intended chips
 
-Written by `python tools/plan_recipes.py`, with {', '.join(f'{k} {v}' for k, v in versions.items())}. Each line is one
-`llmjax plan --config=configs/pretrain/RECIPE --topology=CHIPS [--slices=N]`, with the changes that stand behind the
-recipe. No TPU was used: these are predictions from compiled programs, and `experiments/tpu_calibration` says how good
-such are. `gpt2_124m` and `llm_1b` have a vocabulary of 32,000. The first three are compiled by the tests wherever
-libtpu is there. Rows that are divided (`context`) attend in plain XLA, without a kernel: that is slow and takes twenty
-minutes to compile. GiB are the compiler's, arguments and temporaries, of one device; waiting is for collectives.
+Written by `python tools/plan_recipes.py`, with {', '.join(f'{k} {v}' for k, v in versions.items())}. Each row is one
+`llmjax plan --config=configs/pretrain/RECIPE --topology=CHIPS [--slices=N]`, with the overrides listed after the
+recipe. No TPU was used: these are predictions from compiled programs; `experiments/tpu_calibration` has their accuracy.
+`gpt2_124m` and `llm_1b` have a vocabulary of 32,000. The tests compile the first three if libtpu is installed. Context
+parallelism computes attention in plain XLA, without a kernel, which is slow and takes twenty minutes to compile. GiB
+per device are arguments and temporaries, as reported by the compiler.
 
 {table}
 '''
@@ -134,12 +134,13 @@ minutes to compile. GiB are the compiler's, arguments and temporaries, of one de
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--output', type=pathlib.Path, default=ROOT / 'experiments/tpu_recipes')
-  parser.add_argument('--jobs', type=int, default=2, help='programs compiled at once, each about two cores and 4 GB')
-  parser.add_argument('--only', default='', help='beginnings of names, with commas; the others stay as they are')
-  parser.add_argument('--small', action='store_true', help='only those that every CI run compiles')
+  parser.add_argument('--jobs', type=int, default=2,
+                      help='number of concurrent compilations; each takes about two cores and 4 GB')
+  parser.add_argument('--only', default='', help='comma-separated prefixes of names; the others keep their entries')
+  parser.add_argument('--small', action='store_true', help='only the programs that every CI run compiles')
   options = parser.parse_args()
-  beginnings = tuple(options.only.split(','))
-  chosen = [p for p in PROGRAMS if p.name.startswith(beginnings) and (p.small or not options.small)]
+  prefixes = tuple(options.only.split(','))
+  chosen = [p for p in PROGRAMS if p.name.startswith(prefixes) and (p.small or not options.small)]
   if not chosen:
     parser.error(f'--only={options.only}: known are {", ".join(p.name for p in PROGRAMS)}')
   file = options.output / 'table.json'
@@ -147,7 +148,7 @@ def main():
   jobs = [Job(p.name, [f'--config={ROOT}/configs/pretrain/{p.recipe}', *p.flags]) for p in chosen]
   try:
     run_jobs(jobs, options.jobs, lambda text: print(text, flush=True))
-  finally:  # After Ctrl-C too, what was compiled is kept.
+  finally:  # Keep finished programs after Ctrl-C.
     entries.update({p.name: entry_of(p, job) for p, job in zip(chosen, jobs, strict=True) if job.plan or job.error})
     ordered = [entries[p.name] for p in PROGRAMS if p.name in entries]
     options.output.mkdir(parents=True, exist_ok=True)

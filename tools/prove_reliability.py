@@ -1,11 +1,11 @@
-"""Makes every figure of experiments/reliability/ anew: about half an hour on 4 cores.
+"""Reproduces the results of experiments/reliability/; takes about half an hour on 4 cores.
 
   llmjax prepare --config=configs/data/python_docs.py
   python tools/prove_reliability.py [--only=tests,checkpoints,chaos]
 
-tests        the tests that damage, malform and restore, slow ones included -> tests.json
-checkpoints  tools/bench_checkpoint.py: what saves and restores cost -> checkpoints.json
-chaos        `llmjax chaos` on one process and on two -> one_process.json, two_processes.json
+tests        the tests with damaged, malformed and restored inputs, including slow ones -> tests.json
+checkpoints  tools/bench_checkpoint.py: the cost of saving and restoring -> checkpoints.json
+chaos        `llmjax chaos` with one process and with two -> one_process.json, two_processes.json
 """
 
 import argparse
@@ -20,8 +20,8 @@ import xml.etree.ElementTree
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'experiments/reliability'
-# What is counted, and the tests that do it.  A test's inputs are its property of that name, or the number that a fuzz
-# test has in its name, or one.
+# Tests by guarantee.  The number of inputs of a test is its property `inputs`, or the number in the name of a fuzz
+# test, or one.
 TESTS = {
     'damaged checkpoints, none loaded': ['tests/checkpoint/test_manifest.py::test_every_damage_to_every_file_is_named'],
     'malformed inputs, a clear line each': ['tests/fuzz'],
@@ -31,9 +31,9 @@ TESTS = {
 
 
 def run_tests():
-  """Returns {what: {'inputs', 'tests', 'failed', 'seconds'}}."""
-  found = {}
-  for what, names in TESTS.items():
+  """Run the tests; return {guarantee: {'inputs', 'tests', 'failed', 'seconds'}}."""
+  results = {}
+  for guarantee, names in TESTS.items():
     with tempfile.TemporaryDirectory() as folder:
       file = pathlib.Path(folder) / 'tests.xml'
       subprocess.run([sys.executable, '-m', 'pytest', '-q', '-m', '', '-o', 'junit_family=xunit1',
@@ -42,12 +42,12 @@ def run_tests():
     failed = [c.get('name') for c in cases if c.find('failure') is not None or c.find('error') is not None]
     inputs = 0
     for case in cases:
-      told = [p.get('value') for p in case.iter('property') if p.get('name') == 'inputs']
+      recorded = [p.get('value') for p in case.iter('property') if p.get('name') == 'inputs']
       number = re.search(r'\[(\d+)\]$', case.get('name')) if names == ['tests/fuzz'] else None
-      inputs += int(told[0]) if told else int(number[1]) if number else 1
-    found[what] = {'inputs': inputs, 'tests': len(cases), 'failed': failed,
-                   'seconds': round(sum(float(c.get('time')) for c in cases), 1)}
-  return found
+      inputs += int(recorded[0]) if recorded else int(number[1]) if number else 1
+    results[guarantee] = {'inputs': inputs, 'tests': len(cases), 'failed': failed,
+                          'seconds': round(sum(float(c.get('time')) for c in cases), 1)}
+  return results
 
 
 def run_chaos(name, *arguments):
@@ -63,13 +63,13 @@ def main():
   only = parser.parse_args().only.split(',')
   os.environ['PYTHONPATH'] = str(ROOT)
   if 'tests' in only:
-    found = run_tests()
-    (FOLDER / 'tests.json').write_text(json.dumps(found, indent=1) + '\n')
-    width = max(map(len, found))
-    for what, row in found.items():
-      print(f'{what:<{width}}  {row["inputs"]:>6,} in {row["tests"]} tests, {len(row["failed"])} failed, '
+    results = run_tests()
+    (FOLDER / 'tests.json').write_text(json.dumps(results, indent=1) + '\n')
+    width = max(map(len, results))
+    for guarantee, row in results.items():
+      print(f'{guarantee:<{width}}  {row["inputs"]:>6,} in {row["tests"]} tests, {len(row["failed"])} failed, '
             f'{row["seconds"]:.0f} s')
-    if any(row['failed'] for row in found.values()):
+    if any(row['failed'] for row in results.values()):
       raise SystemExit('some failed: see tests.json')
   if 'checkpoints' in only:
     subprocess.run([sys.executable, 'tools/bench_checkpoint.py', f'--output={FOLDER / "checkpoints.json"}'], cwd=ROOT,
