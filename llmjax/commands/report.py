@@ -3,8 +3,7 @@
 import pathlib
 
 from llmjax.config import ConfigError
-from llmjax.report.compare import write_comparison
-from llmjax.report.report import write_report
+from llmjax.report.report import write_comparison, write_report
 
 
 def run(spec, options):

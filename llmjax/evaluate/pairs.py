@@ -1,4 +1,4 @@
-"""Held-out pairs, and steps: how often the better answer scores higher, by how much, and how sure the scores are."""
+"""Evaluate reward models and policies on held-out preference pairs, or on labelled solution steps."""
 
 import jax
 import numpy as np
@@ -9,53 +9,54 @@ BINS = 10
 
 
 def evaluate(eval_step, params, frozen, batches, unit='pairs'):
-  """Returns {'loss', unit: how many, and the means of what the loss reports} over all batches.
+  """Return {'loss', unit: number of pairs or steps} and the means of the loss's aux, over all batches.
 
-  eval_step: a jitted loss_fn(params, frozen, batch) -> (sum, (weight, aux)).  Sums are added in float64 and divided
-  once, so padding and batch size do not matter.  A router's penalty is no part of the loss here.
+  eval_step: a jitted loss_fn(params, frozen, batch) -> (sum, (weight, aux)).  Sums are accumulated in float64 and
+  divided once, so the result does not depend on padding or batch size.  Router penalties are excluded from the loss.
   """
-  parts = list(in_flight.results(eval_step(params, frozen, batch) for batch in batches))
-  if not parts:
+  results = list(in_flight.results(eval_step(params, frozen, batch) for batch in batches))
+  if not results:
     return {'loss': 0.0, unit: 0}
-  loss, (weight, aux) = jax.tree.map(lambda *x: float(np.sum(np.asarray(x, np.float64))), *parts)
+  loss, (weight, aux) = jax.tree.map(lambda *x: float(np.sum(np.asarray(x, np.float64))), *results)
   loss -= aux.pop('penalty', 0.0)
-  divided = {name: total / max(weight, 1.0) for name, total in aux.items()}
-  return {'loss': loss / max(weight, 1.0), unit: int(weight), **divided}
+  means = {name: total / max(weight, 1.0) for name, total in aux.items()}
+  return {'loss': loss / max(weight, 1.0), unit: int(weight), **means}
 
 
 def describe_margins(margins, bins=BINS, unit='pairs'):
-  """Returns what plots of a reward model show, from the margins chosen - rejected of held-out pairs, float [n].
+  """Return the accuracy, calibration and histogram of margins, float [n], for the report.
 
-  Of a step that is said to be good or bad, the margin is the score, with its sign changed where the step is bad.
-  unit: what they are of.  calibration: for equal parts of them by |margin|, {'said', 'right', unit: how many}: the
-  mean probability sigmoid(|margin|) that the model gives its own choice (arXiv:2203.02155, eq. 1), and how often that
-  was right.
+  A margin is the score of the chosen minus that of the rejected completion.  For a solution step it is the score, with
+  its sign flipped if the step is incorrect.  unit: 'pairs' or 'steps'.
+  calibration: for bins of equal size by |margin|, {'confidence', 'accuracy', unit: size}, where confidence is the mean
+  probability sigmoid(|margin|) of the model's own choice (arXiv:2203.02155, eq. 1).
   error: the expected calibration error (arXiv:1706.04599, eq. 3).  histogram: {'edges', 'counts'}.
   """
   margins = np.asarray(margins, np.float64)
-  said, right = 1 / (1 + np.exp(-np.minimum(np.abs(margins), 700))), margins > 0
-  parts = [part for part in np.array_split(np.argsort(said, kind='stable'), bins) if len(part)]
-  calibration = [{'said': round(float(said[part].mean()), 6), 'right': round(float(right[part].mean()), 6),
-                  unit: len(part)} for part in parts]
-  error = sum(p[unit] * abs(p['said'] - p['right']) for p in calibration) / max(len(margins), 1)
-  reach = float(np.abs(margins).max(initial=1e-6))
-  counts, edges = np.histogram(margins, bins=2 * bins, range=(-reach, reach))
-  return {unit: len(margins), 'accuracy': round(float(right.mean()), 6) if len(margins) else 0.0,
-          'mean_margin': round(float(margins.mean()), 6) if len(margins) else 0.0, 'error': round(float(error), 6),
+  confidence, correct = 1 / (1 + np.exp(-np.minimum(np.abs(margins), 700))), margins > 0
+  mean = lambda x: round(float(x.mean()), 6) if len(x) else 0.0
+  groups = [group for group in np.array_split(np.argsort(confidence, kind='stable'), bins) if len(group)]
+  calibration = [{'confidence': mean(confidence[group]), 'accuracy': mean(correct[group]), unit: len(group)}
+                 for group in groups]
+  error = sum(b[unit] * abs(b['confidence'] - b['accuracy']) for b in calibration) / max(len(margins), 1)
+  limit = float(np.abs(margins).max(initial=1e-6))
+  counts, edges = np.histogram(margins, bins=2 * bins, range=(-limit, limit))
+  return {unit: len(margins), 'accuracy': mean(correct), 'mean_margin': mean(margins), 'error': round(float(error), 6),
           'calibration': calibration,
           'histogram': {'edges': [round(float(e), 6) for e in edges], 'counts': counts.tolist()}}
 
 
-def describe_steps(margins, good, places, most=64):
-  """Returns what is known of held-out steps beside `describe_margins`.
+def describe_steps(margins, good, places, limit=64):
+  """Return the accuracy on solution steps by label and by position.
 
-  margins: float [n].  good: bool [n].  places: int [n], which step of its solution each is, from 1.  base: how often
-  the commoner label is right.  good, bad: accuracy of those steps alone.  by_place: the same of each place, the
-  first `most`.
+  margins: float [n].  good: bool [n], whether the step is correct.  places: int [n], its position in the solution,
+  from 1.  base: accuracy of always predicting the more frequent label.  good, bad: accuracy on steps with that label.
+  by_position: accuracy at each of the first `limit` positions.
   """
-  right, good, places = np.asarray(margins) > 0, np.asarray(good, bool), np.asarray(places)
-  mean = lambda which: round(float(right[which].mean()), 6) if which.any() else None
-  by_place = [{'place': int(n), 'steps': int((places == n).sum()), 'accuracy': mean(places == n)}
-              for n in np.unique(places)[:most]]
+  correct, good, places = np.asarray(margins) > 0, np.asarray(good, bool), np.asarray(places)
+  accuracy = lambda mask: round(float(correct[mask].mean()), 6) if mask.any() else None
+  by_position = [{'position': int(n), 'steps': int((places == n).sum()), 'accuracy': accuracy(places == n)}
+                 for n in np.unique(places)[:limit]]
   share = float(good.mean()) if len(good) else 0.0
-  return {'base': round(max(share, 1 - share), 6), 'good': mean(good), 'bad': mean(~good), 'by_place': by_place}
+  return {'base': round(max(share, 1 - share), 6), 'good': accuracy(good), 'bad': accuracy(~good),
+          'by_position': by_position}

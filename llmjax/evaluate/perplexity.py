@@ -1,4 +1,4 @@
-"""Exact perplexity and bits per byte over a finite set of batches."""
+"""Perplexity and bits per byte over a finite set of batches."""
 
 import math
 
@@ -10,18 +10,18 @@ from llmjax.parallel import in_flight
 
 
 def make_eval_step(loss_fn, token_bytes, names=()):
-  """Returns step(params, frozen, batch) -> float32 [4 + n]: summed nats, targets, their UTF-8 bytes, and sequences.
+  """Make a jitted step(params, frozen, batch) -> float32 [4 + n]: sums of nats, targets, their bytes, and sequences.
 
-  loss_fn: as for training, called without a key, so without dropout.  token_bytes: int [V], the bytes
-  that each token id stands for.  names: of n sums in the loss's aux that are appended.
+  loss_fn: as for training, called without a key and so without dropout.  token_bytes: int [V], UTF-8 bytes of each
+  token.  names: n sums in the loss's aux, which are appended.
   """
   token_bytes = jnp.asarray(token_bytes, jnp.float32)
 
   def eval_step(params, frozen, batch):
     loss, (weight, aux) = loss_fn(params, frozen, batch, None)
-    # Ids above the tokenizer's are padding of the vocabulary and never targets.
+    # Ids beyond the tokenizer's pad the vocabulary and are never targets.
     size = jnp.take(token_bytes, batch['targets'], mode='clip')
-    sequences = jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # The others pad the batch.
+    sequences = jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # The rest is padding.
     return jnp.stack([loss, weight, jnp.sum(size * (batch['loss_mask'] > 0)), sequences.astype(jnp.float32),
                       *(aux[name] for name in names)])
 
@@ -29,10 +29,10 @@ def make_eval_step(loss_fn, token_bytes, names=()):
 
 
 def evaluate(eval_step, params, frozen, batches, names=()):
-  """Returns {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'sequences'} and the means of `names`.
+  """Return {'loss', 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'sequences'} and the means of `names`.
 
-  Sums are added in float64 and divided once, so padding and batch size do not matter.  loss is nats a
-  target; bits_per_byte counts the end-of-document targets' bits too, as a compressor must.
+  loss is in nats per target.  bits_per_byte includes the end-of-document tokens.  Sums are accumulated in float64 and
+  divided once, so the result does not depend on padding or batch size.
   """
   sums = np.zeros(4 + len(names))
   for part in in_flight.results(eval_step(params, frozen, batch) for batch in batches):

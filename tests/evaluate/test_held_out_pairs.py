@@ -1,4 +1,4 @@
-"""Held-out pairs: sums over batches, and what a reward model's plots show."""
+"""Held-out preference pairs: means over batches, and the calibration of a reward model."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from llmjax.evaluate import pairs
 
 
-def test_means_do_not_depend_on_how_pairs_lie_in_batches():
+def test_means_do_not_depend_on_the_batch_size():
   margins = np.random.default_rng(0).normal(size=12).astype(np.float32)
 
   def step(params, frozen, batch):
@@ -27,7 +27,7 @@ def test_means_do_not_depend_on_how_pairs_lie_in_batches():
     assert pairs.evaluate(step, None, {}, batches(size)) == pytest.approx(found, rel=1e-6)
 
 
-def test_calibration_is_zero_off_for_a_model_that_is_as_often_right_as_it_says():
+def test_a_calibrated_model_has_no_calibration_error():
   rng = np.random.default_rng(0)
   truth = rng.normal(scale=2, size=40_000)
   right = rng.random(len(truth)) < 1 / (1 + np.exp(-np.abs(truth)))
@@ -36,10 +36,11 @@ def test_calibration_is_zero_off_for_a_model_that_is_as_often_right_as_it_says()
   assert honest['error'] < 0.01 < 0.1 < sure['error']
   assert honest['accuracy'] == sure['accuracy'] == round(float(right.mean()), 6)
   assert sum(p['pairs'] for p in honest['calibration']) == sum(honest['histogram']['counts']) == len(truth)
-  assert [p['said'] for p in honest['calibration']] == sorted(p['said'] for p in honest['calibration'])
+  assert [p['confidence'] for p in honest['calibration']] == sorted(p['confidence'] for p in honest['calibration'])
 
 
-def test_no_pairs_and_one_pair():
+def test_zero_pairs_and_one_pair():
   assert pairs.describe_margins([])['pairs'] == 0
   one = pairs.describe_margins([-2.0])
-  assert one['accuracy'] == 0.0 and one['calibration'] == [{'said': pytest.approx(0.880797), 'right': 0.0, 'pairs': 1}]
+  assert one['accuracy'] == 0.0 and one['calibration'] == [
+      {'confidence': pytest.approx(0.880797), 'accuracy': 0.0, 'pairs': 1}]

@@ -190,8 +190,8 @@ def test_a_process_reward_model_finds_which_steps_are_good(judging_steps):
   assert found['accuracy'] == pytest.approx(metrics['eval/validation/accuracy'], abs=1e-6)
   assert metrics['eval/validation/base_accuracy'] == found['base'] < 0.6
   assert found['accuracy'] > 0.88 and min(found['good'], found['bad']) > 0.8  # Measured: 0.944 to 1.0, base 0.55.
-  places = found['by_place']
-  assert [p['place'] for p in places] == [1, 2, 3, 4, 5] and sum(p['steps'] for p in places) == found['steps']
+  places = found['by_position']
+  assert [p['position'] for p in places] == [1, 2, 3, 4, 5] and sum(p['steps'] for p in places) == found['steps']
   assert min(p['accuracy'] for p in places) > 0.75
   assert 'steps by the margin' in (folder / 'runs/steps/report.html').read_text()
   # The same with other rows together, in rows of another length, each solution in a row of its own.
