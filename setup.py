@@ -17,6 +17,7 @@ setuptools.setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['llmjax', 'llmjax.*']),
+    package_data={'llmjax.report': ['templates/*']},
     entry_points={'console_scripts': ['llmjax=llmjax.main:main']},
     install_requires=[
         # Arrays, compiler, meshes.  0.10 is the newest for Python 3.11, 0.12 for 3.12 and later.

@@ -1,10 +1,11 @@
-"""Canaries planted in the environment and on the command line are found nowhere in what a run writes or prints."""
+"""Secrets in the environment and on the command line are masked in what a run writes and prints, except in samples."""
 
 import html
 import json
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 
@@ -107,18 +108,26 @@ def life(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_whole_run_holds_no_canary(life):
+def test_a_whole_run_holds_no_canary_but_in_samples(life):
   folder, printed = life
   files = [p for part in ('run', 'data') for p in (folder / part).rglob('*') if p.is_file()]
   names = {p.name for p in files}
   assert {'config.json', 'environment.json', 'metrics.jsonl', 'samples.jsonl', 'report.html', 'manifest.json',
           'quarantine.jsonl'} <= names and any('tfevents' in n for n in names)
   contents = {str(p): p.read_bytes().decode('utf-8', 'replace') for p in files}
+  samples = contents.pop(str(folder / 'run' / 'samples.jsonl'))
+  prompts = [json.loads(line)['prompt'] for line in samples.splitlines()]
+  assert prompts[:len(CANARIES) + len(TYPED)] == [f'the cat {c}' for c in (*CANARIES.values(), *TYPED.values())]
+  report = contents[str(folder / 'run' / 'report.html')]
+  contents['report without samples'] = re.sub(r'<pre><mark>.*?</pre>|<summary>.*?</summary>', '', report, flags=re.S)
+  del contents[str(folder / 'run' / 'report.html')]
+  contents = {name: text for name, text in contents.items() if 'tfevents' not in name}  # They hold the samples, too.
   contents.update({f'output {i}': text for i, text in enumerate(printed)})
   for name, text in contents.items():
     for fragment in FRAGMENTS:
       for form in (fragment, json.dumps(fragment)[1:-1], html.escape(fragment)):
         assert form not in text, (name, form)
-  for name in ('config.json', 'environment.json', 'samples.jsonl', 'report.html'):
+  for name in ('config.json', 'environment.json'):
     assert '***' in contents[str(folder / 'run' / name)], name  # They were there to be found.
+  assert '***' in contents['report without samples']
   assert all('***' in text for text in printed[-2:])

@@ -1,4 +1,4 @@
-"""`llmjax report`: writes a run's report.html again from what is in its folder, or one page about several runs."""
+"""`llmjax report`: write the report on a run again, or a page that compares several runs."""
 
 import pathlib
 
@@ -7,8 +7,8 @@ from llmjax.report.report import write_comparison, write_report
 
 
 def run(spec, options):
-  """Writes `<workdir>/report.html`, or the page of --compare, and says where it is."""
-  del spec  # The command takes no recipe.
+  """Write `<workdir>/report.html`, or the page of --compare, and print its path."""
+  del spec  # The command has no config.
   if not pathlib.Path(options.workdir).is_dir():
     raise ConfigError([f"--workdir={options.workdir}: there is no such folder; give a run's "
                        'folder, the --workdir of a pretrain'])

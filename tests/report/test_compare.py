@@ -1,4 +1,4 @@
-"""The page about several runs: what it shows is what their files hold, each in its own column."""
+"""The page on several runs shows what their files hold, each run in its own column."""
 
 import html.parser
 import json
@@ -7,7 +7,7 @@ import re
 import pytest
 
 from llmjax import main
-from llmjax.report import compare, stages
+from llmjax.report import reading, report
 
 MODEL = {'num_layers': 2, 'd_model': 64, 'num_heads': 2, 'mlp_dim': 128, 'vocab_size': 512}
 EVIL = '<script>alert(1)</script>&'
@@ -93,7 +93,7 @@ class Table(html.parser.HTMLParser):
 
   def handle_endtag(self, tag):
     if tag == 'tr' and self.cells:
-      self.rows[self.cells[0].split('|')[0]] = [c.strip() for c in self.cells[1:]]
+      self.rows[self.cells[0].split('|')[0].strip()] = [c.strip() for c in self.cells[1:]]
       self.cells = None
 
   def handle_data(self, data):
@@ -103,32 +103,33 @@ class Table(html.parser.HTMLParser):
 
 
 def read(life, *names):
-  page = compare.write_comparison([life / n for n in names], life / 'report.html').read_text()
+  """Returns (HTML, its tables, {title of a chart: {label: values}})."""
+  page = report.write_comparison([life / n for n in names], life / 'report.html').read_text()
   charts = json.loads(re.search(r'id="charts">(.*?)</script>', page, re.S)[1])
-  return page, Table(page), {c['title']: {s['label']: s['y'] for s in c['series']} for c in charts.values()}
+  return page, Table(page), {c['title']: {s['label']: s['y'] for s in c['series']} for c in charts}
 
 
-def test_each_stage_has_its_measures_and_what_it_changed(life):
+def test_each_stage_shows_its_metrics_and_their_change(life):
   _, page, _ = read(life, 'base', 'sft', 'judge', 'tuned')
-  assert page.rows['Began from'] == ['–', 'base', 'sft', 'sft']
+  assert page.rows['Initialized from'] == ['–', 'base', 'sft', 'sft']
   assert page.rows['Steps'] == ['3', '3', '3', '3']
   assert page.rows['Wall time'] == ['1 min 2 s'] * 4
-  assert page.rows['Samples trained on'] == ['24'] * 4
-  assert page.rows['Tokens trained on'] == ['3,000', '1,500', '–', '–']
+  assert page.rows['Training samples'] == ['24'] * 4
+  assert page.rows['Training tokens'] == ['3,000', '1,500', '–', '–']
   assert page.rows['docs'] == ['2.000', '2.250|+0.250', '–', '2.250|±0']
   assert page.rows['chats'] == ['4.500', '1.250|−3.250', '–', '–']
-  assert page.rows['Right answers, sums'] == ['0.0%', '25.0%|+25.0%', '–', '75.0%|+50.0%']
-  assert page.rows['Pairs ranked right, docs'] == ['–', '–', '87.5%', '–']
-  assert page.rows['Reward of sampled completions, before'][3] == '0.250'
-  assert page.rows['Reward of sampled completions, after'][3] == '0.750'
-  assert page.rows['KL from the run it began from'][3] == '1.50'
-  # Less likelihood is worse, fewer nats and more right answers are better; what stayed is neither.
+  assert page.rows['Accuracy, sums'] == ['0.0%', '25.0%|+25.0%', '–', '75.0%|+50.0%']
+  assert page.rows['Preference accuracy, docs'] == ['–', '–', '87.5%', '–']
+  assert page.rows['Reward of sampled completions, first tenth'][3] == '0.250'
+  assert page.rows['Reward of sampled completions, last tenth'][3] == '0.750'
+  assert page.rows['KL from the initial policy'][3] == '1.50'
+  # More bits are worse; fewer nats and more accuracy are better.
   assert [c for c in page.classes if c in ('up', 'down', 'same')][:5] == ['down', 'same', 'up', 'up', 'up']
-  for shown in ('4 runs · 4 min 8 s in all · cpu', 'rl, GRPO', 'reward model',
-                '75.0%right answers, sumsstep 3, all 80 prompts',
+  for shown in ('4 runs · 4 min 8 s in total · cpu', 'rl, GRPO', 'reward model',
+                '75.0%accuracy, sumsstep 3, all 80 prompts',
                 '2.000bits per byte, docsstep 3, all 100 sequences',
                 'reward of greedy completions of held-out prompts, step 3, all 80 prompts',
-                '87.5%pairs ranked right, docsstep 3, number of sequences not recorded'):
+                '87.5%preference accuracy, docsstep 3, number of sequences not recorded'):
     assert shown in page.text, shown
 
 
@@ -150,7 +151,7 @@ def sweep(tmp_path):
   return make
 
 
-def test_an_evaluation_of_all_sequences_is_not_compared_to_one_of_a_sample(sweep):
+def test_an_evaluation_of_the_whole_split_is_not_compared_to_one_of_a_sample(sweep):
   whole = of('docs', 400, sequences=355, loss=2.1, bits_per_byte=2.073)
   sample = of('docs', 400, 64, 64, loss=2.0, bits_per_byte=2.054)
   folder = sweep({'a': ({'validation': whole}, None), 'b': (None, sample)})
@@ -161,12 +162,12 @@ def test_an_evaluation_of_all_sequences_is_not_compared_to_one_of_a_sample(sweep
   commands = re.search('<pre>(llmjax evaluate.*?)</pre>', text, re.S)[1].splitlines()
   assert commands == [f'llmjax evaluate --workdir={folder}/a {flags}', f'llmjax evaluate --workdir={folder}/b {flags}',
                       f'llmjax report --workdir={folder}/a --compare={folder}/b']
-  # With what all runs measured on the same sequences, that is what is compared: here the sign is another one.
+  # If all runs measured the same sequences, those are compared: here the sign is different.
   folder = sweep({'a': ({'validation': whole}, {**sample, 'bits_per_byte': 2.05}), 'b': (None, sample)})
   _, page, _ = read(folder, 'a', 'b')
   assert page.rows['docs'] == ['2.050', '2.054|+0.004'] and 'is not compared' not in page.text
-  assert 'docs is compared on a sample; these compare all of it' in page.text
-  assert page.classes.count('down') == 1  # Of a sample: told without a colour; the one is the legend's.
+  assert 'docs is compared on a sample. These commands compare it on the whole split' in page.text
+  assert page.classes.count('down') == 1  # A difference on a sample is uncolored; the other one is the legend's.
   worse = {**whole, 'bits_per_byte': 2.086}
   folder = sweep({'a': ({'validation': whole}, sample), 'b': ({'validation': worse}, sample)})
   _, page, _ = read(folder, 'a', 'b')
@@ -176,7 +177,7 @@ def test_an_evaluation_of_all_sequences_is_not_compared_to_one_of_a_sample(sweep
 @pytest.mark.parametrize('other', [
     {'split': 'test'}, {'data_fingerprint': 'others'}, {'tokenizer_sha256': 'two'}, {'sequences': 354}, {'step': 200},
     {'data_fingerprint': None}])
-def test_nothing_but_equal_evaluations_is_compared(sweep, other):
+def test_only_evaluations_of_the_same_sequences_are_compared(sweep, other):
   first = of('docs', 400, loss=2.0, bits_per_byte=2.0)
   second = {k: v for k, v in {**first, 'bits_per_byte': 1.5, **other}.items() if v is not None}
   folder = sweep({'a': ({'validation:docs': first}, None), 'b': ({'validation:docs': second}, None)})
@@ -186,60 +187,61 @@ def test_nothing_but_equal_evaluations_is_compared(sweep, other):
     assert 'b: step 200 of 400, all 100 sequences' in page.text
 
 
-def test_a_share_is_better_only_beyond_two_standard_errors(sweep):
+def test_an_accuracy_is_better_only_beyond_two_standard_errors(sweep):
   right = lambda reward, n: {**of('sums', 400, answers=n, reward=reward), 'reward/math': reward}
   for n, classes in ((50, 1), (5000, 2)):  # sqrt(0.24 / n + 0.25 / n) is 0.099 and 0.0099.
     folder = sweep({'a': ({'validation:sums': right(0.4, n)}, None), 'b': ({'validation:sums': right(0.5, n)}, None)})
     _, page, _ = read(folder, 'a', 'b')
-    assert page.rows['Right answers, sums'] == ['40.0%', '50.0%|+10.0%'] and page.classes.count('up') == classes
+    assert page.rows['Accuracy, sums'] == ['40.0%', '50.0%|+10.0%'] and page.classes.count('up') == classes
 
 
-def test_a_reward_that_is_no_share_is_no_percentage(sweep):
+def test_other_rewards_are_not_percentages(sweep):
   score = lambda reward: {**of('sums', 400, answers=9, reward=reward), 'reward/model': reward}
   folder = sweep({'a': ({'validation:sums': score(-1.5)}, None), 'b': ({'validation:sums': score(2.5)}, None)})
   assert read(folder, 'a', 'b')[1].rows['Reward, sums'] == ['-1.500', '2.500|+4.000']
 
 
-def test_runs_side_by_side_are_no_stages(sweep, life):
+def test_runs_side_by_side_are_not_stages(sweep, life):
   folder = sweep({name: ({}, None) for name in 'abc'})
   _, page, _ = read(folder, 'a', 'b', 'c')
-  assert 'The runs side by side' in page.text and 'each stage changed' not in page.text
-  assert 'Began from' not in page.rows and page.rows['optimizer.lr'] == ['0.1', '0.2', '0.30000000000000004']
+  assert 'Comparison' in page.text and 'Training stages' not in page.text
+  assert 'Initialized from' not in page.rows and page.rows['optimizer.lr'] == ['0.1', '0.2', '0.30000000000000004']
   assert 'the difference from a' in page.text
   _, page, _ = read(life, 'base', 'sft')
-  assert 'What each stage changed' in page.text and 'train.init_from' not in page.rows
+  assert 'Training stages' in page.text and 'train.init_from' not in page.rows
 
 
 def test_curves_of_one_metric_are_one_chart(life):
   _, _, charts = read(life, 'base', 'sft', 'judge', 'tuned')
   assert charts['Loss'] == {'base': [5.0, 4.0, 3.5], 'sft': [4.0, 2.0, 1.5], 'judge': [0.7, 0.6, 0.5]}
-  assert charts['Reward of sampled completions'] == {'tuned': [0.25, 0.5, 0.75]}
-  assert charts['Held-out pairs ranked right, docs'] == {'judge': [0.5, 0.6, 0.875]}
+  assert charts['Reward'] == {'tuned': [0.25, 0.5, 0.75]}
+  assert charts['Preference accuracy, docs'] == {'judge': [0.5, 0.6, 0.875]}
 
 
-def test_answers_to_the_same_prompt_stand_side_by_side(life):
+def test_completions_of_the_same_prompt_are_side_by_side(life):
   text, page, _ = read(life, 'base', 'sft', 'judge', 'tuned')
   assert page.rows['prompt'] == [  # The reward model has none.
-      'base|greedy, as text to go on with', 'sft|greedy, as a chat', 'tuned|greedy, as a chat']
+      'base|greedy, as plain text', 'sft|greedy, as a chat', 'tuned|greedy, as a chat']
   assert page.rows['2 and 3?'] == ['of 2 and 3', '2 + 3 = 6\n#### 6', 'I say\n#### 5']
   assert page.rows['What does f do?'] == [EVIL, 'return  it.', 'Nothing.']
   assert [c for c in page.classes if c in ('ok', 'no')] == ['no', 'no', 'ok', 'no', 'ok', 'no']
   assert EVIL not in text and page.tags.count('script') == 2  # The page's own.
 
 
-def test_damaged_and_empty_folders_are_named_and_the_rest_is_shown(life):
+def test_missing_and_damaged_files_are_listed(life):
   (life / 'sft' / 'answers.jsonl').write_text('{"prompt": \n{}\n')
   (life / 'sft' / 'evaluation.json').write_text('[]')
   write(life / 'new', 'config.json', {})
   _, page, _ = read(life, 'base', 'sft', 'new')
   assert page.rows['docs'] == ['2.000', '–', '–']
-  assert 'evaluation.json (holds list, not dict)' in page.text and 'answers.jsonl (cannot be read' in page.text
-  assert 'new: metrics.jsonl (the curves)' in page.text
+  assert 'evaluation.json (contains a list instead of a dict)' in page.text
+  assert 'answers.jsonl (cannot be read' in page.text
+  assert 'new: Missing files: metrics.jsonl (the curves)' in ' '.join(page.text.split())
 
 
-def test_the_same_name_twice_is_told_apart(life, tmp_path):
+def test_equal_folder_names_are_shown_as_paths(life, tmp_path):
   write(tmp_path / 'other' / 'base', 'config.json', {'train': {}})
-  found = stages.read_stages([life / 'base', tmp_path / 'other' / 'base'])
+  found = reading.read_runs([life / 'base', tmp_path / 'other' / 'base'])
   assert [s.name for s in found] == [str(life / 'base'), str(tmp_path / 'other' / 'base')]
 
 

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from llmjax.config import ConfigError
-from llmjax.evaluate.metrics import curve, downsample, smooth
+from llmjax.evaluate.metrics import curve
 from llmjax.run import writers
 
 
@@ -158,22 +158,6 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     writer.write(1, {'train/loss': 1.0})
     writer.write_sample(1, 'a', 'b')
   assert not (tmp_path / 'run').exists()
-
-
-def test_downsampling_keeps_the_ends_spikes_and_nan():
-  values = [math.sin(i / 1000) for i in range(100_000)]
-  values[77_777], values[33_333], values[50_000] = 1e6, -1e6, math.nan
-  kept = downsample(values, 1200)
-  assert len(kept) <= 1200 and kept == sorted(set(kept))
-  assert {0, 99_999, 77_777, 33_333, 50_000} <= set(kept)
-  assert downsample([1.0, 2.0], 1200) == [0, 1]
-
-
-def test_smoothing_of_a_constant_is_exact_and_skips_nan():
-  smoothed = smooth([2.0, 2.0, math.nan, 2.0], 100)
-  assert smoothed[:2] == pytest.approx([2.0, 2.0]) and math.isnan(smoothed[2])
-  assert smoothed[3] == pytest.approx(2.0)
-  assert smooth([1.0, 5.0, 3.0], 1) == [1.0, 5.0, 3.0]
 
 
 def test_a_curve_skips_missing_values():
