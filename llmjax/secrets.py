@@ -1,9 +1,8 @@
-"""Secrets stand in the environment or in files of their own, and never in what llmjax writes.
+"""Mask secrets in everything that llmjax prints or writes, except in documents, tokens, prompts and samples.
 
-`hide` replaces by `***`: the values of environment variables whose names say that they are secret (TOKEN, KEY,
-SECRET, PASSWORD, ...), passwords within addresses, and what has the form of a well-known service's token.
-Everything that llmjax prints, and every config, command line, label and page it writes, passes through it.
-Documents and tokens do not: a corpus is what it is.  No imports of llmjax here.
+`hide` replaces by `***`: the values of environment variables with secret names (TOKEN, KEY, SECRET, PASSWORD, ...),
+passwords within URLs, and tokens of well-known services.  Secrets belong in the environment or in files of their own.
+Does not import llmjax.
 """
 
 import functools
@@ -18,7 +17,7 @@ import urllib.parse
 HIDDEN = '***'
 _NAMES = re.compile('TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL', re.IGNORECASE)
 _NOT_SECRET = frozenset(('TOKENIZERS_PARALLELISM', 'GPG_KEY', 'KEYTIMEOUT', 'XKEYSYMDB'))
-# Shorter values are switches such as TOKENIZERS_PARALLELISM=false, and would tear other words.
+# Shorter values are switches, such as TOKENIZERS_PARALLELISM=false, and would match parts of other words.
 _SHORTEST = 6
 _FORMS = re.compile(
     r'hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,}|'
@@ -28,7 +27,7 @@ _ADDRESS = re.compile(r'(\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{1,200}:)[^\s/@]{1,2
 
 
 def hide(text: str) -> str:
-  """Returns the text with `***` where a secret was."""
+  """Replace the secrets in a text by `***`."""
   if pattern := _pattern(_values()):
     text = pattern.sub(HIDDEN, text)
   if '://' in text:
@@ -37,7 +36,7 @@ def hide(text: str) -> str:
 
 
 def hide_within(value):
-  """Returns nested dicts, lists and tuples with every text hidden, keys too."""
+  """Apply `hide` to all strings in nested dicts (keys included), lists and tuples."""
   if isinstance(value, str):
     return hide(value)
   if isinstance(value, dict):
@@ -48,7 +47,7 @@ def hide_within(value):
 
 
 def hide_output():
-  """From here on this process prints no secret: standard output, standard error, tracebacks."""
+  """Mask secrets in the standard output, standard error and tracebacks of this process from now on."""
   for name in ('stdout', 'stderr'):
     stream = getattr(sys, name)
     if stream is not None and not isinstance(stream, HidingStream):
@@ -57,7 +56,7 @@ def hide_output():
 
 
 class HidingStream:
-  """A text stream that hides secrets in what is written to it; all else is the stream's own."""
+  """A text stream that masks secrets in what is written to it."""
 
   def __init__(self, stream):
     self._stream = stream
@@ -74,19 +73,19 @@ class HidingStream:
 
 
 def _values():
-  """Returns the secret values of the environment as it is now, the longest first."""
-  found = {value for name, value in os.environ.items()
+  """Return the secret values in the current environment, the longest first."""
+  values = {value for name, value in os.environ.items()
            if _NAMES.search(name) and name not in _NOT_SECRET and len(value) >= _SHORTEST}
-  return tuple(sorted(found, key=lambda v: (-len(v), v)))
+  return tuple(sorted(values, key=lambda v: (-len(v), v)))
 
 
 @functools.lru_cache(maxsize=8)
 def _pattern(values):
-  """Returns what matches any of the values as they are, or as JSON, HTML, URLs and repr write them; or None."""
+  """Return a pattern that matches the values, verbatim or encoded by JSON, HTML, URLs or repr; None without values."""
   forms = []
   for value in values:
     if os.path.exists(value):
-      continue  # The place of a secret is none.
+      continue  # The path of a secret is not a secret.
     forms += [value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], html.escape(value),
               repr(value)[1:-1], urllib.parse.quote(value, safe=''), html.escape(json.dumps(value)[1:-1])]
   forms = sorted(dict.fromkeys(forms), key=len, reverse=True)
