@@ -31,6 +31,7 @@ setuptools.setup(
         'grain>=0.2.18',  # Order, shuffling, mixing, workers.
         'sentencepiece>=0.2.1',  # Tokenizer.
         'zstandard',  # Reading .zst text.
+        'safetensors>=0.8',  # Adapters of peft; bfloat16 in NumPy.
         'ml-collections>=1.1',  # Recipes.
         'absl-py>=2.1',  # Flags.
         'jinja2>=3.1.6',  # Chat templates; its sandbox before that could be left.

@@ -119,16 +119,18 @@ COMMANDS = {
         'rewrite a run of an older version for this one', 'llmjax.commands.checkpoint',
         'llmjax.checkpoint.spec:MigrateOptions', None, 'llmjax checkpoint migrate --workdir=runs/quickstart'),
     'adapter show': Command(
-        "an adapter's settings, its base and its arrays", 'llmjax.commands.adapter',
+        "print an adapter's settings, its base and its arrays", 'llmjax.commands.adapter',
         'llmjax.adapt.spec:AdapterShowOptions', None, 'llmjax adapter show --workdir=runs/lora'),
     'adapter merge': Command(
-        'put an adapter into its base: a run with plain weights', 'llmjax.commands.adapter',
+        'merge an adapter into its base model', 'llmjax.commands.adapter',
         'llmjax.adapt.spec:AdapterMergeOptions', None, 'llmjax adapter merge --workdir=runs/lora --output=runs/merged'),
     'adapter export': Command(
-        'write an adapter as peft keeps it', 'llmjax.commands.adapter', 'llmjax.adapt.spec:AdapterExportOptions', None,
+        'write an adapter in the format of Hugging Face peft', 'llmjax.commands.adapter',
+        'llmjax.adapt.spec:AdapterExportOptions', None,
         'llmjax adapter export --workdir=runs/lora --output=adapter'),
     'adapter import': Command(
-        "read peft's adapter for a run", 'llmjax.commands.adapter', 'llmjax.adapt.spec:AdapterImportOptions', None,
+        'import an adapter from Hugging Face peft', 'llmjax.commands.adapter',
+        'llmjax.adapt.spec:AdapterImportOptions', None,
         'llmjax adapter import --peft=adapter --init-from=runs/quickstart --workdir=runs/imported'),
     'chaos': Command(
         'test fault tolerance: kill and damage a run repeatedly, and compare it bit for bit',

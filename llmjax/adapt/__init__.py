@@ -1,1 +1,1 @@
-"""Parameters to parameters: adapters (LoRA, rsLoRA, DoRA) and quantised frozen weights."""
+"""Adapters (LoRA, rsLoRA, DoRA) and quantized frozen weights: transformations of parameter trees."""

@@ -43,6 +43,9 @@ def find_base(recorded, init_from, run):
     except ConfigError:
       continue  # Without a manifest it cannot be the base.
   sha256, link = f'SHA-256 of its parameters: {recorded["sha256"][:16]}...', f'ln -s FOLDER {run / "base"}'
+  if manifest.is_legacy(path):
+    raise ConfigError([f'{path} is the base of this adapter and has the old manifest name seal.json: run llmjax '
+                       f'checkpoint migrate --workdir={path.parent.parent}'])
   if path.exists():
     raise ConfigError([f'{path} is not the base of this adapter: it has other weights than the adapter was trained on. '
                        f'Put the base back, or link to where it is now: {link} ({sha256})'])

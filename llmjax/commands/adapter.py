@@ -1,4 +1,4 @@
-"""`llmjax adapter show | merge | export | import`: adapters outside of training."""
+"""`llmjax adapter show | merge | export | import`: inspect and convert adapters."""
 
 import json
 import os
@@ -25,18 +25,18 @@ from llmjax.model.spec import ModelSpec
 from llmjax.run.initial import initial_checkpoint
 from llmjax.train.state import TrainState
 
-# Of a run's folder: what goes with its weights wherever they go.
-KEPT = ('tokenizer.model', 'chat_template.json')
+# Files of a run that are copied along with its weights.
+COPIED = ('tokenizer.model', 'chat_template.json')
 
 
 def run(spec, options):
-  """Does what the options are of; returns the exit status."""
+  """Run the action that belongs to the options; returns the exit status."""
   del spec  # The command takes none.
   return ACTIONS[type(options)](options)
 
 
 def show(options):
-  """Prints an adapter's settings, its base, and a row for each adapted weight."""
+  """Print an adapter's settings, its base, and a row for each array."""
   checkpoint, adapters, specs, _ = _load(options)
   base = read_json(checkpoint, 'stream')['base']
   print(f'{checkpoint}\nbase: {base["path"]}, SHA-256 of its parameters {base["sha256"]}')
@@ -44,7 +44,7 @@ def show(options):
     spec = specs[name]
     arrays, size = count(adapter)
     print(f'{name}: {spec.kind}, rank {spec.rank}, alpha {spec.alpha:g} (scale {spec.scale:g}), dropout '
-          f'{spec.dropout:g}, base {spec.quantize or "not quantised"}; {size:,} values in {arrays} arrays')
+          f'{spec.dropout:g}, base {spec.quantize or "not quantized"}; {size:,} values in {arrays} arrays')
     flat = jax.tree_util.tree_flatten_with_path(adapter)[0]
     width = max(len(path_text(path)) for path, _ in flat)
     for path, leaf in flat:
@@ -54,19 +54,19 @@ def show(options):
 
 
 def merge(options):
-  """Writes a run's folder whose weights have the adapter in them."""
+  """Write a run whose parameters are the base with the adapter merged in."""
   output = _new_folder(options.output)
   _require_adapter(options)
   params, _, settings, step = load_params(options.workdir, options.step)
   settings = {k: v for k, v in settings.items() if k != 'adapter'}
   settings['train'] = {**settings['train'], 'init_from': ''}
   _write_run(output, params, settings, step, {'batches': 0, 'fingerprint': 'merged'}, options.workdir)
-  print(f'{output}: step {step} of {options.workdir} and its base, in one')
+  print(f'{output}: step {step} of {options.workdir}, merged into its base')
   return 0
 
 
 def export_peft(options):
-  """Writes the adapter as peft keeps it."""
+  """Write the adapter in the format of peft."""
   output = _new_folder(options.output)
   _, adapters, specs, settings = _load(options)
   for name, adapter in adapters.items():
@@ -76,7 +76,7 @@ def export_peft(options):
 
 
 def import_peft(options):
-  """Writes a run's folder that holds the adapter of a peft folder, on a run of ours as its base."""
+  """Write a run that holds an adapter from peft, with a run of ours as its base."""
   output = _new_folder(options.workdir)
   checkpoint = initial_checkpoint(options.init_from)
   run_folder = checkpoint.parent.parent
@@ -95,7 +95,7 @@ def import_peft(options):
 
 
 def _load(options):
-  """Returns (checkpoint, adapters, specs, config) of a run."""
+  """Load (checkpoint, adapters, specs, config) of a run."""
   checkpoint = _require_adapter(options)
   settings = read_config(options.workdir)
   model = config.build(ModelSpec, settings['model'])
@@ -107,26 +107,26 @@ def _load(options):
 
 
 def _require_adapter(options):
-  """Returns the checkpoint that the options name; ConfigError when it holds no adapter."""
+  """Return the selected checkpoint. Raises ConfigError if it holds no adapter."""
   checkpoint = checkpoints_folder(options.workdir) / str(find_step(options.workdir, options.step))
   if not is_adapter(checkpoint):
-    raise ConfigError([f'--workdir={options.workdir} holds whole weights and no adapter; give a run with adapter.kind'])
+    raise ConfigError([f'--workdir={options.workdir} holds a full model and no adapter; give a run with adapter.kind'])
   return checkpoint
 
 
 def _new_folder(folder):
-  """Returns the path of a folder to write; ConfigError where there is something already."""
+  """Return the path of a folder to write. Raises ConfigError if it exists and is not empty."""
   path = pathlib.Path(folder)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ConfigError([f'{folder} is there already; name a new folder'])
+    raise ConfigError([f'{folder} exists already; name a new folder'])
   return path
 
 
 def _write_run(folder, params, settings, step, stream, source):
-  """Writes a run's folder with one checkpoint, which has no optimizer state."""
+  """Write a run with one checkpoint that has no optimizer state."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(absolute_paths(settings), indent=2) + '\n')
-  for name in KEPT:
+  for name in COPIED:
     if os.path.exists(os.path.join(source, name)):
       shutil.copyfile(os.path.join(source, name), folder / name)
   state = TrainState(step=jnp.asarray(step, jnp.int32), params=params, opt_state=(),

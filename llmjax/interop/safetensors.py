@@ -1,65 +1,55 @@
-"""Files of safetensors: a JSON header and plain arrays.  Nothing in them can be run."""
+"""safetensors files as NumPy arrays, one file or an index of shards. bfloat16 arrays have ml_dtypes' type; no torch."""
 
 import json
-import math
-import os
 import pathlib
-import struct
 
-import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from llmjax.config import ConfigError
 
-DTYPES = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'I64': np.int64,
-          'I32': np.int32, 'I16': np.int16, 'I8': np.int8, 'U8': np.uint8, 'BOOL': np.bool_}
-NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-HEADER_BYTES = 100_000_000  # The format's own limit.
-
 
 def read(file):
-  """Returns {name: array} of a file, the arrays mapped from it; ConfigError when it is not whole."""
+  """Read {name: array} of a .safetensors file, or of all shards of a .safetensors.index.json.
+
+  Raises ConfigError if a file is damaged or missing, or a shard does not have the arrays that the index lists.
+  """
   file = pathlib.Path(file)
+  return _read_shards(file) if file.name.endswith('.index.json') else _read_file(file)
+
+
+def _read_file(file):
   try:
-    size = os.path.getsize(file)
-    with open(file, 'rb') as f:
-      start = f.read(8)
-      length = struct.unpack('<Q', start)[0] if len(start) == 8 else HEADER_BYTES
-      if length >= min(HEADER_BYTES, size):
-        raise ValueError('its header is cut off')
-      header = json.loads(f.read(length))
-    if not isinstance(header, dict):
-      raise ValueError('its header is no object')
-    header.pop('__metadata__', None)
-    body, rest = 8 + length, size - 8 - length
-    raw = np.memmap(file, np.uint8, 'r', body) if rest else np.zeros(0, np.uint8)
-    return {str(name): _array(raw, name, entry) for name, entry in header.items()}
+    return load_file(file)
   except OSError as e:
     raise ConfigError([f'{file} cannot be read: {e.strerror or e}']) from e
-  except (ValueError, KeyError, TypeError, RecursionError) as e:
-    raise ConfigError([f'{file} is no safetensors file: {str(e)[:200]}']) from e
+  except (SafetensorError, KeyError, TypeError, ValueError) as e:  # KeyError: a dtype that NumPy does not have.
+    raise ConfigError([f'{file} is no safetensors file that can be read: {str(e)[:200]}']) from e
 
 
-def _array(raw, name, entry):
-  dtype, (begin, end) = np.dtype(DTYPES[entry['dtype']]), entry['data_offsets']
-  shape = tuple(int(n) for n in entry['shape'])
-  if min((0, *shape)) < 0 or not 0 <= begin <= end <= len(raw) or end - begin != math.prod(shape) * dtype.itemsize:
-    raise ValueError(f'{name} does not fit into it')
-  return raw[begin:end].view(dtype).reshape(shape)
+def _read_shards(index):
+  try:
+    weight_map = json.loads(index.read_bytes())['weight_map']
+    shards = sorted(set(weight_map.values()))
+  except OSError as e:
+    raise ConfigError([f'{index} cannot be read: {e.strerror or e}']) from e
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    raise ConfigError([f'{index} is no safetensors index: it has no weight_map of names to files']) from e
+  if outside := [shard for shard in shards if pathlib.PurePath(shard).name != shard or '\\' in shard]:
+    raise ConfigError([f'{index}: the shard {outside[0]!r} is not a file beside it'])
+  arrays = {}
+  for shard in shards:
+    loaded = _read_file(index.parent / shard)
+    listed = {name for name, file in weight_map.items() if file == shard}
+    if loaded.keys() != listed:
+      raise ConfigError([f'{index.parent / shard} does not have the arrays that {index.name} lists, such as '
+                         f'{min(loaded.keys() ^ listed)}'])
+    arrays |= loaded
+  return arrays
 
 
 def write(file, arrays, metadata=None):
-  """Writes {name: array} to a file."""
-  header, blocks, place = {'__metadata__': dict(metadata or {'format': 'pt'})}, [], 0
-  for name in sorted(arrays):
-    array = np.asarray(arrays[name], order='C')
-    header[name] = {'dtype': NAMES[array.dtype], 'shape': list(array.shape),
-                    'data_offsets': [place, place + array.nbytes]}
-    blocks.append(array)
-    place += array.nbytes
-  text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
-  with open(file, 'wb') as f:
-    f.write(struct.pack('<Q', len(text)) + text)
-    for array in blocks:
-      f.write(array.reshape(-1).view(np.uint8).data)
+  """Write {name: array} to a file. metadata: {str: str} of its header."""
+  save_file({name: np.asarray(array, order='C') for name, array in arrays.items()}, file,
+            metadata=metadata or {'format': 'pt'})

@@ -148,7 +148,7 @@ def test_several_adapters_add_up_by_their_weights():
   with pytest.raises(ConfigError, match="no adapter 'c'; there are a, b"):
     lora.combine(base, adapters, specs, active=('c',))
   dora = AdapterSpec(kind='dora')
-  with pytest.raises(ConfigError, match='cannot be taken out'):
+  with pytest.raises(ConfigError, match='cannot be unmerged'):
     lora.unmerge(merged, {'d': moved(dora, base)}, {'d': dora})
 
 
@@ -280,7 +280,7 @@ def test_patterns():
   spec = AdapterSpec(kind='lora', dropout=0.1)
   for kind, targets in (('moe', ('*/mlp/gate',)), ('moe', ('embed/*',)), ('dense', ('head/*',))):
     spec = dataclasses.replace(spec, targets=targets)
-    with pytest.raises(ConfigError, match='adapter.dropout cannot be had at'):
+    with pytest.raises(ConfigError, match='adapter.dropout is not supported for'):
       lora.combine(base_of(kind), {'a': moved(spec, base_of(kind))}, {'a': spec}, key=jax.random.key(0))
 
 
