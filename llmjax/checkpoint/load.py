@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llmjax import config
+from llmjax import config, renamed
 from llmjax.adapt import lora
 from llmjax.adapt.quantize import quantize_tree
 from llmjax.adapt.spec import AdapterSpec
@@ -95,27 +95,16 @@ def read_config(workdir):
   """Read the resolved config of a run as nested dicts, with its recorded paths looked up (see `find_paths`)."""
   if refusal := pickle_guard.refusal(workdir):
     raise ConfigError([f'--workdir={refusal}'])
-  file = epath.Path(workdir) / 'config.json'
-  if not file.exists():
-    raise ConfigError([f"--workdir={workdir} is not a run's folder (no config.json); give the --workdir that "
-                       '`llmjax pretrain` had'])
-  try:
-    settings = json.loads(file.read_bytes().decode())
-  except (ValueError, RecursionError) as e:
-    raise ConfigError([f'{file} is damaged ({_first_line(e)}); every checkpoint has a copy: '
-                       f'llmjax checkpoint show --workdir={workdir}']) from e
-  except OSError as e:
-    raise ConfigError([f'{file} cannot be read: {e.strerror or e}']) from e
-  wrong = '' if isinstance(settings, dict) else 'no JSON object'
-  wrong = wrong or next((f'no group {name!r}' for name in ('model', 'train')
-                         if not isinstance(settings.get(name), dict)), '')
-  if wrong:
-    raise ConfigError([f"{file} is not a run's config: it has {wrong}; give the --workdir that `llmjax pretrain` had"])
+  if problems := [f'--{problem}' for problem in pickle_guard.no_run(workdir)]:
+    raise ConfigError(problems)
+  settings = json.loads((epath.Path(workdir) / 'config.json').read_bytes())
+  if missing := [name for name in ('model', 'train') if not isinstance(settings.get(name), dict)]:
+    raise ConfigError([f"--workdir={workdir}: its config.json is not a run's config: it has no group {missing[0]!r}; "
+                       'give the --workdir that `llmjax pretrain` had'])
+  if old := next(iter(renamed.migrate(settings)[1]), ''):
+    raise ConfigError([f'--workdir={workdir} is a run of an older version (its config has {old}): run llmjax '
+                       f'checkpoint migrate --workdir={workdir}'])
   return find_paths(settings, workdir)
-
-
-def _first_line(error):
-  return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def find_step(workdir, step=0):

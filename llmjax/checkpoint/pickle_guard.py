@@ -44,7 +44,7 @@ def no_run(workdir):
     return
   try:
     if not isinstance(json.loads(file.read_bytes()), dict):
-      yield f"workdir={workdir}: its config.json is no run's config; give the --workdir that `llmjax pretrain` had"
+      yield f"workdir={workdir}: its config.json is not a run's config; give the --workdir that `llmjax pretrain` had"
   except OSError as e:
     yield f'workdir={workdir}: its config.json cannot be read: {e.strerror}'
   except (ValueError, RecursionError) as e:

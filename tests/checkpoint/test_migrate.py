@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from llmjax import renamed
-from llmjax.checkpoint import manifest, migrate
+from llmjax.checkpoint import bases, manifest, migrate
 from llmjax.checkpoint.arrays import read_json
 from llmjax.checkpoint.checkpoints import Checkpoints
+from llmjax.checkpoint.load import read_config
 from llmjax.config import ConfigError
 from llmjax.run.spec import PreviewSpec
 from llmjax.train.state import TrainState
@@ -55,6 +56,8 @@ def test_an_old_run_is_migrated(tmp_path, capsys, processes):
   run = make_old(tmp_path / 'run', processes=processes)
   with pytest.raises(ConfigError, match=f'checkpoint migrate --workdir={run}'):
     Checkpoints(run).latest()
+  with pytest.raises(ConfigError, match=f'checkpoint migrate --workdir={run}'):
+    read_config(run)
   before = contents(run)
   status, out, _ = call_and_read(capsys, 'checkpoint', 'migrate', f'--workdir={run}', '--dry-run')
   assert status == 0 and contents(run) == before
@@ -116,3 +119,10 @@ def test_every_renamed_field_is_a_field_today():
            for field in dataclasses.fields(group.type)}
   assert set(renamed.FIELDS.values()) <= known
   assert not set(renamed.FIELDS) & known
+
+
+def test_the_base_of_an_adapter_must_be_migrated_too(tmp_path):
+  recorded = {'path': str(tmp_path / 'base/checkpoints/4'), 'sha256': ''}
+  make_old(tmp_path / 'base')
+  with pytest.raises(ConfigError, match=f'checkpoint migrate --workdir={tmp_path}/base'):
+    bases.find_base(recorded, '', tmp_path / 'lora')
