@@ -19,8 +19,9 @@ from llmjax.config import ConfigError
 from llmjax.data import prepared
 from llmjax.data.records import read_answers, read_prompt, read_records
 from llmjax.evaluate.metrics import read_lines
+from llmjax.generate.load import load_generator
+from llmjax.generate.prompts import load_chat
 from llmjax.generate.score import score
-from llmjax.loops.generate import load_chat, load_generator
 from llmjax.post import ai_feedback
 from llmjax.run.compile_time import compile_clock
 from llmjax.run.progress import Stages

@@ -1,1 +1,1 @@
-"""KV cache, prefill, decode, sampling, streaming."""
+"""Text generation: prefill and decoding with a KV cache, sampling, streaming, scoring."""

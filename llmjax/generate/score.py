@@ -1,7 +1,7 @@
-"""What a model thinks of given answers: the log-probability of every token of a continuation.
+"""Log-probabilities of given completions.
 
-The rows are laid out as in generation (padded on the left, in buckets), and the same tokens are possible, so
-what a Generator sampled at temperature 1 gets the log-probabilities that it was sampled with.
+Sequences are laid out as in generation (padded on the left, in buckets) over the same vocabulary, so a completion that
+was sampled at temperature 1 gets the log-probabilities that it was sampled with.
 """
 
 import functools
@@ -14,14 +14,14 @@ from llmjax.generate.decode import bucket
 from llmjax.ops import sampling as sampling_ops
 from llmjax.parallel.mesh import batch_shards
 
-MIN_TAIL = 4  # Continuations come in lengths of this times powers of two.
+MIN_TAIL = 4  # The least bucket of completion lengths.
 
 
 def score(generator, prompts, continuations):
-  """Returns the log-probabilities, nats, of each continuation's tokens: a list of float32 [length].
+  """Return the log-probabilities, in nats, of each continuation's tokens: a list of float32 [length].
 
-  generator: a `decode.Generator`.  prompts, continuations: token ids, one int array of each for every row;
-  neither may be empty.  Each row gets what it would get alone.
+  generator: a `decode.Generator`.  prompts, continuations: lists of int arrays of token ids, none of them empty.  The
+  result does not depend on which sequences share the batch.
   """
   rows = [np.concatenate([p, c]).astype(np.int32) for p, c in zip(prompts, continuations, strict=True)]
   counts = [len(c) for c in continuations]
@@ -32,21 +32,21 @@ def score(generator, prompts, continuations):
   tail = bucket(max(counts), MIN_TAIL)
   shards = batch_shards(generator.mesh) if generator.mesh else 1
   rows += [rows[-1]] * (-len(rows) % shards)
-  # One more column than the tail, so that its first token has a predecessor in the row.
+  # One more column than the tail: its first token is predicted by the one before it.
   padded = np.zeros((len(rows), bucket(max(max(map(len, rows)), tail + 1))), np.int32)
   for padded_row, row in zip(padded, rows, strict=True):
     padded_row[len(padded_row) - len(row):] = row
   lengths = np.asarray([len(row) for row in rows], np.int32)
   with generator.on_mesh():
-    found = _score(generator.model, generator.params, generator.place_rows(padded), generator.place_rows(lengths),
-                   np.int32(generator.vocab_size), tail=tail)
-  found = generator.to_host(found)
-  return [row[tail - count:] for row, count in zip(found, counts, strict=False)]
+    logprobs = _score(generator.model, generator.params, generator.place_rows(padded), generator.place_rows(lengths),
+                      np.int32(generator.vocab_size), tail=tail)
+  logprobs = generator.to_host(logprobs)
+  return [row[tail - count:] for row, count in zip(logprobs, counts, strict=False)]
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'tail'))
 def _score(model, params, tokens, lengths, vocab_size, *, tail):
-  """Returns float32 [B, tail]: log-probabilities of the last `tail` tokens.  tokens: int32 [B, S], right-aligned."""
+  """Return log-probabilities of the last `tail` tokens, float32 [B, tail].  tokens: int32 [B, S], right-aligned."""
   slots = tokens.shape[1]
   positions = (jnp.arange(slots) - (slots - lengths[:, None])).astype(jnp.int32)
   batch = {'tokens': tokens, 'positions': positions, 'segment_ids': (positions >= 0).astype(jnp.int32)}

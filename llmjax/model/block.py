@@ -9,16 +9,16 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.model.channel_mixers import Mlp, MoeMlp
 from llmjax.model.layers import Norm, dropout
-from llmjax.model.mixers import Attention
+from llmjax.model.mixers import mixer_class
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.hints import materialize_gradient
 from llmjax.parallel.sharding import constrain
 
 
 class LayerKind(NamedTuple):
-  """What distinguishes a layer.  attention: 'global' or 'local'.  experts: whether its MLP is a mixture.
+  """The kind of a layer.  attention: 'global' or 'local'.  experts: whether its MLP is a mixture of experts.
 
-  Layers whose parameters have the same shapes are stacked together, so `stack` depends on `experts` alone.
+  Layers with parameters of the same shapes are stacked, so `stack` depends on `experts` alone.
   """
 
   attention: str
@@ -30,7 +30,7 @@ class LayerKind(NamedTuple):
 
 
 def layer_kinds(spec):
-  """Returns the LayerKind of every layer of a ModelSpec, in order."""
+  """Return the LayerKind of every layer of a ModelSpec, in order."""
   default = 'local' if spec.window and not spec.attention_pattern else 'global'
   pattern = spec.attention_pattern or (default,)
   return [LayerKind(pattern[i % len(pattern)], bool(spec.num_experts) and i >= spec.first_dense_layers)
@@ -38,7 +38,7 @@ def layer_kinds(spec):
 
 
 class Block(nn.Module):
-  """x [B, T, D] -> (x, cache, aux); aux are float32 sums over sequences, empty without experts.
+  """x [B, T, D] -> (x, cache, aux); aux: dict of float32 sums over sequences, {} without experts.
 
   norm_placement, f the mixer or channel mixer: pre: x + f(norm(x)); output: x + norm(f(x)) (OLMo 2,
   arXiv:2501.00656, section 3.3); both: x + norm(f(norm(x))) (Gemma 2, arXiv:2408.00118, section 2); post:
@@ -55,7 +55,7 @@ class Block(nn.Module):
     spec, placement = self.spec, self.spec.norm_placement
     keys = (None, None) if context.key is None else jax.random.split(context.key)
     norm = lambda name, x: Norm(spec.norm, spec.norm_epsilon, self.param_dtype, name=name)(x)
-    # The product that follows needs the whole length: norms run before the gather, each device on its part.
+    # The product that follows needs the whole sequence: norms run before the gather, on each device's share.
     before = lambda name, x: materialize_gradient(constrain(
         norm(name, x) if placement in ('pre', 'both') else x, 'batch', 'length', 'act_embed'))
 
@@ -67,7 +67,7 @@ class Block(nn.Module):
       return constrain(norm(f'{name}_norm', x) if placement == 'post' else x, 'batch', 'block_length', 'act_embed')
 
     x = entry = checkpoint_name(x, 'block_input')
-    y, cache = Attention(spec, self.kind.attention, self.param_dtype, name='attention')(
+    y, cache = mixer_class(spec)(spec, self.kind.attention, self.param_dtype, name='attention')(
         before('attention_norm', x), cache, context)
     x = checkpoint_name(add(x, y, 'attention', keys[0]), 'attended')
     if self.kind.experts:

@@ -23,12 +23,12 @@ class Slots:
 
   @classmethod
   def empty(cls, batch, slots, ring=False):
-    """Returns slots that hold no token."""
+    """Return slots that hold no token."""
     blank = jnp.zeros((batch, slots), jnp.int32)
     return cls(blank, blank, jnp.zeros((), jnp.int32), ring)
 
   def write(self, target, new, axis):
-    """Returns `target` with `new` at the slots of the next tokens.  axis: the slots' in both arrays."""
+    """Return `target` with `new` at the slots of the next tokens.  axis: the slots' in both arrays."""
     size, count = target.shape[axis], new.shape[axis]
     if not self.ring:
       return jax.lax.dynamic_update_slice_in_dim(target, new, self.index, axis)
@@ -38,7 +38,7 @@ class Slots:
     return jnp.moveaxis(jnp.moveaxis(target, axis, 0).at[places].set(jnp.moveaxis(kept, axis, 0)), 0, axis)
 
   def advance(self, positions, segment_ids):
-    """Returns the slots with T more tokens, int [B, T] each."""
+    """Return the slots with T more tokens, int [B, T] each."""
     return self.replace(positions=self.write(self.positions, positions.astype(jnp.int32), 1),
                         segment_ids=self.write(self.segment_ids, segment_ids.astype(jnp.int32), 1),
                         index=self.index + positions.shape[1])
@@ -53,21 +53,21 @@ class KvCache:
 
   @classmethod
   def empty(cls, shape, dtype):
-    """Returns a cache of zeros.  shape: (B, K, S, H)."""
+    """Return a cache of zeros.  shape: (B, K, S, H)."""
     zeros = jnp.zeros(shape, dtype)
     return cls(zeros, zeros)
 
   def update(self, slots, keys, values):
-    """Returns the cache with the keys and values [B, T, K, H] of the next T tokens.  slots: before them."""
+    """Return the cache with the keys and values [B, T, K, H] of the next T tokens.  slots: before them."""
     swap = lambda a: a.transpose(0, 2, 1, 3)
     return KvCache(slots.write(self.keys, swap(keys), 2), slots.write(self.values, swap(values), 2))
 
   def read(self):
-    """Returns (keys, values), [B, S, K, H] each."""
+    """Return (keys, values), [B, S, K, H] each."""
     return self.keys.transpose(0, 2, 1, 3), self.values.transpose(0, 2, 1, 3)
 
   def grow(self, extra):
-    """Returns the cache with so many more slots."""
+    """Return the cache with so many more slots."""
     return jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, extra), (0, 0))), self)
 
 

@@ -23,7 +23,7 @@ from llmjax.parallel.sharding import by_rows, constrain, mesh_size
 
 @functools.cache
 def activation_function(name):
-  """Returns the function that a name of `spec.ACTIVATIONS` stands for; the same object every time."""
+  """Return the function that a name of `spec.ACTIVATIONS` stands for; the same object every time."""
   return {'silu': jax.nn.silu, 'gelu': jax.nn.gelu, 'gelu_exact': functools.partial(jax.nn.gelu, approximate=False),
           'relu': jax.nn.relu, 'relu_squared': lambda x: jnp.square(jax.nn.relu(x))}[name]
 

@@ -5,15 +5,17 @@ from flax import struct
 
 from llmjax.model.cache import Slots
 from llmjax.ops.masks import Mask
+from llmjax.ops.relative import RelativeBias
 
 
 @struct.dataclass
 class AttentionInputs:
-  """What the layers of one attention kind share: mask, rotary (cos, sin) or None, and cache slots or None."""
+  """Shared inputs of the layers of one attention kind.  angles: rotary (cos, sin).  bias: on the attention logits."""
 
   mask: Mask
   angles: tuple | None = None
   slots: Slots | None = None
+  bias: RelativeBias | None = None
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ def _mlp_params(spec, width, experts=1):
 
 
 def count_params(spec):
-  """Returns the number of parameters, by part and in total."""
+  """Return the number of parameters, by part and in total."""
   d, v, layers = spec.d_model, spec.vocab_size, spec.num_layers
   norm = d * (2 if spec.norm == 'layer' else 1)
   norms = norm * (4 if spec.norm_placement == 'both' else 2) + (2 * spec.resolved_head_dim if spec.qk_norm else 0)
@@ -26,7 +26,8 @@ def count_params(spec):
     mlps = (layers - dense) * mixture + dense * sum(_mlp_params(spec, spec.dense_mlp_dim))
   else:
     mlps = layers * sum(_mlp_params(spec, spec.mlp_dim))
-  positions = spec.max_positions * d if spec.position_embedding == 'learned' else 0
+  positions = {'learned': spec.max_positions * d,
+               'relative': spec.relative_buckets * spec.num_heads}.get(spec.position_embedding, 0)
   parts = {'embed': v * d + positions, **({'embed_norm': norm} if spec.embedding_norm else {}),
            'blocks': layers * each + mlps, 'final_norm': 0 if spec.norm_placement == 'post' else norm,
            'head': 0 if spec.tie_embeddings else v * d,
@@ -36,7 +37,7 @@ def count_params(spec):
 
 
 def matmul_params(spec):
-  """Returns the parameters that multiply a token: not the embedding look-up, norms, biases, and experts it skips."""
+  """Return the parameters that multiply a token: not the embedding look-up, norms, biases, and experts it skips."""
   attention = spec.num_layers * _attention_params(spec)[0]
   if spec.num_experts:
     active = spec.experts_per_token + spec.shared_experts
@@ -49,7 +50,7 @@ def matmul_params(spec):
 
 
 def keys_per_query(spec, seq_len, window):
-  """Returns how many keys a query of a sequence attends to on average.  window: 0 for none."""
+  """Return how many keys a query of a sequence attends to on average.  window: 0 for none."""
   if not spec.causal:
     return min(seq_len, 2 * window - 1) if window else seq_len
   if window and window < seq_len:
@@ -58,7 +59,7 @@ def keys_per_query(spec, seq_len, window):
 
 
 def train_flops_per_token(spec, seq_len, frozen=False):
-  """Returns model FLOPs of forward and backward for one token of a sequence of `seq_len` tokens.
+  """Return model FLOPs of forward and backward for one token of a sequence of `seq_len` tokens.
 
   6 for each multiplying parameter (PaLM, arXiv:2204.02311, appendix B) and, in attention, 12 x layers x heads x
   head_dim x the keys attended to on average.  Recomputation is not counted.  frozen: the parameters have no gradient,

@@ -18,7 +18,7 @@ from llmjax.parallel.vocabulary import lookup
 
 
 def scaled_normal(in_dims, scale=1.0):
-  """Returns an initializer: truncated normal, variance scale^2 / product of the first in_dims axes."""
+  """Return an initializer: truncated normal, variance scale^2 / product of the first in_dims axes."""
 
   def init(key, shape, dtype):
     fan_in = 1
@@ -32,7 +32,7 @@ def scaled_normal(in_dims, scale=1.0):
 
 
 def dropout(x, rate, key, zigzag=False):
-  """Returns x with features zeroed at `rate` and the rest scaled up; x itself when key is None.
+  """Return x with features zeroed at `rate` and the rest scaled up; x itself when key is None.
 
   zigzag: the tokens of x [B, T, D] are in zigzag order; the mask is drawn in the order of the text.
   """
@@ -44,14 +44,14 @@ def dropout(x, rate, key, zigzag=False):
 
 
 def parameter(module, name, init, shape):
-  """Returns a parameter of a module: an array of its shape, or the Weight that was put in its place."""
+  """Return a parameter of a module: an array of its shape, or the Weight that was put in its place."""
   found = module.get_variable('params', name) if module.has_variable('params', name) else None
   # Flax would compare the shape of a Weight's first array, which need not have the parameter's.
   return found if is_weight(found) else module.param(name, init, shape, module.param_dtype)
 
 
 def linear(module, name, shape, names, in_dims=1, scale=1.0, bias=False, join_gradients=False):
-  """Returns the function x -> x W (+ b) of a weight [*in, *out] that becomes a parameter of the module."""
+  """Return the function x -> x W (+ b) of a weight [*in, *out] that becomes a parameter of the module."""
   init = nn.with_logical_partitioning(scaled_normal(in_dims, scale * module.spec.init_scale), names)
   w = parameter(module, name, init, shape)
   layout = WeightLayout(names, join_gradients)
@@ -64,7 +64,7 @@ def linear(module, name, shape, names, in_dims=1, scale=1.0, bias=False, join_gr
 
 
 def sum_over_tensor(x):
-  """Returns a product x [B, T, D] whose terms are sharded over `tensor`, summed over it and sharded along the length.
+  """Return a product x [B, T, D] whose terms are sharded over `tensor`, summed over it and sharded along the length.
 
   XLA joins the two into a reduce-scatter; asked for both at once it would gather sequences sharded over `context`.
   """
@@ -91,6 +91,9 @@ class Embed(nn.Module):
       rows = self.param('positions', nn.with_logical_partitioning(init, (None, 'table_embed')),
                         (spec.max_positions, spec.d_model), self.param_dtype)
       x = x + jnp.take(constrain(rows.astype(dtype), None, None), jnp.maximum(positions, 0), axis=0)
+    if spec.position_embedding == 'relative':  # Used by the layers, which share it: see `Model.apply`.
+      self.param('relative_bias', nn.with_logical_partitioning(init, (None, 'heads')),
+                 (spec.relative_buckets, spec.num_heads), self.param_dtype)
     return x
 
 

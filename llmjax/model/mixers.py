@@ -1,12 +1,17 @@
 """Mixers: the part of a block in which tokens exchange information.
 
-Each is a linen module `(x [B, T, D], cache, context) -> (y [B, T, D], cache)`; cache is a leaf type of model/cache.py,
-or None.  Letters: N query heads, K key/value heads, H head_dim.
+A mixer is a linen module with fields (spec, kind, param_dtype) that is called as (x [B, T, D], cache, context) -> (y
+[B, T, D], cache).  `init_cache(spec, batch, slots, dtype)` of its class returns the empty cache of one layer: a pytree
+with a method `grow(extra)`, such as those of model/cache.py.  The names of parameters decide on their compute dtype and
+weight decay, so a mixer from outside, `model.mixer=module:name`, names its matrices query, key, value, out, gate, up or
+down (see `linear` of model/layers.py).  Letters: N query heads, K key/value heads, H head_dim.
 """
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from llmjax import extensions
+from llmjax.model.cache import KvCache
 from llmjax.model.layers import Norm, linear, sum_over_tensor
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.hints import fan_out
@@ -17,11 +22,15 @@ from llmjax.parallel.sharding import constrain, mesh_size
 
 
 class Attention(nn.Module):
-  """Grouped-query attention (arXiv:2305.13245) under the mask of its kind."""
+  """Grouped-query attention (arXiv:2305.13245) with the mask and position encoding of its kind."""
 
   spec: ModelSpec
   kind: str = 'global'
   param_dtype: jnp.dtype = jnp.float32
+
+  @staticmethod
+  def init_cache(spec, batch, slots, dtype):
+    return KvCache.empty((batch, spec.resolved_kv_heads, slots, spec.resolved_head_dim), dtype)
 
   @nn.compact
   def __call__(self, x, cache, context):
@@ -32,7 +41,7 @@ class Attention(nn.Module):
     query = linear(self, 'query', (d, n, h), ('embed', 'heads', 'head_dim'), bias=spec.qkv_bias)(x[0])
     keys = linear(self, 'key', (d, k, h), ('embed', 'kv_heads', 'head_dim'), bias=spec.qkv_bias)(x[1])
     values = linear(self, 'value', (d, k, h), ('embed', 'kv_heads', 'head_dim'), bias=spec.qkv_bias)(x[2])
-    # Outputs into the residual stream start smaller with depth (GPT-2, section 2.3).
+    # Initial outputs into the residual stream shrink with depth (GPT-2, section 2.3).
     out = linear(self, 'out', (n, h, d), ('heads', 'head_dim', 'embed'), 2, (2 * spec.num_layers)**-0.5,
                  bias=spec.out_bias)
     if spec.qk_norm:
@@ -46,6 +55,14 @@ class Attention(nn.Module):
       cache = cache.update(inputs.slots, keys, values)
       if context.decoding:
         keys, values = cache.read()
-    y = attention(query, keys, values, inputs.mask, soft_cap=spec.attention_soft_cap or None,
+    y = attention(query, keys, values, inputs.mask, bias=inputs.bias, soft_cap=spec.attention_soft_cap or None,
                   scale=spec.attention_scale or None, implementation=context.implementation, zigzag=context.zigzag)
     return sum_over_tensor(out(y)), cache
+
+
+MIXERS = {'attention': Attention}
+
+
+def mixer_class(spec):
+  """Return the class that `spec.mixer` names: a key of MIXERS, or module:name."""
+  return MIXERS[spec.mixer] if spec.mixer in MIXERS else extensions.load(spec.mixer, 'model.mixer')

@@ -17,13 +17,15 @@ from flax import linen as nn
 
 from llmjax.model import counts, stack
 from llmjax.model.block import layer_kinds
-from llmjax.model.cache import Cache, KvCache, Slots
+from llmjax.model.cache import Cache, Slots
 from llmjax.model.context import AttentionInputs, Context
 from llmjax.model.layers import Embed, Head, Norm, Projection, ValueHead
+from llmjax.model.mixers import mixer_class
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.chunks import CHUNK_LOGITS
 from llmjax.ops.masks import Mask
 from llmjax.ops.products import dense, is_weight, project
+from llmjax.ops.relative import RelativeBias
 from llmjax.ops.rotary import RopeScaling, rotary_angles
 from llmjax.parallel import pipeline
 from llmjax.parallel.attention import from_zigzag, zigzag_batch
@@ -70,20 +72,23 @@ class Model:
     return jnp.dtype(self.execution.compute_dtype)
 
   def init(self, key, param_dtype=jnp.float32):
-    """Returns fresh parameters, leaves of `param_dtype`."""
+    """Return fresh parameters, leaves of `param_dtype`."""
     return _split(self._init(key, param_dtype))[0]
 
   def abstract_params(self, param_dtype=jnp.float32):
-    """Returns the ShapeDtypeStructs of `init`."""
+    """Return the ShapeDtypeStructs of `init`."""
     return jax.eval_shape(lambda: self.init(jax.random.key(0), jnp.dtype(param_dtype)))
 
   def param_names(self):
-    """Returns the logical axis names of every parameter: the tree of `init`, tuples at its leaves."""
+    """Return the logical axis names of every parameter: the tree of `init`, tuples at its leaves."""
     return _split(jax.eval_shape(lambda: self._init(jax.random.key(0), jnp.float32)))[1]
 
   def count_params(self):
-    """Returns the number of parameters, by part and in total."""
-    return counts.count_params(self.spec)
+    """Return the number of parameters, by part and in total."""
+    if self.spec.mixer == 'attention':
+      return counts.count_params(self.spec)
+    parts = {name: sum(p.size for p in jax.tree.leaves(tree)) for name, tree in self.abstract_params().items()}
+    return {**parts, 'total': sum(parts.values())}
 
   def train_flops_per_token(self, seq_len, frozen=False):
     """See `counts.train_flops_per_token`."""
@@ -112,7 +117,7 @@ class Model:
   # Forward.
 
   def apply(self, params, batch, *, cache=None, key=None, perturb=None):
-    """Returns (final hidden states [B, T, D] of the compute dtype, cache, aux).
+    """Return (final hidden states [B, T, D] of the compute dtype, cache, aux).
 
     batch: {'tokens', 'positions', 'segment_ids'}, int [B, T], and perhaps 'prefix', bool [B, T]: tokens that their
     whole segment attends to.  cache: a Cache, to which the tokens are appended, or None; with one, blocks must be a
@@ -123,7 +128,7 @@ class Model:
     params = self.cast(params)
     x = self.embed(params, batch)
     x = perturb(x) if perturb else x
-    context = self._context(batch, cache, key)
+    context = self._context(batch, cache, key, params=params)
     pipe, stages = execution.pipeline, pipeline.num_stages()
     if pipe is None or stages == 1 or cache is not None:
       layers = None if cache is None else cache.layers
@@ -140,7 +145,7 @@ class Model:
     return self.normalize(params, x), cache, aux
 
   def cast(self, params):
-    """Returns the parameters with those that CAST names in the compute dtype.
+    """Return the parameters with those that CAST names in the compute dtype.
 
     Once, outside the layers: what is gathered over the mesh is then already small.  Raises ValueError for a parameter
     that no pattern names.
@@ -155,7 +160,7 @@ class Model:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
   def embed(self, params, batch):
-    """Returns the input of the blocks, [B, T, D] of the compute dtype."""
+    """Return the input of the blocks, [B, T, D] of the compute dtype."""
     spec = self.spec
     x = Embed(spec).apply({'params': params['embed']}, batch['tokens'], batch['positions'], self.dtype)
     if spec.embedding_norm:
@@ -163,18 +168,20 @@ class Model:
     return constrain(x, 'batch', 'block_length', 'act_embed')
 
   def normalize(self, params, x):
-    """Returns the hidden states that the output matrix takes, of the output x of the blocks."""
+    """Return the hidden states that the output matrix takes, of the output x of the blocks."""
     spec = self.spec
     if spec.norm_placement != 'post':
       x = Norm(spec.norm, spec.norm_epsilon).apply({'params': params['final_norm']}, x)
     return constrain(x, 'batch', 'length', 'act_embed')
 
   def stage(self, key):
-    """Returns the function of one group of layers that the schedules of parallel/pipeline.py run.
+    """Return the function of one group of layers that the schedules of parallel/pipeline.py run.
 
     key: for dropout, or None.
     """
     spec, execution = self.spec, self.execution
+    if spec.position_embedding == 'relative':
+      raise ValueError('model.position_embedding=relative: pipeline stages have no shared bias; write mesh.stage=1')
 
     def run(blocks, x, rows, index):
       part = None if key is None or not spec.dropout else jax.random.fold_in(key, index)
@@ -185,12 +192,14 @@ class Model:
 
     return run
 
-  def _context(self, batch, cache=None, key=None, attention=None):
-    """Returns the Context of the tokens of a batch."""
+  def _context(self, batch, cache=None, key=None, attention=None, params=None):
+    """Return the Context of the tokens of a batch.  params: for a relative position bias."""
     spec, execution = self.spec, self.execution
     positions, segments = batch['positions'], batch['segment_ids']
     decoding = cache is not None and not cache.fresh
-    inputs, angles = {}, {}
+    inputs, angles, bias = {}, {}, None
+    if spec.position_embedding == 'relative' and params is not None:
+      bias = RelativeBias.from_table(params['embed']['relative_bias'], spec.relative_max_distance, spec.causal)
     for kind in dict.fromkeys(kind.attention for kind in layer_kinds(spec)):
       local = kind == 'local'
       slots = cache.slots[kind] if cache else None
@@ -210,7 +219,7 @@ class Model:
           angles[theta, scaling] = rotary_angles(positions, spec.rotary_dim, theta, scaling)
         inputs[kind] = AttentionInputs(mask, angles[theta, scaling], slots)
       else:
-        inputs[kind] = AttentionInputs(mask, None, slots)
+        inputs[kind] = AttentionInputs(mask, None, slots, bias)
     return Context(segments, inputs, key if spec.dropout else None, attention or execution.attention,
                    zigzag=self.use_ring() and cache is None and attention is None,
                    cached=cache is not None, decoding=decoding)
@@ -218,13 +227,13 @@ class Model:
   # Outputs.
 
   def output_matrix(self, params):
-    """Returns (matrix, vocab_axis): [D, V] and 1, or the tied embedding table [V, D] and 0."""
+    """Return (matrix, vocab_axis): [D, V] and 1, or the tied embedding table [V, D] and 0."""
     if self.spec.tie_embeddings:
       return constrain(dense(params['embed']['table']), 'vocab', None), 0
     return constrain(dense(params['head']['kernel']), None, 'vocab'), 1
 
   def logits(self, params, x):
-    """Returns float32 logits [..., V] of hidden states [..., D].  Only for a few positions at a time."""
+    """Return float32 logits [..., V] of hidden states [..., D].  Only for a few positions at a time."""
     matrix, vocab_axis = self.output_matrix(params)
     logits = project(x, matrix.T if vocab_axis == 0 else matrix).astype(jnp.float32)
     cap = self.spec.logits_soft_cap
@@ -236,11 +245,11 @@ class Model:
     return {'soft_cap': self.spec.logits_soft_cap or None, 'chunk_logits': self.execution.chunk_logits}
 
   def values(self, params, x):
-    """Returns the value head's output for hidden states [..., D], float32 [...]."""
+    """Return the value head's output for hidden states [..., D], float32 [...]."""
     return ValueHead().apply({'params': params['value']}, x)
 
   def project_hidden(self, params, x):
-    """Returns hidden states [..., D] in a teacher's width, float32 [..., E], where the parameters have a projection."""
+    """Return hidden states [..., D] in a teacher's width, float32 [..., E], where the parameters have a projection."""
     if 'projection' not in params:
       return x
     kernel = params['projection']['kernel']
@@ -252,28 +261,28 @@ class Model:
     return self.execution.ring and mesh_size('context') > 1
 
   def order(self, batch):
-    """Returns the batch in the order of tokens that `apply` expects on the mesh that is set."""
+    """Return the batch in the order of tokens that `apply` expects on the mesh that is set."""
     return zigzag_batch(batch) if self.use_ring() else batch
 
   def restore(self, a):
-    """Returns an array [B, T, ...] of an ordered batch in the order of the sequence."""
+    """Return an array [B, T, ...] of an ordered batch in the order of the sequence."""
     return from_zigzag(a) if self.use_ring() else a
 
   # Generation.
 
   def unstack(self, params):
-    """Returns the parameters with `blocks` as a list of layers, which caches need."""
+    """Return the parameters with `blocks` as a list of layers, which caches need."""
     return {**params, 'blocks': stack.unstack(self.spec, params['blocks'])}
 
   def init_cache(self, batch_size, length, step=1):
-    """Returns an empty Cache of `length` slots; local layers keep their window.
+    """Return an empty Cache of `length` slots; local layers keep their window.
 
     step: tokens at once, at most, once the cache is no longer fresh.
     """
     spec, kinds = self.spec, layer_kinds(self.spec)
     sizes = {kind.attention: self._slots(kind.attention, length, step) for kind in kinds}
-    shape = lambda kind: (batch_size, spec.resolved_kv_heads, sizes[kind.attention], spec.resolved_head_dim)
-    layers = [KvCache.empty(shape(kind), self.dtype) for kind in kinds]
+    init_cache = mixer_class(spec).init_cache
+    layers = [init_cache(spec, batch_size, sizes[kind.attention], self.dtype) for kind in kinds]
     slots = {kind: Slots.empty(batch_size, size, ring=size < length) for kind, size in sizes.items()}
     return Cache(layers, slots, jnp.zeros((batch_size,), jnp.int32), fresh=True)
 
@@ -281,7 +290,7 @@ class Model:
     return min(length, self.spec.window + step - 1) if kind == 'local' else length
 
   def grow_cache(self, cache, length, step=1):
-    """Returns the cache with its free slots extended to `length` in all; full rings stay as they are."""
+    """Return the cache with its free slots extended to `length` in all; full rings stay as they are."""
     kinds, extra, slots = layer_kinds(self.spec), {}, {}
     for kind, old in cache.slots.items():
       size, now = self._slots(kind, length, step), old.positions.shape[1]
@@ -294,7 +303,7 @@ class Model:
 
 
 def _split(boxed):
-  """Returns (plain arrays, names) of a tree of flax boxes."""
+  """Return (plain arrays, names) of a tree of flax boxes."""
   is_box = lambda p: isinstance(p, nn.Partitioned)
   return (jax.tree.map(lambda p: p.value, boxed, is_leaf=is_box),
           jax.tree.map(lambda p: p.names, boxed, is_leaf=is_box))

@@ -43,7 +43,7 @@ REMAT = {
 
 
 def init_stacks(spec, key, param_dtype, x, context):
-  """Returns the boxed parameters of all blocks; every leaf has a leading 'layers' axis."""
+  """Return the boxed parameters of all blocks; every leaf has a leading 'layers' axis."""
   kinds = layer_kinds(spec)
   names = list(dict.fromkeys(kind.stack for kind in kinds))
   # One stack draws the keys that it always drew; several draw theirs from one each.
@@ -60,7 +60,7 @@ def init_stacks(spec, key, param_dtype, x, context):
 
 
 def unstack(spec, blocks):
-  """Returns the blocks as a list of layers.
+  """Return the blocks as a list of layers.
 
   A loop over the list reads each weight where it is; a scan over the stack first copies every layer out of it, which
   doubles the memory traffic of a decoding step.
@@ -73,13 +73,13 @@ def unstack(spec, blocks):
 
 
 def _stacks(kinds, blocks):
-  """Returns {name of the stack: its tree}."""
+  """Return {name of the stack: its tree}."""
   names = {kind.stack for kind in kinds}
   return blocks if len(names) > 1 else {names.pop(): blocks}
 
 
 def period(kinds):
-  """Returns the length of the shortest pattern that the layers repeat from the first one on, at least twice or wholly.
+  """Return the length of the shortest pattern that the layers repeat from the first one on, at least twice or wholly.
 
   What is left at the end may be the beginning of the pattern.
   """
@@ -87,7 +87,7 @@ def period(kinds):
 
 
 def apply_stacks(spec, blocks, x, context, cache=None, remat='none', unroll=1, kinds=None):
-  """Runs the blocks in order; returns (x [B, T, D], the layers' caches or None, aux summed over layers).
+  """Run the blocks in order; returns (x [B, T, D], the layers' caches or None, aux summed over layers).
 
   blocks: stacked, scanned `unroll` periods of the pattern at a time, or a list of layers.  cache: a list of the layers'
   caches, which needs a list of layers, or None.  context.key: the key that the layers' dropout keys come from, or None.
@@ -119,7 +119,7 @@ def apply_stacks(spec, blocks, x, context, cache=None, remat='none', unroll=1, k
 
 
 def _remat(body, remat, in_loop):
-  """Returns the body under a rematerialization policy."""
+  """Return the body under a rematerialization policy."""
   if remat == 'none':
     return body
   # Inside a loop nothing can be shared between the passes; unrolled, XLA would merge what is computed again with what
@@ -143,7 +143,7 @@ def _regroup(result):
 
 
 def _sum_aux(auxes):
-  """Returns the sum of dicts of scalars; layers without experts have none."""
+  """Return the sum of dicts of scalars; layers without experts have none."""
   names = dict.fromkeys(name for aux in auxes for name in aux)
   return {name: jnp.stack([aux[name] for aux in auxes if name in aux]).sum(0) for name in names}
 
@@ -155,7 +155,7 @@ def _scan_period(spec, kinds, blocks, x, keys, run, remat, unroll, plan):
   count = lambda name, a, b: sum(kind.stack == name for kind in kinds[a:b])
 
   def part(a, b):
-    """Returns the layers a to b of every stack that has some."""
+    """Return the layers a to b of every stack that has some."""
     found = {}
     for name, tree in stacks.items():
       first, number = count(name, 0, a), count(name, a, b)
@@ -164,7 +164,7 @@ def _scan_period(spec, kinds, blocks, x, keys, run, remat, unroll, plan):
     return found
 
   def loose(x, a, b):
-    """Runs the layers a to b one after the other."""
+    """Run the layers a to b one after the other."""
     own, used, layers = part(a, b), {}, []
     for kind in kinds[a:b]:
       index = used[kind.stack] = used.get(kind.stack, -1) + 1

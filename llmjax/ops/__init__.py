@@ -1,1 +1,1 @@
-"""Pure maths: attention, rotary positions, norms, losses, masked statistics."""
+"""Pure math: attention, position encodings, norms, losses, matrix products, experts, sampling."""

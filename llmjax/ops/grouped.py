@@ -1,8 +1,8 @@
-"""Products of rows that lie in blocks, each block with its own matrix: the products of experts.
+"""Grouped matrix products: each contiguous block of rows is multiplied by its own matrix, as for experts.
 
-XLA's `ragged_dot` does it, but on a TPU it computes the gradient of the matrices as a dense product of all
-rows with every matrix.  Two Pallas kernels compute only what is needed, in tiles of rows: `multiply`, and
-`outer` for the gradient of the matrices.  A tile in which blocks meet is visited once for each of them.
+XLA's `ragged_dot` does it, but on a TPU it computes the gradient of the matrices as a dense product of all rows with
+every matrix.  Two Pallas kernels compute only what is needed, in tiles of rows: `multiply`, and `outer` for the
+gradient of the matrices.  A tile with rows of several blocks is visited once for each of them.
 
 Letters: M rows, E blocks (experts), K and N the sides of their matrices.
 """
@@ -16,18 +16,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 TILE = 256  # Rows.  E - 1 tiles are visited twice: of 32768 rows in 8 blocks that is 5.5% more work.
 COLUMNS = 1024
-MATRIX_BYTES = 16 << 20  # Of the part of a matrix that lies in VMEM, twice, while its rows pass by.
+MATRIX_BYTES = 16 << 20  # Of the part of a matrix that is in VMEM, double-buffered, while its rows are processed.
 VMEM_BYTES = 60 << 20  # A v5p core has 64 MiB, v5e and v6e 128; v4's 16 are too few for matrices 14336 high.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def product(rows, matrices, sizes, layout=None, share=1.0):
-  """Returns rows times the matrix of their block, [M, N] of rows' dtype.
+  """Multiply each row by the matrix of its block; return [M, N] of rows' dtype.
 
-  rows: [M, K].  matrices: [E, K, N] of the same dtype.  sizes: int32 [E], the rows of each block, the first
-  block at row 0.  Rows behind the last block are not defined in the result and have no gradient; that of
-  `rows` is not defined there either.  layout: as of `ops.products.project`.  share: the part of the rows
-  that is expected to lie in a block, for what the kernels tell of their cost.
+  rows: [M, K].  matrices: [E, K, N] of the same dtype.  sizes: int32 [E], rows of each block; the first block starts at
+  row 0.  Rows after the last block are undefined in the result and in the gradient of `rows`, and contribute nothing to
+  that of the matrices.  layout: see `ops.products.project`.  share: expected fraction of the rows that belong to a
+  block, for the kernels' cost estimates.
   """
   return jax.lax.platform_dependent(rows, matrices if layout is None else layout.all_gather(matrices), sizes,
                                     tpu=functools.partial(multiply, share=share), default=jax.lax.ragged_dot)
@@ -53,9 +53,9 @@ product.defvjp(lambda rows, matrices, sizes, layout, share: (product(rows, matri
 
 
 def multiply(rows, matrices, sizes, transposed=False, share=1.0, emulate=False):
-  """Returns rows [M, K] times the matrices [E, K, N] of their blocks; transposed: those are [E, N, K].
+  """Multiply rows [M, K] by the matrices [E, K, N] of their blocks, or [E, N, K] if transposed.  A TPU kernel.
 
-  A TPU kernel.  A part of a matrix as high as K stays in VMEM while the rows of its block pass.
+  All K rows of a part of a matrix stay in VMEM while the rows of its block are processed.
   """
   (count, depth), (blocks, *sides) = rows.shape, matrices.shape
   wide = sides[0] if transposed else sides[1]
@@ -70,9 +70,9 @@ def multiply(rows, matrices, sizes, transposed=False, share=1.0, emulate=False):
     @pl.when((visit < used[0]) & (start < end))
     def _():
       axes = ((1,), (1 if transposed else 0,))
-      found = jax.lax.dot_general(rows[...], matrix[...], (axes, ((), ())),
+      result = jax.lax.dot_general(rows[...], matrix[...], (axes, ((), ())),
                                   preferred_element_type=jnp.float32).astype(out.dtype)
-      out[...] = jnp.where(_inside(tiles[visit] * tile, start, end, tile), found, out[...])
+      out[...] = jnp.where(_inside(tiles[visit] * tile, start, end, tile), result, out[...])
 
   part = (None, columns, depth) if transposed else (None, depth, columns)
   return pl.pallas_call(
@@ -87,10 +87,10 @@ def multiply(rows, matrices, sizes, transposed=False, share=1.0, emulate=False):
 
 
 def outer(rows, others, sizes, share=1.0, emulate=False):
-  """Returns the sums over each block of rows' outer products, [E, K, N]: rows [M, K] times others [M, N].
+  """Sum the outer products of rows [M, K] and others [M, N] over each block: [E, K, N].  A TPU kernel.
 
-  A TPU kernel.  Sums are float32 and stay in VMEM while the rows of the block pass; the result has rows'
-  dtype, and zeros for a block without rows.
+  Sums are float32 and stay in VMEM while the rows of the block are processed; the result has rows' dtype, and zeros for
+  a block without rows.
   """
   (count, high), wide, blocks = rows.shape, others.shape[1], sizes.shape[0]
   tile = min(TILE, _ceil(count, 16))
@@ -112,7 +112,7 @@ def outer(rows, others, sizes, share=1.0, emulate=False):
       total[...] = jnp.zeros_like(total)
 
     pl.when(working & whole)(lambda: add(lambda a: a))
-    # Both sides: what lies behind the last block may be no number.
+    # Both factors: rows after the last block may be NaN.
     pl.when(working & ~whole & (start < end))(
         lambda: add(lambda a: jnp.where(_inside(first, start, end, tile), a, jnp.zeros_like(a))))
 
@@ -134,10 +134,10 @@ def outer(rows, others, sizes, share=1.0, emulate=False):
 
 
 def _visits(sizes, count, tile):
-  """Returns ((block and tile of every visit, first and last row + 1 of every block, visits used), visits).
+  """Return ((block and tile of every visit, first row and end of every block, number of used visits), visits).
 
-  Visits go block by block and tile by tile; a block without rows has one, which lets `outer` write zeros.
-  Their number is that of the tiles and E - 1; those not needed repeat the last one.
+  Visits are ordered by block and tile; a block without rows has one, in which `outer` writes zeros.  There are E - 1
+  more visits than tiles; unused ones repeat the last one.
   """
   blocks, tiles = sizes.shape[0], pl.cdiv(count, tile)
   ends = jnp.cumsum(sizes)
@@ -152,14 +152,14 @@ def _visits(sizes, count, tile):
 
 
 def _inside(first, start, end, tile):
-  """Returns which rows of a tile lie in a block, bool [tile, 1]."""
+  """Return which rows of a tile belong to a block, bool [tile, 1]."""
   row = first + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
   return (row >= start) & (row < end)
 
 
-def _part(size, most):
-  """Returns into how large parts a side is cut: multiples of 128, or all of it."""
-  return size if size <= most else max(most // 128, 1) * 128
+def _part(size, limit):
+  """Return the size of the parts of a side: a multiple of 128 up to the limit, or all of it."""
+  return size if size <= limit else max(limit // 128, 1) * 128
 
 
 def _ceil(size, step):
@@ -171,7 +171,7 @@ def _compiler_params(*semantics):
 
 
 def _cost(rows, depth, wide, blocks, dtype, share):
-  """Returns the estimate of all tiles visited, those of two blocks twice."""
+  """Return the cost estimate of all visits."""
   size = dtype.itemsize
   return pl.CostEstimate(flops=int(2 * rows * depth * wide * share), transcendentals=0,
                          bytes_accessed=int(size * (rows * (depth + wide) * share + blocks * depth * wide)))

@@ -7,11 +7,13 @@ a kernel does not support.  With emulate=True a kernel runs on any platform, slo
 import jax
 import jax.numpy as jnp
 
-from llmjax.ops.limits import LANES, LIMITS
+from llmjax.ops.limits import LANES, LIMITS, NO_BIAS
 
 
-def kernel_problem(name, q, k, mask, options):
-  """Returns why a kernel cannot take these arguments, or None."""
+def kernel_problem(name, q, k, mask, options, bias=None):
+  """Return why a kernel does not support these arguments, or None."""
+  if bias is not None:
+    return NO_BIAS
   if not mask.aligned:
     return 'works on whole sequences, not against a cache or a part of a sequence'
   if name == 'splash' and mask.k_prefix is not None:
@@ -19,10 +21,10 @@ def kernel_problem(name, q, k, mask, options):
   return LIMITS[name](q.shape[3], q.shape[-1], options.soft_cap, str(q.dtype))
 
 
-def splash_attention(options, q, k, v, mask, emulate=False):
-  """The TPU kernel of jax.experimental.pallas: blocks that no query sees are not computed.
+def splash_attention(options, q, k, v, mask, bias=None, emulate=False):
+  """Compute attention by the TPU kernel of jax.experimental.pallas, which skips blocks without visible keys.
 
-  The kernel takes order in the sequence for positions: a window needs positions that rise by 1 within a segment.
+  The kernel uses indices as positions: a window needs positions that rise by 1 within a segment.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
@@ -34,7 +36,7 @@ def splash_attention(options, q, k, v, mask, emulate=False):
   else:
     pattern = (splash_attention_mask.FullMask(shape) if reach is None
                else splash_attention_mask.LocalMask(shape, (reach, reach), 0))
-  # Large blocks keep the matrix unit busy; these fit VMEM forward and backward at any head_dim to 256.
+  # Large blocks keep the matrix unit busy; these fit into VMEM, forward and backward, for head_dim up to 256.
   block_q, block_kv = _block(length, 512), _block(length, 1024 if head_dim <= 128 else 512)
   sizes = splash_attention_kernel.BlockSizes(
       block_q=block_q, block_kv=block_kv, block_kv_compute=_block(block_kv, 512), block_q_dkv=block_q,
@@ -50,15 +52,15 @@ def splash_attention(options, q, k, v, mask, emulate=False):
 
 
 def _block(length, most):
-  """Returns the largest block of at most `most` that divides the length."""
+  """Return the largest block of at most `most` that divides the length."""
   return next(b for b in range(min(most, length) // LANES * LANES, 0, -LANES) if length % b == 0)
 
 
-def cudnn_attention(options, q, k, v, mask, emulate=False):
-  """The GPU kernel, with a mask [B, 1, T, S] that all heads share.
+def cudnn_attention(options, q, k, v, mask, bias=None, emulate=False):
+  """Compute attention by the GPU kernel, with a mask [B, 1, T, S] for all heads.
 
-  cuDNN's own sliding window does not go with a mask on every version, and its packed rows are not reached
-  by JAX's public function; `is_causal` still lets it leave out the half of the square above the diagonal.
+  cuDNN's sliding window does not combine with a mask in every version, and JAX's public function does not offer its
+  packed sequences; `is_causal` still lets it skip the half of the square above the diagonal.
   """
   batch, kv_heads, group, length, head_dim = q.shape
   rows = lambda a: a.swapaxes(1, 2)

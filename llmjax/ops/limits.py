@@ -1,10 +1,11 @@
-"""What the attention kernels of TPU and GPU cannot do.  No JAX here."""
+"""Limits of the attention kernels of TPU and GPU.  No JAX here."""
 
-LANES = 128  # Of a TPU's vector registers; splash attention's blocks are multiples of it.
+NO_BIAS = 'has no relative position bias'
+LANES = 128  # Lanes of a TPU's vector registers; the blocks of splash attention are multiples of it.
 
 
 def splash_limit(length, head_dim, soft_cap, dtype):
-  """Returns what keeps TPU splash attention from sequences of this length, as the rest of a sentence, or None."""
+  """Return why TPU splash attention does not support these sequences, as a predicate (`needs ...`), or None."""
   del soft_cap, dtype
   if length % LANES:
     return f'needs a length that is a multiple of {LANES}, not {length}'
@@ -14,7 +15,7 @@ def splash_limit(length, head_dim, soft_cap, dtype):
 
 
 def cudnn_limit(length, head_dim, soft_cap, dtype):
-  """Returns the same of cuDNN.  soft_cap: on logits, None or 0 for none.  dtype: of queries, by name."""
+  """Return why cuDNN does not support them.  soft_cap: of the logits; None or 0: none.  dtype: of queries, by name."""
   if soft_cap:
     return 'has no soft cap on logits'
   if dtype not in ('bfloat16', 'float16'):

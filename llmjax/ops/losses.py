@@ -1,8 +1,8 @@
-"""Losses and log-probabilities of next tokens, without the logits of a whole batch.
+"""Cross-entropy and log-probabilities of next tokens, without the logits of a whole batch.
 
-Letters: B batch, T query length, D model, V vocab, C tokens of a row that are in one chunk.  A loss is a
-sum and a weight: they are divided once, after all microbatches and devices.  The output matrix w is
-[D, V] with vocab_axis=1, or a tied embedding table [V, D] with vocab_axis=0.
+Letters: B batch, T query length, D model, V vocab, C tokens of a sequence in one chunk.  A loss is a sum and a weight,
+divided once, after all microbatches and devices.  The output matrix w is [D, V] with vocab_axis=1, or a tied embedding
+table [V, D] with vocab_axis=0.
 """
 
 import functools
@@ -17,10 +17,10 @@ from llmjax.ops.products import is_differentiated, values
 
 
 def cross_entropy(logits, targets, loss_mask, *, z_loss=0.0):
-  """Returns (sum of next-token losses in nats, weight), from logits that exist already.
+  """Compute (sum of next-token losses in nats, weight) of given logits.
 
-  logits: [B, T, V] any float, reduced in float32.  targets: int [B, T].  loss_mask: float [B, T], 0
-  ignores.  z_loss scales log(Z)^2, Z the softmax denominator (PaLM, arXiv:2204.02311, section 5).
+  logits: [B, T, V] any float, reduced in float32.  targets: int [B, T].  loss_mask: float [B, T], 0 ignores.  z_loss
+  scales log(Z)^2, Z the softmax denominator (PaLM, arXiv:2204.02311, section 5).
   """
   log_z, target, _ = _statistics(logits.astype(jnp.float32), targets)
   loss_mask = loss_mask.astype(jnp.float32)
@@ -29,17 +29,16 @@ def cross_entropy(logits, targets, loss_mask, *, z_loss=0.0):
 
 def chunked_cross_entropy(x, w, targets, loss_mask, *, z_loss=0.0, soft_cap=None, chunk=None,
                           chunk_logits=CHUNK_LOGITS, vocab_axis=1):
-  """Returns (sum of next-token losses in nats, weight, aux), float32 scalars.
+  """Compute (sum of next-token losses in nats, weight, aux), float32 scalars.
 
-  x: final hidden states [B, T, D].  w: the output matrix.  targets: int [B, T].  loss_mask: float
-  [B, T], 0 ignores.  z_loss: as in `cross_entropy`; it is part of the sum.  soft_cap: logits become
-  soft_cap * tanh(logits / soft_cap).  chunk: tokens of each row per chunk; None takes as many as have
-  chunk_logits logits.
-  aux, sums without gradient: `z_loss`, and `correct`, the weight of targets that no other word beats.
+  x: final hidden states [B, T, D].  w: the output matrix.  targets: int [B, T].  loss_mask: float [B, T], 0 ignores.
+  z_loss: as in `cross_entropy`; part of the sum.  soft_cap: logits become soft_cap * tanh(logits / soft_cap).  chunk:
+  tokens of each sequence per chunk; None: as many as have chunk_logits logits.
+  aux: sums without gradient: `z_loss`, and `correct`, the weight of targets with the largest logit.
 
-  Products are in x's dtype with float32 sums, softmax in float32.  The gradient of the sum is made in
-  the forward pass, chunk by chunk, so logits are made once and none outlive their chunk; without
-  differentiation no gradient is made.
+  Products are in x's dtype with float32 sums, the softmax in float32.  The gradient is computed in the forward pass,
+  chunk by chunk, so that logits are computed once and discarded with their chunk; without differentiation it is not
+  computed.
   """
   loss_mask = loss_mask.astype(jnp.float32)
   options = _Options(count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), vocab_axis, soft_cap,
@@ -50,12 +49,12 @@ def chunked_cross_entropy(x, w, targets, loss_mask, *, z_loss=0.0, soft_cap=None
 
 def token_logprobs(x, w, targets, *, temperature=1.0, entropy=False, soft_cap=None, chunk=None,
                    chunk_logits=CHUNK_LOGITS, vocab_size=None, vocab_axis=1):
-  """Returns log p(targets), float32 [B, T] in nats; with `entropy` a pair, the second that of p.
+  """Compute log p(targets), float32 [B, T] in nats; with `entropy`, the pair (log p(targets), entropy of p).
 
-  temperature: divides the logits, after soft_cap.  vocab_size: words from here on, which only round the
-  matrix up, have no probability; None: all count.  Other arguments as in `chunked_cross_entropy`.
+  temperature: divides the logits, after soft_cap.  vocab_size: ids from here on, which pad the matrix, have probability
+  0; None: all ids count.  Other arguments as in `chunked_cross_entropy`.
 
-  The backward pass makes each chunk's logits again.
+  The backward pass recomputes each chunk's logits.
   """
   options = _Options(count_chunks(targets.shape, w.shape[vocab_axis], chunk, chunk_logits), vocab_axis, soft_cap,
                      temperature=temperature, entropy=entropy, vocab_size=vocab_size)
@@ -64,7 +63,7 @@ def token_logprobs(x, w, targets, *, temperature=1.0, entropy=False, soft_cap=No
 
 
 class _Options(NamedTuple):
-  """What is the same for every chunk; hashable."""
+  """Static arguments; hashable."""
 
   chunks: int
   vocab_axis: int
@@ -76,41 +75,41 @@ class _Options(NamedTuple):
 
 
 def _chunk_logits(options, x, w):
-  """Returns float32 logits [B, C, V], and what their softmax takes of them."""
+  """Return float32 logits [B, C, V] and the input of the softmax: masked to vocab_size, divided by the temperature."""
   logits = chunk_logits_of(x, w, options.vocab_axis, options.soft_cap)
-  warm = logits if options.temperature == 1 else logits / options.temperature
+  scaled = logits if options.temperature == 1 else logits / options.temperature
   if options.vocab_size is not None and options.vocab_size < logits.shape[-1]:
-    warm = jnp.where(jnp.arange(logits.shape[-1]) < options.vocab_size, warm, -jnp.inf)
-  return logits, warm
+    scaled = jnp.where(jnp.arange(logits.shape[-1]) < options.vocab_size, scaled, -jnp.inf)
+  return logits, scaled
 
 
 def _statistics(logits, targets):
-  """Returns (log softmax denominator, the target's logit, the largest logit), each [B, C]."""
+  """Return (log softmax denominator, the target's logit, the largest logit), each [B, C]."""
   top = jax.lax.stop_gradient(logits.max(axis=-1))
   log_z = top + jnp.log(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1))
   return log_z, jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], top
 
 
-def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak, trains):
-  """Returns (d x, float32 d w) for d warm = spread * softmax - peak * one_hot(targets).
+def _chunk_gradients(options, x, w, targets, logits, log_z, p_weight, target_weight, trainable):
+  """Return (d x, float32 d w) for d scaled = p_weight * softmax - target_weight * one_hot(targets).
 
-  logits: the pair that `_chunk_logits` returns.  spread: float32 [B, C], or [B, C, V].  peak: float32 [B, C].
-  trains: False for a frozen w, whose gradient is left out: d w is 0.
+  logits: the pair of `_chunk_logits`.  p_weight: float32 [B, C], or [B, C, V].  target_weight: float32 [B, C].
+  trainable: False for a frozen w, whose gradient is 0.
   """
-  logits, warm = logits
-  spread = spread if spread.ndim == 3 else spread[..., None]
-  hit = targets[..., None] == jnp.arange(logits.shape[-1])
-  d = spread * jnp.exp(warm - log_z[..., None]) - jnp.where(hit, peak[..., None], 0)
+  logits, scaled = logits
+  p_weight = p_weight if p_weight.ndim == 3 else p_weight[..., None]
+  is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+  d = p_weight * jnp.exp(scaled - log_z[..., None]) - jnp.where(is_target, target_weight[..., None], 0)
   if options.temperature != 1:
     d = d / options.temperature
   if options.soft_cap is not None:
     d = d * (1 - jnp.square(logits / options.soft_cap))
   d = d.astype(x.dtype)
   d_x = jax.lax.dot_general(d, w.astype(x.dtype), (((2,), (options.vocab_axis,)), ((), ())))
-  if not trains:
+  if not trainable:
     return d_x, jnp.zeros(())
-  pair = (x, d) if options.vocab_axis == 1 else (d, x)
-  d_w = jax.lax.dot_general(*pair, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+  factors = (x, d) if options.vocab_axis == 1 else (d, x)
+  d_w = jax.lax.dot_general(*factors, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
   return d_x, d_w
 
 
@@ -118,7 +117,7 @@ def _chunk_gradients(options, x, w, targets, logits, log_z, spread, peak, trains
 
 
 def _chunk_loss(options, x, w, targets, loss_mask):
-  """Returns ((loss sum, aux), losses [B, C], logits, log_z) of one chunk."""
+  """Return ((loss sum, aux), losses [B, C], logits, log_z) of one chunk."""
   logits = _chunk_logits(options, x, w)
   log_z, target, top = _statistics(logits[1], targets)
   penalty = options.z_loss * jnp.square(log_z)
@@ -140,21 +139,21 @@ def _loss_sum(options, x, w, targets, loss_mask):
 
 
 def _loss_sum_fwd(options, *arguments):
-  trains = is_differentiated(arguments[1])
+  trainable = is_differentiated(arguments[1])
   x, w, targets, loss_mask = values(arguments)
 
   def add_chunk(total, chunk):
     rows, targets, loss_mask = chunk
     loss, losses, logits, log_z = _chunk_loss(options, rows, w, targets, loss_mask)
     # d (z_loss * log_z^2) / d logits = 2 z_loss * log_z * softmax.
-    spread = loss_mask * (1 + 2 * options.z_loss * log_z)
-    d_x, d_w = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, loss_mask, trains)
+    p_weight = loss_mask * (1 + 2 * options.z_loss * log_z)
+    d_x, d_w = _chunk_gradients(options, rows, w, targets, logits, log_z, p_weight, loss_mask, trainable)
     return jax.tree.map(jnp.add, total, (loss, d_w)), (d_x, losses)
 
-  zeros = _zero_loss(), jnp.zeros(w.shape if trains else (), jnp.float32)
+  zeros = _zero_loss(), jnp.zeros(w.shape if trainable else (), jnp.float32)
   (loss, d_w), parts = jax.lax.scan(add_chunk, zeros, split(options.chunks, x, targets, loss_mask))
   d_x, losses = join(x.shape[1], *parts)
-  return loss, (d_x, d_w.astype(w.dtype) if trains else None, losses)
+  return loss, (d_x, d_w.astype(w.dtype) if trainable else None, losses)
 
 
 def _loss_sum_bwd(options, residuals, cotangents):
@@ -169,16 +168,16 @@ def _loss_sum_bwd(options, residuals, cotangents):
 _loss_sum.defvjp(_loss_sum_fwd, _loss_sum_bwd, symbolic_zeros=True)
 
 
-# Log-probabilities. Their cotangent differs from token to token, so the gradient cannot be made forward.
+# Log-probabilities.  Their cotangents differ between tokens, so the gradient cannot be computed in the forward pass.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _logprobs(options, x, w, targets):
-  return _logprobs_and_normalisers(options, x, w, targets)[:2]
+  return _logprobs_and_log_z(options, x, w, targets)[:2]
 
 
-def _logprobs_and_normalisers(options, x, w, targets):
-  """Returns log-probabilities, entropies, and log Z, each float32 [B, T]."""
+def _logprobs_and_log_z(options, x, w, targets):
+  """Return log-probabilities, entropies, and log Z, each float32 [B, T]."""
   def one_chunk(_, chunk):
     rows, targets = chunk
     _, logits = _chunk_logits(options, rows, w)
@@ -190,21 +189,21 @@ def _logprobs_and_normalisers(options, x, w, targets):
 
 def _logprobs_fwd(options, *arguments):
   x, w, targets = values(arguments)
-  logprobs, entropies, log_z = _logprobs_and_normalisers(options, x, w, targets)
-  # An entry of the residuals that holds no array: whether w is differentiated.
-  trains = () if is_differentiated(arguments[1]) else None
-  return (logprobs, entropies), (x, w, targets, log_z, entropies, trains)
+  logprobs, entropies, log_z = _logprobs_and_log_z(options, x, w, targets)
+  # An empty tuple or None, which hold no array: whether w is differentiated.
+  trainable = () if is_differentiated(arguments[1]) else None
+  return (logprobs, entropies), (x, w, targets, log_z, entropies, trainable)
 
 
 def _entropy(logits, log_z):
-  """Returns -sum p log p, [B, C]; a word without probability adds nothing."""
+  """Compute -sum p log p, [B, C], where 0 log 0 = 0."""
   log_p = logits - log_z[..., None]
   return -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=-1)
 
 
 def _logprobs_bwd(options, residuals, cotangents):
-  x, w, targets, log_z, entropies, trains = residuals
-  trains = trains is not None
+  x, w, targets, log_z, entropies, trainable = residuals
+  trainable = trainable is not None
   if all(isinstance(d, SymbolicZero) for d in cotangents):
     return None, None, None
   cotangents = [jnp.zeros_like(log_z) if isinstance(d, SymbolicZero) else d for d in cotangents]
@@ -212,17 +211,17 @@ def _logprobs_bwd(options, residuals, cotangents):
   def add_chunk(d_w, chunk):
     rows, targets, log_z, entropies, d_logprob, d_entropy = chunk
     logits = _chunk_logits(options, rows, w)
-    spread = -d_logprob
+    p_weight = -d_logprob
     if options.entropy:
       # d entropy / d logit = -p (log p + entropy).
-      log_p = jnp.maximum(logits[1] - log_z[..., None], -200.0)  # There p is 0, and -inf times 0 would be no number.
-      spread = spread[..., None] - d_entropy[..., None] * (log_p + entropies[..., None])
-    d_x, more = _chunk_gradients(options, rows, w, targets, logits, log_z, spread, -d_logprob, trains)
+      log_p = jnp.maximum(logits[1] - log_z[..., None], -200.0)  # p is 0 there, and 0 * -inf would be NaN.
+      p_weight = p_weight[..., None] - d_entropy[..., None] * (log_p + entropies[..., None])
+    d_x, more = _chunk_gradients(options, rows, w, targets, logits, log_z, p_weight, -d_logprob, trainable)
     return d_w + more, d_x
 
   chunks = split(options.chunks, x, targets, log_z, entropies, *cotangents)
-  d_w, d_x = jax.lax.scan(add_chunk, jnp.zeros(w.shape if trains else (), jnp.float32), chunks)
-  return *join(x.shape[1], d_x), d_w.astype(w.dtype) if trains else None, None
+  d_w, d_x = jax.lax.scan(add_chunk, jnp.zeros(w.shape if trainable else (), jnp.float32), chunks)
+  return *join(x.shape[1], d_x), d_w.astype(w.dtype) if trainable else None, None
 
 
 _logprobs.defvjp(_logprobs_fwd, _logprobs_bwd, symbolic_zeros=True)

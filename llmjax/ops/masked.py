@@ -1,13 +1,13 @@
-"""Statistics over the places where a mask is on."""
+"""Statistics under a mask."""
 
 import jax.numpy as jnp
 
 
 def masked_sum(x, mask):
-  """Returns the float32 sum of x where mask is nonzero, weighted by it.  Masked NaN stays out."""
+  """Sum x in float32, weighted by the mask; NaN where the mask is 0 is ignored."""
   return jnp.sum(jnp.where(mask != 0, x.astype(jnp.float32) * mask, 0.0))
 
 
 def masked_mean(x, mask):
-  """Returns the float32 weighted mean of x under mask; 0 where nothing is unmasked."""
+  """Compute the float32 mean of x, weighted by the mask; 0 if the mask is 0 everywhere."""
   return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)

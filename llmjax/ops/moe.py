@@ -1,7 +1,7 @@
-"""Mixtures of experts: routing, its two losses, and the experts' products.
+"""Mixture of experts: routing, its two auxiliary losses, and the experts' products.
 
-Letters: B batch, T length, n tokens, D d_model, F mlp_dim, E experts, k experts a token uses, C slots
-that an expert has for a row.
+Letters: B batch, T length, n tokens, D d_model, F mlp_dim, E experts, k experts per token, C capacity (slots of an
+expert for a sequence).
 """
 
 import functools
@@ -15,10 +15,10 @@ from llmjax.ops import grouped
 
 
 def route(logits, count):
-  """Returns (weights [..., k] that sum to 1, expert ids int32 [..., k], probabilities [..., E]).
+  """Pick the top-k experts, weighted by a softmax over their logits (arXiv:2401.04088, section 2.1).
 
-  logits: float32 [..., E].  The k likeliest experts, weighted by a softmax over their logits
-  (arXiv:2401.04088, section 2.1).
+  logits: float32 [..., E].  Returns (weights [..., k] that sum to 1, expert ids int32 [..., k], probabilities [...,
+  E]).
   """
   probabilities = jax.nn.softmax(logits, axis=-1)
   top, ids = jax.lax.top_k(probabilities, count)
@@ -26,11 +26,11 @@ def route(logits, count):
 
 
 def balance_loss(probabilities, ids, mask):
-  """Returns the load-balance loss of every row times its tokens, summed: 1 a token when balanced.
+  """Compute the load-balancing loss of every sequence, times its tokens, summed: 1 per token if balanced.
 
-  E sum_e f_e p_e with f_e the part of a row's choices that took expert e, p_e its mean probability
-  (arXiv:2101.03961, eq. 4).  By row (arXiv:2412.19437, eq. 17) and not by batch: a product of means
-  over a batch would depend on how the batch is cut.
+  E sum_e f_e p_e with f_e the fraction of a sequence's choices of expert e and p_e its mean probability
+  (arXiv:2101.03961, eq. 4).  Per sequence (arXiv:2412.19437, eq. 17), not per batch: a product of means over a batch
+  would depend on how the batch is split.
   probabilities: [B, T, E].  ids: [B, T, k].  mask: float [B, T], 0 for padding.
   """
   experts, count = probabilities.shape[-1], ids.shape[-1]
@@ -42,22 +42,21 @@ def balance_loss(probabilities, ids, mask):
 
 
 def router_z_loss(logits, mask):
-  """Returns the sum over tokens of log(Z)^2, Z the router's denominator (arXiv:2202.08906, eq. 5)."""
+  """Sum log(Z)^2 over tokens, Z the softmax denominator of the router (arXiv:2202.08906, eq. 5)."""
   return jnp.sum(mask * jnp.square(jax.nn.logsumexp(logits, axis=-1)))
 
 
 def dropless(x, weights, ids, gate, up, down, activation, first=0, share=1.0,
              layouts=(None, None)):
-  """Returns each token's weighted sum over those of its experts that are here, [n, D].
+  """Compute each token's weighted sum over its local experts, [n, D], without dropping tokens.
 
-  x: [n, D].  weights, ids: [n, k].  gate, up: [E', D, F] and down: [E', F, D] of the E' experts from
-  `first` on.  Tokens are sorted by expert, so that each expert multiplies one contiguous block
-  (arXiv:2211.15841, section 4); no token is dropped.  layouts: those of gate and up, and of down; they and
-  share as in `ops.grouped.product`.
+  x: [n, D].  weights, ids: [n, k].  gate, up: [E', D, F] and down: [E', F, D] of the E' local experts, the first of
+  which has id `first`.  Tokens are sorted by expert, so that each expert multiplies one contiguous block
+  (arXiv:2211.15841, section 4).  layouts: of gate and up, and of down; they and share as in `ops.grouped.product`.
   """
   experts = gate.shape[0]
   expert = ids.reshape(-1) - first
-  expert = jnp.where((expert >= 0) & (expert < experts), expert, experts)  # What is elsewhere sorts last.
+  expert = jnp.where((expert >= 0) & (expert < experts), expert, experts)  # Choices of other experts sort last.
   order = jnp.argsort(expert, stable=True)
   places = jnp.argsort(order).reshape(ids.shape)
   sizes = jnp.sum(jax.nn.one_hot(expert, experts, dtype=jnp.int32), axis=0)
@@ -72,35 +71,35 @@ def dropless(x, weights, ids, gate, up, down, activation, first=0, share=1.0,
 
 @jax.custom_vjp
 def permute(x, order, places):
-  """Returns the rows of x [n, D] in the order of their experts, [n k, D]: row i is that of choice order[i].
+  """Permute the tokens of x [n, D] by expert, [n k, D]: row i is the token of choice order[i].
 
-  places: int [n, k], the inverse of order: where each choice went; n k where its expert is elsewhere.  Rows
-  of those are not defined, nor what `unpermute` is given for them.  The gradient is `unpermute`: a sum of
-  gathered rows, where XLA would scatter them one by one.
+  places: int [n, k], the inverse of order: the row of each choice, or n k if its expert is not local.  Rows of such
+  choices are undefined, here and in the argument of `unpermute`.  The gradient is `unpermute`, a sum of gathered rows:
+  XLA would scatter them one by one.
   """
   return x[order // places.shape[1]]
 
 
 @jax.custom_vjp
 def unpermute(rows, order, places):
-  """Returns the sums over each token's choices of rows [n k, D] that lie as `permute` put them: [n, D]."""
-  # One gather for each choice: on a TPU, two rows side by side are costly to add.
-  found = (rows.at[choice].get(mode='fill', fill_value=0).astype(jnp.float32) for choice in places.T)
-  return functools.reduce(jnp.add, found).astype(rows.dtype)
+  """Sum rows [n k, D] in the order of `permute` over each token's choices: [n, D]."""
+  # One gather per choice: on a TPU, adding neighbouring rows is slow.
+  rows_of_choices = (rows.at[choice].get(mode='fill', fill_value=0).astype(jnp.float32) for choice in places.T)
+  return functools.reduce(jnp.add, rows_of_choices).astype(rows.dtype)
 
 
 permute.defvjp(lambda x, order, places: (permute(x, order, places), (order, places)),
-              lambda kept, d_rows: (unpermute(d_rows, *kept), None, None))
+              lambda residuals, d_rows: (unpermute(d_rows, *residuals), None, None))
 unpermute.defvjp(lambda rows, order, places: (unpermute(rows, order, places), (order, places)),
-               lambda kept, d_y: (permute(d_y, *kept), None, None))
+               lambda residuals, d_y: (permute(d_y, *residuals), None, None))
 
 
 def slots(ids, mask, experts, capacity):
-  """Returns (token of every slot int32 [B, E, C], T where a slot is free; slot of every choice [B, T, k]).
+  """Assign tokens to the slots of experts (arXiv:2006.16668, algorithm 1).
 
-  Every row has C slots with each expert; first choices are served before second ones, tokens in order,
-  and what finds no slot is dropped: its slot is E C (arXiv:2006.16668, algorithm 1).  ids: int
-  [B, T, k].  mask: [B, T], 0 for padding, which takes no slot.
+  Every sequence has C slots of each expert; first choices are served before second ones, tokens in order; choices
+  without a slot are dropped.  ids: int [B, T, k].  mask: [B, T], 0 for padding, which takes no slot.
+  Returns (token of every slot int32 [B, E, C], T for a free slot; slot of every choice [B, T, k], E C if dropped).
   """
   rows, length, count = ids.shape
   choices = ids.swapaxes(1, 2).reshape(rows, -1)  # First choices of all tokens, then second ones.
@@ -114,12 +113,12 @@ def slots(ids, mask, experts, capacity):
 
 
 def capacity(length, experts, count, factor):
-  """Returns C: the slots of an expert for a row of `length` tokens."""
+  """Return C, the slots of an expert for a sequence of `length` tokens."""
   return max(1, math.ceil(factor * length * count / experts))
 
 
 def gather_slots(x, taken):
-  """Returns the tokens of every slot, [B, E, C, D]; zeros in free ones.  x: [B, T, D]."""
+  """Gather the tokens x [B, T, D] of every slot, [B, E, C, D]; zeros in free slots."""
   rows = taken.shape[0]
   padded = jnp.pad(x, ((0, 0), (0, 1), (0, 0)))
   flat = jnp.take_along_axis(padded, taken.reshape(rows, -1, 1), axis=1)
@@ -127,8 +126,8 @@ def gather_slots(x, taken):
 
 
 def combine_slots(y, weights, slot):
-  """Returns each token's weighted sum over its slots, [B, T, D].  y: [B, E, C, D]."""
+  """Compute each token's weighted sum over its slots, [B, T, D].  y: [B, E, C, D]."""
   rows, length, count = slot.shape
   flat = jnp.pad(y.reshape(rows, -1, y.shape[-1]), ((0, 0), (0, 1), (0, 0)))
-  found = jnp.take_along_axis(flat, slot.reshape(rows, -1, 1), axis=1)
-  return jnp.sum(found.reshape(rows, length, count, -1) * weights[..., None].astype(y.dtype), axis=2)
+  outputs = jnp.take_along_axis(flat, slot.reshape(rows, -1, 1), axis=1)
+  return jnp.sum(outputs.reshape(rows, length, count, -1) * weights[..., None].astype(y.dtype), axis=2)

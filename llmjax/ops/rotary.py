@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 
 class RopeScaling(NamedTuple):
-  """How wavelengths are stretched for sequences longer than `original_length`.
+  """Longer wavelengths for sequences longer than `original_length`.
 
-  kind: none; linear (arXiv:2306.15595, eq. 1); llama3 (arXiv:2407.21783, section 3.4.1; the published code's
-  interpolation); yarn (arXiv:2309.00071, section 3.2 and 3.4).  factor: of the length.  low, high: llama3's frequency
+  kind: none; linear (arXiv:2306.15595, eq. 1); llama3 (arXiv:2407.21783, section 3.4.1, with the interpolation of the
+  published code); yarn (arXiv:2309.00071, section 3.2 and 3.4).  factor: on the length.  low, high: llama3's frequency
   factors; YaRN's beta_slow and beta_fast, in rotations over the original length.
   """
 
@@ -26,7 +26,7 @@ NO_SCALING = RopeScaling()
 
 
 def rotary_frequencies(dim, theta, scaling=NO_SCALING):
-  """Returns (float32 [dim/2] radians a position, factor of cos and sin)."""
+  """Return (float32 [dim/2] radians per position, factor on cos and sin)."""
   frequencies = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
   if scaling.kind == 'none':
     return frequencies, 1.0
@@ -36,7 +36,7 @@ def rotary_frequencies(dim, theta, scaling=NO_SCALING):
     rotations = scaling.original_length * frequencies / (2 * math.pi)
     keep = jnp.clip((rotations - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / scaling.factor), 1.0
-  # YaRN: the feature that makes so many rotations over the original length; a linear ramp lies between the two.
+  # YaRN: index of the feature with so many rotations over the original length; a linear ramp between two of them.
   index = lambda rotations: dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
   first, last = max(math.floor(index(scaling.high)), 0), min(math.ceil(index(scaling.low)), dim - 1)
   ramp = jnp.clip((jnp.arange(dim // 2) - first) / max(last - first, 1e-3), 0.0, 1.0)
@@ -44,9 +44,9 @@ def rotary_frequencies(dim, theta, scaling=NO_SCALING):
 
 
 def rotary_angles(positions, dim, theta=10000.0, scaling=NO_SCALING):
-  """Returns (cos, sin), each float32 [B, T, 1, dim/2], of the angles position * theta^(-2i/dim), scaled.
+  """Compute (cos, sin), each float32 [B, T, 1, dim/2], of the angles position * theta^(-2i/dim), scaled.
 
-  positions: int [B, T].  dim: features that are rotated.  float32 throughout: bf16 keeps 8 significand bits, so
+  positions: int [B, T].  dim: number of rotated features.  float32 throughout: bfloat16 keeps 8 significand bits, so
   positions past 256 would collide.  Source: RoFormer, arXiv:2104.09864, section 3.2.2.
   """
   frequencies, factor = rotary_frequencies(dim, theta, scaling)
@@ -56,10 +56,9 @@ def rotary_angles(positions, dim, theta=10000.0, scaling=NO_SCALING):
 
 
 def apply_rope(x, angles):
-  """Returns x with feature i rotated together with feature i + R/2 (the half-split form of Llama).
+  """Rotate the feature pairs (i, i + R/2) of x [B, T, N, H], the half-split form of Llama; return x's dtype.
 
-  x: [B, T, N, H].  angles: (cos, sin) from `rotary_angles`, of the first R <= H features; the others stay as they are.
-  The result has x's dtype.
+  angles: (cos, sin) from `rotary_angles`, of the first R <= H features; the others are unchanged.
   """
   dim = 2 * angles[0].shape[-1]
   if dim == x.shape[-1]:
@@ -84,10 +83,10 @@ def _rotate_halves(x, cos, sin):
 
 
 def _rotate_by_product(x, cos, sin):
-  """The same, the halves exchanged by a product with a permutation, which is exact.
+  """Rotate with the halves exchanged by a product with a permutation matrix, which is exact.
 
-  A TPU's vector unit moves features between lanes slowly; its matrix unit has time to spare.  The compiler
-  counts 0.7 M cycles for this and 1.9 M for the other on [4, 4096, 32, 128] of a v5p.
+  A TPU's vector unit is slow at moving features between lanes; its matrix unit is idle.  The compiler counts 0.7 M
+  cycles for this and 1.9 M for `_rotate_halves` on [4, 4096, 32, 128] of a v5p.
   """
   wide = lambda a, b: jnp.concatenate([a, b], axis=-1)
   exchange = jnp.roll(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape[-1] // 2, axis=0)

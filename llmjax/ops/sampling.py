@@ -1,29 +1,27 @@
-"""From logits to the next token: penalties, warpers and the draw.
+"""Sampling of the next token: repetition penalty, temperature, top-k, top-p, min-p.
 
-Letters: B batch, V vocab_size.  Logits are float32 [B, V].  Every parameter is a Python number, a
-traced scalar or an array [B] with one value for each row, so changing a parameter never compiles
-again, and a warper that is off costs nothing at run time.
+Letters: B batch, V vocab_size.  Logits are float32 [B, V].  Every parameter is a Python number, a traced scalar or an
+array [B] with a value per sequence, so changing one does not recompile, and a filter that is off costs nothing at run
+time.
 
-No sort: the threshold of top-k and top-p is found by bisection over the ordered bits of the floats.
-Its 32 passes are exact, run as plain vector code, and cost a tenth of a sort of 32000 on a CPU.
+No sort: the thresholds of top-k and top-p are found by bisection over the ordered bits of the floats.  Its 32 passes
+are exact, run as plain vector code, and cost a tenth of sorting 32000 numbers on a CPU.
 """
 
 import jax
 import jax.numpy as jnp
 
 REMOVED = -jnp.inf
-BLOCK = 128  # Tokens to a block of the cumulative distribution: near sqrt(V), whole vectors.
+BLOCK = 128  # Tokens per block of the cumulative distribution: near sqrt(V), whole vectors.
 
 
 def sample(key, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
            seen=None, drawn=False):
-  """Returns (token int32 [B], logprob float32 [B]).
+  """Sample a token; return (token int32 [B], its logprob float32 [B] in nats).
 
-  The token is drawn from the warped logits; temperature 0 takes the most likely one.  The logprob,
-  in nats, is the model's own: of the logits as they came in, whatever the warpers did to the
-  choice.  With `drawn`, a bool that may be traced, it is that of the distribution drawn from, 0 at
-  temperature 0.  key: one PRNG key, or keys [B]: a row then gets the same token whichever rows are beside
-  it. seen: bool [B, V], the tokens that the repetition penalty is for; None for none.
+  Temperature 0 takes the most likely token.  The logprob is that of the given logits; with `drawn`, a bool that may be
+  traced, that of the sampling distribution, 0 at temperature 0.  key: a PRNG key, or keys [B], with which a sequence's
+  token does not depend on the other sequences.  seen: bool [B, V], tokens with a repetition penalty, or None.
   """
   batch = logits.shape[0]
   keys = jax.random.split(key, batch) if key.ndim == 0 else key
@@ -32,7 +30,7 @@ def sample(key, logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repet
   greedy = jnp.argmax(penalised, axis=-1)
 
   def draw_rows():
-    # Rows at temperature 0 keep the greedy token; 1 keeps their unused draw finite.
+    # Sequences at temperature 0 get the greedy token; temperature 1 keeps their unused draw finite.
     warped = warp(penalised, temperature=jnp.where(temperature > 0, temperature, 1.0), top_k=top_k,
                   top_p=top_p, min_p=min_p)
     token = jnp.where(temperature > 0, jax.vmap(draw)(keys, warped), greedy)
@@ -49,11 +47,11 @@ def _logprob(logits, token):
 
 
 def draw(key, logits):
-  """Returns an index, int32 [], drawn with the probabilities softmax(logits); never one at -inf.
+  """Draw an index, int32 [], with the probabilities softmax(logits); never one at -inf.
 
-  logits: float32 [V].  One uniform number is looked up in the cumulative distribution, in blocks so
-  that no long running sum is made: a tenth of the time of `jax.random.categorical` on a CPU, which
-  needs V random numbers and 2 V logarithms.
+  logits: float32 [V].  One uniform number is looked up in the cumulative distribution, in blocks instead of one long
+  running sum: a tenth of the time of `jax.random.categorical` on a CPU, which needs V random numbers and 2 V
+  logarithms.
   """
   logits = jnp.pad(logits, (0, -logits.shape[0] % BLOCK), constant_values=REMOVED)
   weights = jnp.exp(logits - jnp.max(logits)).reshape(-1, BLOCK)
@@ -66,12 +64,12 @@ def draw(key, logits):
 
 
 def _below(x, limit):
-  """Returns x, or the float before limit where rounding has brought x up to it."""
+  """Return x, or the float before `limit` if rounding has brought x up to it."""
   return jnp.minimum(x, jnp.nextafter(limit, 0.0))
 
 
 def warp(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-  """Returns the logits with temperature, top-k, top-p and min-p applied in transformers' order."""
+  """Apply temperature, top-k, top-p and min-p, in the order of Hugging Face transformers."""
   logits = scale_temperature(logits, temperature)
   logits = keep_top_k(logits, top_k)
   logits = keep_top_p(logits, top_p)
@@ -79,22 +77,21 @@ def warp(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def penalise_repeats(logits, seen, penalty):
-  """Returns logits with those of seen tokens made smaller: divided by the penalty, or if negative
-  times it.
+  """Divide the logits of seen tokens by the penalty, or multiply them if they are negative.
 
-  seen: bool [B, V].  Source: arXiv:1909.05858, section 4.1, in the form that transformers gave it.
+  seen: bool [B, V].  Source: arXiv:1909.05858, section 4.1, in the form of Hugging Face transformers.
   """
   penalty = _column(penalty, jnp.float32)
   return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def scale_temperature(logits, temperature):
-  """Returns logits / temperature, which must be positive."""
+  """Divide the logits by the temperature, which must be positive."""
   return logits / _column(temperature, jnp.float32)
 
 
 def keep_top_k(logits, k):
-  """Returns logits with all but the k largest at -inf; ties with the last stay.  0 keeps all."""
+  """Set all but the k largest logits to -inf; ties with the smallest of them stay.  0 keeps all."""
   k = _column(k, jnp.int32)
   count = jnp.where(k > 0, jnp.minimum(k, logits.shape[-1]), logits.shape[-1])
 
@@ -106,10 +103,10 @@ def keep_top_k(logits, k):
 
 
 def keep_top_p(logits, p):
-  """Returns logits with the tail at -inf: the least likely tokens whose sum is at most 1 - p.
+  """Set the tail to -inf: the least likely tokens with a total probability of at most 1 - p.
 
-  The most likely token always stays, and so do ties with the last one kept.  1 keeps all.  Source:
-  nucleus sampling, arXiv:1904.09751, section 3.1.
+  The most likely token always stays, and so do ties with the last one that stays.  1 keeps all.  Source: nucleus
+  sampling, arXiv:1904.09751, section 3.1.
   """
   p = _column(p, jnp.float32)
 
@@ -127,7 +124,7 @@ def keep_top_p(logits, p):
 
 
 def keep_min_p(logits, p):
-  """Returns logits with -inf where a token is less likely than p times the most likely one.
+  """Set the logits of tokens less likely than p times the most likely one to -inf.
 
   0 keeps all.  Source: arXiv:2407.01082, section 3.
   """
@@ -137,22 +134,22 @@ def keep_min_p(logits, p):
 
 
 def _column(value, dtype):
-  """Returns a parameter, scalar or [B], in a shape that meets [B, V]."""
+  """Return a parameter, scalar or [B], in a shape that broadcasts with [B, V]."""
   value = jnp.asarray(value, dtype)
   return value[:, None] if value.ndim else value
 
 
 def _largest(logits, holds):
-  """Returns [B, 1]: the largest threshold up to the row's maximum for which `holds` is true.
+  """Return the largest threshold, [B, 1], up to the maximum logit, for which `holds` is true.
 
-  holds: threshold [B, 1] -> bool [B, 1]; true from -inf up to some value, false above it.
+  holds: threshold [B, 1] -> bool [B, 1]; true up to some value, false above it.
   """
   low = _ordered(jnp.full_like(logits[:, :1], REMOVED))
   high = _ordered(jnp.max(logits, axis=-1, keepdims=True))
 
   def halve(_, bounds):
     low, high = bounds
-    middle = high - (high - low) // 2  # Rounds up, so that two neighbours come to an end.
+    middle = high - (high - low) // 2  # Rounds up, so that the bisection of two neighbours ends.
     good = holds(_unordered(middle))
     return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
@@ -160,12 +157,12 @@ def _largest(logits, holds):
 
 
 def _ordered(x):
-  """Returns uint32 that sort as the float32 x do: negative ones all turned, others the sign."""
+  """Return uint32 in the order of the float32 x: negative ones have all bits inverted, others the sign bit."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _unordered(bits):
-  """Returns the float32 of `_ordered` bits."""
+  """Undo `_ordered`."""
   bits = jnp.where(bits >> 31 == 1, bits & jnp.uint32((1 << 31) - 1), ~bits)
   return jax.lax.bitcast_convert_type(bits, jnp.float32)

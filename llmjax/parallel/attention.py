@@ -29,8 +29,8 @@ from llmjax.parallel.sharding import auto_axes, axes_of, constrain, mesh_size
 AXIS = 'context'
 
 
-def attention(q, k, v, mask, *, implementation='blockwise', zigzag=False, **options):
-  """Returns `ops.attention.attention` of the same arguments, on the mesh that is set.
+def attention(q, k, v, mask, *, bias=None, implementation='blockwise', zigzag=False, **options):
+  """Return `ops.attention.attention` of the same arguments, on the mesh that is set.
 
   zigzag: the tokens of every sequence are in `zigzag_order`; ring attention runs, in plain XLA whatever the
   implementation.  Otherwise tokens are in order, and where `context` is larger than 1, aligned masks gather their keys.
@@ -43,12 +43,14 @@ def attention(q, k, v, mask, *, implementation='blockwise', zigzag=False, **opti
     raise ValueError('sequences in zigzag order must be whole and sharded over the mesh axis context')
   if zigzag and (not mask.causal or mask.k_prefix is not None):
     raise ValueError('ring attention is causal; for other masks write train.context_attention=gather')
+  if zigzag and bias is not None:
+    raise ValueError('ring attention has no relative position bias; write train.context_attention=gather')
   plain = table.plain(implementation)
   if along and not plain:
     raise ValueError(f'{implementation} attention works on whole sequences; with mesh.context above 1 write '
                      'attention=auto or blockwise')
   if not free:
-    return table.attention(q, k, v, mask, implementation=implementation, **options)
+    return table.attention(q, k, v, mask, bias=bias, implementation=implementation, **options)
 
   # All axes that are not handled yet, those of size 1 among them: a TPU kernel lowers only where none is
   # left, and what is not named in a spec would be summed over.
@@ -60,17 +62,18 @@ def attention(q, k, v, mask, *, implementation='blockwise', zigzag=False, **opti
   length = AXIS if along or (AXIS in names and AXIS not in free) else None
   tensor, flat = PartitionSpec(rows or None, length, heads), PartitionSpec(rows or None, length)
   if zigzag:
-    local = functools.partial(_ring, **options)
+    local = lambda q, k, v, mask, bias: _ring(q, k, v, mask, **options)
   elif along:
     local = functools.partial(_gather, implementation=plain, **options)
   else:
-    local = functools.partial(table.attention, implementation=implementation, **options)
-  return jax.shard_map(local, in_specs=(tensor, tensor, tensor, flat), out_specs=tensor,
-                       axis_names=set(names), check_vma=False)(q, k, v, mask)
+    local = lambda q, k, v, mask, bias: table.attention(
+        q, k, v, mask, bias=bias, implementation=implementation, **options)
+  return jax.shard_map(local, in_specs=(tensor, tensor, tensor, flat, PartitionSpec(heads)), out_specs=tensor,
+                       axis_names=set(names), check_vma=False)(q, k, v, mask, bias)
 
 
 def _divide_heads(q, k, v, axes):
-  """Returns (k, v, the mesh axis that heads lie over, or None).
+  """Return (k, v, the mesh axis that heads lie over, or None).
 
   Fewer key/value heads than devices are repeated, as few times as the devices need; their gradients are
   added up again.  Query heads that cannot be shared are whole on every device.
@@ -86,17 +89,17 @@ def _divide_heads(q, k, v, axes):
   return k, v, tuple(axes) or None
 
 
-def _gather(q, k, v, mask, *, implementation, **options):
+def _gather(q, k, v, mask, bias, *, implementation, **options):
   """The local queries against the keys of all devices.  Half of what is computed is masked."""
   gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, axis=1, tiled=True)
   prefix = None if mask.k_prefix is None else gather(mask.k_prefix)
   mask = mask.replace(k_positions=gather(mask.k_positions), k_segment_ids=gather(mask.k_segment_ids), k_prefix=prefix,
                       aligned=False)
-  return table.attention(q, gather(k), gather(v), mask, implementation=implementation, **options)
+  return table.attention(q, gather(k), gather(v), mask, bias=bias, implementation=implementation, **options)
 
 
 def zigzag_order(length, parts=None):
-  """Returns the places int [T] in a row of the tokens that lie on one device after the other.
+  """Return the places int [T] in a row of the tokens that lie on one device after the other.
 
   Of 2 n chunks device i has i and 2 n - 1 - i.  parts: n, by default the mesh's.  Raises ConfigError where
   the length does not divide.
@@ -112,17 +115,17 @@ def zigzag_order(length, parts=None):
 
 
 def to_zigzag(a):
-  """Returns a [B, T, ...] with its tokens in zigzag order."""
+  """Return a [B, T, ...] with its tokens in zigzag order."""
   return a[:, zigzag_order(a.shape[1])]
 
 
 def from_zigzag(a):
-  """Undoes `to_zigzag`."""
+  """Undo `to_zigzag`."""
   return a[:, np.argsort(zigzag_order(a.shape[1]))]
 
 
 def zigzag_batch(batch):
-  """Returns a batch whose rows lie in zigzag order; losses, sums over tokens, do not see it."""
+  """Return a batch whose rows lie in zigzag order; losses, sums over tokens, do not see it."""
   return {name: constrain(to_zigzag(a), 'batch', 'length') if a.ndim > 1 else a for name, a in batch.items()}
 
 
@@ -138,7 +141,7 @@ def _ring(q, k, v, mask, *, soft_cap=None, scale=None):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ring(options, q, k, v, mask):
-  """Returns attention of this device's tokens over the whole sequence; inside a shard_map over `context`.
+  """Return attention of this device's tokens over the whole sequence; inside a shard_map over `context`.
 
   options: a blockwise.Options.  q: [B, K, G, T, H], k, v: [B, K, T, H], in zigzag order, T tokens on each device.
   mask: of these tokens among themselves.  The backward pass goes round as well: the gradients of keys and values
@@ -160,12 +163,12 @@ def _ring_fwd(options, q, k, v, mask):
 def _ring_bwd(options, residuals, d_out):
   q, k, v, mask, out, log_sum = residuals
   delta = blockwise.row_sums(out, d_out)
-  d_q, *d_held = blockwise.backward(options, q, k, v, mask, log_sum, delta, d_out)
+  d_q, *d_held, _ = blockwise.backward(options, q, k, v, mask, log_sum, delta, d_out)
   held, place = (k, v, (mask.k_segment_ids, mask.k_positions)), 0
   for turn in _turns(mask.window, q.shape[3] // 2):
     (held, d_held), place = _hand_on((held, d_held), turn - place), turn
     of_queries = [_queries(turn, a, 3) for a in (log_sum, delta, d_out)]
-    more_q, *more = blockwise.backward(options, *_visible(turn, q, held, mask), *of_queries)
+    more_q, *more, _ = blockwise.backward(options, *_visible(turn, q, held, mask), *of_queries)
     d_q = d_q + _spread(turn, more_q, 3, first_low=False)
     d_held = [a + _spread(turn, d, 2, first_low=True) for a, d in zip(d_held, more, strict=True)]
   d_k, d_v = _hand_on(d_held, -place)
@@ -176,7 +179,7 @@ ring.defvjp(_ring_fwd, _ring_bwd)
 
 
 def _turns(window, chunk):
-  """Returns the turns in which a device sees something: after turn r it holds what r devices before it had.
+  """Return the turns in which a device sees something: after turn r it holds what r devices before it had.
 
   The nearest chunks of two devices r apart are min(r, n - r) chunks apart; turns whose keys are out of
   every query's window are left out.
@@ -187,7 +190,7 @@ def _turns(window, chunk):
 
 
 def _hand_on(tree, by):
-  """Hands arrays to the device `by` further on, in a ring."""
+  """Send arrays to the device `by` further on, in a ring."""
   n = mesh_size(AXIS)
   if by % n == 0:
     return tree
@@ -195,12 +198,12 @@ def _hand_on(tree, by):
 
 
 def _from_before(turn):
-  """Returns whether what is held in this turn comes from a device with a lower number."""
+  """Return whether what is held in this turn comes from a device with a lower number."""
   return jax.lax.axis_index(AXIS) >= turn
 
 
 def _queries(turn, a, axis):
-  """Returns the query halves of the two squares to compute, side by side along the batch.
+  """Return the query halves of the two squares to compute, side by side along the batch.
 
   The high half, and that half which sees the same half of the keys: low if they come from before.
   """
@@ -209,13 +212,13 @@ def _queries(turn, a, axis):
 
 
 def _keys(turn, a, axis):
-  """Returns the key halves of the two squares: the low one, and that which `_queries` has second."""
+  """Return the key halves of the two squares: the low one, and that which `_queries` has second."""
   low, high = jnp.split(a, 2, axis)
   return jnp.concatenate([low, jnp.where(_from_before(turn), low, high)])
 
 
 def _visible(turn, q, held, mask):
-  """Returns (q, k, v, mask) of the two squares of this turn, as a batch twice as large."""
+  """Return (q, k, v, mask) of the two squares of this turn, as a batch twice as large."""
   k, v, (segment_ids, positions) = held
   queries = functools.partial(_queries, turn, axis=1)
   keys = functools.partial(_keys, turn, axis=1)
@@ -225,7 +228,7 @@ def _visible(turn, q, held, mask):
 
 
 def _spread(turn, a, axis, first_low):
-  """Undoes `_keys` (first_low) or `_queries` as a sum: returns what the two squares add to both halves."""
+  """Undo `_keys` (first_low) or `_queries` as a sum: returns what the two squares add to both halves."""
   first, second = jnp.split(a, 2)
   early = _from_before(turn)
   low, high = jnp.where(early, second, 0), jnp.where(early, 0, second)
@@ -234,7 +237,7 @@ def _spread(turn, a, axis, first_low):
 
 
 def _merge_queries(turn, result, found):
-  """Returns `blockwise.forward` over the keys so far and those of this turn."""
+  """Return `blockwise.forward` over the keys so far and those of this turn."""
   (low, high), (first, second) = (
       list(zip(*(jnp.split(a, 2, axis) for a in pair), strict=True)) for pair, axis in ((result, 3), (found, 0)))
   early = _from_before(turn)

@@ -83,7 +83,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device):
-  """Returns a device's peak FLOP/s in bf16, or None for a kind that is not in the table.
+  """Return a device's peak FLOP/s in bf16, or None for a kind that is not in the table.
 
   A CPU's is measured, in about a second: see `measure_matmul_flops`.
   """
@@ -115,7 +115,7 @@ def has_fast_memory(max_flops_per_byte=200):
 
 
 def measure_matmul_flops(sizes=(512, 2048), seconds=0.5, clock=time.perf_counter):
-  """Returns the best measured FLOP/s of float32 [size, size] products, of each size again and again for `seconds`.
+  """Return the best measured FLOP/s of float32 [size, size] products, of each size again and again for `seconds`.
 
   Other processes only make a product slower, so the best one counts.  A small one is over before the system gives its
   cores to another process: with 20 processes on 2 cores 512 gave 78 to 152 GFLOP/s, 2048 gave 7 to 19.  A large one

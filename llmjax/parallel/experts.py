@@ -22,20 +22,20 @@ class Gathered:
   axis: int
 
   def all_gather(self, w):
-    """Returns the weight with that axis whole."""
+    """Return the weight with that axis whole."""
     for name in reversed(self.axes):
       w = jax.lax.all_gather(w, name, axis=self.axis, tiled=True)
     return w
 
   def reduce_scatter(self, gradient):
-    """Returns the sum of the devices' gradients, divided as the weight is."""
+    """Return the sum of the devices' gradients, divided as the weight is."""
     for name in self.axes:
       gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=self.axis, tiled=True)
     return gradient
 
 
 def dropless(x, weights, ids, gate, up, down, activation):
-  """Returns each token's weighted sum over its experts, [B, T, D]; see `ops.moe.dropless`.
+  """Return each token's weighted sum over its experts, [B, T, D]; see `ops.moe.dropless`.
 
   x: [B, T, D].  weights, ids: [B, T, k].  gate, up: [E, D, F].  down: [E, F, D].
   The devices that share experts gather their tokens, each computes what its own experts (and its own
@@ -87,7 +87,7 @@ def dropless(x, weights, ids, gate, up, down, activation):
 
 
 def with_capacity(x, weights, ids, mask, gate, up, down, activation, size, zigzag=False):
-  """Returns each token's weighted sum over its experts, [B, T, D], where an expert has `size` slots for a sequence.
+  """Return each token's weighted sum over its experts, [B, T, D], where an expert has `size` slots for a sequence.
 
   Shapes as in `dropless`.  mask: [B, T], 0 for padding.  zigzag: tokens are in zigzag order; slots are given in the
   order of the text all the same.  See `ops.moe.slots`.
@@ -102,7 +102,7 @@ def with_capacity(x, weights, ids, mask, gate, up, down, activation, size, zigza
 
 
 def _exchange(shape, experts, size, zigzag):
-  """Returns (dispatch, combine): from tokens to the slots of experts [B, E, C, D], and back.
+  """Return (dispatch, combine): from tokens to the slots of experts [B, E, C, D], and back.
 
   Each device gathers its sequences along `context`, fills its part of every expert's slots, and exchanges slots of its
   own sequences for slots of its own experts (all-to-all, arXiv:2006.16668, section 3.2).  In shard_maps: XLA aborts

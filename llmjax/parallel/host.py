@@ -8,7 +8,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 
 def share_arena():
-  """Makes all threads take memory from one place; returns whether it could.
+  """Make all threads take memory from one place; returns whether it could.
 
   Call it before JAX makes its threads: each would else keep, and not share, what it frees.
   """
@@ -16,7 +16,7 @@ def share_arena():
 
 
 def keep_freed_memory():
-  """Makes glibc keep the memory that is freed; returns whether it could.
+  """Make glibc keep the memory that is freed; returns whether it could.
 
   XLA's CPU backend asks for its temporaries, a gigabyte or more, anew in every step.  glibc maps and
   unmaps them, and each step pays for every page again: 330,000 faults and 2.3 CPU-seconds of system

@@ -21,12 +21,12 @@ _finished = 0  # Programs waited for by this process: how the watchdog sees prog
 
 
 def finished():
-  """Returns how many programs this process has waited for."""
+  """Return how many programs this process has waited for."""
   return _finished
 
 
 def wait(outputs):
-  """Returns a program's outputs, a tree of arrays, once they are computed."""
+  """Return a program's outputs, a tree of arrays, once they are computed."""
   global _finished
   jax.block_until_ready(outputs)
   _finished += 1
@@ -42,7 +42,7 @@ class InFlight:
     self._outputs = collections.deque()
 
   def add(self, outputs):
-    """Notes a dispatched program, waits for the one `limit` before it, and returns that one's outputs, or None.
+    """Record a dispatched program, waits for the one `limit` before it, and returns that one's outputs, or None.
 
     outputs: a tree of arrays that no later program takes by donation.
     """
@@ -50,14 +50,14 @@ class InFlight:
     return wait(self._outputs.popleft()) if len(self._outputs) > self._limit else None
 
   def drain(self):
-    """Waits for the programs that are left; returns their outputs, in order."""
+    """Wait for the programs that are left; returns their outputs, in order."""
     outputs = [wait(o) for o in self._outputs]
     self._outputs.clear()
     return outputs
 
 
 def results(programs):
-  """Yields each program's outputs as host arrays, in order, with at most LIMIT programs in flight.
+  """Yield each program's outputs as host arrays, in order, with at most LIMIT programs in flight.
 
   programs: an iterable that dispatches a program for each item, its outputs.
   """

@@ -14,7 +14,7 @@ from llmjax.parallel.spec import AXES, ROW_AXES, MeshSpec, indivisible
 
 
 def make_mesh(spec, devices=None):
-  """Returns a Mesh over the devices with the axes of AXES, in that order.
+  """Return a Mesh over the devices with the axes of AXES, in that order.
 
   Neighbours along the last axes (tensor, context) are neighbouring chips.  With several slices the
   slower network between them is crossed along data, fsdp and stage alone.  Auto axes: under Explicit
@@ -34,7 +34,7 @@ def make_mesh(spec, devices=None):
 
 
 def fill(spec, devices, platform=''):
-  """Returns the MeshSpec with its -1 replaced by what fills a number of devices; errors as `make_mesh`."""
+  """Return the MeshSpec with its -1 replaced by what fills a number of devices; errors as `make_mesh`."""
   sizes = {axis: getattr(spec, axis) for axis in AXES}
   inside = devices // spec.slices
   fixed = math.prod(s for s in sizes.values() if s != -1)
@@ -52,7 +52,7 @@ def fill(spec, devices, platform=''):
 
 
 def fitting_mesh(spec, devices=None):
-  """Returns the mesh of a training run where it fits the devices at hand, else plain data parallelism."""
+  """Return the mesh of a training run where it fits the devices at hand, else plain data parallelism."""
   try:
     return make_mesh(dataclasses.replace(spec, data=-1), devices)
   except ConfigError:
@@ -60,7 +60,7 @@ def fitting_mesh(spec, devices=None):
 
 
 def _arrange(sizes, devices):
-  """Returns the devices of a slice as an array of these sizes, neighbours beside one another."""
+  """Return the devices of a slice as an array of these sizes, neighbours beside one another."""
   try:
     return mesh_utils.create_device_mesh(sizes, devices)
   except NotImplementedError:  # Sizes that are no products of the torus's own, as 2 x 32 of 4 x 4 x 4.
@@ -68,7 +68,7 @@ def _arrange(sizes, devices):
 
 
 def _slices(devices, count):
-  """Returns the devices of each slice: as the platform says, else equal parts in order."""
+  """Return the devices of each slice: as the platform says, else equal parts in order."""
   if count == 1:
     return [devices]
   found = {}
@@ -84,12 +84,12 @@ def _slices(devices, count):
 
 
 def batch_shards(mesh):
-  """Returns into how many parts the rows of a batch are divided."""
+  """Return into how many parts the rows of a batch are divided."""
   return math.prod(mesh.shape[axis] for axis in axes_of('batch'))
 
 
 def batch_blocks(mesh):
-  """Returns which of the `batch_shards` equal blocks of a batch's rows lie on this process's devices, in order.
+  """Return which of the `batch_shards` equal blocks of a batch's rows lie on this process's devices, in order.
 
   Processes that share rows (along stage, context or tensor) name the same blocks; one process's blocks
   need not be neighbours.
@@ -101,7 +101,7 @@ def batch_blocks(mesh):
 
 
 def place_batch(mesh, batch):
-  """Returns device arrays [B, T], and [B] of what a row has one of.
+  """Return device arrays [B, T], and [B] of what a row has one of.
 
   batch: the whole rows of this process's `batch_blocks`, block after block.  Raises ConfigError where the mesh
   does not divide them or their length.

@@ -26,18 +26,18 @@ AXIS = 'stage'
 
 
 def num_stages():
-  """Returns the size of the stage axis of the mesh that is set; 1 without one."""
+  """Return the size of the stage axis of the mesh that is set; 1 without one."""
   return mesh_size(AXIS)
 
 
 def bubble(schedule, stages, microbatches, rounds=1):
-  """Returns ticks of work over all ticks, as (idle, all): idle / all is the part of the time lost."""
+  """Return ticks of work over all ticks, as (idle, all): idle / all is the part of the time lost."""
   rounds = rounds if schedule == 'interleaved' else 1
   return stages - 1, microbatches * rounds + stages - 1
 
 
 def forward(stage_fn, params, x, rows, *, microbatches, rounds=1):
-  """Runs all layers on x; returns (y [B, T, D], aux summed over microbatches and layers).
+  """Run all layers on x; returns (y [B, T, D], aux summed over microbatches and layers).
 
   stage_fn(params, x [b, T, D], rows, index) -> (y [b, T, D], aux), aux a dict of float32 scalars that
   are sums over rows; its params are a group of L / (S R) layers.  params: leaves [L, ...], L over
@@ -92,7 +92,7 @@ def forward(stage_fn, params, x, rows, *, microbatches, rounds=1):
 
 
 def forward_backward(first_fn, stage_fn, last_fn, params, rows, *, microbatches):
-  """Runs 1f1b; returns (totals, grads): what `last_fn` sums, and float32 gradients of the loss.
+  """Run 1f1b; returns (totals, grads): what `last_fn` sums, and float32 gradients of the loss.
 
   params: (ends, blocks): what embedding and head use, and the stacked layers [L, ...], L over `stage`.
   first_fn(ends, rows) -> x [b, T, D].  stage_fn: as in `forward`; its aux may hold `penalty`, which is
@@ -188,7 +188,7 @@ def forward_backward(first_fn, stage_fn, last_fn, params, rows, *, microbatches)
 
 
 def _require_parts(blocks, sequences, microbatches, rounds=1):
-  """Raises ConfigError where stages and microbatches do not divide the layers and the sequences of a batch."""
+  """Raise ConfigError where stages and microbatches do not divide the layers and the sequences of a batch."""
   require_divisible('pipeline.microbatches', microbatches, (AXIS,))
   require_divisible('model.num_layers', jax.tree.leaves(blocks)[0].shape[0], (AXIS,), rounds,
                     f'pipeline.rounds={rounds}')
@@ -197,26 +197,26 @@ def _require_parts(blocks, sequences, microbatches, rounds=1):
 
 
 def _with_penalty(outputs):
-  """Splits (y, aux) into what has a gradient and what has none."""
+  """Split (y, aux) into what has a gradient and what has none."""
   y, aux = outputs
   return (y, jnp.asarray(aux.get('penalty', 0.0), jnp.float32)), aux
 
 
 def _stage_totals(totals, aux):
-  """Returns aux of the layers in the form of totals."""
+  """Return aux of the layers in the form of totals."""
   loss, (weight, names) = totals
   rest = {name: aux.get(name, jnp.zeros(())) for name in names}
   return jnp.zeros(()) + aux.get('penalty', 0.0), (jnp.zeros(()), rest)
 
 
 def _zero_totals(head, aux):
-  """Returns zeros for (loss, (weight, aux of head and layers))."""
+  """Return zeros for (loss, (weight, aux of head and layers))."""
   _, (_, names) = head
   return jnp.zeros(()), (jnp.zeros(()), {name: jnp.zeros(()) for name in (*names, *aux)})
 
 
 def _add(total, more):
-  """Adds trees of arrays; names that `more` lacks stay as they are."""
+  """Add trees of arrays; names that `more` lacks stay as they are."""
   if isinstance(total, dict):
     return {k: _add(v, more[k]) if k in more else v for k, v in total.items()}
   if isinstance(total, (tuple, list)):
@@ -225,13 +225,13 @@ def _add(total, more):
 
 
 def _move(x, by):
-  """Hands x to the stage `by` further on, in a ring."""
+  """Send x to the stage `by` further on, in a ring."""
   stages = num_stages()
   return jax.lax.ppermute(x, AXIS, [(s, (s + by) % stages) for s in range(stages)])
 
 
 def _slice(a, part, parts):
-  """Returns the part-th of `parts` equal pieces of axis 1."""
+  """Return the part-th of `parts` equal pieces of axis 1."""
   size = a.shape[1] // parts
   return jax.lax.dynamic_slice_in_dim(a, part * size, size, axis=1)
 
@@ -245,12 +245,12 @@ def _split(a, blocks, microbatches):
 
 
 def _join(a):
-  """Undoes `_split` of one block."""
+  """Undo `_split` of one block."""
   return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])
 
 
 def _group(params, index, rounds):
-  """Returns one group of layers of leaves [R, L / (S R), ...]."""
+  """Return one group of layers of leaves [R, L / (S R), ...]."""
   if rounds == 1:
     return jax.tree.map(lambda p: p[0], params)
   return jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, index, keepdims=False), params)

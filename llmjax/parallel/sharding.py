@@ -49,13 +49,13 @@ GATHERED_RULES = {**TRAIN_RULES, 'embed': None, 'expert_embed': None, 'table_emb
 
 
 def axes_of(name, rules=TRAIN_RULES):
-  """Returns the mesh axes of a logical name, as a tuple."""
+  """Return the mesh axes of a logical name, as a tuple."""
   axes = rules[name]
   return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
 def mesh_spec(names, rules=TRAIN_RULES):
-  """Returns the PartitionSpec of an array with these logical axes; None replicates an axis.
+  """Return the PartitionSpec of an array with these logical axes; None replicates an axis.
 
   ('embed', 'mlp') -> PartitionSpec('fsdp', 'tensor').  Raises ValueError on an unknown name.
   """
@@ -65,18 +65,18 @@ def mesh_spec(names, rules=TRAIN_RULES):
 
 
 def is_names(x):
-  """Returns whether x is the logical names of one array: a plain tuple of names and Nones."""
+  """Return whether x is the logical names of one array: a plain tuple of names and Nones."""
   return type(x) is tuple and all(n is None or isinstance(n, str) for n in x)
 
 
 def tree_shardings(mesh, names, rules=TRAIN_RULES):
-  """Returns the NamedSharding of every leaf, given the tree of its logical names."""
+  """Return the NamedSharding of every leaf, given the tree of its logical names."""
   return jax.tree.map(lambda n: NamedSharding(mesh, mesh_spec(n, rules)), names,
                       is_leaf=is_names)
 
 
 def constrain(x, *names, rules=TRAIN_RULES):
-  """Returns x laid out as its logical names say; x itself where no mesh is set.
+  """Return x laid out as its logical names say; x itself where no mesh is set.
 
   Inside a shard_map, axes that it handles itself are left out.
   """
@@ -90,7 +90,7 @@ def constrain(x, *names, rules=TRAIN_RULES):
 
 
 def auto_axes(mesh=None):
-  """Returns the axes, larger than 1, that XLA divides work over: no shard_map around us has them."""
+  """Return the axes, larger than 1, that XLA divides work over: no shard_map around us has them."""
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   if mesh.empty:
     return ()
@@ -98,23 +98,23 @@ def auto_axes(mesh=None):
 
 
 def row_shards():
-  """Returns into how many parts the mesh that is set divides the rows of a batch."""
+  """Return into how many parts the mesh that is set divides the rows of a batch."""
   return math.prod(mesh_size(axis) for axis in axes_of('batch'))
 
 
 def require_divisible(name, whole, axes=ROW_AXES, times=1, words=''):
-  """Raises ConfigError where a number is not divisible by axes of the mesh that is set; see `spec.indivisible`."""
+  """Raise ConfigError where a number is not divisible by axes of the mesh that is set; see `spec.indivisible`."""
   if problems := list(indivisible(name, whole, axes, mesh_size, times, words)):
     raise ConfigError(problems)
 
 
 def mesh_size(axis):
-  """Returns the size of an axis of the mesh that is set; 1 without one."""
+  """Return the size of an axis of the mesh that is set; 1 without one."""
   return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1)
 
 
 def sum_over_rows(fn, weights, *rows):
-  """Returns fn(weights, *rows) where fn's outputs are sums over rows and tokens.
+  """Return fn(weights, *rows) where fn's outputs are sums over rows and tokens.
 
   rows: arrays [B, T, ...].  Each device adds up its own tokens, and one sum over the devices at the end
   joins them: in a loop inside fn, XLA would join them in every turn.
@@ -132,7 +132,7 @@ def sum_over_rows(fn, weights, *rows):
 
 
 def mirrored(state, params):
-  """Returns which parameter every leaf of a state mirrors, as the text of its path; '' for none.
+  """Return which parameter every leaf of a state mirrors, as the text of its path; '' for none.
 
   state: any tree whose paths end in a parameter's path where it mirrors that parameter (as optimizer
   moments do).  Leaves of another shape (counters, factored moments) mirror nothing.
@@ -155,7 +155,7 @@ class WeightLayout:
   join_gradients: bool = False
 
   def all_gather(self, w):
-    """Returns the weight as a product takes it, gathered over `data` first and `fsdp` after.
+    """Return the weight as a product takes it, gathered over `data` first and `fsdp` after.
 
     In two steps, because a TPU's network gathers over one part of its torus at a time: over all of it at
     once XLA sums arrays of zeros instead, which sends twice as much.
@@ -163,12 +163,12 @@ class WeightLayout:
     return constrain(constrain(w, *self.names), *self.names, rules=GATHERED_RULES)
 
   def reduce_scatter(self, gradient):
-    """Returns a weight's gradient, summed over the rows and divided as the weight is."""
+    """Return a weight's gradient, summed over the rows and divided as the weight is."""
     return constrain(gradient, *self.names)
 
 
 def by_rows(fn, *rows, weights=None):
-  """Returns fn(*rows), arrays [B, T, ...], where fn works on every token by itself.
+  """Return fn(*rows), arrays [B, T, ...], where fn works on every token by itself.
 
   Each device works on its own tokens; left to XLA, some functions (top_k) would gather those of all.
   weights: arrays that every token needs whole, fn's first argument then; None for none.
@@ -183,7 +183,7 @@ def by_rows(fn, *rows, weights=None):
 
 
 def row_layout(shape=None):
-  """Returns (mesh axes that XLA divides tokens over, (those of the batch or None, of the length or None)).
+  """Return (mesh axes that XLA divides tokens over, (those of the batch or None, of the length or None)).
 
   shape: of arrays [B, T, ...]; where B or T does not divide, its axes are left out.
   """
@@ -197,7 +197,7 @@ def row_layout(shape=None):
 
 
 def state_names(abstract_state, params, names):
-  """Returns the logical names of every leaf of a state: a leaf that mirrors a parameter takes its names.
+  """Return the logical names of every leaf of a state: a leaf that mirrors a parameter takes its names.
 
   params, names: the abstract parameters and their names, in the same tree.  Leaves that mirror no
   parameter are replicated.

@@ -10,7 +10,7 @@ ROW_AXES = ('data', 'fsdp', 'expert', 'stage')  # Those that the sequences of a 
 
 
 def indivisible(name, whole, axes, size, times=1, words=''):
-  """Yields a line where a config field's number is not divisible by mesh axes, naming the nearest that is.
+  """Yield a line where a config field's number is not divisible by mesh axes, naming the nearest that is.
 
   size: function of an axis to its size.  times, words: what else it must be divisible by, and the words for that.
   """
@@ -54,7 +54,7 @@ class MeshSpec:
     return self.dcn_data * self.dcn_fsdp * self.dcn_stage
 
   def size(self, *axes):
-    """Returns the product of these axes' sizes over all slices; an axis to be filled counts as 1."""
+    """Return the product of these axes' sizes over all slices; an axis to be filled counts as 1."""
     sizes = (max(getattr(self, a), 1) * getattr(self, f'dcn_{a}', 1) for a in axes)
     return math.prod(sizes)
 
@@ -70,7 +70,7 @@ class PipelineSpec:
   rounds: int = setting(2, 'interleaved: groups of layers on each stage', minimum=1)
 
   def count(self, stages, rows):
-    """Returns the number of microbatches.  rows: those of a batch that lie on one device."""
+    """Return the number of microbatches.  rows: those of a batch that lie on one device."""
     return self.microbatches or stages * next(n for n in (4, 3, 2, 1) if rows % n == 0)
 
   @property

@@ -12,7 +12,7 @@ AXIS = 'tensor'
 
 
 def lookup(table, tokens):
-  """Returns the rows of table [V, D] of int tokens [B, T], as [B, T, D].
+  """Return the rows of table [V, D] of int tokens [B, T], as [B, T, D].
 
   Each device looks up the tokens of its own part of the vocabulary, and the sum over the devices puts the
   parts together (arXiv:1909.08053, section 3).  Rows come back divided along their length, as between

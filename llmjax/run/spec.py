@@ -13,7 +13,7 @@ from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import EvaluateOptions, ReportOptions
 from llmjax.generate.spec import GenerateOptions
 from llmjax.model.spec import ModelSpec
-from llmjax.ops.limits import LIMITS
+from llmjax.ops.limits import LIMITS, NO_BIAS
 from llmjax.parallel.spec import ROW_AXES, DistributedSpec, MeshSpec, PipelineSpec, indivisible
 from llmjax.plan.meter import CostSpec
 from llmjax.post.spec import (
@@ -198,10 +198,18 @@ class PretrainSpec:
     if kernel in LIMITS:
       limit = LIMITS[kernel](self.data.seq_len, model.resolved_head_dim, model.attention_soft_cap,
                              self.train.compute_dtype)
+      if model.position_embedding == 'relative':
+        limit = NO_BIAS
       if size('context') > 1:
         limit = f'works on whole sequences, and mesh.context={size("context")} shards them'
       if limit:
         yield f'train.attention={kernel} {limit}; write train.attention=auto'
+    if model.position_embedding == 'relative':
+      if size('stage') > 1:
+        yield (f'mesh.stage={size("stage")}: a pipeline has no relative position bias; write mesh.stage=1, or '
+               'model.position_embedding=rotary')
+      if size('context') > 1 and self.train.context_attention == 'ring':
+        yield f'train.context_attention=ring {NO_BIAS}; write train.context_attention=gather'
     if size('context') > 1:
       wholes.append(('data.seq_len', self.data.seq_len, ('context',), 2, '2 (both ends of a causal row)'))
     microbatches, pipe = self.train.gradient_accumulation_steps, self.pipeline

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from llmjax.config import ConfigError
+from llmjax.generate.prompts import load_chat
 from llmjax.generate.spec import CHAT_TEMPLATE
-from llmjax.loops.generate import load_chat
 from llmjax.text.chat import ChatFormat
 from llmjax.text.tokenizer import Tokenizer
 from tests.helpers import call, prepare_words

@@ -17,6 +17,7 @@ from llmjax.model.context import Context
 from llmjax.model.model import Execution, Model
 from llmjax.model.spec import ModelSpec
 from llmjax.ops import moe
+from tests.ops.test_relative import bucket
 
 SPEC = ModelSpec(num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=48, vocab_size=67)
 CAUSAL = {
@@ -33,12 +34,15 @@ CAUSAL = {
                   attention_scale=0.2),
     'llama3_scaling': dict(rope_scaling='llama3', rope_factor=8.0, rope_original_length=64),
     'yarn': dict(rope_scaling='yarn', rope_factor=4.0, rope_original_length=64, rope_high_frequency=32.0),
+    'relative': dict(position_embedding='relative', relative_buckets=6, relative_max_distance=9,
+                     attention_pattern=('global', 'local'), window=6),
     'no_positions': dict(position_embedding='none', residual_scale=0.5, mlp='plain', activation='relu_squared'),
 }
 VARIANTS = {
     **CAUSAL,
     'bert': dict(causal=False, norm='layer', norm_placement='post', embedding_norm=True, mlp='plain', activation='relu',
                  position_embedding='learned', max_positions=16, qkv_bias=True, out_bias=True, mlp_bias=True),
+    't5_encoder': dict(causal=False, position_embedding='relative', relative_buckets=8, relative_max_distance=7),
     'modern_bert': dict(num_layers=4, causal=False, attention_pattern=('global', 'local'), window=3),
 }
 T = 12
@@ -149,7 +153,11 @@ def numpy_forward(spec, params, tokens):
         k = np.stack([rope(r, angle, factor) for r, angle in zip(k, angles, strict=True)])
       for t in range(len(h)):
         keys = [j for j in range(len(h)) if (j <= t or not spec.causal) and (not local or abs(t - j) < spec.window)]
-        s = cap(k[keys] @ q[t] * (spec.attention_scale or spec.resolved_head_dim**-0.5), spec.attention_soft_cap)
+        s = k[keys] @ q[t] * (spec.attention_scale or spec.resolved_head_dim**-0.5)
+        if spec.position_embedding == 'relative':
+          buckets = [bucket(j - t, spec.relative_buckets, spec.relative_max_distance, spec.causal) for j in keys]
+          s = s + p['embed']['relative_bias'][buckets, head]
+        s = cap(s, spec.attention_soft_cap)
         weights = np.exp(s - s.max())
         mixed[t] += weights / weights.sum() @ v[keys] @ a['out'][head]
     return mixed + bias('out')
@@ -235,7 +243,7 @@ def test_a_list_of_layers_equals_the_stack(spec):
                              rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['plain', 'window', 'gemma', 'gpt2'])
+@pytest.mark.parametrize('name', ['plain', 'window', 'gemma', 'gpt2', 'relative'])
 def test_tokens_one_by_one_through_a_cache_equal_the_whole_sequence(name):
   """Local layers keep no more than their window."""
   spec = dataclasses.replace(SPEC, **VARIANTS[name])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llmjax.loops.generate import describe_speed
+from llmjax.generate.output import describe_speed
 from llmjax.run import compile_time
 from llmjax.run.goodput import Goodput
 
