@@ -14,7 +14,7 @@ import numpy as np
 from llmjax import config
 from llmjax.checkpoint.load import read_config
 from llmjax.config import ConfigError
-from llmjax.data.conversations import read_prompt, read_records
+from llmjax.data.records import read_prompt, read_records
 from llmjax.generate.decode import CHUNK, STREAM_CHUNK
 from llmjax.generate.load import TOKENIZER, load_generator
 from llmjax.generate.output import Display, describe_end, describe_speed, show_rows
