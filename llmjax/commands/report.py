@@ -10,8 +10,7 @@ def run(spec, options):
   """Write `<workdir>/report.html`, or the page of --compare, and print its path."""
   del spec  # The command has no config.
   if not pathlib.Path(options.workdir).is_dir():
-    raise ConfigError([f"--workdir={options.workdir}: there is no such folder; give a run's "
-                       'folder, the --workdir of a pretrain'])
+    raise ConfigError([f'--workdir={options.workdir}: there is no such folder; give the --workdir of a run'])
   if options.compare:
     output = options.output or pathlib.Path(options.workdir) / 'compare.html'
     try:

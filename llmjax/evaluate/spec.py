@@ -1,4 +1,4 @@
-"""Options of the commands that look at a run.  No JAX here."""
+"""Flags of `llmjax evaluate` and `llmjax report`.  Does not import JAX."""
 
 import dataclasses
 import os
@@ -25,30 +25,30 @@ class EvaluateOptions:
   """Flags of `llmjax evaluate`."""
 
   workdir: str = setting('', "the run's folder", kind='path')
-  splits: tuple[str, ...] = setting(('validation',), 'what to evaluate on', choices=prepared.SPLITS)
-  step: int = setting(0, 'the checkpoint; 0: the latest', minimum=0)
-  batch_size: int = setting(0, "rows at once; 0: the run's own", minimum=0)
-  limit: int = setting(0, 'sequences to evaluate, a fixed random sample of the split; 0: all', minimum=0)
-  sources: tuple[str, ...] = setting((), 'prepared folders to evaluate on, each by itself, in place of those trained '
-                                     'on: text, conversations, or prompts with right answers', kind='path')
-  seq_len: int = setting(0, "tokens of a row; 0: the run's own", minimum=0)
-  reward: str = setting('math', 'of sources with prompts: what the likeliest answers are worth',
+  splits: tuple[str, ...] = setting(('validation',), 'splits of the data to evaluate', choices=prepared.SPLITS)
+  step: int = setting(0, 'step of the checkpoint to evaluate; 0: the latest', minimum=0)
+  batch_size: int = setting(0, "sequences per batch; 0: the run's evaluate.batch_size", minimum=0)
+  limit: int = setting(0, 'maximum number of sequences, a fixed random sample of each split; 0: all', minimum=0)
+  sources: tuple[str, ...] = setting((), 'prepared data folders to evaluate on separately, instead of the training '
+                                     'data: text, conversations, or prompts with gold answers', kind='path')
+  seq_len: int = setting(0, "sequence length in tokens; 0: the run's data.seq_len", minimum=0)
+  reward: str = setting('math', 'reward of greedy completions, for sources of prompts',
                         choices=('math', 'exact', 'doctest'))
-  max_new_tokens: int = setting(64, 'of sources with prompts: tokens of an answer at most', minimum=1)
+  max_new_tokens: int = setting(64, 'maximum tokens per completion, for sources of prompts', minimum=1)
 
   def validate(self):
     yield from _run_problems(self)
     for folder in self.sources:
       try:
-        held = prepared.kind(prepared.read_manifest(folder))
+        records = prepared.kind(prepared.read_manifest(folder))
       except ValueError as e:
         yield f'sources: {e}'
         continue
-      if held in ('preference', 'stepwise'):
-        yield f'sources: {folder} holds {held} records; `llmjax reward` and `llmjax finetune` evaluate those'
+      if records in ('preference', 'stepwise'):
+        yield f'sources: {folder} holds {records} records; `llmjax reward` and `llmjax finetune` evaluate those'
     names = [os.path.basename(os.path.normpath(folder)) for folder in self.sources]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-      yield f'sources: {", ".join(twice)} is the name of two folders; evaluate one after the other'
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+      yield f'sources: several folders are named {", ".join(repeated)}; evaluate them one at a time'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +56,9 @@ class ReportOptions:
   """Flags of `llmjax report`."""
 
   workdir: str = setting('', "the run's folder", kind='path')
-  compare: tuple[str, ...] = setting((), 'folders of other runs, such as later stages of the same model: one page '
-                                     'about all of them, in this order', kind='path')
-  output: str = setting('', "with --compare: the page to write; '': compare.html in the folder of --workdir",
+  compare: tuple[str, ...] = setting((), 'folders of other runs to show on the same page, in this order, such as '
+                                     'later training stages of the model', kind='path')
+  output: str = setting('', "with --compare, the HTML file to write; '': compare.html in --workdir",
                         kind='file')
 
   def validate(self):
@@ -70,9 +70,10 @@ class ReportOptions:
         if refused := pickle_guard.refusal(folder):
           yield f'compare={refused}'
         yield from (p.replace('workdir', 'compare', 1) for p in pickle_guard.no_run(folder))
-      if twice := sorted({f for f in folders if [os.path.normpath(g) for g in folders].count(os.path.normpath(f)) > 1}):
-        yield f'compare: {", ".join(twice)} is there twice; name every run once'
+      paths = [os.path.normpath(folder) for folder in folders]
+      if repeated := sorted({f for f, path in zip(folders, paths, strict=True) if paths.count(path) > 1}):
+        yield f'compare: {", ".join(repeated)} is listed twice; list every run once'
       if self.output and not self.output.endswith('.html'):
-        yield f'output={self.output} must be the name of a page; write {self.output.rstrip("/")}/report.html'
+        yield f'output={self.output} must be an HTML file; write {self.output.rstrip("/")}/report.html'
     elif self.output:
-      yield 'output is for --compare=RUN,RUN; the page of one run is report.html in its folder'
+      yield 'output requires --compare=RUN,RUN; the report on a single run is report.html in its folder'

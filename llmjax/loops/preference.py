@@ -8,7 +8,7 @@ import functools
 import jax
 
 from llmjax.data import stream
-from llmjax.evaluate import pairs
+from llmjax.evaluate import margins
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.post import objective
 from llmjax.post.spec import FREE_LOSSES, UNPAIRED_LOSSES
@@ -37,7 +37,7 @@ def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
 
     def evaluate(params, frozen):
       found = read_split(spec, mesh, split, (columns or {}).get(split), spec.evaluate.limit)
-      return {**pairs.evaluate(eval_step, params, frozen, found), **described}
+      return {**margins.evaluate(eval_step, params, frozen, found), **described}
 
     return evaluate
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.data import stream
-from llmjax.evaluate import pairs as held_out
+from llmjax.evaluate import margins
 from llmjax.loops import preference, pretrain
 from llmjax.parallel import distributed
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
@@ -62,14 +62,14 @@ def make_evaluator(spec, mesh, judge, split, workdir):
       return sums
 
     read = (_read_rows if spec.judges_steps else preference.read_split)(spec, mesh, split, limit=spec.evaluate.limit)
-    values = held_out.evaluate(judged, params, frozen, read, unit)
+    values = margins.evaluate(judged, params, frozen, read, unit)
     each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     real = each['weight'] > 0
     each = {name: a[real] for name, a in each.items()}
-    found = held_out.describe_margins(each['margin'], unit=unit)
+    found = margins.describe_margins(each['margin'], unit=unit)
     values |= {'calibration_error': found['error'], 'mean_score': float(each['score'].mean())}
     if spec.judges_steps:
-      found |= held_out.describe_steps(each['margin'], each['good'], each['place'])
+      found |= margins.describe_steps(each['margin'], each['good'], each['place'])
       values |= {'base_accuracy': found['base'], 'sequences': sum(counts)}
     if distributed.is_first():
       file = workdir / MARGINS

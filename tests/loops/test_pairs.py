@@ -17,7 +17,7 @@ from llmjax import config, main
 from llmjax.checkpoint.load import load_params, read_config
 from llmjax.data import prepared
 from llmjax.data.spec import DataSpec
-from llmjax.evaluate import pairs as held_out
+from llmjax.evaluate import margins
 from llmjax.generate.decode import Generator
 from llmjax.generate.spec import SamplingSpec
 from llmjax.loops import preference as pairs
@@ -172,7 +172,7 @@ def true_accuracy(workdir):
   with jax.set_mesh(mesh):
     scores = np.concatenate([np.asarray(score(params, batch)) for batch in pairs.read_split(spec, mesh, 'validation')])
   real = scores[:2 * 150]
-  return held_out.describe_margins(real[0::2] - real[1::2])['accuracy']
+  return margins.describe_margins(real[0::2] - real[1::2])['accuracy']
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.evaluate import pairs, perplexity
+from llmjax.evaluate import margins, perplexity
 from llmjax.parallel import in_flight
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.spec import MeshSpec
@@ -43,7 +43,7 @@ def run_perplexity(step):
 
 
 def run_pairs(step):
-  pairs.evaluate(lambda params, frozen, batch: (step(batch)[0], (batch[0], {})), None, {}, (jnp.ones(3),) * PROGRAMS)
+  margins.evaluate(lambda params, frozen, batch: (step(batch)[0], (batch[0], {})), None, {}, (jnp.ones(3),) * PROGRAMS)
 
 
 def run_tables(step):

@@ -11,7 +11,7 @@ import pytest
 
 from llmjax.commands import report as report_loop
 from llmjax.config import ConfigError
-from llmjax.evaluate import pairs
+from llmjax.evaluate import margins
 from llmjax.evaluate.spec import ReportOptions
 from llmjax.report import details, formatting, reading, report
 
@@ -275,7 +275,7 @@ def test_rollouts_show_the_best_and_worst_completions(run_folder):
 
 def test_the_calibration_of_a_reward_model_is_drawn(run_folder):
   _write(run_folder, 'reward.json', {
-      'validation': pairs.describe_margins([2.0, -1.0, 0.5, 3.0]), 'damaged': {'pairs': 3}})
+      'validation': margins.describe_margins([2.0, -1.0, 0.5, 3.0]), 'damaged': {'pairs': 3}})
   text = report.write_report(run_folder).read_text()
   charts = _charts(text)
   (title,) = [title for title in charts if title.startswith('validation: calibration, expected error')]

@@ -1,4 +1,4 @@
-"""Resuming with other settings: which ones may change, and that nothing changes silently."""
+"""Resuming with changed settings: which ones are allowed, and that all of them are reported."""
 
 import dataclasses
 import json
@@ -133,7 +133,7 @@ def test_every_setting_has_a_kind():
     ({'train': {'seed': 1}}, 'train.seed was 0'),
     ({'evaluate': {'limit': 8}}, 'evaluate.limit was 0'),
 ])
-def test_what_alters_the_meaning_of_numbers_needs_a_flag(workdir, groups, field):
+def test_changes_that_affect_metrics_need_a_flag(workdir, groups, field):
   before = {p: p.read_bytes() for p in workdir.rglob('*') if p.is_file()}
   groups = {**groups, 'train': {'steps': 6, **groups.get('train', {})}}
   with pytest.raises(ConfigError) as e:
@@ -155,7 +155,7 @@ def test_what_alters_the_meaning_of_numbers_needs_a_flag(workdir, groups, field)
     ({'train': {'param_dtype': 'bfloat16'}}, "train.param_dtype was 'float32'"),
     ({'guard': {'window': 16}}, 'guard.window was 128'),
 ])
-def test_what_checkpoints_do_not_fit_is_refused_whatever_the_flag(workdir, groups, field):
+def test_changes_that_are_incompatible_with_checkpoints_are_errors(workdir, groups, field):
   for allowed in (False, True):
     with pytest.raises(ConfigError) as e:
       claim_workdir(workdir, changed(
@@ -164,7 +164,7 @@ def test_what_checkpoints_do_not_fit_is_refused_whatever_the_flag(workdir, group
     assert field in line and 'incompatible with its checkpoints' in line and 'give a new --workdir' in line
 
 
-def test_harmless_changes_are_printed_recorded_and_kept(workdir, capsys):
+def test_harmless_changes_are_printed_and_recorded(workdir, capsys):
   assert train(workdir, train={'steps': 6, 'log_every': 2}, checkpoint={'keep': 5})[0] == 0
   out = capsys.readouterr().out
   assert 'changed at step 4: train.log_every: 1 -> 2' in out
@@ -179,7 +179,7 @@ def test_harmless_changes_are_printed_recorded_and_kept(workdir, capsys):
   assert [e['details']['config'] for e in events(workdir, 'start')] == ['configs/1.json', 'configs/2.json']
 
 
-def test_the_same_settings_say_nothing(workdir, capsys):
+def test_the_same_settings_print_nothing(workdir, capsys):
   shutil.rmtree(workdir / 'checkpoints/4')
   assert train(workdir)[0] == 0
   assert 'changed' not in (out := capsys.readouterr().out) and 'warning' not in out
@@ -187,7 +187,7 @@ def test_the_same_settings_say_nothing(workdir, capsys):
   assert [p.name for p in (workdir / 'configs').iterdir()] == ['1.json']
 
 
-def test_an_allowed_change_keeps_the_place_in_the_data(workdir, capsys):
+def test_an_allowed_change_keeps_the_position_in_the_data(workdir, capsys):
   shutil.rmtree(workdir / 'checkpoints/4')
   status, batches = train(workdir, 'of another text', train={'batch_size': 3, 'allow_changes': True},
                           optimizer={'lr': 0.005})
@@ -202,7 +202,7 @@ def test_an_allowed_change_keeps_the_place_in_the_data(workdir, capsys):
     train(workdir, train={'steps': 6, 'batch_size': 3}, optimizer={'lr': 0.005})
 
 
-def test_folders_that_moved_are_no_change():
+def test_moved_folders_are_a_harmless_change():
   find = lambda old, new: [c.kind for c in changes.find_changes({'data': {'sources': old}}, {'data': {'sources': new}})]
   assert find({'/a/x': 1.0, '/a/y': 2.0}, {'/b/x': 1.0, '/b/y': 2.0}) == [changes.HARMLESS]
   assert find({'/a/x': 1.0}, {'/a/y': 1.0}) == find({'/a/x': 1.0, '/a/y': 1.0}, {'/a/x': 1.0}) == [changes.MEANING]

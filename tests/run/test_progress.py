@@ -1,4 +1,4 @@
-"""The progress lines: what they say, their arithmetic, and terminals against pipes."""
+"""Progress lines: their content, the estimated time left, and terminals and pipes."""
 
 import io
 import math
@@ -36,7 +36,7 @@ def test_the_step_line_reads_as_documented():
       'wait 0.1%  eta 2:14\n')
 
 
-def test_small_losses_are_no_zeros():
+def test_small_losses_are_not_shown_as_zero():
   stream = io.StringIO()
   progress.Progress(10, stream=stream).log(10, {'train/loss': -2.34e-5})
   assert 'loss -2.3e-05' in stream.getvalue()
@@ -50,13 +50,13 @@ def test_a_rollout_names_its_units():
                                'compiled in 20s\n')
 
 
-def test_what_is_not_measured_is_left_out_and_nan_is_shown():
+def test_missing_metrics_are_left_out_and_nan_is_shown():
   stream = io.StringIO()
   progress.Progress(10, stream=stream).log(10, {'train/loss': math.nan, 'train/mfu': None})
   assert stream.getvalue() == 'step  10/10  100%  loss nan  eta ?\n'
 
 
-def test_time_left_leaves_compilation_out_and_counts_evaluations():
+def test_the_eta_excludes_compilation_and_includes_evaluations():
   clock = Clock()
   p = progress.Progress(100, stream=io.StringIO(), clock=clock)
   assert p.seconds_left(0) is None
@@ -69,7 +69,7 @@ def test_time_left_leaves_compilation_out_and_counts_evaluations():
   assert p.seconds_left(100) == 0
 
 
-def test_a_resumed_run_paces_itself_from_where_it_resumed():
+def test_the_eta_of_a_resumed_run_starts_at_its_first_step():
   clock = Clock()
   p = progress.Progress(100, start_step=50, stream=io.StringIO(), clock=clock)
   p.log(60, {})
@@ -92,7 +92,7 @@ def test_a_pipe_gets_whole_lines_only():
       'save    4/100  checkpoints/4  702 MB  0.4s\n')
 
 
-def test_a_terminal_keeps_a_live_line_that_the_next_line_replaces():
+def test_a_terminal_has_a_live_line():
   clock, stream = Clock(), Terminal()
   p = progress.Progress(100, stream=stream, clock=clock)
   p.tick(1)
@@ -161,7 +161,7 @@ def test_a_pipe_gets_lines_in_full():
   assert 'wait' in stream.getvalue() and len(stream.getvalue().splitlines()) == 2
 
 
-def test_a_stage_is_timed_from_its_beginning_by_its_own_clock():
+def test_a_stage_is_timed_from_its_beginning():
   stream, clock = io.StringIO(), Clock()
   show = progress.Stages(stream, 'prompts', clock)
   show('feedback', 0, 8)

@@ -1,4 +1,4 @@
-"""A process whose host is slow is named."""
+"""Processes with slow hosts are reported."""
 
 import json
 
@@ -10,7 +10,7 @@ from llmjax.run.stragglers import slow_processes
 from tests.helpers import prepare_words, run_process
 
 
-def test_who_is_slow():
+def test_outliers_are_slow():
   assert slow_processes([0.01, 0.012, 0.011, 0.2], 0.5, 5.0) == [3]
   assert slow_processes([0.2, 0.01], 0.5, 5.0) == [0]  # Of two, the faster one is the measure.
   assert slow_processes([0.01, 0.012, 0.011, 0.05], 0.5, 5.0) == []  # 40 ms of half a second.
@@ -48,7 +48,7 @@ def get_config():
   assert done.stdout.count('slow: process 1 (') == 2  # At each log line.
 
 
-def test_flags_of_determinism():
+def test_the_xla_flag_of_determinism():
   for before, after in (('', '--xla_gpu_deterministic_ops=true'), ('--a=1', '--a=1 --xla_gpu_deterministic_ops=true'),
                         ('--xla_gpu_deterministic_ops', '--xla_gpu_deterministic_ops')):
     environment = {'XLA_FLAGS': before}

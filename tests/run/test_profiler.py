@@ -30,7 +30,7 @@ def traced(tmp_path_factory):
   return workdir / 'profile', said
 
 
-def test_products_lead_the_table_and_are_counted_once(traced):
+def test_matrix_products_are_first_and_counted_once(traced):
   folder, _ = traced
   operations = json.loads((folder / 'top_operations.json').read_text())['operations']
   first = operations[0]

@@ -1,4 +1,4 @@
-"""Compiling is told apart from the time of everything else."""
+"""Compilation time is separated from all other times."""
 
 import time
 
@@ -18,7 +18,7 @@ class Clock:
     return self.now
 
 
-def test_nested_events_count_once_and_others_not():
+def test_nested_compile_events_count_once():
   clock = Clock()
   compiled = compile_time.CompileClock(clock)
   for now, event, seconds in ((1.0, 'jaxpr_trace_duration', 0.5), (2.0, 'jaxpr_trace_duration', 0.5),
@@ -29,7 +29,7 @@ def test_nested_events_count_once_and_others_not():
   assert compiled.seconds == 2.75 + 2.0
 
 
-def test_a_stopwatch_leaves_compiling_out_and_the_ledger_has_it_apart(tmp_path):
+def test_compilation_is_excluded_from_a_stopwatch_and_charged_to_its_own_bucket(tmp_path):
   goodput = Goodput(tmp_path)
   with compile_time.charged(goodput, 'rollout') as first:
     # A size of its own, so that nothing has compiled it before.
@@ -45,7 +45,7 @@ def test_a_stopwatch_leaves_compiling_out_and_the_ledger_has_it_apart(tmp_path):
   assert second.compiling == 0
 
 
-def test_the_speed_of_a_generation_is_of_decoding_alone():
+def test_generation_speed_excludes_compilation_and_the_first_token():
   # One token after 0.05 s, then 100 in 0.2 s: a compilation of 20 s is no part of either.
   assert describe_speed([0.05, 0.15, 0.25], [1, 50, 50], 20.06) == (
       '0.05 s to the first token, then 500 tokens/s; compiled in 20.1 s')

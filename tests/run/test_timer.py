@@ -1,4 +1,4 @@
-"""How much of the devices a run uses."""
+"""Model FLOPs utilization."""
 
 import types
 
@@ -19,18 +19,18 @@ def speed(platform, peak, monkeypatch):
   return timer.Speed(spec, mesh)
 
 
-def test_a_measured_peak_that_is_exceeded_is_unknown_from_there_on(monkeypatch):
+def test_a_measured_peak_that_is_exceeded_becomes_unknown(monkeypatch):
   found = speed('cpu', 1e6, monkeypatch)  # Two devices: 2e6 FLOP/s, 20,000 tokens/s of 100 FLOPs.
   assert [found.mfu(10_000.0), found.mfu(20_001.0), found.mfu(10_000.0)] == [0.5, None, None]
 
 
-def test_a_peak_of_a_data_sheet_stays(monkeypatch):
+def test_a_peak_from_the_data_sheet_is_kept(monkeypatch):
   found = speed('tpu', 1e6, monkeypatch)
   assert found.mfu(24_000.0) == pytest.approx(1.2)  # Wrong FLOPs must be seen.
   assert speed('gpu', None, monkeypatch).mfu(1.0) is None
 
 
-def test_the_measured_peak_is_that_of_the_one_product_that_nothing_disturbed():
+def test_the_measured_peak_is_that_of_the_fastest_product():
   took = iter([1.0, 0.5, 0.125, 2.0] * 2)
   now, calls = [0.0], [0]
 

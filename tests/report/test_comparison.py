@@ -247,9 +247,9 @@ def test_equal_folder_names_are_shown_as_paths(life, tmp_path):
 
 @pytest.mark.parametrize('flags, line', [
     ('--workdir=base --compare=nowhere', '--compare=nowhere is not a run\'s folder (no config.json)'),
-    ('--workdir=base --compare=sft,base/', '--compare: base, base/ is there twice; name every run once'),
-    ('--workdir=base --output=a.html', '--output is for --compare=RUN,RUN'),
-    ('--workdir=base --compare=sft --output=pages', '--output=pages must be the name of a page; write pages/report'),
+    ('--workdir=base --compare=sft,base/', '--compare: base, base/ is listed twice'),
+    ('--workdir=base --output=a.html', '--output requires --compare=RUN,RUN'),
+    ('--workdir=base --compare=sft --output=pages', '--output=pages must be an HTML file; write pages/report.html'),
     ('--workdir=base --compare=sft --output=base/config.json/a.html', 'cannot be written: '),
 ])
 def test_wrong_input_is_one_line(life, flags, line, monkeypatch, capsys):
