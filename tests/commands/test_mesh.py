@@ -1,4 +1,4 @@
-"""`llmjax mesh` against the arrays that a state really has, and as a user meets it."""
+"""`llmjax mesh` against the arrays of a real state, and on the command line."""
 
 import pathlib
 import re
@@ -31,7 +31,7 @@ def recipe(tmp_path):
 
 
 def call(capfd, *argv):
-  jax.devices()  # All eight: else the first command of the process would start JAX with as many as it wants.
+  jax.devices()  # Initialize JAX with eight devices before the command chooses a number.
   return call_and_read(capfd, 'mesh', *argv)
 
 
@@ -41,7 +41,7 @@ def row(out, name):
 
 
 @pytest.mark.slow
-def test_bytes_and_layouts_are_those_of_a_real_state(recipe, capfd):
+def test_bytes_and_shardings_match_a_real_state(recipe, capfd):
   status, out, err = call(capfd, recipe, *ARGUMENTS, '--config.mesh.data=2', '--config.mesh.fsdp=2',
                           '--config.mesh.tensor=2', '--config.optimizer.moment_dtype=bfloat16')
   assert status == 0, err
@@ -57,23 +57,23 @@ def test_bytes_and_layouts_are_those_of_a_real_state(recipe, capfd):
   assert total[1] == f'{sum(x.size for x in jax.tree.leaves(state.params)):,}'
   assert float(total[2]) == pytest.approx(local(state.params), abs=5e-4)
   assert float(total[3]) == pytest.approx(local(state.opt_state), abs=2e-3)
-  assert 'P(data+fsdp, -): 2 x 16 on each device, the same along tensor' in out
-  # Weights are gathered over fsdp, activations summed over tensor, gradients over data.
+  assert 'P(data+fsdp, -): 2 x 16 per device, replicated over tensor' in out
+  # All-gather of weights over fsdp, all-reduce of activations over tensor and of gradients over data.
   for kind, over in (('all-gather', 'fsdp'), ('all-reduce', 'tensor'), ('all-reduce', 'data')):
     assert any(re.match(rf'{kind} +{over}  +\d+ +\d+ ', line) for line in out.splitlines()), (kind, over)
 
 
-def test_data_parallelism_sums_exactly_the_gradients(recipe, capfd):
+def test_data_parallelism_reduces_only_the_gradients(recipe, capfd):
   _, out, _ = call(capfd, recipe, *ARGUMENTS, '--devices=4', '--config.mesh.data=-1')
   assert out.startswith('mesh: 4 cpu devices = data 4\n data    0    1    2    3\n         0    1    2    3\n')
   lines = [re.split(r'\s{2,}', line) for line in out.splitlines() if line.startswith(('all-', 'collective-'))]
   assert [line[:2] for line in lines] == [['all-reduce', 'data']]
   params = float(row(out, 'total')[2])
-  assert params <= float(lines[0][4]) < 1.01 * params  # And the loss and its weight.
+  assert params <= float(lines[0][4]) < 1.01 * params  # Plus the loss and its weight.
 
 
-def test_without_compiling_it_starts_fast_and_needs_no_data(recipe, tmp_path):
-  """In a process of its own, on more devices than any test has, whatever JAX would have run on."""
+def test_no_compile_is_fast_and_needs_no_data(recipe, tmp_path):
+  """In a subprocess, with more devices than other tests."""
   start = time.perf_counter()
   done = run_process(tmp_path, 'mesh', recipe, *ARGUMENTS, '--no-compile', '--config.mesh.data=4',
                      '--config.mesh.context=8', '--config.mesh.tensor=2', JAX_PLATFORMS='cpu')
@@ -94,7 +94,7 @@ def test_without_compiling_it_starts_fast_and_needs_no_data(recipe, tmp_path):
      'train.batch_size=4 is not divisible by mesh.data=8; write train.batch_size=8, or change the mesh'),
     (['--devices=900', '--config.train.batch_size=900'], 'this process has started JAX with 8 CPU devices'),
 ])
-def test_mistakes_get_a_line(recipe, capfd, arguments, message):
+def test_mistakes_are_reported(recipe, capfd, arguments, message):
   status, _, err = call(capfd, recipe, *ARGUMENTS, '--no-compile', *arguments)
   assert status == 2
   assert message in err
@@ -109,7 +109,7 @@ class Device:
 
 
 class Mesh:
-  """What `draw` reads of a mesh, of devices that need not exist."""
+  """The attributes of a mesh that `draw` uses, with fake devices."""
 
   def __init__(self, devices, **shape):
     self.shape, self.axis_names, self.size = shape, tuple(shape), len(devices)
@@ -118,7 +118,7 @@ class Mesh:
     self.devices = places.reshape(tuple(shape.values()))
 
 
-def test_the_picture_says_where_each_device_sits():
+def test_draw_shows_the_position_of_each_device():
   assert draw(Mesh([5], data=1, tensor=1)) == 'mesh: one tpu device'
   picture = draw(Mesh([0, 1, 3, 2, 4, 5, 7, 6], data=2, fsdp=2, stage=1, tensor=2))
   assert picture == '''\
@@ -133,7 +133,7 @@ data 1
   fsdp 1           7    6'''
 
 
-def test_large_pictures_are_drawn_in_part():
+def test_draw_abbreviates_large_meshes():
   lines = draw(Mesh(range(4 * 8 * 12 * 40), data=4, fsdp=8, context=12, tensor=40)).splitlines()
   assert max(map(len, lines)) <= 100
   assert len(lines) < 60
@@ -143,7 +143,7 @@ def test_large_pictures_are_drawn_in_part():
   assert '...' in lines
 
 
-def test_columns_are_aligned_and_fit():
+def test_table_aligns_and_truncates_columns():
   lines = table([('name', 'n'), ('x' * 150 + '/tail', 12345), ('short', 7)], right=(1,)).splitlines()
   assert [len(line) for line in lines] == [100] * 3
   assert lines[1].startswith('...xxx')
