@@ -1,4 +1,4 @@
-"""Golden arrays of other implementations, where they are."""
+"""Golden arrays of other implementations, if available."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""LoRA, rsLoRA and DoRA: equal to the reference, through every way a weight is used, and frozen where it must be."""
+"""LoRA, rsLoRA and DoRA equal the reference for every use of a weight, and leave the base frozen."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def batch_of():
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def moved(spec, base, seed=1):
-  """Returns an adapter that does something: b is not zero, magnitudes are not the norms."""
+  """Return an adapter with an effect: b is not zero, magnitudes are not the norms."""
   adapter = lora.init_adapter(spec, base, jax.random.key(seed))
   leaves, tree = jax.tree.flatten(adapter)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -60,7 +60,7 @@ def moved(spec, base, seed=1):
 
 
 def reference_weight(w, factors, spec, in_dims):
-  """Returns the merged weight of a matrix or a stack of them, by loops over the batch, in numpy."""
+  """Merge the weight of a matrix or a stack of matrices in NumPy, in a loop over the batch."""
   w, a, b = (np.asarray(x, np.float64) for x in (w, factors['a'], factors['b']))
   batch = a.ndim - in_dims - 1
   merged = np.zeros_like(w)
@@ -116,7 +116,7 @@ def test_merged_equals_unmerged_equals_numpy(kind, model):
 
 
 @pytest.mark.slow
-def test_switched_off_is_the_base_to_the_bit():
+def test_inactive_adapters_give_the_base_bit_exactly():
   spec, base = AdapterSpec(kind='dora', rank=2), base_of('dense')
   adapters, specs = {'one': moved(spec, base)}, {'one': spec}
   off = lora.combine(base, adapters, specs, active=())
@@ -130,7 +130,7 @@ def test_switched_off_is_the_base_to_the_bit():
 
 
 @pytest.mark.slow
-def test_several_adapters_add_up_by_their_weights():
+def test_several_adapters_are_weighted_and_summed():
   base, a, b = base_of('dense'), AdapterSpec(kind='lora', rank=2), AdapterSpec(
       kind='rslora', rank=3, targets=('*/query', '*/gate'))
   adapters, specs = {'a': moved(a, base, 1), 'b': moved(b, base, 2)}, {'a': a, 'b': b}
@@ -170,7 +170,7 @@ def test_gradients_equal_those_through_the_merged_weights(kind, model, remat):
 
 
 def test_the_norm_of_dora_has_no_gradient():
-  """Against finite differences of the form with the norm held, on one matrix."""
+  """Compare with finite differences of one matrix with the norm held constant."""
   key = jax.random.split(jax.random.key(3), 5)
   w, a, b = (jax.random.normal(k, s) for k, s in zip(key[:3], [(6, 5), (6, 2), (2, 5)], strict=True))
   x, magnitude = jax.random.normal(key[3], (4, 6)), jnp.abs(jax.random.normal(key[4], (5,)))
@@ -183,7 +183,7 @@ def test_the_norm_of_dora_has_no_gradient():
 
 
 def train(spec, steps=3, gradient_accumulation_steps=1, key=1, batch=None, lr=1e-2):
-  """Trains adapters on the dense model; returns (state before, state after, losses)."""
+  """Train adapters on the dense model; returns (state before, state after, losses)."""
   base = base_of('dense')
   frozen = {'base': quantize_tree(base, spec.quantize) if spec.quantize else base}
   tx, schedule = make_optimizer(OptimizerSpec(lr=lr, schedule='constant'), steps)
@@ -204,7 +204,7 @@ def train(spec, steps=3, gradient_accumulation_steps=1, key=1, batch=None, lr=1e
 @pytest.mark.parametrize(('kind', 'quantize'), [
     ('lora', ''), pytest.param('dora', 'nf4', marks=pytest.mark.slow),
     pytest.param('lora', 'int8', marks=pytest.mark.slow)])
-def test_training_leaves_the_base_to_the_bit_and_keeps_no_state_for_it(kind, quantize):
+def test_training_leaves_the_base_unchanged_without_optimizer_state(kind, quantize):
   before, after, losses = train(AdapterSpec(kind=kind, rank=2, quantize=quantize), steps=20)
   assert losses[-1] < losses[0] - 0.2
   jax.tree.map(np.testing.assert_array_equal, after.frozen, before.frozen)
@@ -217,7 +217,7 @@ def test_training_leaves_the_base_to_the_bit_and_keeps_no_state_for_it(kind, qua
 
 
 @pytest.mark.slow
-def test_accumulation_changes_nothing_and_dropout_follows_the_step():
+def test_gradient_accumulation_is_exact_and_dropout_depends_on_the_step():
   spec = AdapterSpec(kind='lora', rank=2)
   batch = batch_of()
   assert len(set(batch['loss_mask'].sum(1))) > 1
@@ -246,8 +246,8 @@ def test_dropout_differs_by_layer_and_weight_and_keeps_the_mean():
 
 
 @pytest.mark.slow
-def test_the_gradient_of_what_is_frozen_is_not_computed():
-  """FLOPs of the compiled program: forward and the input's gradient, without the third part of the weights'."""
+def test_the_gradient_of_frozen_weights_is_not_computed():
+  """The compiled program has the FLOPs of the forward pass and the inputs' gradients, without the weights'."""
   model = dataclasses.replace(MODELS['dense'], d_model=128, mlp_dim=256, num_kv_heads=2, vocab_size=512)
   base = Model(model).abstract_params()
   spec, batch = AdapterSpec(kind='lora', rank=1), batch_of()
@@ -267,7 +267,7 @@ def test_the_gradient_of_what_is_frozen_is_not_computed():
 
 
 @pytest.mark.slow
-def test_patterns():
+def test_target_patterns():
   base = base_of('moe')
   assert list(find_targets(base, ('*/attention/q*',))) == ['blocks/attention/query']
   assert list(find_targets(base, (r're:blocks/mlp/(up|down)',))) == ['blocks/mlp/down', 'blocks/mlp/up']
@@ -285,7 +285,7 @@ def test_patterns():
 
 
 @pytest.mark.slow
-def test_generation_takes_adapters_as_they_are():
+def test_generation_with_unmerged_adapters():
   from llmjax.generate.decode import Generator
   model, base, spec = MODELS['dense'], base_of('dense'), AdapterSpec(kind='lora', rank=3, quantize='nf4')
   base = quantize_tree(jax.tree.map(jnp.asarray, base), 'nf4')

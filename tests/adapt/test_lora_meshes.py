@@ -1,4 +1,4 @@
-"""Adapters on a mesh train as on one device; the frozen base lies as the parameters would."""
+"""Training adapters on a mesh equals training on one device; the frozen base is sharded like parameters."""
 
 import functools
 
@@ -54,7 +54,7 @@ def base_of(kind):
 
 
 def train(kind, sizes, spec, steps=3):
-  """Returns (losses, parameters, state on the mesh)."""
+  """Return (losses, parameters, state on the mesh)."""
   model = MODELS[kind]
   mesh_spec = MeshSpec(**(sizes or {}))
   mesh = make_mesh(mesh_spec, jax.devices()[:1] if sizes is None else None)

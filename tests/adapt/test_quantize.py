@@ -1,4 +1,4 @@
-"""Quantised weights: exact codes, bounded errors, bytes, and products that know them."""
+"""Quantized weights: exact codes, bounded errors, sizes, and products with them."""
 
 import statistics
 
@@ -52,7 +52,7 @@ def test_every_value_is_within_half_a_step(kind, bits):
 
 
 @pytest.mark.parametrize(('kind', 'most'), [('int8', 1.1), ('nf4', 1.01)])
-def test_an_outlier_costs_no_block_but_its_own(kind, most):
+def test_an_outlier_does_not_affect_other_blocks(kind, most):
   """With maxima rounded linearly, an outlier of 100 times the rest made int8's errors 4.8 times larger in its row."""
   w = np.random.default_rng(0).normal(size=(8, 4096)).astype(np.float32)
   outlier = w.copy()
@@ -63,7 +63,7 @@ def test_an_outlier_costs_no_block_but_its_own(kind, most):
   assert np.all(after <= most * before)
 
 
-def test_blocks_of_zeros_stay_zero_and_cost_the_others_nothing():
+def test_blocks_of_zeros_stay_zero_and_do_not_affect_others():
   w = np.random.default_rng(0).normal(size=(4, 256)).astype(np.float32)
   w[:, 64:128] = 0
   w[1] = 0
@@ -73,7 +73,7 @@ def test_blocks_of_zeros_stay_zero_and_cost_the_others_nothing():
 
 
 @pytest.mark.slow
-def test_products_and_layers_take_the_quantised_form():
+def test_products_and_layers_accept_quantized_weights():
   w, x = weights((2, 24, 40)), jax.random.normal(jax.random.key(5), (4, 24))
   q = quantize(w, 'nf4', 2)
   one = jax.tree.map(lambda leaf: leaf[1], q)
@@ -94,8 +94,8 @@ def test_zeros_and_odd_axes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('experts', [pytest.param(0, marks=pytest.mark.slow), 4])
-def test_a_model_in_few_bits(experts):
-  """The blocks' matrices are quantised and nothing else; the model of the parts is the model of their values."""
+def test_a_quantized_model(experts):
+  """Only the blocks' matrices are quantized; the outputs equal those with the dequantized values."""
   model = ModelSpec(num_layers=2, d_model=32, num_heads=2, mlp_dim=48, vocab_size=64, num_experts=experts,
                     tie_embeddings=True)
   params = jax.jit(Model(model).init)(jax.random.key(0))

@@ -1,4 +1,4 @@
-"""What is saved comes back to the bit."""
+"""Saved states are restored bit-exactly."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""No damaged checkpoint is loaded, and no failed save costs the one before it."""
+"""Damaged checkpoints are never loaded, and a failed save leaves the previous one intact."""
 
 import json
 import resource
@@ -38,7 +38,7 @@ def save(workdir, *steps, spec=None, **arguments):
 
 
 def assert_loads(checkpoints, step):
-  """The newest good checkpoint is this step's, to the bit."""
+  """Assert that the newest verified checkpoint is that of a step, equal to the bit."""
   assert checkpoints.latest() == step
   expected = make_state(step)
   state, stream = checkpoints.restore(step, jax.tree.map(
@@ -71,7 +71,7 @@ def flip(data, at, bit):
 
 
 def damages(data, rng):
-  """Yields (kind, bytes or None for a deleted file) of a file's contents."""
+  """Yield (kind, damaged bytes, or None for a deleted file) of a file's contents."""
   yield 'is missing', None
   if data:
     yield 'is empty', b''

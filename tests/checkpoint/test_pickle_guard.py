@@ -1,4 +1,4 @@
-"""Weights that could run a program are refused unread, and nothing in llmjax runs what a file says."""
+"""Pickled weights are refused unread, and no code of llmjax executes the contents of a file."""
 
 import ast
 import pathlib
@@ -27,7 +27,7 @@ FORBIDDEN_CALLS = ('eval', 'exec', 'compile', '__import__', 'execfile', 'os.syst
 
 
 class Evil:
-  """Unpickling this makes a file."""
+  """Unpickling this creates a file."""
 
   def __init__(self, path):
     self.path = path
@@ -37,7 +37,7 @@ class Evil:
 
 
 def evil_files(folder, witness):
-  """Writes pickles under every name and disguise; returns their paths."""
+  """Write pickles under every name and disguise; returns their paths."""
   data = pickle.dumps(Evil(witness))
   paths = [folder / f'model{suffix}' for suffix in pickle_guard.PICKLED]
   for path in paths:
@@ -86,7 +86,7 @@ def test_every_command_that_loads_weights_refuses_them(tmp_path):
   assert not (tmp_path / 'witness').exists()
 
 
-def test_the_way_to_convert_is_python():
+def test_the_conversion_command_is_python():
   code = pickle_guard.CONVERT.format('model.pt').split('"')[1]
   names = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
   assert {'load', 'save_file'} <= names
@@ -101,7 +101,7 @@ def dotted(node):
 
 
 def forbidden_uses(source):
-  """Returns the forbidden names that a source uses; np.load and torch.load count unless they are safe."""
+  """Return the forbidden names that a source uses, np.load and torch.load unless they are safe."""
   found = set()
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
@@ -131,7 +131,7 @@ def test_the_scan_finds(source):
   assert forbidden_uses(source)
 
 
-def test_nothing_runs_what_a_file_says():
+def test_no_code_executes_the_contents_of_a_file():
   found = {}
   files = [p for part in ('llmjax', 'tools', 'configs') for p in sorted((ROOT / part).rglob('*.py'))]
   assert len(files) > 80

@@ -28,7 +28,7 @@ ADAPTER = AdapterSpec(kind='dora', rank=2, quantize='nf4')
 
 
 class Batches:
-  """Batches that follow from their number."""
+  """Batches that are a function of their number."""
 
   fingerprint = 'of no text'
   state = 0
@@ -76,7 +76,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_to_the_bit_and_only_on_its_base(runs, tmp_path, capsys):
+def test_a_run_resumes_bit_exactly_and_only_on_its_base(runs, tmp_path, capsys):
   shutil.copytree(runs / 'lora', tmp_path / 'lora')
   shutil.rmtree(tmp_path / 'lora/checkpoints/4')
   assert train(tmp_path / 'lora', 4, ADAPTER, runs / 'base') == 0

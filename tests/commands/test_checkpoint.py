@@ -1,4 +1,4 @@
-"""Saving inside the loop, and the command that looks after what was saved."""
+"""Saving in the training loop, and `llmjax checkpoint`."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ MODEL = ModelSpec(num_layers=1, d_model=8, num_heads=1, mlp_dim=8, vocab_size=16
 
 
 class Batches:
-  """Batches that only count themselves."""
+  """Batches that contain their number."""
 
   fingerprint = 'of no text'
   state = 0
@@ -44,14 +44,14 @@ class Batches:
 
 
 def loss_fn(params, frozen, batch, key, lost_at=0):
-  """The sum of squares; from batch `lost_at` on, infinite."""
+  """Sum of squares; infinite from batch `lost_at` on."""
   scale = jnp.where((batch['tokens'][0, 0] == lost_at) & (lost_at > 0), jnp.inf, 1.0)
   loss = scale * sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(params))
   return loss, (jnp.float32(1.0), {})
 
 
 def train(workdir, steps, losses=(), log_every=1, lost_at=0, **checkpoint):
-  """Trains a toy and saves every second step; returns the exit status.  losses: of the evaluations."""
+  """Train a tiny model and save every second step; returns the exit status. losses: of the evaluations."""
   spec = PretrainSpec(
       model=MODEL, train=TrainSpec(steps=steps, batch_size=8, log_every=log_every, eval_every=2, checkpoint_every=2),
       optimizer=OptimizerSpec(warmup_steps=0, schedule='constant', clip_norm=0.0), logs=LogsSpec(writers=()),
