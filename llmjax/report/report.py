@@ -36,14 +36,15 @@ class Curve:
 
 
 CURVES = (
-    Curve('Loss', {'train/loss': 'as logged'}, 'loss', 0, False, {'height': 340, 'switches': ['ylog', 'xlog']}),
+    Curve('Loss', {'train/loss': 'as logged'}, 'loss', compared=False,
+          options={'height': 340, 'switches': ['ylog', 'xlog']}),
     Curve('Held-out bits per byte', {}, 'bits_per_byte'),
     Curve('Reward', {'rollout/reward': 'sampled completions'}, 'reward', 2),
     Curve('KL from the reference, nats per completion', {'rollout/kl': 'sampled completions'}, '', 3,
           options={'zero': True}),
     Curve('Tokens per completion', {'rollout/tokens': 'sampled completions'}, '', 4, options={'zero': True}),
     Curve('Preference accuracy', {'train/accuracy': 'batches'}, 'accuracy'),
-    Curve('Score margin of chosen over rejected completions', {'train/margin': 'batches'}, 'margin', 0, False),
+    Curve('Score margin of chosen over rejected completions', {'train/margin': 'batches'}, 'margin', compared=False),
     Curve('Log-probability of completions, nats',
           {'train/chosen_logprob': 'chosen', 'train/rejected_logprob': 'rejected'}, '', 2),
     Curve('Tokens per second', {'train/tokens_per_second': 'as logged'}, '', 2, options={'zero': True}),

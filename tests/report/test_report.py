@@ -127,6 +127,7 @@ def test_curves_are_the_metrics(run_folder):
   assert (evaluated['x'], evaluated['y']) == ([20, 40], pytest.approx([4.05, 4.025]))
   levels = {s['label']: s['y'] for s in charts['Held-out bits per byte']['series'] if s['kind'] == 'rule'}
   assert levels == {'xz -9, all of validation': [1.972], 'gzip -9, all of validation': [2.291]}
+  assert charts['Loss, nats per token']['switches'] == ['ylog', 'xlog'] and charts['Gradient norm']['ylog']
   assert charts['Learning rate']['series'][0]['y'][:2] == pytest.approx([1e-3, 2e-3])
 
 
