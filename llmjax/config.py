@@ -47,7 +47,8 @@ def setting(default, doc, *, kind='', choices=None, minimum=None, maximum=None):
   """Returns a dataclass field with its documentation, its choices and simple bounds (inclusive).
 
   kind: 'path' of local files and folders that are read, 'file' or 'folder' of one that is written; each may also be
-  one of `choices`.  'text' where a comma is part of the text, so that `parse_text` does not split at it.  Of a list the
+  one of `choices`.  'text' where a comma is part of the text, so that `parse_text` does not split at it.  'extension'
+  of names that may also be `module:name` (see `extensions`).  Of a list the
   choices and bounds hold for each item, of a mapping the choices for its names and the bounds for its numbers.
   """
   metadata = {'doc': doc, 'kind': kind, 'choices': choices, 'minimum': minimum, 'maximum': maximum}
@@ -315,6 +316,8 @@ def _check(field, value, name):
   many = is_mapping or isinstance(value, tuple)
   for item in (value if many else () if value is None else (value,)):
     if meta['choices'] is not None and item in meta['choices']:
+      continue
+    if meta['kind'] == 'extension' and ':' in str(item):  # The spec's `validate` loads it.
       continue
     if meta['kind'] in PATHS:
       if problem := path_problem(item):

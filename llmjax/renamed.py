@@ -17,6 +17,13 @@ FIELDS = {
     'rl.prompts': 'rl.prompts_per_iteration',
     'rl.rounds': 'rl.max_resample_rounds',
     'rl.tolerance': 'rl.logprob_tolerance',
+    'rl.mask_truncated': 'rl.mask_truncated_completions',
+    'policy.advantages': 'policy.advantage_estimator',
+    'policy.temperatures': 'policy.sapo_temperatures',
+    'policy.gammas': 'policy.vespo_k_lambda',
+    'preference.length_weight': 'preference.ld_alpha',
+    'preference.margin': 'preference.simpo_gamma',
+    'distill.on_policy': 'distill.on_policy_fraction',
     'reward.centring': 'reward.center_rewards_coef',
     'evaluate.by_source': 'evaluate.per_source',
     'evaluate.also': 'evaluate.extra_sources',
@@ -27,6 +34,10 @@ VALUES = {
     'rl.rewards': {'maths': 'math'},
     'reward': {'maths': 'math'},
     'records': {'pairs': 'preference', 'steps': 'stepwise'},
+    'reward.scores': {'answers': 'completions'},
+    'policy.advantage_estimator': {'mean': 'group_mean', 'others': 'leave_one_out'},
+    'preference.reference': {'adapters_off': 'disable_adapter'},
+    'distill.init': {'spread': 'evenly_spaced'},
 }
 
 FLAGS = {

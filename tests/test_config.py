@@ -7,6 +7,7 @@ import pytest
 
 from llmjax import config, renamed
 from llmjax.config import setting
+from llmjax.plan import spec as plan_spec
 from llmjax.run import spec
 
 
@@ -215,7 +216,7 @@ def test_former_names_of_fields_and_values_name_the_present_ones():
   for old in renamed.FIELDS:
     group, field = old.split('.')
     recipe.setdefault(group, {})[field] = 1
-  specs = (spec.PretrainSpec, spec.RlCommandSpec, spec.RewardSpec)
+  specs = (spec.PretrainSpec, spec.FinetuneSpec, spec.RlCommandSpec, spec.RewardSpec)
   known = {flag for spec_class in specs for flag, *_ in config.describe(spec_class, '')}
   assert set(renamed.FIELDS.values()) <= known and not set(renamed.FIELDS) & known
   lines = set()
@@ -225,7 +226,7 @@ def test_former_names_of_fields_and_values_name_the_present_ones():
     lines |= set(error.value.problems)
   for old, new in renamed.FIELDS.items():
     assert f'{old} is now called {new}; write {new}' in lines
-  assert {flag for flag, *_ in config.describe(spec.PlanOptions, '')} >= set(renamed.FLAGS.values())
+  assert {flag for flag, *_ in config.describe(plan_spec.PlanOptions, '')} >= set(renamed.FLAGS.values())
 
 
 def test_an_old_config_gets_the_present_names():

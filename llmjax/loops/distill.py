@@ -15,10 +15,10 @@ from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.parallel.sharding import tree_shardings
-from llmjax.post.objective import TEACHER, Distillation
+from llmjax.post.distillation import TEACHER_FIELDS, Distillation
 from llmjax.post.on_policy import OnPolicyStream
 from llmjax.run import start
-from llmjax.run.cached_outputs import Kept
+from llmjax.run.cached_outputs import CachedModel
 from llmjax.run.initial import checkpoint_of
 from llmjax.run.sources import run_folder
 
@@ -58,7 +58,7 @@ class Lessons:
     except ConfigError as e:
       raise ConfigError([f'distill.teacher={spec.distill.teacher}: its {p}' for p in e.problems]) from e
     source = spec.distill.teacher
-    self.kept = Kept(pathlib.Path(workdir) / FOLDER, 'teacher', 'distill.teacher', source,
+    self.kept = CachedModel(pathlib.Path(workdir) / FOLDER, 'teacher', 'distill.teacher', source,
                      lambda: checkpoint_of('distill.teacher', source))
     self.path = self.kept.checkpoint()
     self.lessons = Distillation(spec.distill, start.make_model(spec, mesh),
@@ -74,7 +74,7 @@ class Lessons:
   def teach(self, job):
     """Returns the job with the teacher's loss, and what that and the first step need."""
     initial = self._initial if self.spec.distill.init else None
-    if self.spec.distill.on_policy:
+    if self.spec.distill.on_policy_fraction:
       job = self._on_policy(job)
     if not self.spec.distill.top_k:
       return dataclasses.replace(job, loss_fn=self.lessons.train, initial=initial,
@@ -109,5 +109,5 @@ class Lessons:
                                  block_count=batch_shards(mesh))
       return self.lessons.top_k, self.load(), (place_batch(mesh, batch) for batch in rows)
 
-    return self.kept.tables(mesh, data, split, k, dict(zip(TEACHER, ('float32', 'int32'), strict=True)),
+    return self.kept.outputs(mesh, data, split, k, dict(zip(TEACHER_FIELDS, ('float32', 'int32'), strict=True)),
                             (stream.count_examples(data, split), 1, data.seq_len, k), make)

@@ -11,9 +11,9 @@ from llmjax.data import stream
 from llmjax.evaluate import margins
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.post import objective
-from llmjax.post.spec import FREE_LOSSES, UNPAIRED_LOSSES
+from llmjax.post.spec import REFERENCE_FREE_LOSSES, UNPAIRED_LOSSES
 from llmjax.run import loop, start
-from llmjax.run.cached_outputs import Kept
+from llmjax.run.cached_outputs import CachedModel
 from llmjax.run.initial import initial_checkpoint, load_initial
 
 REFERENCE = 'ref_logprobs'
@@ -76,10 +76,10 @@ def preference_job(spec, mesh, batches, workdir):
   unpaired = spec.preference.loss in UNPAIRED_LOSSES
   loss_fn = (objective.make_unpaired_loss if unpaired else objective.make_pair_loss)(
       spec.preference, model, vocab_size, spec.train.neftune_alpha)
-  if spec.preference.loss in FREE_LOSSES:
+  if spec.preference.loss in REFERENCE_FREE_LOSSES:
     return make_job(spec, mesh, batches, loss_fn)
   score = objective.make_sequence_logprobs(spec.preference, model, vocab_size)
-  kept = None if spec.preference.reference == 'adapters_off' else Kept(
+  kept = None if spec.preference.reference == 'disable_adapter' else CachedModel(
       workdir / 'reference', 'reference', 'train.init_from', spec.train.init_from,
       lambda: initial_checkpoint(spec.train.init_from))
   if spec.preference.reference == 'precomputed':
@@ -92,7 +92,7 @@ def preference_job(spec, mesh, batches, workdir):
   def with_reference(params, frozen, batch, key):
     found = {REFERENCE: score(frozen[name], batch)}
     if spec.preference.loss == 'kto':
-      found[objective.MISMATCHED] = score(frozen[name], objective.mismatch(batch))
+      found[objective.MISMATCHED] = score(frozen[name], objective.mismatch_completions(batch))
     return loss_fn(params, frozen, {**batch, **jax.lax.stop_gradient(found)}, key)
 
   load = (lambda: {name: load_initial(spec, mesh, kept.checkpoint())}) if kept else None
@@ -102,13 +102,13 @@ def preference_job(spec, mesh, batches, workdir):
 def score_reference(spec, mesh, score, kept):
   """Returns {split: dataset.Table, float32 [pairs, 2]}: the sums of the reference's log-probabilities over all answers.
 
-  In nats.  kept: the Kept reference.
+  In nats.  kept: the CachedModel of the reference.
   """
   load = functools.cache(lambda: load_initial(spec, mesh, kept.checkpoint()))
   said = lambda params, batch: {REFERENCE: score(params, batch)}
 
   def table(split):
-    found = kept.tables(mesh, spec.data, split, f'{spec.preference.length_weight:g}', {REFERENCE: 'float32'},
+    found = kept.outputs(mesh, spec.data, split, f'{spec.preference.ld_alpha:g}', {REFERENCE: 'float32'},
                         (stream.count_examples(spec.data, split), 2),
                         lambda: (said, load(), read_split(spec, mesh, split)))
     return found[REFERENCE]

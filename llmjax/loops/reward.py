@@ -20,7 +20,7 @@ MARGINS = 'reward.json'  # In the run's folder: what the report plots of held-ou
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
-  scores = 'steps' if spec.judges_steps else 'answers'
+  scores = 'steps' if spec.judges_steps else 'completions'
   spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, value_head=True),
                              reward=dataclasses.replace(spec.reward, scores=scores))
   return start.run(spec, options, make_job, None if spec.judges_steps else preference.open_batches)
@@ -31,24 +31,24 @@ def make_job(spec, mesh, batches, workdir):
   start.keep_template(spec, workdir)
   model, noise = start.make_model(spec, mesh), spec.train.neftune_alpha
   if spec.judges_steps:
-    judge = objective.make_step_judge(model, noise)
+    scorer = objective.make_step_scorer(model, noise)
   else:
-    judge = objective.make_reward_judge(model, center_rewards_coef=spec.reward.center_rewards_coef, neftune_alpha=noise)
-  loss_fn = objective.as_loss(judge)
+    scorer = objective.make_pair_scorer(model, center_rewards_coef=spec.reward.center_rewards_coef, neftune_alpha=noise)
+  loss_fn = objective.loss_of(scorer)
   if spec.judges_steps:
     job = loop.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, evaluators={}, sample=None,
                       describe=pretrain.make_describer(spec, batches))
   else:
     job = preference.make_job(spec, mesh, batches, loss_fn)
-  evaluators = {split: make_evaluator(spec, mesh, judge, split, workdir) for split in spec.evaluate.splits}
+  evaluators = {split: make_evaluator(spec, mesh, scorer, split, workdir) for split in spec.evaluate.splits}
   return dataclasses.replace(job, evaluators=evaluators)
 
 
-def make_evaluator(spec, mesh, judge, split, workdir):
+def make_evaluator(spec, mesh, scorer, split, workdir):
   """Returns the function of the parameters to a split's metrics, which writes what the report plots as well."""
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   count = lambda batch: jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # Sequences that do not pad the batch.
-  step = jax.jit(lambda params, batch: (*judge(params, batch, None), count(batch)), out_shardings=whole)
+  step = jax.jit(lambda params, batch: (*scorer(params, batch, None), count(batch)), out_shardings=whole)
   unit = 'steps' if spec.judges_steps else 'pairs'
   described = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
 

@@ -15,9 +15,10 @@ from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.post import objective, rollout
-from llmjax.post.source import RolloutSource
+from llmjax.post.rewards import compute_rewards
+from llmjax.post.rollout_stream import RolloutStream
 from llmjax.run import loop, start
-from llmjax.run.cached_outputs import Kept
+from llmjax.run.cached_outputs import CachedModel
 from llmjax.run.initial import checkpoint_of, initial_checkpoint, load_initial
 from llmjax.run.sources import run_folder
 from llmjax.run.spec import prompt_data
@@ -26,7 +27,7 @@ from llmjax.run.spec import prompt_data
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
   # Dropout and noise would make the policy that is trained another one than the policy that answered.
-  model = dataclasses.replace(spec.model, dropout=0.0, value_head=spec.policy.advantages == 'gae')
+  model = dataclasses.replace(spec.model, dropout=0.0, value_head=spec.policy.advantage_estimator == 'gae')
   train = dataclasses.replace(spec.train, neftune_alpha=0.0)
   return start.run(dataclasses.replace(spec, model=model, train=train), options, make_job, open_prompts)
 
@@ -42,15 +43,15 @@ def make_job(spec, mesh, prompts, workdir):
   with start.keep_template(spec, workdir) as chat:
     stop_ids = chat.stop_ids
   model = start.make_model(spec, mesh)
-  scorer = rollout.Scorer(model, mesh, rows=spec.train.batch_size,
+  scorer = rollout.TokenScorer(model, mesh, rows=spec.train.batch_size,
                           temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size)
   score = reward_model(spec, mesh, tokenizer) if 'model' in spec.rl.rewards else None
   reference = None
   if spec.rl.reference:
-    kept = Kept(workdir / 'reference', 'reference', 'train.init_from', spec.train.init_from,
+    kept = CachedModel(workdir / 'reference', 'reference', 'train.init_from', spec.train.init_from,
                 lambda: initial_checkpoint(spec.train.init_from))
     reference = load_initial(spec, mesh, kept.checkpoint())
-  source = RolloutSource(spec, mesh, prompts, tokenizer, workdir, stop_ids=stop_ids, scorer=scorer,
+  source = RolloutStream(spec, mesh, prompts, tokenizer, workdir, stop_ids=stop_ids, scorer=scorer,
                          reference=reference, score=score)
   loss_fn = objective.make_policy_loss(
       spec.policy, model, temperature=spec.rl.temperature, vocab_size=tokenizer.vocab_size,
@@ -73,10 +74,11 @@ def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params, frozen=None)
                         vocab_size=tokenizer.vocab_size)
   made = generator.generate([np.asarray(p['ids'], np.int32) for p in prompts], spec.rl.max_new_tokens,
                             stop_ids=stop_ids)
-  answers = [rollout.answer_of(tokenizer, p, tokens[:n], stop_ids)
+  answers = [rollout.decode_completion(tokenizer, p, tokens[:n], stop_ids)
              for p, tokens, n in zip(prompts, made.tokens, made.lengths, strict=True)]
-  parts, raw, _ = rollout.judge(spec.rl, answers, score)
-  return {'reward': float(raw.mean()), **{f'reward/{name}': float(np.mean(v)) for name, v in parts.items()},
+  rewards = compute_rewards(spec.rl, answers, score)
+  by_name = {f'reward/{name}': float(np.mean(values)) for name, values in rewards.by_name.items()}
+  return {'reward': float(rewards.raw.mean()), **by_name,
           'ended': float(np.mean([a.ended for a in answers])), 'answers': len(answers),
           'tokens': float(made.lengths.mean()),
           **stream.describe_evaluation(data, split, spec.evaluate.limit, *_reward_settings(spec.rl))}
@@ -89,7 +91,7 @@ def _reward_settings(rl):
 
 
 def reward_model(spec, mesh, tokenizer):
-  """Returns the function of Answers to what the reward model in spec.rl.reward_model, of answers or steps, scores."""
+  """Return the function of Completions to the scores of the reward model in spec.rl.reward_model."""
   path = checkpoint_of('rl.reward_model', spec.rl.reward_model)
   settings = read_config(run_folder(path))
   judge = config.build(ModelSpec, settings['model'])
@@ -101,12 +103,12 @@ def reward_model(spec, mesh, tokenizer):
       run_folder(path), int(path.name), shardings=lambda model: tree_shardings(mesh, Model(model).param_names()))
   scorer_model = start.make_model(dataclasses.replace(spec, model=model), mesh)
   of_steps = settings['reward'].get('scores') == 'steps'
-  scorer = rollout.RewardScorer(
+  scorer = rollout.RewardModelScorer(
       scorer_model, mesh, rows=spec.train.batch_size, length=spec.data.seq_len + 1,
-      reduce=spec.rl.step_score if of_steps else '')
+      reduction=spec.rl.step_score if of_steps else '')
 
-  def score(answers):
-    places = [rollout.places_of_steps(tokenizer, a) for a in answers] if of_steps else None
-    return scorer(params, [a.ids for a in answers], places)
+  def score(completions):
+    step_ends = [rollout.find_step_ends(tokenizer, c) for c in completions] if of_steps else None
+    return scorer(params, [c.ids for c in completions], step_ends)
 
   return score

@@ -1,11 +1,10 @@
-r"""Feedback from a model by written principles: critiques and revisions, and preferences with soft labels.
+r"""AI feedback by written principles: critiques and revisions, and preferences with soft labels.
 
-Constitutional AI (arXiv:2212.08073): sections 3 (critique, revise, fine-tune on the revisions) and 4 (a model says
-which of two answers follows a principle better).  RLAIF (arXiv:2309.00267), section 2.1: both orders of the answers are
-asked and averaged, because models prefer a place.
+Constitutional AI (arXiv:2212.08073), sections 3 (critique, revise, fine-tune on the revisions) and 4 (a model chooses
+between two completions by a principle).  RLAIF (arXiv:2309.00267), section 2.1: the choice is averaged over both orders
+of the completions, because models have a position bias.
 
-Nothing here knows a model: `speak` answers conversations, `judge` gives log-probabilities of choices; a test scripts
-both.  A principles file is TOML:
+The functions take a model as callables, `generate` and `score_choices`.  A principles file is TOML:
 
     [[principles]]
     name = "no_secrets"
@@ -31,7 +30,7 @@ FIELDS = ('name', 'critique', 'revise', 'prefer')
 
 @dataclasses.dataclass(frozen=True)
 class Principle:
-  """One rule.  critique, revise, prefer: what a model is asked to do by it; '' where the rule is not for that."""
+  """One rule.  critique, revise, prefer: its instruction for each task, or ''."""
 
   name: str
   critique: str = ''
@@ -41,21 +40,19 @@ class Principle:
 
 @dataclasses.dataclass(frozen=True)
 class _FeedbackOptions(SamplingSpec):
-  """What both commands ask for."""
+  """Flags of both feedback commands."""
 
-  temperature: float = setting(0.8, 'divides the logits of sampled texts; 0 always takes the most likely token',
-                               minimum=0.0)
-  workdir: str = setting('', 'folder of the run whose model gives the feedback; fine-tuned on conversations',
-                         kind='path')
-  step: int = setting(0, 'checkpoint to load; 0: the latest', minimum=0)
-  principles: str = setting('', 'file of principles (TOML), such as configs/feedback/principles.toml', kind='path')
-  prompts: str = setting('', 'JSONL of prompts: objects with prompt, question or messages', kind='path')
-  output: str = setting('', 'JSONL to write, a line for each prompt; what is there already is kept and gone on from',
-                        kind='file')
-  max_new_tokens: int = setting(256, 'tokens of a sampled text at most', minimum=1)
-  batch_size: int = setting(16, 'prompts at a time', minimum=1)
-  limit: int = setting(0, 'prompts to read; 0: all', minimum=0)
-  seed: int = setting(0, 'draws principles and texts', minimum=0)
+  temperature: float = setting(0.8, 'sampling temperature of completions; 0: greedy', minimum=0.0)
+  workdir: str = setting('', 'run folder of the chat model that gives the feedback', kind='path')
+  step: int = setting(0, 'checkpoint step to load; 0: the latest', minimum=0)
+  principles: str = setting('', 'TOML file of principles, such as configs/feedback/principles.toml', kind='path')
+  prompts: str = setting('', 'JSONL file of prompts: objects with prompt, question or messages', kind='path')
+  output: str = setting('', 'JSONL file to write, one record per prompt; an interrupted command resumes after its last '
+                        'record', kind='file')
+  max_new_tokens: int = setting(256, 'maximum number of tokens of a completion', minimum=1)
+  batch_size: int = setting(16, 'prompts per batch', minimum=1)
+  limit: int = setting(0, 'maximum number of prompts; 0: all', minimum=0)
+  seed: int = setting(0, 'random seed of sampling and of the choice of principles', minimum=0)
 
   def validate(self):
     yield from super().validate()
@@ -74,16 +71,16 @@ class _FeedbackOptions(SamplingSpec):
 class ReviseOptions(_FeedbackOptions):
   """Flags of `llmjax feedback revise`."""
 
-  rounds: int = setting(1, 'critiques and revisions of each answer, one after the other', minimum=1, maximum=16)
+  rounds: int = setting(1, 'rounds of critique and revision per completion', minimum=1, maximum=16)
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferOptions(_FeedbackOptions):
   """Flags of `llmjax feedback prefer`."""
 
-  policy: str = setting('', "folder of the run that samples two answers to each prompt; '': the prompts file has them, "
-                        'as responses, or as chosen and rejected', kind='path')
-  certainty: float = setting(1.0, 'labels stay between 1 - certainty and certainty', minimum=0.5, maximum=1.0)
+  policy: str = setting('', 'run folder of the model that samples two completions per prompt; empty: the prompts file '
+                        'has them, as responses, or as chosen and rejected', kind='path')
+  certainty: float = setting(1.0, 'clip the soft labels to [1 - certainty, certainty]', minimum=0.5, maximum=1.0)
 
   def validate(self):
     yield from super().validate()
@@ -93,19 +90,19 @@ class PreferOptions(_FeedbackOptions):
       yield from (p.replace('workdir', 'policy', 1) for p in pickle_guard.no_run(self.policy))
 
 
-def read_principles(path, needs):
-  """Returns ([Principle], SHA-256 of the file); only those with every field of `needs`.
+def read_principles(path, required):
+  """Read a principles file; returns ([Principle], SHA-256 of the file), only those with every field of `required`.
 
   Raises ConfigError with all problems.
   """
   try:
     data = pathlib.Path(path).read_bytes()
-    found = tomllib.loads(data.decode('utf-8'))
+    table = tomllib.loads(data.decode('utf-8'))
   except OSError as e:
     raise ConfigError([f'principles={path} cannot be read: {e.strerror}']) from e
-  except (ValueError, RecursionError) as e:  # Of TOML, or of UTF-8.
+  except (ValueError, RecursionError) as e:  # Invalid TOML or UTF-8.
     raise ConfigError([f'principles={path} is not TOML: {" ".join(str(e).split())[:200]}']) from e
-  entries = found.get('principles')
+  entries = table.get('principles')
   if not isinstance(entries, list) or not entries:
     raise ConfigError([f'principles={path} has no [[principles]]; each has {", ".join(FIELDS)}'])
   problems, principles = [], []
@@ -120,113 +117,113 @@ def read_principles(path, needs):
       principles.append(Principle(**{k: v.strip() for k, v in entry.items()}))
   names = [p.name for p in principles]
   problems += [f'{path}: two principles are called {n}' for n in sorted({n for n in names if names.count(n) > 1})]
-  usable = [p for p in principles if all(getattr(p, field) for field in needs)]
+  usable = [p for p in principles if all(getattr(p, field) for field in required)]
   if not usable and not problems:
-    problems.append(f'{path}: no principle has {" and ".join(needs)}')
+    problems.append(f'{path}: no principle has {" and ".join(required)}')
   if problems:
     raise ConfigError(problems)
   return usable, hashlib.sha256(data).hexdigest()
 
 
-def draw(principles, seed, *place):
-  """Returns one principle; it depends on the seed and the place (record, round) alone, so any part can be redone."""
-  digest = hashlib.sha256('/'.join(map(str, (seed, *place))).encode()).digest()
+def draw_principle(principles, seed, *position):
+  """Draw a principle by a hash of the seed and the position (record, round), so that any part can be recomputed."""
+  digest = hashlib.sha256('/'.join(map(str, (seed, *position))).encode()).digest()
   return principles[int.from_bytes(digest[:8], 'big') % len(principles)]
 
 
 # Revisions
 
 
-def critique_request(messages, answer, principle):
-  """Returns the conversation in which a model is asked to criticise its answer (arXiv:2212.08073, section 3.1)."""
-  return [*messages, _says('assistant', answer), _says('user', principle.critique)]
+def critique_prompt(messages, completion, principle):
+  """Return the conversation that asks the model to criticize its completion (arXiv:2212.08073, section 3.1)."""
+  return [*messages, _message('assistant', completion), _message('user', principle.critique)]
 
 
-def revision_request(messages, answer, critique, principle):
-  """Returns the conversation in which a model is asked to write its answer anew after the critique."""
-  return [*critique_request(messages, answer, principle), _says('assistant', critique),
-          _says('user', principle.revise)]
+def revision_prompt(messages, completion, critique, principle):
+  """Return the conversation that asks the model to revise its completion after the critique."""
+  return [*critique_prompt(messages, completion, principle), _message('assistant', critique),
+          _message('user', principle.revise)]
 
 
-def revise(prompts, speak, principles, *, rounds=1, seed=0, first=0):
-  """Returns one record for every prompt: {'messages', 'provenance'}, ready for fine-tuning.
+def revise(prompts, generate, principles, *, rounds=1, seed=0, first=0):
+  """Generate revised completions; returns one record per prompt, {'messages', 'provenance'}, for fine-tuning.
 
-  prompts: conversations that end with the user, lists of messages.  speak(conversations, stage) -> texts; stage:
-  'answer', 'critique 1', 'revision 1', ...  first: the number of the first prompt among all, which principles are
-  drawn by.  Every stage asks for all prompts at once.
+  prompts: conversations that end with a user message.  generate(conversations, stage) -> texts, stage in 'answer',
+  'critique 1', 'revision 1', ...  first: index of the first prompt in the file, which the principles depend on.
   """
-  answers = speak(prompts, 'answer')
-  steps = [[{'answer': answer}] for answer in answers]
+  completions = generate(prompts, 'answer')
+  steps = [[{'answer': completion}] for completion in completions]
   for turn in range(1, rounds + 1):
-    drawn = [draw(principles, seed, first + i, turn) for i in range(len(prompts))]
-    asked = list(zip(prompts, answers, drawn, strict=True))
-    critiques = speak([critique_request(*a) for a in asked], f'critique {turn}')
-    answers = speak([revision_request(m, a, c, p) for (m, a, p), c in zip(asked, critiques, strict=True)],
-                    f'revision {turn}')
-    for step, principle, critique, answer in zip(steps, drawn, critiques, answers, strict=True):
-      step.append({'principle': principle.name, 'critique': critique, 'answer': answer})
-  return [{'messages': [*prompt, _says('assistant', answer)], 'provenance': {'kind': 'revision', 'steps': step}}
-          for prompt, answer, step in zip(prompts, answers, steps, strict=True)]
+    drawn = [draw_principle(principles, seed, first + i, turn) for i in range(len(prompts))]
+    critiques = generate([*map(critique_prompt, prompts, completions, drawn)], f'critique {turn}')
+    completions = generate([*map(revision_prompt, prompts, completions, critiques, drawn)], f'revision {turn}')
+    for record, principle, critique, completion in zip(steps, drawn, critiques, completions, strict=True):
+      record.append({'principle': principle.name, 'critique': critique, 'answer': completion})
+  return [{'messages': [*prompt, _message('assistant', completion)],
+           'provenance': {'kind': 'revision', 'steps': record}}
+          for prompt, completion, record in zip(prompts, completions, steps, strict=True)]
 
 
 # Preferences
 
 
-def comparison(messages, first, second, principle):
-  """Returns the conversation in which a model is to choose between two answers (arXiv:2212.08073, section 4.1)."""
-  talk = '\n\n'.join(f'{m["role"].capitalize()}: {m["content"]}' for m in messages)
-  return [_says('user', f'Consider this conversation:\n\n{talk}\n\n{principle.prefer}\n\nOptions:\n'
-                        f'(A) {first}\n(B) {second}\n\nThe answer is the letter A or B.')]
+def comparison_prompt(messages, first, second, principle):
+  """Return the conversation that asks the model to choose between two completions (arXiv:2212.08073, section 4.1)."""
+  dialogue = '\n\n'.join(f'{m["role"].capitalize()}: {m["content"]}' for m in messages)
+  return [_message('user', f'Consider this conversation:\n\n{dialogue}\n\n{principle.prefer}\n\nOptions:\n'
+                           f'(A) {first}\n(B) {second}\n\nThe answer is the letter A or B.')]
 
 
-def label(log_probs, clamp=(0.0, 1.0)):
-  """Returns (probability that the first answer is better, bias towards place A), each float64 [n].
+def soft_labels(logprobs, clip=(0.0, 1.0)):
+  """Return (probability that the first completion is better, position bias towards A), each float64 [n].
 
-  log_probs: [n, 2 orders, 2 choices], nats; in the second order the answers have changed places.  The probability is
-  that of the two choices alone, averaged over the orders, then clamped (arXiv:2212.08073, section 4.1, clamps to 40
-  to 60 % after a chain of thought).  bias: how much likelier than 1/2 the place A is, averaged over the orders.
+  logprobs: [n, 2 orders, 2 choices], nats; the second order exchanges the completions.  The probability is normalized
+  over the two choices, averaged over the orders, then clipped (arXiv:2212.08073, section 4.1, clips to 40 to 60 % after
+  a chain of thought).  The bias is P(A) - 1/2, averaged over the orders.
   """
-  log_probs = np.asarray(log_probs, np.float64)
-  place_a = 1.0 / (1.0 + np.exp(np.clip(log_probs[..., 1] - log_probs[..., 0], -700, 700)))
-  first = (place_a[:, 0] + 1.0 - place_a[:, 1]) / 2
-  return np.clip(first, *clamp), place_a.mean(axis=1) - 0.5
+  logprobs = np.asarray(logprobs, np.float64)
+  prob_a = 1.0 / (1.0 + np.exp(np.clip(logprobs[..., 1] - logprobs[..., 0], -700, 700)))
+  first = (prob_a[:, 0] + 1.0 - prob_a[:, 1]) / 2
+  return np.clip(first, *clip), prob_a.mean(axis=1) - 0.5
 
 
-def compare(records, judge, principles, *, seed=0, first=0, clamp=(0.0, 1.0)):
-  """Returns records with labels: [{'prompt', 'chosen', 'rejected', 'probability', 'provenance'}].
+def compare(pairs, score_choices, principles, *, seed=0, first=0, clip=(0.0, 1.0)):
+  """Label pairs of completions: [{'prompt', 'chosen', 'rejected', 'probability', 'provenance'}].
 
-  records: [(messages, answer, other answer)].  judge(conversations) -> log-probabilities [n, 2] of CHOICES.
-  probability: that the chosen answer is better, 1/2 at least: a soft label.
+  pairs: [(messages, completion, other completion)].  score_choices(conversations) -> log-probabilities [n, 2] of
+  CHOICES.  probability: soft label, the probability that the chosen completion is better, at least 1/2.
   """
-  drawn = [draw(principles, seed, first + i) for i in range(len(records))]
-  orders = [comparison(m, *pair, p) for (m, a, b), p in zip(records, drawn, strict=True) for pair in ((a, b), (b, a))]
-  log_probs = np.asarray(judge(orders), np.float64).reshape(len(records), 2, 2)
-  probabilities, bias = label(log_probs, clamp)
-  made = []
-  for (messages, a, b), principle, p, row, towards in zip(records, drawn, probabilities, log_probs, bias, strict=True):
+  drawn = [draw_principle(principles, seed, first + i) for i in range(len(pairs))]
+  conversations = [comparison_prompt(messages, *order, principle)
+                   for (messages, a, b), principle in zip(pairs, drawn, strict=True) for order in ((a, b), (b, a))]
+  logprobs = np.asarray(score_choices(conversations), np.float64).reshape(len(pairs), 2, 2)
+  probabilities, biases = soft_labels(logprobs, clip)
+  records = []
+  for (messages, a, b), principle, p, bias, orders in zip(pairs, drawn, probabilities, biases, logprobs, strict=True):
     chosen, rejected = (a, b) if p >= 0.5 else (b, a)
-    made.append({
+    records.append({
         'prompt': messages, 'chosen': chosen, 'rejected': rejected, 'probability': round(float(max(p, 1 - p)), 6),
-        'provenance': {'kind': 'preference', 'principle': principle.name, 'position_bias': round(float(towards), 6),
-                       'log_probs': {'given order': row[0].round(6).tolist(), 'exchanged': row[1].round(6).tolist()},
+        'provenance': {'kind': 'preference', 'principle': principle.name, 'position_bias': round(float(bias), 6),
+                       'log_probs': {'given order': orders[0].round(6).tolist(),
+                                     'exchanged': orders[1].round(6).tolist()},
                        'first_was_chosen': bool(p >= 0.5)}})
-  return made
+  return records
 
 
-def describe_places(made):
-  """Returns how much the judge goes by place: {'mean_bias', 'mean_absolute_bias', 'inconsistent'}.
+def position_bias(records):
+  """Summarize the position bias of `compare` records: {'mean_bias', 'mean_absolute_bias', 'inconsistent'}.
 
-  made: records of `compare`.  mean_bias: probability of place A above 1/2.  inconsistent: the part of the records
-  whose two orders name different answers.
+  mean_bias: mean of P(A) - 1/2.  inconsistent: share of the records in which the two orders choose different
+  completions.
   """
-  if not made:
+  if not records:
     return {'mean_bias': 0.0, 'mean_absolute_bias': 0.0, 'inconsistent': 0.0}
-  bias = np.array([row['provenance']['position_bias'] for row in made])
-  orders = np.array([list(row['provenance']['log_probs'].values()) for row in made])
-  prefers_a = orders[..., 0] > orders[..., 1]
+  bias = np.array([record['provenance']['position_bias'] for record in records])
+  logprobs = np.array([list(record['provenance']['log_probs'].values()) for record in records])
+  prefers_a = logprobs[..., 0] > logprobs[..., 1]
   return {'mean_bias': round(float(bias.mean()), 4), 'mean_absolute_bias': round(float(abs(bias).mean()), 4),
           'inconsistent': round(float((prefers_a[:, 0] == prefers_a[:, 1]).mean()), 4)}
 
 
-def _says(role, content):
+def _message(role, content):
   return {'role': role, 'content': content}

@@ -1,8 +1,7 @@
-"""Losses of preferences: each a row of a table, from the log-probabilities of whole answers.
+"""Preference losses from the log-probabilities of whole completions.
 
-Letters: P pairs, B rows, T tokens.  c and r: how much likelier the policy makes the better and the worse answer
-than the reference does, log pi / pi_ref.  h = beta (c - r).  Losses are sums with the number of pairs as weight;
-both are divided once, by the step.
+Letters: P pairs, B sequences, T tokens.  c and r: log-ratios log pi / pi_ref of the chosen and the rejected completion.
+h = beta (c - r).  Losses are sums with the number of pairs as weight, divided once by the train step.
 """
 
 import math
@@ -11,15 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llmjax.ops.masked import masked_sum
+from llmjax.ops.masked import masked_mean, masked_sum, masked_sums
 
 log_sigmoid, sigmoid = jax.nn.log_sigmoid, jax.nn.sigmoid
 
 
 class Pairs(NamedTuple):
-  """Sums of log-probabilities over the answers' tokens, float32 [P], nats; and how many tokens those are.
+  """Log-probabilities of completions, float32 [P], nats, and their numbers of tokens.
 
-  shift: a number that bco_pair takes off both rewards (arXiv:2404.04656: their running mean), else 0.
+  shift: subtracted from both rewards by bco_pair (arXiv:2404.04656: their running mean).
   """
 
   chosen: jax.Array
@@ -32,33 +31,33 @@ class Pairs(NamedTuple):
 
 
 def exchange(pairs):
-  """Returns the Pairs with better and worse answers in each other's places."""
+  """Exchange the chosen and the rejected completions."""
   return Pairs(pairs.rejected, pairs.chosen, pairs.ref_rejected, pairs.ref_chosen, pairs.rejected_length,
                pairs.chosen_length, pairs.shift)
 
 
 def sum_logprobs(logprobs, weights):
-  """Returns (sum, number of tokens), float32 [B], of log-probabilities [B, T] where weights [B, T] are not 0."""
+  """Return (weighted sum, number of tokens), [B], of log-probabilities [B, T] where weights [B, T] are nonzero."""
   weights = weights.astype(jnp.float32)
   return jnp.sum(jnp.where(weights != 0, weights * logprobs, 0.0), axis=1), jnp.sum(weights != 0, axis=1)
 
 
-def length_weights(mask, other_mask, weight, place=None):
-  """Returns the mask [B, T] with `weight` on the tokens by which a completion is longer than the other one of its pair.
+def length_weights(mask, other_mask, weight, index=None):
+  """Return the mask [B, T] with `weight` on the tokens beyond the length of the pair's shorter completion.
 
-  place: int [B, T], which token of its completion each marked one is, from 1; None: they lie in order.
+  index: int [B, T], index of each token in its completion, from 1; None: the tokens are in order.
   Source: LD-DPO, arXiv:2409.06411.
   """
   common = jnp.minimum(jnp.sum(mask != 0, 1), jnp.sum(other_mask != 0, 1))[:, None]
-  place = jnp.cumsum(mask != 0, axis=1) if place is None else place
-  return jnp.where(place <= common, 1.0, weight) * (mask != 0)
+  index = jnp.cumsum(mask != 0, axis=1) if index is None else index
+  return jnp.where(index <= common, 1.0, weight) * (mask != 0)
 
 
-# The table.  Each row: (pairs, spec, c, r) -> losses [P].
+# The losses: (pairs, spec, c, r) -> float32 [P].
 
 
 def implicit_scores(pairs, spec):
-  """Returns (c, r) as the divergence sees them: f'(pi / pi_ref) (f-DPO, arXiv:2309.16240)."""
+  """Return (c, r), transformed to f'(pi / pi_ref) for an f-divergence (f-DPO, arXiv:2309.16240)."""
 
   def score(logprob, ref):
     ratio = logprob - ref
@@ -75,7 +74,7 @@ def implicit_scores(pairs, spec):
 
 
 def _smoothed(h, epsilon):
-  """Returns the binary cross-entropy of labels of which a part epsilon is wrong (cDPO, E. Mitchell, 2023)."""
+  """Return the binary cross-entropy with label smoothing epsilon (cDPO, E. Mitchell, 2023)."""
   return -(1.0 - epsilon) * log_sigmoid(h) - epsilon * log_sigmoid(-h)
 
 
@@ -89,107 +88,107 @@ def _sigmoid(pairs, spec, c, r):
 
 
 def _robust(pairs, spec, c, r):
-  """Without bias under labels flipped at a known rate (arXiv:2403.00409)."""
+  """Robust DPO: unbiased under labels flipped at a known rate (arXiv:2403.00409)."""
   h, epsilon = spec.beta * (c - r), spec.label_smoothing
   return (-(1.0 - epsilon) * log_sigmoid(h) + epsilon * log_sigmoid(-h)) / (1.0 - 2.0 * epsilon)
 
 
 def _hinge(pairs, spec, c, r):
-  """SLiC's (arXiv:2305.10425; RSO, arXiv:2309.06657)."""
+  """Hinge loss of SLiC (arXiv:2305.10425) and RSO (arXiv:2309.06657)."""
   return jax.nn.relu(1.0 - spec.beta * (c - r))
 
 
 def _ipo(pairs, spec, c, r):
-  """IPO (arXiv:2310.12036, eq. 17), of log-ratios per token: sums would make the target depend on the length."""
+  """IPO (arXiv:2310.12036, eq. 17) on log-ratios per token, so that the target does not depend on the length."""
   c, r = _per_token(pairs, c, r)
   return jnp.square(c - r - 1.0 / (2.0 * spec.beta))
 
 
 def _exo_pair(pairs, spec, c, r):
-  """Reverse KL to the smoothed label (arXiv:2402.00856, eq. 16)."""
+  """EXO: reverse KL to the smoothed label (arXiv:2402.00856, eq. 16)."""
   h, epsilon = spec.beta * (c - r), spec.label_smoothing
   return (sigmoid(h) * (log_sigmoid(h) - math.log1p(-epsilon))
           + sigmoid(-h) * (log_sigmoid(-h) - math.log(epsilon)))
 
 
 def _nca_pair(pairs, spec, c, r):
-  """Noise-contrastive alignment of two answers (arXiv:2402.05369)."""
+  """Noise-contrastive alignment of pairs (arXiv:2402.05369)."""
   c, r = spec.beta * c, spec.beta * r
   return -log_sigmoid(c) - 0.5 * log_sigmoid(-c) - 0.5 * log_sigmoid(-r)
 
 
 def _bco_pair(pairs, spec, c, r):
-  """A binary classifier of answers (arXiv:2404.04656)."""
+  """BCO: binary classification of completions (arXiv:2404.04656)."""
   return -log_sigmoid(spec.beta * c - pairs.shift) - log_sigmoid(pairs.shift - spec.beta * r)
 
 
 def _sppo_hard(pairs, spec, c, r):
-  """Self-play with the winner's probability 1 (arXiv:2405.00675, eq. 4.7)."""
+  """SPPO with hard labels (arXiv:2405.00675, eq. 4.7)."""
   return jnp.square(c - 0.5 / spec.beta) + jnp.square(r + 0.5 / spec.beta)
 
 
 def _sorted(values, pairs):
-  """Returns the values in order; pairs of padding, which fill up the end of a batch, stay there."""
+  """Sort values; padding pairs, at the end of a batch, stay there."""
   return jnp.sort(jnp.where(pairs.chosen_length > 0, values, 1e9))
 
 
 def _aot(pairs, spec, c, r):
-  """Ratios of the policy above those of the reference in distribution (arXiv:2406.05882, paired)."""
+  """AOT, paired: the policy's log-ratios dominate the reference's (arXiv:2406.05882)."""
   policy, reference = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
   return _smoothed(spec.beta * (_sorted(policy, pairs) - _sorted(reference, pairs)), spec.label_smoothing)
 
 
 def _aot_unpaired(pairs, spec, c, r):
-  """Better answers above worse ones in distribution (arXiv:2406.05882, unpaired)."""
+  """AOT, unpaired: chosen completions dominate rejected ones (arXiv:2406.05882)."""
   return _smoothed(spec.beta * (_sorted(c, pairs) - _sorted(r, pairs)), spec.label_smoothing)
 
 
 def _apo_zero(pairs, spec, c, r):
-  """The better answer up, the worse one down (arXiv:2408.06266, eq. 7)."""
+  """APO-zero: raise the chosen, lower the rejected completion (arXiv:2408.06266, eq. 7)."""
   return sigmoid(-spec.beta * c) + sigmoid(spec.beta * r)
 
 
 def _apo_down(pairs, spec, c, r):
-  """Both down, the worse one further: for answers worse than the model's own (arXiv:2408.06266, eq. 8)."""
+  """APO-down: lower both, the rejected one more, for data worse than the model (arXiv:2408.06266, eq. 8)."""
   return sigmoid(spec.beta * c) + sigmoid(-spec.beta * (c - r))
 
 
 def _discopop(pairs, spec, c, r):
-  """A mixture of logistic and exponential loss that a search found (arXiv:2406.08414, eq. 5)."""
+  """DiscoPOP: a log-ratio modulated mixture of logistic and exponential loss (arXiv:2406.08414, eq. 5)."""
   h = spec.beta * (c - r)
-  share = sigmoid(h / spec.discopop_tau)
-  return -(1.0 - share) * log_sigmoid(h) + share * jnp.exp(-h)
+  modulation = sigmoid(h / spec.discopop_tau)
+  return -(1.0 - modulation) * log_sigmoid(h) + modulation * jnp.exp(-h)
 
 
 def _sigmoid_norm(pairs, spec, c, r):
-  """DPO of log-ratios per token (arXiv:2411.15124)."""
+  """Length-normalized DPO (arXiv:2411.15124)."""
   c, r = _per_token(pairs, c, r)
   return -log_sigmoid(spec.beta * (c - r))
 
 
 def _sft(pairs, spec, c, r):
-  """The better answer's negative log-likelihood per token."""
+  """Negative log-likelihood of the chosen completion per token."""
   return -pairs.chosen / jnp.maximum(pairs.chosen_length, 1)
 
 
 def _cpo(pairs, spec, c, r):
-  """DPO with a uniform reference (arXiv:2401.08417); its likelihood term is spec.sft_weight."""
+  """CPO: DPO with a uniform reference (arXiv:2401.08417); its likelihood term is spec.sft_weight."""
   return _smoothed(spec.beta * (pairs.chosen - pairs.rejected), spec.label_smoothing)
 
 
 def _simpo(pairs, spec, c, r):
-  """Log-likelihoods per token, a margin apart (SimPO, arXiv:2405.14734)."""
+  """SimPO: log-likelihoods per token with a target margin (arXiv:2405.14734)."""
   c, r = _per_token(pairs, pairs.chosen, pairs.rejected)
-  return _smoothed(spec.beta * (c - r) - spec.margin, spec.label_smoothing)
+  return _smoothed(spec.beta * (c - r) - spec.simpo_gamma, spec.label_smoothing)
 
 
 def _orpo(pairs, spec, c, r):
-  """Likelihood and the odds ratio of likelihoods per token (arXiv:2403.07691, eq. 4 and 7)."""
+  """ORPO: likelihood and odds ratio of the likelihoods per token (arXiv:2403.07691, eq. 4 and 7)."""
   return _sft(pairs, spec, c, r) + spec.beta * odds_ratio(*_per_token(pairs, pairs.chosen, pairs.rejected))
 
 
 def odds_ratio(chosen, rejected):
-  """Returns -log sigmoid(log odds(chosen) - log odds(rejected)) of mean log-probabilities of a token."""
+  """Return -log sigmoid(log odds(chosen) - log odds(rejected)) of mean log-probabilities per token."""
   log_odds = lambda x: x - jnp.log1p(-jnp.exp(x))
   return -log_sigmoid(log_odds(chosen) - log_odds(rejected))
 
@@ -203,18 +202,18 @@ LOSSES = {
 
 
 def pair_loss(spec, pairs, weights=None, probability=None):
-  """Returns (sum over pairs, weight, aux).  spec: PreferenceSpec.  weights: float [P], 0 for a pair of padding.
+  """Return (sum over pairs, weight, aux) of a PreferenceSpec's loss.  weights: float [P], 0 for padding.
 
-  probability: float32 [P] or None, soft labels: how sure it is that the chosen answer is the better one.  The loss is
-  then the expected one, of the pair and of the pair exchanged (arXiv:2309.00267, section 2.2.1).
+  probability: float32 [P] or None, soft labels: the probability that the chosen completion is better.  The loss is the
+  expectation over the pair and the exchanged pair (arXiv:2309.00267, section 2.2.1).
 
-  aux, sums without gradient: `chosen_logprob` and `rejected_logprob` of whole answers, `chosen_reward` and
-  `rejected_reward` (beta c, beta r), `margin` between them and `accuracy`, how often it is positive.
+  aux, sums without gradient: `chosen_logprob` and `rejected_logprob` of whole completions, `chosen_reward` and
+  `rejected_reward` (beta c, beta r), their `margin`, and `accuracy`, whether it is positive.
 
-  aot and aot_unpaired sort the pairs they are given: they want train.gradient_accumulation_steps=1.
+  aot and aot_unpaired sort all given pairs and need train.gradient_accumulation_steps=1.
   """
   weights = jnp.ones_like(pairs.chosen) if weights is None else weights.astype(jnp.float32)
-  # Padding may hold anything; where would let its infinities into the gradient.
+  # Padding may hold any values, whose infinities would get into the gradient through where.
   pairs = jax.tree.map(lambda a: jnp.where(weights != 0, a, 0) if jnp.ndim(a) else a, pairs)
   loss = lambda pairs: LOSSES[spec.loss](pairs, spec, *implicit_scores(pairs, spec))
   losses = loss(pairs)
@@ -225,36 +224,32 @@ def pair_loss(spec, pairs, weights=None, probability=None):
   c, r = spec.beta * (pairs.chosen - pairs.ref_chosen), spec.beta * (pairs.rejected - pairs.ref_rejected)
   aux = {'chosen_logprob': pairs.chosen, 'rejected_logprob': pairs.rejected, 'chosen_reward': c,
          'rejected_reward': r, 'margin': c - r, 'accuracy': c > r}
-  return masked_sum(losses, weights), jnp.sum(weights), _sums(weights, aux)
+  return masked_sum(losses, weights), jnp.sum(weights), masked_sums(aux, weights)
 
 
 def unpaired_loss(spec, logprobs, ref_logprobs, desirable, kl=0.0, weights=None):
-  """Returns (sum over answers, weight, aux) of loss kto or apo_zero_unpaired.
+  """Return (sum over completions, weight, aux) of loss kto or apo_zero_unpaired.
 
-  logprobs, ref_logprobs: float32 [B], sums over answers.  desirable: [B], whether an answer is a good one.  kl:
-  what `mismatched_kl` returns; kto's point of reference.  weights: float [B], 0 for padding.
-  Source: KTO, arXiv:2402.01306, eq. 7; arXiv:2408.06266, eq. 7, of single answers.
+  logprobs, ref_logprobs: float32 [B], of whole completions.  desirable: bool [B].  kl: the reference point of KTO, from
+  `mismatched_kl`.  weights: float [B], 0 for padding.
+  Source: KTO, arXiv:2402.01306, eq. 7; arXiv:2408.06266, eq. 7, for single completions.
   """
   weights = jnp.ones_like(logprobs) if weights is None else weights.astype(jnp.float32)
-  reference = kl if spec.loss == 'kto' else 0.0
-  good = desirable != 0
-  ratio = logprobs - ref_logprobs
-  losses = jnp.where(good, spec.desirable_weight * sigmoid(-spec.beta * (ratio - reference)),
-                     spec.undesirable_weight * sigmoid(-spec.beta * (reference - ratio)))
-  aux = {'desirable': good, 'reward': spec.beta * ratio, 'accuracy': (ratio > reference) == good,
-         'kl': jnp.broadcast_to(reference, logprobs.shape)}
-  return masked_sum(losses, weights), jnp.sum(weights), _sums(weights, aux)
+  reference_point = kl if spec.loss == 'kto' else 0.0
+  desirable = desirable != 0
+  log_ratio = logprobs - ref_logprobs
+  losses = jnp.where(desirable, spec.desirable_weight * sigmoid(-spec.beta * (log_ratio - reference_point)),
+                     spec.undesirable_weight * sigmoid(-spec.beta * (reference_point - log_ratio)))
+  aux = {'desirable': desirable, 'reward': spec.beta * log_ratio,
+         'accuracy': (log_ratio > reference_point) == desirable,
+         'kl': jnp.broadcast_to(reference_point, logprobs.shape)}
+  return masked_sum(losses, weights), jnp.sum(weights), masked_sums(aux, weights)
 
 
 def mismatched_kl(logprobs, ref_logprobs, weights=None):
-  """Returns a float32 scalar without gradient: max(0, the mean log-ratio of answers to other rows' prompts).
+  """Return max(0, mean log-ratio of completions after other prompts), a float32 scalar without gradient.
 
-  Source: KTO, arXiv:2402.01306.  The mean is over the rows given: train.gradient_accumulation_steps=1.
+  Source: KTO, arXiv:2402.01306.  The mean is over the given batch: train.gradient_accumulation_steps=1.
   """
-  weights = jnp.ones_like(logprobs) if weights is None else weights.astype(jnp.float32)
-  mean = masked_sum(logprobs - ref_logprobs, weights) / jnp.maximum(jnp.sum(weights), 1.0)
-  return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
-
-
-def _sums(weights, aux):
-  return {name: jax.lax.stop_gradient(masked_sum(x, weights)) for name, x in aux.items()}
+  weights = jnp.ones_like(logprobs) if weights is None else weights
+  return jax.lax.stop_gradient(jnp.maximum(masked_mean(logprobs - ref_logprobs, weights), 0.0))

@@ -1,10 +1,10 @@
-"""Rollouts: answers that the policy gives, as the rows that it is trained on.
+"""Rollouts: sampling completions, scoring their tokens, and the batches that the policy is trained on.
 
-Letters: N rows of an iteration, `group` of them to each prompt and beside one another, T tokens of a row.
+Letters: N sequences of an iteration, the completions of a prompt adjacent; T tokens of a sequence.
 
-The sampler pads prompts on the left, the trainer rows on the right; neither sees padding.  Both divide the logits by
-the same temperature, and that their log-probabilities agree is checked in every iteration.  The sampler's
-parameters are made on the devices from those that are trained, and lie as they do.
+The sampler pads prompts on the left, the trainer pads sequences on the right; no token attends to padding.  Both divide
+the logits by the same temperature, and every iteration checks that their log-probabilities agree.  The sampler uses the
+trained parameters on the same devices with the same sharding.
 """
 
 import dataclasses
@@ -17,20 +17,21 @@ from llmjax.data import stepwise
 from llmjax.generate.spec import SamplingSpec
 from llmjax.parallel import in_flight
 from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
-from llmjax.post import advantages, objective, reward_model, rewards
+from llmjax.post import advantages, objective, reward_model
+from llmjax.post.rewards import Completion
 from llmjax.train.objectives import forward
 
 
-def make_rows(prompts, answers, seq_len):
-  """Returns the batch [N, T] of rows: prompt, answer, padding; loss_mask is 1 where a token of the answer is predicted.
+def make_batch(prompts, completions, seq_len):
+  """Return the batch [N, T] of prompts with their completions; loss_mask is 1 where the target is a completion token.
 
-  prompts, answers: int arrays, one for each row, together at most seq_len + 1 tokens.
+  prompts, completions: int arrays, one of each per sequence, together at most seq_len + 1 tokens.
   """
   shape = len(prompts), seq_len
   batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')}
   batch['loss_mask'] = np.zeros(shape, np.float32)
-  for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-    ids = np.concatenate([prompt, answer])
+  for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    ids = np.concatenate([prompt, completion])
     size = len(ids) - 1
     batch['tokens'][i, :size], batch['targets'][i, :size] = ids[:-1], ids[1:]
     batch['segment_ids'][i, :size], batch['positions'][i, :size] = 1, np.arange(size)
@@ -38,135 +39,135 @@ def make_rows(prompts, answers, seq_len):
   return batch
 
 
-def spread(values, prompts, seq_len):
-  """Returns float32 [N, T]: each row's values of its answer's tokens, where `make_rows` has them as targets."""
-  out = np.zeros((len(prompts), seq_len), np.float32)
-  for row, prompt, found in zip(out, prompts, values, strict=True):
-    row[len(prompt) - 1:len(prompt) - 1 + len(found)] = found
-  return out
+def align_to_targets(values, prompts, seq_len):
+  """Place per-token values of completions where `make_batch` has the tokens as targets; returns float32 [N, T]."""
+  aligned = np.zeros((len(prompts), seq_len), np.float32)
+  for row, prompt, row_values in zip(aligned, prompts, values, strict=True):
+    row[len(prompt) - 1:len(prompt) - 1 + len(row_values)] = row_values
+  return aligned
 
 
-def own_rows(mesh, rows):
-  """Returns those of the rows of a batch (int array, of the whole job) that this process's devices hold."""
+def local_rows(mesh, rows):
+  """Return the rows of a global batch (an int array) that this process's devices hold."""
   shards = batch_shards(mesh)
   return np.concatenate([rows[b * len(rows) // shards:(b + 1) * len(rows) // shards] for b in batch_blocks(mesh)])
 
 
-def answer_of(tokenizer, prompt, tokens, stop_ids):
-  """Returns the rewards.Answer of sampled tokens.  prompt: {'ids', 'answer'}, an example of prompts data."""
+def decode_completion(tokenizer, prompt, tokens, stop_ids):
+  """Return the rewards.Completion of sampled tokens.  prompt: an example of prompts data."""
   ended = bool(len(tokens)) and int(tokens[-1]) in stop_ids
-  return rewards.Answer(tokenizer.decode(prompt['ids']), tokenizer.decode(tokens[:-1] if ended else tokens),
-                        prompt['answer'], len(tokens), ended, (*map(int, prompt['ids']), *map(int, tokens)))
+  return Completion(
+      tokenizer.decode(prompt['ids']), tokenizer.decode(tokens[:-1] if ended else tokens), prompt['answer'],
+      len(tokens), ended, (*map(int, prompt['ids']), *map(int, tokens)), prompt.get('columns', {}))
 
 
-class _InParts:
-  """A function of parameters and a batch of rows, for any number of rows on every host."""
+class _Microbatched:
+  """A jitted function of parameters and a batch, applied to a fixed number of sequences at a time."""
 
-  def __init__(self, function, mesh, rows, static):
-    """function(params, batch, *static) -> {name: array with leading axis rows}.  rows: at a time, over all devices.
-
-    static: how many arguments come after the batch.
-    """
+  def __init__(self, function, mesh, rows, num_static):
+    """function(params, batch, *static) -> {name: array with leading axis rows}.  rows: at a time, over all devices."""
     self._mesh, self._rows = mesh, rows
-    whole = jax.NamedSharding(mesh, jax.P())
-    self._function = jax.jit(function, static_argnums=tuple(range(2, 2 + static)), out_shardings=whole)
+    replicated = jax.NamedSharding(mesh, jax.P())
+    self._function = jax.jit(function, static_argnums=tuple(range(2, 2 + num_static)), out_shardings=replicated)
 
   def __call__(self, params, batch, *static):
     count = len(batch['tokens'])
     size = self._rows // batch_shards(self._mesh)
-    own = np.concatenate([np.arange(b * size, (b + 1) * size) for b in batch_blocks(self._mesh)])
+    local = np.concatenate([np.arange(b * size, (b + 1) * size) for b in batch_blocks(self._mesh)])
 
-    def score(start):
-      rows = np.minimum(start + own, count - 1)  # What is over repeats the last row and is cut off.
+    def run(start):
+      rows = np.minimum(start + local, count - 1)  # The last microbatch repeats the last row; the copies are cut off.
       placed = place_batch(self._mesh, {name: a[rows] for name, a in batch.items()})
       with jax.set_mesh(self._mesh):
         return self._function(params, placed, *static)
 
-    parts = list(in_flight.results(score(start) for start in range(0, count, self._rows)))
-    return {name: np.concatenate([p[name] for p in parts])[:count] for name in parts[0]}
+    outputs = list(in_flight.results(run(start) for start in range(0, count, self._rows)))
+    return {name: np.concatenate([output[name] for output in outputs])[:count] for name in outputs[0]}
 
 
-class RewardScorer:
-  """What a reward model says of whole rows of tokens, read at some of them: at the last one, or behind every step."""
+class RewardModelScorer:
+  """Scores of a reward model, read at the last token (outcome) or at the end of every step (process)."""
 
-  def __init__(self, model, mesh, *, rows, length, reduce=''):
-    """rows: how many at a time.  length: tokens of the longest.  reduce: of steps, for `reward_model.process_score`."""
+  def __init__(self, model, mesh, *, rows, length, reduction=''):
+    """rows: sequences at a time.  length: maximum number of tokens.  reduction: of `reward_model.process_score`."""
     unit = 2 * mesh.shape['context'] * mesh.shape['tensor']
     self._length = -(-length // unit) * unit
 
     def score(params, batch):
       batch = model.order(batch)
-      values, places = model.values(params, forward(model, params, batch)[0]), batch['loss_mask']
-      if reduce:
-        return {'scores': reward_model.process_score(values, places, reduce)}
-      return {'scores': reward_model.score_at_end(values, places)}
+      values, mask = model.values(params, forward(model, params, batch)[0]), batch['loss_mask']
+      if reduction:
+        return {'scores': reward_model.process_score(values, mask, reduction)}
+      return {'scores': reward_model.score_at_end(values, mask)}
 
-    self._score = _InParts(score, mesh, rows, 0)
+    self._score = _Microbatched(score, mesh, rows, 0)
 
-  def __call__(self, params, rows, places=None):
-    """Returns float32 [N].  rows: token ids of each.  places: where each is read; None: at its last token."""
-    batch = {name: np.zeros((len(rows), self._length), np.int32) for name in ('tokens', 'segment_ids', 'positions')}
-    batch['loss_mask'] = np.zeros((len(rows), self._length), np.float32)
-    for i, ids in enumerate(rows):
+  def __call__(self, params, sequences, read_at=None):
+    """Return float32 [N].  sequences: token ids of each.  read_at: indices per sequence; None: the last token."""
+    shape = len(sequences), self._length
+    batch = {name: np.zeros(shape, np.int32) for name in ('tokens', 'segment_ids', 'positions')}
+    batch['loss_mask'] = np.zeros(shape, np.float32)
+    for i, ids in enumerate(sequences):
       batch['tokens'][i, :len(ids)], batch['segment_ids'][i, :len(ids)] = ids, 1
       batch['positions'][i, :len(ids)] = np.arange(len(ids))
-      batch['loss_mask'][i, [len(ids) - 1] if places is None else places[i]] = 1
+      batch['loss_mask'][i, [len(ids) - 1] if read_at is None else read_at[i]] = 1
     return self._score(params, batch)['scores']
 
 
-def places_of_steps(tokenizer, answer):
-  """Returns the places in an Answer's ids of the last token of each of its steps."""
-  first = len(answer.ids) - answer.tokens
-  return [first + end - 1 for end in stepwise.find_ends(tokenizer, answer.ids[first:len(answer.ids) - answer.ended])]
+def find_step_ends(tokenizer, completion):
+  """Return the indices in a Completion's ids of the last token of each step."""
+  first = len(completion.ids) - completion.num_tokens
+  ids = completion.ids[first:len(completion.ids) - completion.ended]
+  return [first + end - 1 for end in stepwise.find_ends(tokenizer, ids)]
 
 
-class Scorer:
-  """Log-probabilities, entropies and values of whole iterations, a few rows at a time, as the trainer has them."""
+class TokenScorer:
+  """Log-probabilities, entropies and values of an iteration's tokens, computed as in training."""
 
   def __init__(self, model, mesh, *, rows, temperature=1.0, vocab_size=None):
-    """model: a Model.  rows: how many at a time, over all devices."""
+    """rows: sequences at a time, over all devices."""
 
     def score(params, batch, with_values):
       batch = model.order(batch)
-      found = objective.score_tokens(model, params, batch, temperature=temperature, entropy=True,
-                                     vocab_size=vocab_size)
-      out = {'logprobs': found.logprobs, 'entropies': found.entropies}
+      scores = objective.score_tokens(model, params, batch, temperature=temperature, entropy=True,
+                                      vocab_size=vocab_size)
+      arrays = {'logprobs': scores.logprobs, 'entropies': scores.entropies}
       if with_values:
-        out['values'] = model.values(params, found.hidden)
-      return {name: model.restore(a) for name, a in out.items()}
+        arrays['values'] = model.values(params, scores.hidden)
+      return {name: model.restore(a) for name, a in arrays.items()}
 
-    self._score = _InParts(score, mesh, rows, 1)
+    self._score = _Microbatched(score, mesh, rows, 1)
 
   def __call__(self, params, batch, with_values=False):
-    """Returns {name: float32 [N, T]}: `logprobs`, `entropies`, `values`.  batch: all rows, on every host."""
+    """Return {name: float32 [N, T]}: `logprobs`, `entropies`, `values`.  batch: the global batch, on every process."""
     inputs = {name: batch[name] for name in ('tokens', 'targets', 'segment_ids', 'positions')}
     return self._score(params, inputs, with_values)
 
 
-def sample(generator, prompts, group, spec, key, stop_ids):
-  """Returns (answers, logprobs): lists of arrays, `group` for each prompt, with the sampler's log-probabilities.
+def sample(generator, prompts, num_generations, spec, key, stop_ids):
+  """Sample completions; returns (completions, logprobs), lists of arrays, num_generations adjacent ones per prompt.
 
-  prompts: int arrays.  spec: RlSpec.  An answer that ends has its stop token as its last one.
+  prompts: int arrays.  spec: RlSpec.  A completion that ended has its stop token at the end.
   """
-  repeated = [prompt for prompt in prompts for _ in range(group)]
+  repeated = [prompt for prompt in prompts for _ in range(num_generations)]
   sampling = SamplingSpec(temperature=spec.temperature, top_p=spec.top_p, top_k=spec.top_k)
-  made = generator.generate(repeated, spec.max_new_tokens, sampling, key, stop_ids, drawn_logprobs=True)
-  cut = lambda rows: [row[:n] for row, n in zip(rows, made.lengths, strict=True)]
-  return cut(made.tokens), cut(made.logprobs)
+  samples = generator.generate(repeated, spec.max_new_tokens, sampling, key, stop_ids, drawn_logprobs=True)
+  cut = lambda rows: [row[:n] for row, n in zip(rows, samples.lengths, strict=True)]
+  return cut(samples.tokens), cut(samples.logprobs)
 
 
-def disagreement(sampled, trained, mask):
-  """Returns (mean, largest) difference of log-probabilities [N, T] under the mask, relative to those above 1."""
+def logprob_gap(sampled, trained, mask):
+  """Return the (mean, maximum) difference of log-probabilities [N, T] under the mask, relative to those above 1."""
   gaps = (np.abs(sampled - trained) / np.maximum(np.abs(trained), 1.0))[mask != 0]
   return (float(gaps.mean()), float(gaps.max())) if gaps.size else (0.0, 0.0)
 
 
 @dataclasses.dataclass
 class Iteration:
-  """What is learnt from until the next rollout.
+  """The training data of one iteration.
 
-  batch: dict of arrays with leading axis N, for the step.  records: for each row what a person reads, and what the
-  batch can be made from again.  metrics: of the rollout.  kl_coef: of this iteration.
+  batch: dict of arrays with leading axis N.  records: JSON objects, one per sequence, from which the batch can be
+  rebuilt.  metrics: of the rollout.  kl_coef: the KL coefficient of the rewards.
   """
 
   batch: dict
@@ -175,43 +176,30 @@ class Iteration:
   kl_coef: float
 
 
-def weigh(spec, policy, batch, scores, kl_coef):
-  """Adds `advantages`, and with a value head `returns`, to the batch; returns the KL of each row, nats, or None.
+def add_advantages(spec, policy, batch, rewards, kl_coef):
+  """Add `advantages`, and with a value head `returns`, to the batch; returns the KL per sequence in nats, or None.
 
-  spec: RlSpec.  policy: PolicySpec.  scores: float [N].  batch: old_logprobs, and ref_logprobs and old_values where
-  there are any.  The KL in the rewards of a group is taken from the sequence's reward.
+  spec: RlSpec.  policy: PolicySpec.  rewards: float [N].  batch: with old_logprobs, and ref_logprobs and old_values
+  where they exist.  Without a value head the KL penalty is subtracted from the reward of the sequence.
   """
   mask, old = batch['loss_mask'], batch['old_logprobs']
   reference = batch.get('ref_logprobs')
-  scores = jnp.asarray(scores, jnp.float32)
+  rewards = jnp.asarray(rewards, jnp.float32)
   kl = None if reference is None else np.sum((old - reference) * mask, axis=1)
-  if policy.advantages == 'gae':
-    shaped, _ = advantages.shape_rewards(scores, old, old if reference is None else reference, mask, kl_coef,
+  if policy.advantage_estimator == 'gae':
+    shaped, _ = advantages.shape_rewards(rewards, old, old if reference is None else reference, mask, kl_coef,
                                          spec.kl_estimator)
     if policy.whiten_rewards:
       shaped = advantages.whiten(shaped, mask, shift_mean=False)
-    found, returns = advantages.gae(shaped, batch['old_values'], mask, policy.gamma, policy.gae_lambda)
+    estimates, returns = advantages.gae(shaped, batch['old_values'], mask, policy.gamma, policy.gae_lambda)
     if policy.whiten_advantages:
-      found = advantages.whiten(found, mask)
+      estimates = advantages.whiten(estimates, mask)
     batch['returns'] = np.asarray(returns)
   else:
     if kl_coef:
-      _, per_token = advantages.shape_rewards(scores, old, reference, mask, kl_coef, spec.kl_estimator)
-      scores = scores - kl_coef * jnp.sum(per_token, axis=1)
-    rows = advantages.group_advantages(scores, spec.num_generations,
-                                       'others' if policy.advantages == 'others' else 'mean',
-                                       policy.advantage_normalization)
-    found = rows[:, None] * mask
-  batch['advantages'] = np.asarray(found)
+      _, penalty = advantages.shape_rewards(rewards, old, reference, mask, kl_coef, spec.kl_estimator)
+      rewards = rewards - kl_coef * jnp.sum(penalty, axis=1)
+    estimates = mask * advantages.group_advantages(rewards, spec.num_generations, policy.advantage_estimator,
+                                                   policy.advantage_normalization)[:, None]
+  batch['advantages'] = np.asarray(estimates)
   return kl
-
-
-def judge(spec, answers, score=None):
-  """Returns (parts {name: list}, raw rewards [N], rewards [N] with the overlong penalty), float64."""
-  parts = rewards.judge(spec, answers, score)
-  raw = np.asarray(rewards.total(spec, answers, parts))
-  overlong = np.zeros(len(answers))
-  if spec.overlong_tokens:
-    overlong = np.asarray(advantages.overlong_penalty([a.tokens for a in answers], spec.max_new_tokens,
-                                                      spec.overlong_tokens), np.float64)
-  return parts, raw, raw + overlong

@@ -9,7 +9,7 @@ import os
 import pathlib
 
 from llmjax import secrets
-from llmjax.post import maths
+from llmjax.post.math_reward import same_answer
 from llmjax.report import comparison, details, page, plots
 from llmjax.report.formatting import cut, duration, number, percent
 from llmjax.report.reading import is_sequence, read_runs
@@ -232,7 +232,7 @@ def _is_right(text, gold):
   if gold is None:
     return False
   if '####' in gold:
-    return maths.equal(text, gold)
+    return same_answer(text, gold)
   return ' '.join(text.split()).casefold() == ' '.join(gold.split()).casefold()
 
 

@@ -148,10 +148,10 @@ def distill_problems(spec):
            f'model.vocab_size={teacher.vocab_size}')
   if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
     yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
-  if distill.on_policy and distill.max_new_tokens >= spec.data.seq_len:
+  if distill.on_policy_fraction and distill.max_new_tokens >= spec.data.seq_len:
     yield (f'distill.max_new_tokens={distill.max_new_tokens} leaves no room for a prompt in data.seq_len='
            f'{spec.data.seq_len}; write distill.max_new_tokens={max(spec.data.seq_len // 2, 1)}')
-  if distill.on_policy and spec.guard.policy == 'rollback':
+  if distill.on_policy_fraction and spec.guard.policy == 'rollback':
     yield ('guard.policy=rollback would leave out batches that the student has not said yet; write guard.policy=skip '
            'or guard.policy=abort')
   if distill.top_k > teacher.vocab_size:
@@ -170,7 +170,7 @@ def distill_problems(spec):
   half = -(-teacher.num_layers // 2)
   if distill.init == 'every_2nd' and model.num_layers != half:
     yield (f"model.num_layers={model.num_layers} is not every second of the teacher's {teacher.num_layers}; write "
-           f'model.num_layers={half}, or distill.init=spread')
+           f'model.num_layers={half}, or distill.init=evenly_spaced')
   elif model.num_layers > teacher.num_layers:
     yield (f"model.num_layers={model.num_layers} is more than the teacher's; write model.num_layers="
            f'{teacher.num_layers} at most')

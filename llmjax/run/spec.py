@@ -290,18 +290,18 @@ class FinetuneSpec(FromRunSpec):
       yield from _pair_problems(self)
       yield from _no_teacher(self)
       preference = self.preference
-      if preference.reference == 'adapters_off' and not self.adapter.kind:
-        yield ('preference.reference=adapters_off needs adapters, and a base that stays as it is; write '
+      if preference.reference == 'disable_adapter' and not self.adapter.kind:
+        yield ('preference.reference=disable_adapter needs adapters, and a base that stays as it is; write '
                'adapter.kind=lora, or preference.reference=precomputed')
       if (unpaired := self.data.unpaired()) and preference.loss not in UNPAIRED_LOSSES:
         yield (f'preference.loss={preference.loss} compares two completions of one prompt, and {", ".join(unpaired)} '
                f'holds single ones with labels; write preference.loss={" or ".join(UNPAIRED_LOSSES)}')
-      if unpaired and preference.length_weight != 1.0:
-        yield ('preference.length_weight compares the lengths of two completions of one prompt, and unpaired ones have '
-               'one; write preference.length_weight=1')
+      if unpaired and preference.ld_alpha != 1.0:
+        yield ('preference.ld_alpha compares the lengths of two completions of one prompt, and unpaired ones have '
+               'one; write preference.ld_alpha=1')
       if preference.loss == 'kto' and preference.reference == 'precomputed':
         yield ('preference.loss=kto needs the reference at hand, for answers to other prompts; write '
-               'preference.reference=copy, or adapters_off where adapters are trained')
+               'preference.reference=copy, or disable_adapter where adapters are trained')
       for name, size in (('train', self.train.batch_size), ('evaluate', self.evaluate.batch_size)):
         if preference.loss == 'kto' and size == 1:
           yield (f'{name}.batch_size=1 leaves preference.loss=kto without completions of other prompts, from which its '
@@ -345,9 +345,9 @@ class RewardSpec(FromRunSpec):
     yield from super().validate()
     yield from _pair_problems(self)
     yield from _no_teacher(self)
-    found = 'steps' if self.judges_steps else 'answers'
-    if self.reward.scores not in ('', found):
-      yield f'reward.scores={self.reward.scores} is not what these sources hold; write reward.scores={found}'
+    scores = 'steps' if self.judges_steps else 'completions'
+    if self.reward.scores not in ('', scores):
+      yield f'reward.scores={self.reward.scores} does not fit the data; write reward.scores={scores}'
     if self.adapter.kind:
       yield ('adapter.kind has no place here: a reward model trains a head that its base does not have; leave it out, '
              'or hold parameters still with optimizer.freeze')
@@ -397,17 +397,17 @@ class RlCommandSpec(FromRunSpec):
       yield (f'train.batch_size={rows} does not divide the {rl.rows} completions of an iteration, '
              f'rl.prompts_per_iteration={rl.prompts_per_iteration} x rl.num_generations={rl.num_generations}; '
              f'write train.batch_size={near}')
-    if policy.advantages != 'gae' and rl.num_generations < 2:
+    if policy.advantage_estimator != 'gae' and rl.num_generations < 2:
       yield (f'rl.num_generations={rl.num_generations} leaves nothing to compare with; write rl.num_generations=8, or '
              'policy.name=ppo')
     if rl.max_new_tokens >= self.data.seq_len:
       yield (f'rl.max_new_tokens={rl.max_new_tokens} leaves no room for a prompt in data.seq_len='
              f'{self.data.seq_len}; write data.seq_len={2 * rl.max_new_tokens}')
     if not rl.reference and policy.kl_coef:
-      yield 'rl.reference=False leaves nothing to measure the KL from; write policy.kl_coef=0, or rl.reference=True'
-    if self.adapter.kind and policy.advantages == 'gae':
-      yield (f'adapter.kind={self.adapter.kind} leaves no value head to train for policy.advantages=gae; write '
-             'policy.name=grpo, or train all weights')
+      yield 'rl.reference=False leaves no reference model for the KL; write policy.kl_coef=0, or rl.reference=True'
+    if self.adapter.kind and policy.advantage_estimator == 'gae':
+      yield (f'adapter.kind={self.adapter.kind} leaves no value head to train for policy.advantage_estimator=gae; '
+             'write policy.name=grpo, or train all weights')
     if self.guard.policy == 'rollback':
       yield ('guard.policy=rollback would leave out rollouts that are not made yet; write guard.policy=skip or '
              'guard.policy=abort')

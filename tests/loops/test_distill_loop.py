@@ -15,7 +15,7 @@ from llmjax import config, main
 from llmjax.checkpoint.load import load_params
 from llmjax.loops.distill import layer_copy
 from llmjax.post import rollout
-from llmjax.post.on_policy import is_on_policy, prompts_of
+from llmjax.post.on_policy import extract_prompts, is_on_policy
 from llmjax.post.spec import DistillSpec
 from llmjax.run.spec import FinetuneSpec, PretrainSpec, RewardSpec, RlCommandSpec
 
@@ -129,7 +129,7 @@ def test_a_student_with_all_layers_is_the_teacher(folder):
 
 @pytest.mark.parametrize('init, student, teacher, layers', [
     ('every_2nd', 3, 6, [0, 2, 4]), ('every_2nd', 3, 5, [0, 2, 4]), ('first', 2, 6, [0, 1]),
-    ('spread', 3, 6, [0, 2, 5]), ('spread', 1, 6, [0]), ('spread', 4, 4, [0, 1, 2, 3])])
+    ('evenly_spaced', 3, 6, [0, 2, 5]), ('evenly_spaced', 1, 6, [0]), ('evenly_spaced', 4, 4, [0, 1, 2, 3])])
 def test_which_layers(init, student, teacher, layers):
   assert DistillSpec(teacher='t', init=init).layers(student, teacher) == layers
 
@@ -163,7 +163,7 @@ ALONE = '--config.evaluate.splits= --config.distill.loss=jsd --config.distill.ma
 @pytest.mark.slow
 def test_with_none_of_its_own_batches_a_student_learns_as_ever(folder):
   """Also where each batch is asked whether it is one, and none is."""
-  plain, asked = student('ever', ALONE), student('asked', ALONE, '--config.distill.on_policy=1e-12')
+  plain, asked = student('ever', ALONE), student('asked', ALONE, '--config.distill.on_policy_fraction=1e-12')
   assert losses(plain) == losses(asked) and len(set(losses(plain))) == 4
   jax.tree.map(np.testing.assert_array_equal, *(load_params(run)[0] for run in (plain, asked)))
 
@@ -172,8 +172,8 @@ def test_with_none_of_its_own_batches_a_student_learns_as_ever(folder):
 @pytest.mark.parametrize('command', ['pretrain', 'lora'])
 def test_what_a_student_says_is_said_again_after_a_stop(folder, command):
   """8 batches, some of them the student's own; stopped behind each kind, it goes on to the bit."""
-  more = [ALONE, '--config.distill.on_policy=0.6', '--config.train.steps={}', '--config.train.checkpoint_every=1',
-          '--config.checkpoint.keep=20']
+  more = [ALONE, '--config.distill.on_policy_fraction=0.6', '--config.train.steps={}',
+          '--config.train.checkpoint_every=1', '--config.checkpoint.keep=20']
   options = {'sizes': SMALL}
   if command == 'lora':
     base = student('said_base', sizes=SIZES.format(1, 32))
@@ -194,14 +194,14 @@ def test_what_a_student_says_is_said_again_after_a_stop(folder, command):
     jax.tree.map(np.testing.assert_array_equal, *(load_params(r)[0] for r in (parts, whole)))
 
 
-def test_prompts_of_texts_and_of_conversations():
+def test_extract_prompts_texts_and_of_conversations():
   ids = np.arange(10, 23)
-  batch = rollout.make_rows([ids[:1], ids[:5], ids[:9]], [ids[1:9], ids[5:8], ids[9:]], 12)
-  text, chat, long = prompts_of(batch, 12, 4)
+  batch = rollout.make_batch([ids[:1], ids[:5], ids[:9]], [ids[1:9], ids[5:8], ids[9:]], 12)
+  text, chat, long = extract_prompts(batch, 12, 4)
   assert text.tolist() == ids[:5].tolist()  # All is trained: without its last 4.
   assert chat.tolist() == ids[:5].tolist() and long.tolist() == ids[:9].tolist()
-  assert prompts_of(batch, 12, 6)[2].tolist() == ids[2:9].tolist()  # Its end, which leaves 6 of 13.
-  assert prompts_of(batch, 12, 11)[0].tolist() == ids[:1].tolist()
+  assert extract_prompts(batch, 12, 6)[2].tolist() == ids[2:9].tolist()  # Its end, which leaves 6 of 13.
+  assert extract_prompts(batch, 12, 11)[0].tolist() == ids[:1].tolist()
 
 
 @pytest.mark.slow
@@ -229,16 +229,18 @@ def validate(spec, **groups):
 
 @pytest.mark.parametrize('groups, message', [
     ({'distill': {'teacher': 'nowhere'}}, "distill.teacher=nowhere is not a run's folder"),
-    ({'distill': {'teacher': '', 'loss': 'jsd'}}, 'teacher is missing, which loss is about'),
+    ({'distill': {'teacher': '', 'loss': 'jsd'}}, 'teacher is missing'),
     ({'distill': {'loss': 'jsd', 'top_k': 4}}, 'loss=jsd needs the whole distribution'),
-    ({'distill': {'on_policy': 0.5, 'top_k': 4}}, 'not of what the student will say; write top_k=0'),
-    ({'distill': {'on_policy': 0.5, 'loss': 'hinton'}}, 'would teach the student its own words'),
-    ({'distill': {'on_policy': 0.5}}, 'write distill.max_new_tokens=12'),
-    ({'distill': {'on_policy': 0.5, 'max_new_tokens': 4}, 'guard': {'policy': 'rollback'}}, 'has not said yet'),
-    ({'distill': {'hidden_weight': 1.0, 'top_k': 4}}, 'top_k keeps no hidden states'),
+    ({'distill': {'on_policy_fraction': 0.5, 'top_k': 4}}, 'write top_k=0'),
+    ({'distill': {'on_policy_fraction': 0.5, 'loss': 'hinton'}}, 'write loss=forward_kl, reverse_kl or jsd'),
+    ({'distill': {'on_policy_fraction': 0.5}}, 'write distill.max_new_tokens=12'),
+    ({'distill': {'on_policy_fraction': 0.5, 'max_new_tokens': 4}, 'guard': {'policy': 'rollback'}},
+     'guard.policy=rollback'),
+    ({'distill': {'hidden_weight': 1.0, 'top_k': 4}}, 'write top_k=0'),
     ({'distill': {'top_k': 400}}, 'write at most 384'),
     ({'distill': {'temperature': 0.0}}, 'write temperature=1.0'),
-    ({'distill': {'init': 'every_2nd'}, 'model': {'num_layers': 1}}, 'model.num_layers=2, or distill.init=spread'),
+    ({'distill': {'init': 'every_2nd'}, 'model': {'num_layers': 1}},
+     'model.num_layers=2, or distill.init=evenly_spaced'),
     ({'distill': {'init': 'first'}, 'model': {'num_layers': 4}}, 'write model.num_layers=3 at most'),
     ({'distill': {'init': 'first'}, 'model': {'mlp_dim': 48}}, 'model.mlp_dim=48 is not 32, that of the teacher'),
     ({'distill': {'init': 'first'}, 'train': {'init_from': 'big'}}, 'both say what the student begins with'),

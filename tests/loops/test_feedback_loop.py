@@ -14,7 +14,7 @@ from tests.helpers import call, prepare_words
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A folder with a run of one step, the template of a chat model beside it, and prompts."""
+  """A folder with a run of one step that has a chat template, and prompts."""
   folder = prepare_words(tmp_path_factory.mktemp('feedback'), 30)
   (folder / 'recipe.json').write_text(json.dumps({
       'model': {'num_layers': 1, 'd_model': 16, 'num_heads': 2, 'mlp_dim': 32},
@@ -37,7 +37,7 @@ def feedback(folder, kind, output, *more):
 
 
 @pytest.mark.slow
-def test_records_say_where_they_come_from_and_the_same_command_goes_on(folder, capsys):
+def test_records_have_provenance_and_the_same_command_resumes(folder, capsys):
   assert feedback(folder, 'revise', 'whole.jsonl', '--batch_size=5') == 0
   assert feedback(folder, 'revise', 'parts.jsonl', '--batch_size=2', '--limit=3') == 0
   assert feedback(folder, 'revise', 'parts.jsonl', '--batch_size=2') == 0
@@ -50,14 +50,15 @@ def test_records_say_where_they_come_from_and_the_same_command_goes_on(folder, c
     assert origin['record'] == number and origin['model']['step'] == 1 and len(origin['model']['manifest_sha256']) == 64
     assert [step.get('principle') for step in origin['steps']] == [None, 'x']
   assert feedback(folder, 'revise', 'whole.jsonl', '--seed=1') == 2
-  assert 'made from something else' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert '--output' in error and 'move it away' in error
 
 
 @pytest.mark.slow
-def test_preferences_of_given_and_of_sampled_answers(folder, capsys):
+def test_preferences_between_given_and_between_sampled_completions(folder, capsys):
   assert feedback(folder, 'prefer', 'given.jsonl') == 0
   assert feedback(folder, 'prefer', 'sampled.jsonl', f'--policy={folder}/run', '--certainty=0.6') == 0
-  assert 'place A' in capsys.readouterr().out
+  assert 'position bias' in capsys.readouterr().out
   given, sampled = ([json.loads(line) for line in (folder / f'{name}.jsonl').read_text().splitlines()]
                     for name in ('given', 'sampled'))
   for i, row in enumerate(given):
@@ -67,7 +68,7 @@ def test_preferences_of_given_and_of_sampled_answers(folder, capsys):
 
 
 @pytest.mark.slow
-def test_wrong_prompts(folder, capsys):
+def test_invalid_prompts(folder, capsys):
   (folder / 'prompts2.jsonl').write_text('{"prompt": "a"}\n{\n[]\n{"prompt": "b", "responses": ["c"]}\n')
   assert call('feedback', 'prefer', f'--workdir={folder}/run', f'--principles={folder}/rules.toml',
               f'--prompts={folder}/prompts2.jsonl', f'--output={folder}/o.jsonl') == 2
@@ -76,7 +77,7 @@ def test_wrong_prompts(folder, capsys):
 
 
 @pytest.mark.parametrize('text', [None, '{', '[]', '{}', '{"template": {"special": 1}}', '{"template": {"x": 1}}'])
-def test_a_run_without_a_template_is_told_in_one_line(tmp_path, text):
+def test_a_run_without_a_chat_template_is_refused_in_one_line(tmp_path, text):
   if text is not None:
     (tmp_path / CHAT_TEMPLATE).write_text(text)
   with pytest.raises(ConfigError) as e:

@@ -129,7 +129,7 @@ def test_every_way_to_have_the_reference_gives_the_same_losses(folder):
   np.testing.assert_allclose(losses('parts', '--config.train.gradient_accumulation_steps=4'), first, rtol=1e-5)
   # A resumed run reads the reference that the first sitting has kept.
   lora = ('--config.adapter.kind=lora', '--config.adapter.rank=4')
-  np.testing.assert_allclose(losses('off', '--config.preference.reference=adapters_off', *lora),
+  np.testing.assert_allclose(losses('off', '--config.preference.reference=disable_adapter', *lora),
                              losses('lora', *lora), rtol=1e-5)
 
 
@@ -168,7 +168,8 @@ def true_accuracy(workdir):
   params, model, _, _ = load_params(workdir)
   spec = dataclasses.replace(spec, model=model, data=dataclasses.replace(spec.data, sources={'data/clean_pairs': 1.0}))
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
-  score = jax.jit(objective.make_end_scores(objectives.make_model(model, spec.train, 'cpu')))
+  model = objectives.make_model(model, spec.train, 'cpu')
+  score = jax.jit(lambda params, batch: objective.score_sequences(model, params, objective.with_last_target(batch))[0])
   with jax.set_mesh(mesh):
     scores = np.concatenate([np.asarray(score(params, batch)) for batch in pairs.read_split(spec, mesh, 'validation')])
   real = scores[:2 * 150]
@@ -199,7 +200,7 @@ def test_a_process_reward_model_finds_which_steps_are_good(judging_steps):
       ('evaluate.batch_size', '7'), ('data.packing', 'pad'), ('data.seq_len', '90')])
   params, model, _, _ = load_params('runs/steps')
   mesh = make_mesh(spec.mesh, jax.devices()[:1])
-  judge = objective.make_step_judge(objectives.make_model(model, spec.train, 'cpu'))
+  judge = objective.make_step_scorer(objectives.make_model(model, spec.train, 'cpu'))
   with jax.set_mesh(mesh):
     again = reward.make_evaluator(spec, mesh, judge, 'validation', folder)(params)
   for name, value in again.items():
@@ -240,7 +241,7 @@ def test_a_wrong_reward_model_is_one_line(judged, capsys):
           'empty': "is neither a run's folder nor one of its checkpoints"}
   for name in ('foreign', 'empty'):
     shutil.copytree(judged / 'runs/reward', judged / 'runs' / name)
-  assert read_config('runs/reward')['reward']['scores'] == 'answers'
+  assert read_config('runs/reward')['reward']['scores'] == 'completions'
   with open('runs/foreign/tokenizer.model', 'ab') as f:
     f.write(b'x')
   shutil.rmtree('runs/empty/checkpoints')
@@ -314,8 +315,8 @@ def test_wrong_settings(folder):
       config.build(spec, {k: {**base.get(k, {}), **groups.get(k, {})} for k in {**base, **groups}})
     return ' '.join(e.value.problems)
 
-  assert 'preference.reference=adapters_off needs adapters' in validate(
-      FinetuneSpec, preference={'reference': 'adapters_off'})
+  assert 'preference.reference=disable_adapter needs adapters' in validate(
+      FinetuneSpec, preference={'reference': 'disable_adapter'})
   assert 'kto needs the reference at hand' in validate(FinetuneSpec, preference={'loss': 'kto'})
   assert 'write train.gradient_accumulation_steps=1' in validate(FinetuneSpec, preference={'loss': 'aot'},
                                                   train={'gradient_accumulation_steps': 2, 'batch_size': 8})
@@ -352,5 +353,5 @@ def test_unpaired_preferences_need_a_loss_of_single_completions(monkeypatch):
 
   assert 'data/kto holds single ones with labels; write preference.loss=kto or apo_zero_unpaired' in validate()
   assert 'single ones' not in validate(loss='kto') + validate(loss='apo_zero_unpaired')
-  assert 'write preference.length_weight=1' in validate(loss='kto', length_weight=0.5)
+  assert 'write preference.ld_alpha=1' in validate(loss='kto', ld_alpha=0.5)
   assert 'a reward model learns from pairs' in ' '.join(RewardSpec().data.validate())

@@ -54,7 +54,8 @@ def run_tables(step):
 
 
 def run_scores(step):
-  score = rollout._InParts(lambda params, batch: {'x': batch['tokens']}, make_mesh(MeshSpec(), jax.devices()[:1]), 1, 0)
+  mesh = make_mesh(MeshSpec(), jax.devices()[:1])
+  score = rollout._Microbatched(lambda params, batch: {'x': batch['tokens']}, mesh, 1, 0)
   score._function = lambda params, batch: {'x': step(batch['tokens'])}
   found = score(None, {'tokens': np.arange(PROGRAMS, dtype=np.float32)[:, None]})
   np.testing.assert_array_equal(found['x'][:, 0], np.arange(PROGRAMS))

@@ -15,7 +15,7 @@ from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import MeshSpec
 from llmjax.post import distillation, rollout
-from llmjax.post.objective import TEACHER, Distillation
+from llmjax.post.distillation import TEACHER_FIELDS, Distillation
 from llmjax.post.spec import DistillSpec
 from llmjax.train.objectives import make_model, next_token
 from llmjax.train.spec import TrainSpec
@@ -65,7 +65,7 @@ def batch(teacher):
   """Prompts and answers of many lengths, with tokens of different weights, and the teacher's 5 likeliest words."""
   draw = np.random.default_rng(0)
   rows = [[draw.integers(1, WORDS, draw.integers(1, most)) for _ in range(8)] for most in (6, 9)]
-  batch = rollout.make_rows(*rows, LENGTH)
+  batch = rollout.make_batch(*rows, LENGTH)
   batch['loss_mask'] = (batch['loss_mask'] * draw.choice([0.5, 1.0, 2.0], batch['loss_mask'].shape)).astype(np.float32)
   return {**batch, **jax.device_get(jax.jit(make_lessons(SPECS['top_k']).top_k)(teacher, batch))}
 
@@ -88,11 +88,14 @@ def by_formula(spec, params, teacher, batch):
     soft = distillation.top_k_kl(student, values, ids, mask, spec.temperature)[0]
     hard = jnp.sum(mask * optax.softmax_cross_entropy_with_integer_labels(student, targets))
     return spec.alpha * spec.temperature**2 * soft + (1 - spec.alpha) * hard
-  loss = {'forward_kl': lambda: distillation.forward_kl(student, taught, mask, spec.temperature),
+  soft = {'forward_kl': lambda: distillation.forward_kl(student, taught, mask, spec.temperature),
           'reverse_kl': lambda: distillation.reverse_kl(student, taught, mask, spec.temperature),
-          'jsd': lambda: distillation.generalised_jsd(student, taught, mask, spec.beta, spec.temperature),
-          'hinton': lambda: distillation.hinton(student, taught, targets, mask, spec.temperature, spec.alpha)}
-  loss = loss[spec.loss]()[0]
+          'jsd': lambda: distillation.generalized_jsd(student, taught, mask, spec.beta, spec.temperature),
+          'hinton': lambda: distillation.forward_kl(student, taught, mask, spec.temperature)}
+  loss = soft[spec.loss]()[0]
+  if spec.loss == 'hinton':
+    hard = jnp.sum(mask * optax.softmax_cross_entropy_with_integer_labels(student, targets))
+    loss = spec.alpha * spec.temperature**2 * loss + (1 - spec.alpha) * hard
   mine = x @ params['projection']['kernel']
   return (loss + spec.hidden_weight * distillation.hidden_mse(mine, x_t, mask)[0]
           + spec.cosine_weight * distillation.hidden_cosine(mine, x_t, mask)[0])
@@ -132,7 +135,7 @@ def test_padding_accumulation_and_batch_size(teacher, batch, name, student):
 
   def pad(name, a, left, right, rows):
     widths = ((0, rows), (left, right), *((0, 0),) * (a.ndim - 2))
-    return np.pad(a, widths, constant_values=7 if name in ('tokens', 'targets', TEACHER[1]) else 0)
+    return np.pad(a, widths, constant_values=7 if name in ('tokens', 'targets', TEACHER_FIELDS[1]) else 0)
 
   wide = {key: pad(key, a, 5, 3, 2) for key, a in batch.items()}
   for other in (step(batch, 4), step(wide)):

@@ -16,7 +16,7 @@ from llmjax.parallel.mesh import make_mesh, place_batch
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import MeshSpec
 from llmjax.post import objective, rollout
-from llmjax.post.spec import NAMED, UNPAIRED_LOSSES, PolicySpec, PreferenceSpec, RlSpec
+from llmjax.post.spec import POLICY_LOSSES, UNPAIRED_LOSSES, PolicySpec, PreferenceSpec, RlSpec
 from llmjax.train.objectives import make_model
 from llmjax.train.spec import TrainSpec
 from llmjax.train.state import TrainState
@@ -43,7 +43,7 @@ def draw_rows(count=8, seed=0, length=LENGTH):
   draw = np.random.default_rng(seed)
   prompts = [draw.integers(1, WORDS, draw.integers(1, 6)) for _ in range(count)]
   answers = [draw.integers(1, WORDS, draw.integers(1, 9)) for _ in range(count)]
-  return prompts, answers, rollout.make_rows(prompts, answers, length)
+  return prompts, answers, rollout.make_batch(prompts, answers, length)
 
 
 def policy_batch(params, seed=0):
@@ -64,7 +64,7 @@ def test_rows_are_prompts_and_answers():
     np.testing.assert_array_equal(batch['tokens'][i, :size], [*prompt, *answer][:-1])
     assert (batch['segment_ids'][i, :size] == 1).all() and not batch['segment_ids'][i, size:].any()
   values = [np.arange(1, len(a) + 1) for a in answers]
-  spread = rollout.spread(values, prompts, LENGTH)
+  spread = rollout.align_to_targets(values, prompts, LENGTH)
   np.testing.assert_array_equal(spread[batch['loss_mask'] > 0], np.concatenate(values))
 
 
@@ -76,14 +76,14 @@ def test_sampler_and_trainer_agree(params, temperature):
   generator = Generator(SPEC, params, vocab_size=WORDS)
   answers, logprobs = rollout.sample(generator, prompts, 2, rl, jax.random.key(3), stop_ids=(2, 3, 4, 5))
   repeated = [p for p in prompts for _ in range(2)]
-  batch = rollout.make_rows(repeated, answers, LENGTH)
+  batch = rollout.make_batch(repeated, answers, LENGTH)
   assert len({len(a) for a in answers}) > 2 and max(a.max() for a in answers) < WORDS
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
-  scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, temperature=temperature, vocab_size=WORDS)
+  scorer = rollout.TokenScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, temperature=temperature, vocab_size=WORDS)
   found = scorer(params, batch, True)
-  sampled = rollout.spread(logprobs, repeated, LENGTH)
-  assert max(rollout.disagreement(sampled, found['logprobs'], batch['loss_mask'])) < 1e-5
-  mean, largest = rollout.disagreement(sampled, found['logprobs'] + 0.01, batch['loss_mask'])
+  sampled = rollout.align_to_targets(logprobs, repeated, LENGTH)
+  assert max(rollout.logprob_gap(sampled, found['logprobs'], batch['loss_mask'])) < 1e-5
+  mean, largest = rollout.logprob_gap(sampled, found['logprobs'] + 0.01, batch['loss_mask'])
   assert largest > mean > 1e-3
   assert found['values'].std() > 0
 
@@ -94,9 +94,10 @@ def test_what_top_p_takes_away_is_seen(params):
   rl = RlSpec(num_generations=1, max_new_tokens=8, top_p=0.5)
   answers, logprobs = rollout.sample(Generator(SPEC, params, vocab_size=WORDS), prompts, 1, rl, jax.random.key(3), ())
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
-  scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, vocab_size=WORDS)
-  batch = rollout.make_rows(prompts, answers, LENGTH)
-  gaps = (rollout.spread(logprobs, prompts, LENGTH) - scorer(params, batch)['logprobs'])[batch['loss_mask'] > 0]
+  scorer = rollout.TokenScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, vocab_size=WORDS)
+  batch = rollout.make_batch(prompts, answers, LENGTH)
+  sampled = rollout.align_to_targets(logprobs, prompts, LENGTH)
+  gaps = (sampled - scorer(params, batch)['logprobs'])[batch['loss_mask'] > 0]
   assert (gaps > -1e-5).all() and (gaps < -np.log(0.5) + 1e-5).all() and gaps.mean() > 0.1
 
 
@@ -107,12 +108,12 @@ def test_what_top_p_takes_away_is_seen(params):
 def test_meshes(params, sizes):
   """Loss, gradient, and the log-probabilities of a scorer, as on one device."""
   batch = policy_batch(params)
-  spec = PolicySpec(**NAMED['grpo'], kl_coef=0.1, entropy_coef=0.01)
+  spec = PolicySpec(**POLICY_LOSSES['grpo'], kl_coef=0.1, entropy_coef=0.01)
 
   def make(mesh):
     loss_fn = objective.make_policy_loss(spec, make_model(SPEC, TRAIN, 'cpu'), value_coef=0.5, vocab_size=WORDS,
                                          temperature=0.8)
-    scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, vocab_size=WORDS)
+    scorer = rollout.TokenScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=8, vocab_size=WORDS)
     own = jax.device_put(params, tree_shardings(mesh, Model(SPEC).param_names()))
     with jax.set_mesh(mesh):
       found = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(own, {}, place_batch(mesh, batch), None)
@@ -134,7 +135,7 @@ def pair_batch(count=4):
   draw = np.random.default_rng(5)
   prompts = [draw.integers(1, WORDS, 3) for _ in range(count) for _ in range(2)]
   answers = [draw.integers(1, WORDS, draw.integers(1, 9)) for _ in range(2 * count)]
-  batch = rollout.make_rows(prompts, answers, LENGTH)
+  batch = rollout.make_batch(prompts, answers, LENGTH)
   batch['ref_logprobs'] = draw.normal(-20, 1, 2 * count).astype(np.float32)
   batch['label'] = np.array([1, 0] * count, np.float32)
   return batch
@@ -164,7 +165,7 @@ def wider(batch, left, right, rows=0):
 
 
 def test_steps_are_judged_alike_however_they_lie_in_rows(params):
-  judge, packed = jax.jit(objective.make_step_judge(make_model(SPEC, TRAIN, 'cpu'))), step_batch()
+  judge, packed = jax.jit(objective.make_step_scorer(make_model(SPEC, TRAIN, 'cpu'))), step_batch()
   alone = {name: np.zeros((2 * len(a), LENGTH), a.dtype) for name, a in packed.items()}
   for row in range(2 * len(packed['tokens'])):
     (there,) = np.nonzero(packed['segment_ids'][row // 2] == row % 2 + 1)
@@ -195,7 +196,7 @@ def test_steps_on_a_mesh(params):
   def judged(mesh):
     own = jax.device_put(params, tree_shardings(mesh, Model(SPEC).param_names()))
     with jax.set_mesh(mesh):
-      judge = jax.jit(objective.make_step_judge(make_model(SPEC, TRAIN, 'cpu')))
+      judge = jax.jit(objective.make_step_scorer(make_model(SPEC, TRAIN, 'cpu')))
       return jax.device_get(judge(own, place_batch(mesh, batch), None))
 
   expected = judged(make_mesh(MeshSpec(data=1), jax.devices()[:1]))
@@ -208,16 +209,18 @@ def test_steps_on_a_mesh(params):
 
 LOSSES = {
     'pairs': lambda model: objective.make_pair_loss(
-        PreferenceSpec(sft_weight=0.1, length_weight=0.5), make_model(model, TRAIN, 'cpu'), vocab_size=WORDS),
+        PreferenceSpec(sft_weight=0.1, ld_alpha=0.5), make_model(model, TRAIN, 'cpu'), vocab_size=WORDS),
     'unpaired': lambda model: objective.make_unpaired_loss(
         PreferenceSpec(loss='apo_zero_unpaired'), make_model(model, TRAIN, 'cpu'), vocab_size=WORDS),
-    'steps': lambda model: objective.as_loss(objective.make_step_judge(make_model(model, TRAIN, 'cpu'))),
-    'reward': lambda model: objective.make_reward_loss(make_model(model, TRAIN, 'cpu'), center_rewards_coef=0.01),
+    'steps': lambda model: objective.loss_of(objective.make_step_scorer(make_model(model, TRAIN, 'cpu'))),
+    'reward': lambda model: objective.loss_of(objective.make_pair_scorer(
+        make_model(model, TRAIN, 'cpu'), center_rewards_coef=0.01)),
     'ppo': lambda model: objective.make_policy_loss(
-        PolicySpec(**NAMED['ppo'], entropy_coef=0.01), make_model(model, TRAIN, 'cpu'),
+        PolicySpec(**POLICY_LOSSES['ppo'], entropy_coef=0.01), make_model(model, TRAIN, 'cpu'),
         value_coef=0.5, vocab_size=WORDS),
     'grpo': lambda model: objective.make_policy_loss(
-        PolicySpec(**NAMED['grpo'], kl_coef=0.1), make_model(model, TRAIN, 'cpu'), value_coef=0.5, vocab_size=WORDS),
+        PolicySpec(**POLICY_LOSSES['grpo'], kl_coef=0.1), make_model(model, TRAIN, 'cpu'),
+        value_coef=0.5, vocab_size=WORDS),
 }
 MIXTURE = dataclasses.replace(SPEC, num_experts=4, mlp_dim=8, balance_loss=0.5, router_z_loss=0.1)
 
@@ -275,16 +278,17 @@ def test_a_reward_model_reads_the_last_token(params):
   """Of a pair's row the last target, too; and the same number as for the whole answer at once."""
   prompts, answers, batch = draw_rows()
   whole = jax.tree.map(jnp.asarray, objective.with_last_target({k: jnp.asarray(v) for k, v in batch.items()}))
-  scores, _ = objective.score_ends(make_model(SPEC, TRAIN, 'cpu'), params, whole)
+  scores, _ = objective.score_sequences(make_model(SPEC, TRAIN, 'cpu'), params, whole)
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
   rows = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
   for size, length in ((8, 14), (3, 31)):  # The batch and the padding change nothing.
-    scorer = rollout.RewardScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=size, length=length)
+    scorer = rollout.RewardModelScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=size, length=length)
     np.testing.assert_allclose(scorer(params, rows), scores, rtol=1e-5, atol=1e-5)
     places = [range(len(row)) for row in rows]  # As if every token ended a step.
     each = np.array([scorer(params, [row[:i + 1] for i in range(len(row))]) for row in rows[:1]])
-    for reduce, expected in (('min', np.min), ('product', np.prod)):
-      of_steps = rollout.RewardScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=size, length=length, reduce=reduce)
+    for reduction, expected in (('min', np.min), ('product', np.prod)):
+      of_steps = rollout.RewardModelScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=size, length=length,
+                                           reduction=reduction)
       np.testing.assert_allclose(of_steps(params, rows, places)[0], expected(1 / (1 + np.exp(-each[0]))), rtol=1e-5)
   other = scorer(params, [np.append(r[:-1], (r[-1] + 1) % WORDS) for r in rows])
   assert np.abs(other - scores).min() > 1e-4
@@ -305,7 +309,7 @@ def test_the_first_step_of_an_iteration_is_on_policy(params):
   """What the scorer says is what the loss sees: no ratio but 1, nothing clipped."""
   batch = policy_batch(params)
   mesh = make_mesh(MeshSpec(data=1), jax.devices()[:1])
-  scorer = rollout.Scorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=4, vocab_size=WORDS, temperature=0.9)
+  scorer = rollout.TokenScorer(make_model(SPEC, TRAIN, 'cpu'), mesh, rows=4, vocab_size=WORDS, temperature=0.9)
   batch['old_logprobs'] = scorer(params, batch)['logprobs']
   spec = PolicySpec(clip_low=1e-4)
   loss_fn = objective.make_policy_loss(spec, make_model(SPEC, TRAIN, 'cpu'), vocab_size=WORDS, temperature=0.9)
@@ -321,7 +325,7 @@ def test_every_loss_logs_the_same_log_probabilities(params, loss):
   batch['loss_mask'] *= 0.5
   batch[objective.MISMATCHED] = batch['ref_logprobs']
   make = objective.make_unpaired_loss if loss in UNPAIRED_LOSSES else objective.make_pair_loss
-  spec = PreferenceSpec(loss=loss, length_weight=1.0 if loss in UNPAIRED_LOSSES else 0.5)
+  spec = PreferenceSpec(loss=loss, ld_alpha=1.0 if loss in UNPAIRED_LOSSES else 0.5)
   _, (weight, aux) = jax.jit(make(spec, make_model(SPEC, TRAIN, 'cpu'), vocab_size=WORDS))(params, {}, batch, None)
   logprobs = target_logprobs(params, batch)
   sums = np.where(np.asarray(batch['loss_mask']) > 0, logprobs, 0).sum(1)
@@ -342,12 +346,12 @@ def target_logprobs(params, batch):
 def test_mismatched_completions_are_of_other_prompts():
   batch = {k: jnp.asarray(v) for k, v in pair_batch(3).items()}
   completions = lambda b: [b['targets'][i][b['loss_mask'][i] > 0].tolist() for i in range(len(b['targets']))]
-  assert completions(objective.mismatch(batch)) == (lambda own: own[2:] + own[:2])(completions(batch))
+  assert completions(objective.mismatch_completions(batch)) == (lambda own: own[2:] + own[:2])(completions(batch))
   # A pair of padding neither gives a completion nor gets one.
   padded = {k: jnp.concatenate([v[:2], jnp.zeros_like(v[2:])]) for k, v in batch.items()}
-  assert completions(objective.mismatch(padded)) == [[]] * 6
+  assert completions(objective.mismatch_completions(padded)) == [[]] * 6
   with pytest.raises(ValueError, match='two pairs or more'):
-    objective.mismatch({k: v[:2] for k, v in batch.items()})
+    objective.mismatch_completions({k: v[:2] for k, v in batch.items()})
 
 
 @pytest.mark.parametrize('loss', UNPAIRED_LOSSES)
@@ -365,7 +369,7 @@ def test_a_completion_without_another_half_counts_by_itself(params, loss):
   sums = lambda batch: np.asarray(objective.make_sequence_logprobs(*arguments)(params, batch), np.float64)
   total, (weight, _) = objective.make_unpaired_loss(*arguments)(params, {}, batch, None)
   ratio = sums(batch) - batch['ref_logprobs']
-  other = objective.mismatch(batch)
+  other = objective.mismatch_completions(batch)
   whole = np.asarray(other['loss_mask']).any(1)
   assert whole.tolist() == [True, True, True, False, True, False]  # Row 3 would get the completion that row 5 lacks.
   kl = max(0.0, np.mean((sums(other) - batch[objective.MISMATCHED])[whole])) if loss == 'kto' else 0.0

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from llmjax.post import advantages, kl, policy
-from llmjax.post.spec import NAMED, PolicySpec
+from llmjax.post.spec import POLICY_LOSSES, PolicySpec
 from tests.helpers import close
 
 
 def named(name, **fields):
-  return PolicySpec(**{'name': name, **NAMED[name], **fields})
+  return PolicySpec(**{'name': name, **POLICY_LOSSES[name], **fields})
 
 
 # Golden name -> the loss.
@@ -138,7 +138,7 @@ def draw(rows=6, length=7, seed=0):
           'entropies': -reference}
 
 
-@pytest.mark.parametrize('name', NAMED)
+@pytest.mark.parametrize('name', POLICY_LOSSES)
 def test_padding_and_accumulation_change_nothing(name):
   spec, rows = named(name, kl_coef=0.1, entropy_coef=0.01), draw()
   total = jax.jit(lambda rows: policy.policy_loss(spec, **rows, max_length=16))
@@ -161,7 +161,7 @@ def test_padding_and_accumulation_change_nothing(name):
   jax.tree.map(close, jax.tree.map(jnp.add, *parts), whole)
 
 
-@pytest.mark.parametrize('name', NAMED)
+@pytest.mark.parametrize('name', POLICY_LOSSES)
 def test_the_first_epoch_is_on_policy(name):
   spec, rows = named(name), draw()
   rows['old_logprobs'] = rows['logprobs']
@@ -179,13 +179,13 @@ def test_the_first_epoch_is_on_policy(name):
   close(grad(rows['logprobs']), per_token)
 
 
-@pytest.mark.parametrize('name', NAMED)
-@pytest.mark.parametrize('scale', ['group', 'batch', 'none'])
-def test_equal_rewards_give_no_gradient(name, scale):
+@pytest.mark.parametrize('name', POLICY_LOSSES)
+@pytest.mark.parametrize('normalization', ['group', 'batch', 'none'])
+def test_equal_rewards_give_no_gradient(name, normalization):
   rows = draw()
   for reward in (0.0, 0.1, -7.3):
-    for baseline in ('mean', 'others'):
-      found = advantages.group_advantages(jnp.full(6, reward), 3, baseline, scale)
+    for estimator in ('group_mean', 'leave_one_out'):
+      found = advantages.group_advantages(jnp.full(6, reward), 3, estimator, normalization)
       np.testing.assert_array_equal(found, 0)
   rows['advantages'] = found
   grad = jax.grad(lambda p: policy.policy_loss(named(name), **{**rows, 'logprobs': p}, max_length=7)[0])
@@ -196,10 +196,10 @@ def test_group_advantages_by_hand():
   rewards = jnp.asarray([1.0, 0.0, 3.0, 2.0])  # Groups of two.
   root = np.sqrt(0.5)
   close(advantages.group_advantages(rewards, 2), np.array([0.5, -0.5, 0.5, -0.5]) / (root + 1e-4))
-  close(advantages.group_advantages(rewards, 2, scale='none'), [0.5, -0.5, 0.5, -0.5])
-  close(advantages.group_advantages(rewards, 2, 'others', 'none'), [1.0, -1.0, 1.0, -1.0])
+  close(advantages.group_advantages(rewards, 2, normalization='none'), [0.5, -0.5, 0.5, -0.5])
+  close(advantages.group_advantages(rewards, 2, 'leave_one_out', 'none'), [1.0, -1.0, 1.0, -1.0])
   std = np.std([1, 0, 3, 2], ddof=1)
-  close(advantages.group_advantages(rewards, 2, scale='batch'), np.array([0.5, -0.5, 0.5, -0.5]) / (std + 1e-4))
+  close(advantages.group_advantages(rewards, 2, normalization='batch'), np.array([0.5, -0.5, 0.5, -0.5]) / (std + 1e-4))
 
 
 def test_advantages_do_not_see_padding():

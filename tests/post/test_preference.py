@@ -22,7 +22,7 @@ NEW = {
     'sigmoid_forward_kl': {'divergence': 'forward_kl'},
     'sigmoid_js_divergence': {'divergence': 'js'},
     'sigmoid_alpha_divergence': {'divergence': 'alpha'},
-    'sigmoid_ld0.5': {'length_weight': 0.5},
+    'sigmoid_ld0.5': {'ld_alpha': 0.5},
 }
 # The older version called the forms of aot otherwise.
 OLD = {**{f'{name}_0.0': {'loss': name} for name in (
@@ -44,7 +44,7 @@ def make_pairs(arrays, logits, spec):
   # Product code has the two completions of a pair next to one another; here all chosen ones come first.
   order = np.arange(2 * count).reshape(2, count).T.ravel()
   positions = np.tile(np.arange(mask.shape[1]), (2 * count, 1))
-  weights = objective.answer_weights(spec, {'loss_mask': mask[order], 'positions': positions})[np.argsort(order)]
+  weights = objective.completion_weights(spec, {'loss_mask': mask[order], 'positions': positions})[np.argsort(order)]
   policy, length = preference.sum_logprobs(token_logprobs(logits, arrays['dpo/ids']), weights)
   reference, _ = preference.sum_logprobs(token_logprobs(arrays['dpo/ref_logits'], arrays['dpo/ids']), weights)
   halves = [part for a in (policy, reference, length) for part in (a[:count], a[count:])]
@@ -202,7 +202,7 @@ def test_dpo_of_the_reference_itself_is_log_2():
 def test_simpo_by_hand():
   pairs = draw_pairs(3)
   h = 2.0 * (pairs.chosen / pairs.chosen_length - pairs.rejected / pairs.rejected_length) - 0.7
-  loss, _, _ = preference.pair_loss(PreferenceSpec(loss='simpo', beta=2.0, margin=0.7), pairs)
+  loss, _, _ = preference.pair_loss(PreferenceSpec(loss='simpo', beta=2.0, simpo_gamma=0.7), pairs)
   close(loss, np.log1p(np.exp(-np.asarray(h, np.float64))).sum())
 
 

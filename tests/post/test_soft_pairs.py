@@ -59,13 +59,13 @@ def test_mismatched_rows_are_prompts_with_the_answers_of_the_next_pair():
   prompts = [[1, 2, 3], [1, 2, 3], [4, 5], [4, 5], [6, 7, 8, 9], [6, 7, 8, 9]]
   answers = [[11, 12], [13, 14, 15], [21, 22, 23, 24], [25], [31, 32], [33, 34, 35, 36, 37, 38]]
   stack = lambda rows: {k: jnp.asarray(np.stack([r[k] for r in rows])) for k in rows[0]}
-  found = objective.mismatch(stack([row(p, a) for p, a in zip(prompts, answers, strict=True)]))
+  found = objective.mismatch_completions(stack([row(p, a) for p, a in zip(prompts, answers, strict=True)]))
   expected = stack([row(p, answers[(i + 2) % 6]) for i, p in enumerate(prompts)])
   for name, value in expected.items():
     np.testing.assert_array_equal(found[name], value, err_msg=name)
   # What does not fit is cut off at the end of the row.
   long = stack([row([1] * 8, [2]), row([1] * 8, [2]), row([3], [4, 5, 6, 7, 8]), row([3], [4])])
-  cut = objective.mismatch(long)
+  cut = objective.mismatch_completions(long)
   np.testing.assert_array_equal(cut['targets'][0], [1] * 7 + [4, 5, 6])
   np.testing.assert_array_equal(cut['loss_mask'][0], [0] * 7 + [1] * 3)
 

@@ -7,7 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from llmjax.post import maths
+from llmjax.post import math_reward
 
 EQUAL = [
     # Fractions and decimals.
@@ -68,14 +68,14 @@ DIFFERENT = [
 @pytest.mark.parametrize('one, other', EQUAL)
 def test_equal_answers(one, other):
   for text, reference in ((one, other), (other, one)):
-    assert maths.equal(rf'So it is $\boxed{{{text}}}$.', reference)
-    assert maths.equal(text, f'Because of this.\n#### {reference}')
+    assert math_reward.same_answer(rf'So it is $\boxed{{{text}}}$.', reference)
+    assert math_reward.same_answer(text, f'Because of this.\n#### {reference}')
 
 
 @pytest.mark.parametrize('one, other', DIFFERENT)
 def test_different_answers(one, other):
   for text, reference in ((one, other), (other, one)):
-    assert not maths.equal(rf'So it is $\boxed{{{text}}}$.', reference)
+    assert not math_reward.same_answer(rf'So it is $\boxed{{{text}}}$.', reference)
 
 
 @pytest.mark.parametrize('text, right', [
@@ -89,7 +89,7 @@ def test_different_answers(one, other):
     (r'Half of \frac{1}{2} of 20 is 5 apples', '5'), (r'\boxed{about 12 apples}', '12'), ('so x = 1/2', '0.5'),
     (r'\boxed{x = \frac{1}{2}', '1/2'), (r'#### \frac{2}{3}', '4/6')])
 def test_where_the_answer_is(text, right):
-  assert maths.equal(text, right)
+  assert math_reward.same_answer(text, right)
 
 
 @pytest.mark.parametrize('text', [
@@ -106,8 +106,8 @@ def test_where_the_answer_is(text, right):
 def test_hostile_texts_are_graded_at_once(text):
   for one in (text, rf'\boxed{{{text}}}', f'#### {text}', f'answer is {text}'):
     begin = time.process_time()
-    assert not maths.equal(one, '12345')
-    maths.equal(one, one)
+    assert not math_reward.same_answer(one, '12345')
+    math_reward.same_answer(one, one)
     assert time.process_time() - begin < 1.0
 
 
@@ -120,25 +120,25 @@ max_size=60) | st.lists(st.sampled_from(
 @hypothesis.settings(deadline=None, max_examples=300)
 def test_no_text_raises(text):
   for reference in (text, '1', r'\{1,x\}'):
-    maths.equal(text, reference)
-    maths.equal(rf'\boxed{{{text}}}', reference)
-    maths.final_number(text)
+    math_reward.same_answer(text, reference)
+    math_reward.same_answer(rf'\boxed{{{text}}}', reference)
+    math_reward.final_number(text)
 
 
 @hypothesis.given(st.fractions(max_denominator=1000), st.fractions(max_denominator=1000))
 @hypothesis.settings(deadline=None, max_examples=100)
 def test_fractions_are_exact(one, other):
   latex = lambda x: rf'\frac{{{x.numerator}}}{{{x.denominator}}}'
-  assert maths.equal(latex(one), str(one)) and maths.final_number(latex(one)) == one
-  assert maths.equal(latex(one), latex(other)) == (one == other)
-  assert maths.equal(f'{latex(one)}+{latex(other)}', str(one + other))
+  assert math_reward.same_answer(latex(one), str(one)) and math_reward.final_number(latex(one)) == one
+  assert math_reward.same_answer(latex(one), latex(other)) == (one == other)
+  assert math_reward.same_answer(f'{latex(one)}+{latex(other)}', str(one + other))
 
 
 def test_threads_grade_alike():
   found = []
-  grade = lambda: found.append([maths.equal(*pair) for pair in EQUAL + DIFFERENT])
+  grade = lambda: found.append([math_reward.same_answer(*pair) for pair in EQUAL + DIFFERENT])
   grade()
-  maths.final_answer.cache_clear()
+  math_reward.final_answer.cache_clear()
   threads = [threading.Thread(target=grade) for _ in range(3)]
   for thread in threads:
     thread.start()
