@@ -96,7 +96,8 @@ class Encoder:
     prompt = without_training(record['prompt'])
     if self.kind == 'prompts':
       ids = self.chat.prompt(prompt, tools)
-      return [_Document(ids, {'loss_mask': np.zeros(len(ids), np.float32)}, {'answer': record['answer']})]
+      fields = {name: record[name] for name in ('answer', 'columns') if name in record}
+      return [_Document(ids, {'loss_mask': np.zeros(len(ids), np.float32)}, fields)]
     if self.kind == 'stepwise':
       message = {'role': 'assistant', 'content': stepwise.join_steps(record['steps'])}
       ids, mask = self.chat.encode([*prompt, message], tools)

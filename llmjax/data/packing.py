@@ -276,7 +276,7 @@ class PreferencePairs(_WholeDocuments):
 
 
 class Prompts(_WholeDocuments):
-  """Prompts for rollouts.  A batch is a list of {'ids': int32 [n], 'answer': text} without padding."""
+  """Prompts for rollouts.  A batch is a list of {'ids': int32 [n], 'answer': text, 'columns'?: dict}, not padded."""
 
   @functools.cached_property
   def _documents(self):
@@ -295,8 +295,7 @@ class Prompts(_WholeDocuments):
   def _fill_example(self, out, place, number):
     document = int(self._documents[number])
     # Truncation keeps the end of a prompt.
-    out[place] = {'ids': self.store[document][-self.seq_len:].astype(np.int32),
-                  'answer': self.store.fields[document]['answer']}
+    out[place] = {'ids': self.store[document][-self.seq_len:].astype(np.int32), **self.store.fields[document]}
 
 
 def best_fit(sizes, capacity):

@@ -4,14 +4,14 @@
     preference  {"prompt": [messages], "chosen": [messages], "rejected": [messages], "margin"?, "probability"?,
                  "tools"?}
                 {"prompt": [messages], "completion": [messages], "label": bool, "tools"?}, an unpaired preference
-    prompts     {"prompt": [messages], "answer": text, "tools"?}
+    prompts     {"prompt": [messages], "answer": text, "columns"?: {other fields, for reward functions}, "tools"?}
     stepwise    {"prompt": [messages], "steps": [{"text", "label"}, ...], "tools"?}
 
 A prepared folder stores that form, as JSON, in `documents/`.  For messages see `messages`, for the formats
 docs/data_formats.md.
 
 A field that changes the text or what is trained is used as its format defines it, or the record is rejected with a
-reason that names the field; other fields are not used, and counted by name.
+reason that names the field; other fields are not used, except by reward functions, and counted by name.
 """
 
 import functools
@@ -78,13 +78,16 @@ def normaliser(kind, unused=None, train_history=False, dialogues=True):
     normalised = convert(fields, ignored)
     if normalised is None:
       raise ValueError(f'no {FORMS[kind]} (found: {field_names(record)})')
-    names = [*ignored, *_check_rest(kind, fields, normalised)]
+    rest = _check_rest(kind, fields, normalised)
+    if kind == 'prompts' and (columns := {k: v for k, v in rest.items() if k not in _PROMPT_FIELDS}):
+      normalised = {**normalised, 'columns': columns}
+      rest = {k: v for k, v in rest.items() if k not in columns}
     try:
       text = json.dumps(normalised, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as e:
       raise ValueError(f'the messages are not plain JSON: {str(e)[:100]}') from e
     if unused is not None:
-      unused.update(names)
+      unused.update([*ignored, *(field_names([name]) for name in rest)])
     return text
 
   return normalise
@@ -106,7 +109,7 @@ def _to_json_types(value):
 
 
 def _check_rest(kind, fields, normalised):
-  """Return the names of the fields that were not read; raise ValueError for one whose text would be lost."""
+  """Return the fields that were not read; raise ValueError for one whose text would be lost."""
   fields = {name: value for name, value in fields.items() if not messages.is_empty(value)}
   messages.refuse_fields(fields, _REFUSED)
   names = (*_PROMPT_FIELDS, *(_COMPLETION_FIELDS if kind == 'chat' else ()))
@@ -115,7 +118,7 @@ def _check_rest(kind, fields, normalised):
     for name in remaining:
       if not all(part.strip() in text for part in _strings(fields[name])):
         raise ValueError(f'{name} has text that no other field has; leave it out, or move it into one of them')
-  return [field_names([name]) for name in fields]
+  return fields
 
 
 def _strings(value):

@@ -554,9 +554,10 @@ def test_a_template_that_changes_what_is_said_has_no_ends_of_steps(tmp_path, sma
   assert not prepared.is_prepared(tmp_path / 'out')
 
 
-def test_prompts_come_with_their_answers(tmp_path, small_folder):
+def test_prompts_come_with_their_answers_and_columns(tmp_path, small_folder):
   (tmp_path / 'data.jsonl').write_text(''.join(
-      json.dumps({'question': f'How much is {i} + 1?', 'answer': str(i + 1)}) + '\n' for i in range(40)))
+      json.dumps({'question': f'How much is {i} + 1?', 'answer': str(i + 1), 'level': i % 3}) + '\n'
+      for i in range(40)))
   folder = prepare_records(tmp_path, small_folder, 'prompts')
   spec = DataSpec(sources={folder: 1.0}, seq_len=64)
   tokenizer = stream.load_tokenizer(spec)
@@ -567,7 +568,7 @@ def test_prompts_come_with_their_answers(tmp_path, small_folder):
   assert len({p['answer'] for p in first + second}) == 12
   for item in first:
     number = int(item['answer']) - 1
-    assert tokenizer.decode(item['ids']) == f'How much is {number} + 1?'
+    assert tokenizer.decode(item['ids']) == f'How much is {number} + 1?' and item['columns'] == {'level': number % 3}
     assert item['ids'][-1] == tokenizer.special_ids['<|assistant|>']
   # Held out: each prompt once, whatever the weights; a limit is a sample of every source.
   shutil.copytree(folder, f'{folder}2')
