@@ -34,6 +34,7 @@ setuptools.setup(
         'safetensors>=0.8',  # Adapters of peft; bfloat16 in NumPy.
         'ml-collections>=1.1',  # Recipes.
         'absl-py>=2.1',  # Flags.
+        'pyyaml>=6.0.1',  # Manifests of Kubernetes.
         'jinja2>=3.1.6',  # Chat templates; its sandbox before that could be left.
         'tensorboardX>=2.6',  # TensorBoard events without TensorFlow.
     ],

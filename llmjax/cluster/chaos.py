@@ -22,7 +22,6 @@ import time
 
 from llmjax.checkpoint import manifest
 from llmjax.cluster.chaos_report import (
-  Screen,
   differing_bits,
   hash_state_in_subprocess,
   logged_values,
@@ -35,7 +34,7 @@ from llmjax.cluster.supervise import Group, Policy, start_processes
 from llmjax.config import ConfigError, to_dict
 from llmjax.evaluate.metrics import read_lines
 from llmjax.run.hardware import installed_versions
-from llmjax.run.progress import format_duration
+from llmjax.run.progress import Progress, format_duration
 
 MAX_SHOWN = 10  # Problems printed; chaos.json has all of them.
 WIDTH = max(map(len, FAULTS.values()))
@@ -51,9 +50,9 @@ def run(spec, options):
   workdir.mkdir(parents=True, exist_ok=True)
   recipe = make_recipe(spec, options.steps)
   (workdir / 'recipe.json').write_text(json.dumps(recipe, indent=2) + '\n')
-  chaos, every = Chaos(recipe, options, Screen()), recipe['train']['checkpoint_every']
+  chaos, every = Chaos(recipe, options), recipe['train']['checkpoint_every']
   if every != spec.train.checkpoint_every:
-    chaos.screen.print(f'train.checkpoint_every={spec.train.checkpoint_every} would save no checkpoint before the end '
+    chaos.progress.say(f'train.checkpoint_every={spec.train.checkpoint_every} would save no checkpoint before the end '
                        f'of {recipe["train"]["steps"]} steps; using {every}')
   previous = {s: signal.signal(s, _interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
   try:
@@ -79,9 +78,10 @@ def make_recipe(spec, steps=0):
 class Chaos:
   """The reference run, the disturbed run, and the comparison."""
 
-  def __init__(self, recipe, options, screen):
-    self.recipe, self.options, self.screen = recipe, options, screen
+  def __init__(self, recipe, options, stream=None):
+    self.recipe, self.options = recipe, options
     self.workdir, self.steps = pathlib.Path(options.workdir), recipe['train']['steps']
+    self.progress = Progress(self.steps, stream=stream)
     self.random = random.Random(options.seed)
     self.devices = options.devices_per_process or (1 if options.processes > 1 else 0)
     self.policy, self.group = Policy(), None
@@ -92,25 +92,25 @@ class Chaos:
   def run(self):
     """Return the exit status."""
     begin, processes = time.monotonic(), self.options.processes
-    self.screen.print(f'{self.steps} steps on {processes} process{"es" * (processes > 1)}, a checkpoint every '
+    self.progress.say(f'{self.steps} steps on {processes} process{"es" * (processes > 1)}, a checkpoint every '
                       f'{self.recipe["train"]["checkpoint_every"]} steps; first undisturbed, then with '
                       f'{self.options.kills} faults')
     if not self._run_reference():
       return 1
-    self.screen.print(f'reference: {self.steps} steps in {format_duration(time.monotonic() - begin)}, final state '
+    self.progress.say(f'reference: {self.steps} steps in {format_duration(time.monotonic() - begin)}, final state '
                       f'{self.digest[:12]}')
     self._run_disturbed()
     compared = self._compare_final()
-    self.screen.print('\n' + render_table(self.faults))
+    self.progress.say('\n' + render_table(self.faults))
     bits = sum(f.bits for f in self.faults) + self.final_bits
     self._write(compared, bits, time.monotonic() - begin)
     report = self.workdir / 'chaos.json'
     for problem in self.problems[:MAX_SHOWN]:
-      self.screen.print(f'PROBLEM: {problem}')
+      self.progress.say(f'PROBLEM: {problem}')
     if bits or self.problems:
-      self.screen.print(f'{bits} bits differ, {len(self.problems)} problems: {report}')
+      self.progress.say(f'{bits} bits differ, {len(self.problems)} problems: {report}')
       return 1
-    self.screen.print(f'{compared} logged values of {self.steps} steps and the final state ({self.digest[:12]}) equal '
+    self.progress.say(f'{compared} logged values of {self.steps} steps and the final state ({self.digest[:12]}) equal '
                       f'those of the undisturbed run, to the bit. {format_duration(time.monotonic() - begin)}, '
                       f'{report}')
     return 0
@@ -119,7 +119,7 @@ class Chaos:
     """Kill the processes that are left."""
     if self.group is not None:
       self.group.kill()
-    self.screen.clear()
+    self.progress.close()
 
   def _start(self, name):
     self.group = Group(self.workdir / f'{name}-logs', self.policy, quiet=True)
@@ -136,13 +136,13 @@ class Chaos:
       step = self.group.maximum('step')
       if step and first_seen is None:
         first_seen = time.monotonic() - begin, step
-      self.screen.progress(0, self.options.kills, step, self.steps, None)
+      self.progress.tick(step)
 
     outcome = self._start('reference').wait(watch)
-    self.screen.clear()
+    self.progress.close()
     if outcome.kind != 'done':
-      self.screen.print(f'the undisturbed run failed: process {outcome.rank} {outcome.text}')
-      self.screen.print('\n'.join(outcome.tail))
+      self.progress.say(f'the undisturbed run failed: process {outcome.rank} {outcome.text}')
+      self.progress.say('\n'.join(outcome.tail))
       return False
     self.start_seconds, step = first_seen or (time.monotonic() - begin, 0)
     self.step_seconds = max(time.monotonic() - begin - self.start_seconds, 0.01) / max(self.steps - step, 1)
@@ -156,11 +156,11 @@ class Chaos:
   def _run_disturbed(self):
     """Run attempts, with one fault each, until one completes."""
     kinds = plan_faults(self.options.kills, self.options.seed, self.options.events)
-    previous, begin, outcome = None, time.monotonic(), None
+    previous, outcome = None, None
     while outcome is None or outcome.kind != 'done':
       expected = newest_verified(self._checkpoints)
       fault = self._next_fault(kinds, expected)
-      outcome = self._run_attempt(fault, previous, expected, begin)
+      outcome = self._run_attempt(fault, previous, expected)
       compared, bits = self._compare(outcome.first)
       if previous:
         previous.compared, previous.bits = compared, bits
@@ -175,10 +175,10 @@ class Chaos:
       elif outcome.kind != 'done':
         self.problems.append(f'process {outcome.rank} {outcome.text} at step {outcome.step} without a fault: '
                              + (outcome.tail[-1] if outcome.tail else ''))
-        self.screen.print('\n  '.join([self.problems[-1], *outcome.tail]))
+        self.progress.say('\n  '.join([self.problems[-1], *outcome.tail]))
         return
     if len(self.faults) < len(kinds):
-      self.screen.print(f'the run completed after {len(self.faults)} of {len(kinds)} faults; increase --steps to fit '
+      self.progress.say(f'the run completed after {len(self.faults)} of {len(kinds)} faults; increase --steps to fit '
                         'all of them')
 
   def _next_fault(self, kinds, expected):
@@ -191,7 +191,7 @@ class Chaos:
     target = min(expected + 1 + int(self.random.random() * 1.6 * share), self.steps - 1)
     return Fault(kinds[len(self.faults)], rank, target)
 
-  def _run_attempt(self, fault, previous, expected, begin):
+  def _run_attempt(self, fault, previous, expected):
     """Run one attempt with its fault; complete and report the previous fault; return the Outcome."""
     started, moment, resumed = time.monotonic(), self.random.random(), False
     group = self._start('run')
@@ -210,10 +210,7 @@ class Chaos:
           previous.seconds = time.monotonic() - previous.at
           self._record_resumption(previous, expected)
           self._print_fault(previous)
-      count, step = len(self.faults) + 1, group.maximum('step')
-      per_fault = (time.monotonic() - begin) / count
-      left = (self.options.kills - count) * per_fault + max(self.steps - step, 0) * self.step_seconds
-      self.screen.progress(count - 1, self.options.kills, step, self.steps, left if count > 2 else None)
+      self.progress.tick(group.maximum('step'))
 
     outcome = group.wait(watch)
     if fault:
@@ -315,7 +312,7 @@ class Chaos:
     recovery = format_duration(fault.seconds) if fault.seconds is not None else 'next fault'
     text = (f'{number:>{width}}/{self.options.kills}  {FAULTS[fault.kind]:<{WIDTH}}  step {fault.step:>5} -> '
             f'{fault.resumed:>5}  {fault.lost:>3} lost  {recovery:>10}  {fault.detail}')
-    self.screen.print(text.rstrip())
+    self.progress.say(text.rstrip())
 
   def _write(self, compared, bits, seconds):
     content = {

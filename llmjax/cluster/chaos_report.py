@@ -5,18 +5,15 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import statistics
 import struct
 import subprocess
 import sys
-import time
 
 from llmjax.cluster.spec import FAULTS
 from llmjax.config import ConfigError
 from llmjax.evaluate.metrics import read_lines
 from llmjax.plan.text import table
-from llmjax.run.progress import format_duration
 
 # Metrics that depend on the clock or on other load of the machine.
 TIMED = re.compile(r'seconds|second$|mfu|memory|time')
@@ -78,34 +75,3 @@ def render_table(faults):
   return table([header, *((r['event'], r['count'], r['steps_lost'], r['bits_differing'],
                            '' if r['median_seconds'] is None else f'{r["median_seconds"]:.1f} s')
                           for r in summarize(faults))], right=(1, 2, 3, 4))
-
-
-class Screen:
-  """Prints lines, and on a terminal a progress bar below them."""
-
-  def __init__(self, stream=None):
-    self._stream = sys.stdout if stream is None else stream
-    self._length, self._painted = 0, 0.0
-
-  def print(self, text):
-    self.clear()
-    self._stream.write(text + '\n')
-    self._stream.flush()
-
-  def progress(self, done, faults, step, steps, seconds_left):
-    now = time.monotonic()
-    if not self._stream.isatty() or now - self._painted < 0.1:
-      return
-    self._painted = now
-    bar = '█' * (20 * done // faults) + '░' * (20 - 20 * done // faults)
-    left = f'  {format_duration(seconds_left)} left' if seconds_left is not None else ''
-    text = f'{bar}  {done}/{faults} faults  step {step}/{steps}{left}'[:shutil.get_terminal_size().columns - 1]
-    self._stream.write('\r' + text.ljust(self._length))
-    self._stream.flush()
-    self._length = len(text)
-
-  def clear(self):
-    if self._length:
-      self._stream.write('\r' + ' ' * self._length + '\r')
-      self._stream.flush()
-      self._length = 0

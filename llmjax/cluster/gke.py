@@ -5,7 +5,6 @@ TPU hosts discover each other through variables that GKE sets; GPU nodes through
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 
@@ -89,73 +88,40 @@ def run(command, options):
 
 def manifest(command, options):
   """Return the YAML of the JobSet."""
-  quoted = json.dumps  # Every JSON string is a YAML string.
+  import yaml
+  metadata, failure_policy = {'name': options.name, 'namespace': options.namespace}, {'maxRestarts': options.restart}
+  if options.is_tpu:  # One slice per node pool: GKE numbers slices and hosts by it.
+    metadata['annotations'] = {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
+  job = {'parallelism': options.node_count, 'completions': options.node_count, 'backoffLimit': 0,
+         'completionMode': 'Indexed'}
+  if options.restart:  # Invalid settings are not retried: the pod's failure fails its job, and thereby the JobSet.
+    failure_policy['rules'] = [{'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']}]
+    exit_codes = {'containerName': 'llmjax', 'operator': 'In', 'values': [REFUSED]}
+    job['podFailurePolicy'] = {'rules': [{'action': 'FailJob', 'onExitCodes': exit_codes}]}
+  job['template'] = {'spec': pod_spec(command, options)}
+  jobset = {'apiVersion': 'jobset.x-k8s.io/v1alpha2', 'kind': 'JobSet', 'metadata': metadata,
+            'spec': {'failurePolicy': failure_policy,
+                     'replicatedJobs': [{'name': 'host', 'replicas': options.slices, 'template': {'spec': job}}]}}
+  return yaml.safe_dump(jobset, sort_keys=False, width=10_000)
+
+
+def pod_spec(command, options):
+  """Return the spec of the pods as nested dicts."""
+  container = {'name': 'llmjax', 'image': options.image,
+               'command': ['bash', '-c', shell_line(command, options.setup)]}
   if options.is_tpu:
     selector = {'gke-tpu-accelerator': options.accelerator, 'gke-tpu-topology': options.topology}
     resource, ports = 'google.com/tpu', (8471, 8431, 8482)  # TPU runtime, its metrics, JAX's coordination service.
-    # One slice per node pool: GKE numbers slices and hosts by it.
-    annotations = {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
-    variables = ''
   else:
-    selector = {'gke-accelerator': options.accelerator}
-    resource, ports, annotations = 'nvidia.com/gpu', (PORT,), {}
-    variables = f'''
-              env:
-              - name: LLMJAX_COORDINATOR
-                value: {quoted(f'{options.name}-host-0-0.{options.name}:{PORT}')}
-              - name: LLMJAX_PROCESSES
-                value: {quoted(str(options.node_count))}
-              - name: LLMJAX_PROCESS_ID
-                valueFrom:
-                  fieldRef:
-                    fieldPath: metadata.annotations['batch.kubernetes.io/job-completion-index']'''
-  notes = ''.join(['\n  annotations:'] * bool(annotations) +
-                  [f'\n    {name}: {value}' for name, value in annotations.items()])
-  account = f'\n            serviceAccountName: {options.service_account}' if options.service_account else ''
-  labels = ''.join(f'\n              cloud.google.com/{name}: {value}' for name, value in selector.items())
-  rules = pod_rules = ''
-  if options.restart:  # Invalid settings are not retried: the pod's failure fails its job, and thereby the JobSet.
-    rules = '''
-    rules:
-    - action: FailJobSet
-      onJobFailureReasons: [PodFailurePolicy]'''
-    pod_rules = f'''
-        podFailurePolicy:
-          rules:
-          - action: FailJob
-            onExitCodes:
-              containerName: llmjax
-              operator: In
-              values: [{REFUSED}]'''
-  container_ports = ''.join(f'\n              - containerPort: {port}' for port in ports)
-  return f'''apiVersion: jobset.x-k8s.io/v1alpha2
-kind: JobSet
-metadata:
-  name: {options.name}
-  namespace: {options.namespace}{notes}
-spec:
-  failurePolicy:
-    maxRestarts: {options.restart}{rules}
-  replicatedJobs:
-  - name: host
-    replicas: {options.slices}
-    template:
-      spec:
-        parallelism: {options.node_count}
-        completions: {options.node_count}
-        backoffLimit: 0
-        completionMode: Indexed{pod_rules}
-        template:
-          spec:
-            restartPolicy: Never
-            terminationGracePeriodSeconds: {options.save_seconds}{account}
-            nodeSelector:{labels}
-            containers:
-            - name: llmjax
-              image: {options.image}
-              command: [bash, -c, {quoted(shell_line(command, options.setup))}]
-              ports:{container_ports}{variables}
-              resources:
-                limits:
-                  {resource}: {options.chips}
-'''
+    selector, resource, ports = {'gke-accelerator': options.accelerator}, 'nvidia.com/gpu', (PORT,)
+    index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    container['env'] = [
+        {'name': 'LLMJAX_COORDINATOR', 'value': f'{options.name}-host-0-0.{options.name}:{PORT}'},
+        {'name': 'LLMJAX_PROCESSES', 'value': str(options.node_count)},
+        {'name': 'LLMJAX_PROCESS_ID', 'valueFrom': {'fieldRef': {'fieldPath': index}}}]
+  container.update(ports=[{'containerPort': port} for port in ports],
+                   resources={'limits': {resource: options.chips}})
+  account = {'serviceAccountName': options.service_account} if options.service_account else {}
+  return {'restartPolicy': 'Never', 'terminationGracePeriodSeconds': options.save_seconds, **account,
+          'nodeSelector': {f'cloud.google.com/{name}': value for name, value in selector.items()},
+          'containers': [container]}

@@ -56,38 +56,38 @@ def require_platform(name=''):
   warnings = LogRecorder()
   logger = logging.getLogger('jax._src.xla_bridge')
   logger.addHandler(warnings)
-  found = Platforms(versions=installed_versions(), environment=dict(os.environ), **detect_accelerators())
+  machine = Platforms(versions=installed_versions(), environment=dict(os.environ), **detect_accelerators())
   try:
     import jax
     if name == 'cpu':
       jax.config.update('jax_platforms', 'cpu')
-    found.default, found.devices = jax.default_backend(), list_devices()
+    machine.default, machine.devices = jax.default_backend(), list_devices()
     # A program may choose the CPU through jax.config, as tests do; that is an explicit choice.
     if jax.config.jax_platforms:
-      found.environment['JAX_PLATFORMS'] = jax.config.jax_platforms
+      machine.environment['JAX_PLATFORMS'] = jax.config.jax_platforms
   except (RuntimeError, ImportError) as e:
-    found.error = f'{type(e).__name__}: {e}'
+    machine.error = f'{type(e).__name__}: {e}'
   finally:
     logger.removeHandler(warnings)
-  found.warnings = warnings.lines
-  if problems := list(platform_problems(found, name)):
+  machine.warnings = warnings.lines
+  if problems := list(platform_problems(machine, name)):
     raise ConfigError([f'{problem}; {fix}' for problem, fix in problems])
-  return found.default
+  return machine.default
 
 
-def platform_problems(found, requested):
+def platform_problems(machine, requested):
   """Yield (problem, fix) for a requested platform that is unusable, or an accelerator that is left idle."""
-  chosen = found.environment.get('JAX_PLATFORMS', '')
-  plugins = {'gpu': [n for n, v in found.versions.items() if v and n.startswith(('jax-cuda', 'jax-rocm'))],
-             'tpu': ['libtpu'] if found.versions.get('libtpu') else []}
-  present = {'gpu': found.gpu_present, 'tpu': found.tpu_present}
-  reason = found.error or ' '.join(found.warnings)
+  chosen = machine.environment.get('JAX_PLATFORMS', '')
+  plugins = {'gpu': [n for n, v in machine.versions.items() if v and n.startswith(('jax-cuda', 'jax-rocm'))],
+             'tpu': ['libtpu'] if machine.versions.get('libtpu') else []}
+  present = {'gpu': machine.gpu_present, 'tpu': machine.tpu_present}
+  reason = machine.error or ' '.join(machine.warnings)
   suffix = f': {reason}' if reason else ''
-  if found.error and requested in ('', 'cpu'):
-    yield f'JAX does not start: {found.error}', _start_hint(found.error, chosen)
-  elif requested in ('gpu', 'tpu') and requested not in map(_family, found.devices):
+  if machine.error and requested in ('', 'cpu'):
+    yield f'JAX does not start: {machine.error}', _start_hint(machine.error, chosen)
+  elif requested in ('gpu', 'tpu') and requested not in map(_family, machine.devices):
     label = requested.upper()
-    if chosen and not found.error and requested not in map(_family, chosen.split(',')):
+    if chosen and not machine.error and requested not in map(_family, chosen.split(',')):
       yield (f'a {label} was requested, but JAX_PLATFORMS={chosen} excludes it',
              f'unset JAX_PLATFORMS, or set it to {"cuda" if requested == "gpu" else "tpu"}')
     elif not plugins[requested]:
@@ -97,10 +97,10 @@ def platform_problems(found, requested):
              DRIVER_HINTS[requested])
     else:
       yield (f'a {label} was requested and is present, but JAX could not start it{suffix}', DRIVER_HINTS[requested])
-  elif requested and _family(found.default) != requested:
-    yield (f'{requested} was requested, but JAX runs on {found.default}',
+  elif requested and _family(machine.default) != requested:
+    yield (f'{requested} was requested, but JAX runs on {machine.default}',
            f'set JAX_PLATFORMS={"cuda" if requested == "gpu" else requested}')
-  elif not requested and _family(found.default) == 'cpu' and not chosen:
+  elif not requested and _family(machine.default) == 'cpu' and not chosen:
     for kind in ('gpu', 'tpu'):
       if present[kind]:
         yield (f'this machine has a {kind.upper()}, but JAX fell back to the CPU{suffix}',

@@ -122,7 +122,7 @@ def test_differences_are_problems(tmp_path):
   (tmp_path / 'run').mkdir()
   rows = [{'step': s, 'time': s, 'train/loss': 1 / s, 'train/step_seconds': 0.1 * s} for s in range(1, 6)]
   options = types.SimpleNamespace(workdir=str(tmp_path), kills=1, processes=1, devices_per_process=0, seed=0)
-  comparison = chaos.Chaos({'train': {'steps': 5, 'checkpoint_every': 2}}, options, chaos_report.Screen(io.StringIO()))
+  comparison = chaos.Chaos({'train': {'steps': 5, 'checkpoint_every': 2}}, options, io.StringIO())
   comparison.reference = {(row['step'], 'train/loss'): row['train/loss'] for row in rows}
 
   def write(rows):
