@@ -77,26 +77,24 @@ def build_step(args):
   import numpy as np
   import optax
 
-  from llmjax.adapt.lora import adapter_names, init_adapter
-  from llmjax.adapt.quantize import quantize_tree
   from llmjax.adapt.spec import AdapterSpec
-  from llmjax.model.model import Model
   from llmjax.model.spec import ModelSpec
   from llmjax.parallel.host import keep_freed_memory, share_arena
   from llmjax.parallel.mesh import make_mesh, place_batch
-  from llmjax.parallel.sharding import tree_shardings
   from llmjax.parallel.spec import MeshSpec
   from llmjax.post import objective
   from llmjax.post.spec import PreferenceSpec
   from llmjax.train import objectives
   from llmjax.train.optimizers import make_optimizer
   from llmjax.train.spec import OptimizerSpec, TrainSpec
-  from llmjax.train.state import Trained, init_state
-  from llmjax.train.step import make_train_step
+  from llmjax.train.state import init_state
+  from llmjax.train.step import lower_step, make_train_step
+  from llmjax.train.trainable import adapters, quantize_base, whole_model
   model = ModelSpec(**SPEC)
   together = 2 if args.pair_loss else 1  # A pair is two rows; as many rows at a time as without pairs.
   accumulation = args.gradient_accumulation_steps * together
-  train = TrainSpec(batch_size=args.batch, accumulation=accumulation, remat=args.remat, compute_dtype='float32')
+  train = TrainSpec(batch_size=args.batch, gradient_accumulation_steps=accumulation, remat=args.remat,
+                    compute_dtype='float32')
   optimizer = OptimizerSpec(lr=LR, b1=B1, b2=B2, epsilon=EPSILON, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM,
                             schedule='constant')
   share_arena()
@@ -115,22 +113,17 @@ def build_step(args):
     if args.pair_loss:
       loss_fn = objective.make_pair_loss(PreferenceSpec(loss=args.pair_loss),
                                          objectives.make_model(model, train, platform))
-    trained = frozen = None
+    trainable, frozen = whole_model(model), None
     if args.adapter:
       kind, _, quantized = args.adapter.partition('+')
       adapter = AdapterSpec(kind=kind, rank=args.rank, dropout=args.dropout, quantize=quantized)
-      base = init_state(model, optax.identity(), 0, 'float32', mesh)[0].params
-      base = quantize_tree(base, quantized, Model(model).param_names(), lambda n: tree_shardings(mesh, n)
-                           ) if quantized else base
-      trained = Trained(lambda key, base: {'bench': init_adapter(adapter, base, key)},
-                        {'bench': adapter_names(adapter, Model(model).param_names())}, (base,))
-      loss_fn, frozen = objectives.with_adapters(loss_fn, {'bench': adapter}), {'base': base}
+      base = init_state(trainable, optax.identity(), 0, mesh).params
+      trainable, frozen = adapters(model, adapter), {'base': quantize_base(model, adapter, base, mesh)}
       del base
-    state, shardings = init_state(model, tx, 0, 'float32', mesh, trained=trained, frozen=frozen)
-    del trained, frozen
-    train_step = jax.jit(make_train_step(loss_fn, tx, schedule, accumulation, together=together), donate_argnums=0,
-                         out_shardings=(shardings, None)).lower(state, batch).compile()
-  del shardings
+    state = init_state(trainable, tx, 0, mesh, frozen=frozen)
+    del frozen
+    step = make_train_step(trainable.wrap(loss_fn), tx, schedule, accumulation, together=together)
+    train_step = lower_step(step, state, batch).compile()
   holder = [state]
   del state  # The step takes the state's memory over; no other name may keep it.
 

@@ -26,6 +26,7 @@ from llmjax.train.guard import watched
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.state import abstract_state
 from llmjax.train.step import lower_step, make_train_step
+from llmjax.train.trainable import make_trainable
 
 MAX_ROWS, MAX_BLOCKS = 8, 4  # Of the drawing; larger meshes are abbreviated.
 LARGE = 1 << 20  # Bytes from which a replicated array is reported.
@@ -92,12 +93,12 @@ def emulate_devices(count):
 def abstract_pretraining(spec, mesh):
   """Return (step, state, batch): the step that `pretrain` compiles, including the guard, and abstract arguments."""
   rule, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
-  tx = watched(rule, spec.guard.window)
-  state = abstract_state(spec.model, tx, spec.train.param_dtype, mesh, spec.mesh.zero)
+  tx, trainable = watched(rule, spec.guard.window), make_trainable(spec)
+  state = abstract_state(trainable, tx, mesh, spec.mesh.zero)
   loss_fn = objectives.next_token(
       objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline),
       z_loss=spec.train.z_loss, neftune_alpha=spec.train.neftune_alpha)
-  step = make_train_step(loss_fn, tx, schedule, spec.train.gradient_accumulation_steps, spec.guard)
+  step = make_train_step(trainable.wrap(loss_fn), tx, schedule, spec.train.gradient_accumulation_steps, spec.guard)
   return step, state, abstract_batch(spec, mesh)
 
 

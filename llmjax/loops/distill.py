@@ -77,11 +77,11 @@ class Lessons:
     if self.spec.distill.on_policy_fraction:
       job = self._on_policy(job)
     if not self.spec.distill.top_k:
-      return dataclasses.replace(job, loss_fn=self.lessons.train, initial=initial,
-                                 load_frozen=lambda: {'teacher': self.load()})
+      return dataclasses.replace(job, loss_fn=self.lessons.train, initialize=initial,
+                                 frozen={'teacher': self.load})
     for name, table in self.columns(self.spec.data, 'train').items():
       job.batches.attach(name, table)
-    return dataclasses.replace(job, loss_fn=self.lessons.train, initial=initial)
+    return dataclasses.replace(job, loss_fn=self.lessons.train, initialize=initial)
 
   def _on_policy(self, job):
     """Returns the job with batches of which the student says some itself."""

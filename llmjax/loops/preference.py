@@ -95,8 +95,8 @@ def preference_job(spec, mesh, batches, workdir):
       found[objective.MISMATCHED] = score(frozen[name], objective.mismatch_completions(batch))
     return loss_fn(params, frozen, {**batch, **jax.lax.stop_gradient(found)}, key)
 
-  load = (lambda: {name: load_initial(spec, mesh, kept.checkpoint())}) if kept else None
-  return make_job(spec, mesh, batches, with_reference, load_frozen=load)
+  frozen = {name: lambda: load_initial(spec, mesh, kept.checkpoint())} if kept else {}
+  return make_job(spec, mesh, batches, with_reference, frozen=frozen)
 
 
 def score_reference(spec, mesh, score, kept):

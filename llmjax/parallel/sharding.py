@@ -206,3 +206,8 @@ def state_names(abstract_state, params, names):
           for path, n in jax.tree_util.tree_flatten_with_path(names, is_leaf=is_names)[0]}
   return jax.tree.map(lambda leaf, key: flat[key] if key else (None,) * len(leaf.shape), abstract_state,
                       mirrored(abstract_state, params))
+
+
+def zero_rules(zero, stage):
+  """Return the sharding rules of arrays that ZeRO shards over `data` from `stage` on.  zero: the stage in use."""
+  return ZERO_RULES if zero >= stage else TRAIN_RULES

@@ -8,13 +8,15 @@ import json
 import os
 import pathlib
 
+from llmjax.parallel import distributed
 from llmjax.plan.meter import find_chip, make_meter
+from llmjax.run.callback import Callback
 
 # Quantities that are summed over attempts, and the `cost` field that each needs.
 SUMS = {'chip_hours': '', 'kwh': 'chip_watts', 'kg_co2': 'grid_grams_per_kwh', 'money': 'price_per_chip_hour'}
 
 
-class EnergyLog:
+class EnergyLog(Callback):
   """Record one attempt.
 
   spec: CostSpec.  devices: all devices of the mesh.  hosts: number of processes.  On CPUs a host counts as a chip.
@@ -27,6 +29,10 @@ class EnergyLog:
     self._meter = make_meter(spec, chip, hosts if cpu else len(devices) / (chip.devices if chip else 1))
     self._kind = f'host with {kind} devices' if cpu else kind
     self._previous = read_attempts(self._path)
+
+  def flush(self, run):
+    if distributed.is_first():
+      self.write(run.goodput.attempt_seconds)
 
   def write(self, seconds):
     """Write the file.  seconds: wall time of this attempt so far."""

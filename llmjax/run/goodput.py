@@ -11,6 +11,8 @@ import pathlib
 import time
 
 from llmjax.evaluate.metrics import read_lines
+from llmjax.parallel import distributed
+from llmjax.run.callback import Callback
 from llmjax.run.writers import Lines
 
 BUCKETS = ('init', 'compile', 'data_wait', 'rollout', 'step', 'eval', 'sample', 'checkpoint', 'lost', 'restart',
@@ -18,7 +20,7 @@ BUCKETS = ('init', 'compile', 'data_wait', 'rollout', 'step', 'eval', 'sample', 
 STEP_BUCKETS = ('step', 'data_wait', 'rollout')  # Time that is lost when a step is repeated.
 
 
-class Goodput:
+class Goodput(Callback):
   """Charge wall time to buckets; the remainder is `other`.
 
   age: seconds since the process began, charged to `init`.  clock: monotonic seconds.  now: Unix seconds.
@@ -58,14 +60,14 @@ class Goodput:
     return total
 
   @property
-  def sitting_seconds(self):
+  def attempt_seconds(self):
     """Wall time of this attempt: seconds since the process began."""
     return self._clock() - self._start
 
   def totals(self):
     """Return seconds by bucket over all attempts."""
     now = dict(self.seconds)
-    now['other'] = max(self.sitting_seconds - sum(self.seconds.values()), 0.0)
+    now['other'] = max(self.attempt_seconds - sum(self.seconds.values()), 0.0)
     return {b: round(self._before[b] + now[b], 3) for b in BUCKETS}
 
   def write(self, step, done=False):
@@ -77,7 +79,11 @@ class Goodput:
     row = {'time': round(self._now(), 3), 'step': step, 'seconds': totals}
     self._file.append(row | {'done': True} if done else row)
 
-  def close(self):
+  def flush(self, run):
+    if distributed.is_first():
+      self.write(run.step, run.is_finished)
+
+  def close(self, run=None):
     if self._file is not None:
       self._file.close()
       self._file = None

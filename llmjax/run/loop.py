@@ -1,7 +1,7 @@
-"""The only training loop: next batch, step, log, evaluate, sample, save, profile.
+"""The training loop: next batch, step, callbacks.
 
-A loop such as pretrain.py supplies a Job; everything that is the same for all of them is here.  What goes wrong,
-and what is done about it, is in recovery.py.
+A stage such as loops/pretrain.py supplies a Job.  Everything else that happens around the steps (logging, evaluation,
+checkpoints, recovery, ...) is a Callback, see callback.py.
 """
 
 import contextlib
@@ -12,49 +12,55 @@ from typing import Any
 
 import jax
 
+from llmjax import extensions
 from llmjax.checkpoint.arrays import read_json
-from llmjax.checkpoint.recorded import absolute_paths
 from llmjax.config import ConfigError, to_dict
-from llmjax.model import counts
 from llmjax.parallel import distributed
 from llmjax.parallel.heartbeat import Heartbeat
 from llmjax.parallel.host import keep_freed_memory
 from llmjax.parallel.in_flight import InFlight
 from llmjax.parallel.mesh import place_batch
 from llmjax.report.report import write_report
-from llmjax.run.changes import Change, describe_jump
+from llmjax.run.changes import Change
 from llmjax.run.compile_time import charged
-from llmjax.run.early_stopping import Patience
+from llmjax.run.early_stopping import EarlyStopping
 from llmjax.run.energy import EnergyLog
+from llmjax.run.evaluation import Evaluation
 from llmjax.run.goodput import Goodput
-from llmjax.run.initial import Adapting, initial_checkpoint, restore_initial
+from llmjax.run.heartbeats import Heartbeats
+from llmjax.run.initial import AdapterBase, initial_checkpoint, restore_initial
+from llmjax.run.logs import Logging
 from llmjax.run.profiler import Profiler
 from llmjax.run.progress import Progress
 from llmjax.run.recovery import Recovery
+from llmjax.run.sampling import Sampling
+from llmjax.run.saving import Saving
 from llmjax.run.stragglers import Stragglers
-from llmjax.run.timer import Speed, StepTimer
+from llmjax.run.timer import StepTimer
 from llmjax.run.workdir import begin_attempt
 from llmjax.run.writers import LogError, open_writers
 from llmjax.train.guard import watched
-from llmjax.train.optimizers import make_optimizer, stop_frozen
+from llmjax.train.optimizers import make_optimizer
 from llmjax.train.state import abstract_state, init_state
 from llmjax.train.step import lower_step, make_train_step
+from llmjax.train.trainable import make_trainable
 
 
 @dataclasses.dataclass
 class Job:
-  """What a loop supplies.
+  """What a stage supplies to the loop.
 
-  spec: the command's spec, whose groups `model, train, optimizer, guard, checkpoint, profile, logs` the
-  harness reads.  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data),
-  `restore(state)` and `close()`.  One that is made with the model has `is_due`, whether its next batch needs the
-  parameters, and `refill(params)`, which is called then and returns metrics.
-  loss_fn: see train/step.py.  evaluators: name -> function of (params, frozen) that returns metrics.
-  sample: function of the parameters that returns [(prompt, continuation)], or None.  describe: function of
-  a batch's number (from 0) that returns its rows for a person to read, as JSON holds them, or None.
-  together: rows in order that belong together.  load_frozen: function that returns {name: parameters} that the
-  loss reads and that do not train, beside the base of adapters, or None.
-  initial: function of fresh parameters to those that a new run starts from, laid out as they are, or None.
+  spec: the command's spec, with the groups of PretrainSpec.
+  batches: iterator of host batches with `state` (one int), `fingerprint` (of the data), `restore(state)` and `close()`.
+  Batches that are sampled from the model also have `is_due`, whether the next batch needs the current parameters, and
+  `refill(params)`, which then samples and returns metrics.
+  loss_fn: function (the model's parameters, frozen, batch, key) -> (sum, (weight, aux)), see train/step.py.
+  evaluators: {name: function (params, frozen) -> metrics}.
+  sample: function (params) -> [(prompt, continuation)], or None.
+  describe: function from a batch's number (from 0) to its sequences as readable JSON, or None.
+  together: number of consecutive sequences that stay in one microbatch, 2 for pairs.
+  frozen: {name: function that loads a tree of parameters} that the loss reads and that do not train.
+  initialize: function from random parameters to the initial ones of a new run, with the same shardings, or None.
   """
 
   spec: Any
@@ -65,422 +71,377 @@ class Job:
   sample: Callable | None
   describe: Callable | None = None
   together: int = 1
-  load_frozen: Callable | None = None
-  initial: Callable | None = None
-  goodput: Goodput | None = None  # `start.run` supplies these.
+  frozen: dict[str, Callable] = dataclasses.field(default_factory=dict)
+  initialize: Callable | None = None
+  goodput: Goodput | None = None  # Set by `start.run`.
   heart: Heartbeat | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Rollback:
+  """A return to the state of an earlier step.  Before it, only position and reason are known.
+
+  position: data position after which training continues.  lost_steps, skipped_batches: between the two states.
+  """
+
+  position: int
+  reason: str
+  at: int
+  lost_steps: int = 0
+  skipped_batches: int = 0
+
+
+def make_callbacks(run):
+  """Return the callbacks of a run, in the order in which they are called."""
+  spec, workdir = run.spec, run.workdir
+  return [
+      Profiler(workdir, spec.profile.steps, say=run.say if distributed.is_first() else None),
+      Recovery(spec.guard),
+      Logging(),
+      Stragglers(spec.guard.straggler_deviations),
+      Evaluation(run.job.evaluators),
+      run.early_stopping,
+      Sampling(run.job.sample),
+      Saving(run.checkpoints),
+      Heartbeats(),
+      run.goodput,
+      EnergyLog(workdir, spec.cost, list(run.mesh.devices.flat), jax.process_count()),
+      *(extensions.load(path, 'train.callbacks')() for path in spec.train.callbacks),
+  ]
+
+
 def train(job, workdir, attempt=None):
-  """Runs the job to its last step; returns the exit status.
+  """Train to the last step and return the exit status.
 
   attempt: of `workdir.claim_workdir`.
-  0: done.  1: a lost run.  130: stopped by Ctrl-C.  75: stopped by SIGTERM, saved, to be started again.
+  0: done.  1: failed.  130: stopped by Ctrl-C.  75: stopped by SIGTERM after saving, to be restarted.
   """
-  total, train = job.spec.train.steps, job.spec.train
   attempt = attempt or begin_attempt(workdir, job.spec)
-  checkpoints, first = attempt.checkpoints, attempt.first
-  patience = Patience(train.patience, train.stop_metric, workdir, first)
-  if first and (first >= total or patience.is_over()):
+  total, first, checkpoints = job.spec.train.steps, attempt.first, attempt.checkpoints
+  early_stopping = EarlyStopping(job.spec.train.patience, job.spec.train.stop_metric, workdir, first)
+  if first and (first >= total or early_stopping.is_over()):
     checkpoints.close()
     if distributed.is_first():
       print(*checkpoints.passed_over, sep='\n', end='\n' * bool(checkpoints.passed_over))
-      print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to go on' if first >= total
-            else f'{workdir} is done at step {first} of {total}: {patience.reason()}')
+      print(f'{workdir} is done: step {first} of {total}; raise --config.train.steps to continue' if first >= total
+            else f'{workdir} is done at step {first} of {total}: {early_stopping.reason()}')
     return 0
   try:
-    return _sit(Loop(job, workdir, attempt))
+    return _run_to_end(Run(job, workdir, attempt, early_stopping))
   except LogError as e:
-    # No checkpoint was lost by this, and none could be written now.
-    raise SystemExit(f'stopped: {e}; make room, and the same command goes on from the last checkpoint') from None
+    raise SystemExit(f'stopped: {e}; free some space, and the same command resumes from the last checkpoint') from None
 
 
-def _sit(loop):
-  """Trains, writes the report, and returns the exit status."""
+def _run_to_end(run):
+  """Train, write the report, and return the exit status."""
   try:
     with distributed.agreed_stop() as stop:
       try:
-        status = loop.run(stop)
-      except KeyboardInterrupt:  # Before the first step; XLA may be compiling still: see main.
-        loop.interrupt()
+        status = run.train(stop)
+      except KeyboardInterrupt:  # Before the first step, perhaps while XLA compiles: see main.
+        run.interrupt()
         raise KeyboardInterrupt(stop.status) from None
       if status == 130:
         status = stop.status
   except BaseException:
-    with contextlib.suppress(LogError):  # What came first is told.
-      loop.close(alone=jax.process_count() > 1)
+    with contextlib.suppress(LogError):  # The first error is reported.
+      run.close(alone=jax.process_count() > 1)
     raise
-  loop.close()
+  run.close()
   if distributed.is_first():
     try:
-      print(f'report: {write_report(loop.workdir)}')
+      print(f'report: {write_report(run.workdir)}')
     except OSError as e:
-      print(f'the report is not written: {e.strerror or e}; `llmjax report --workdir={loop.workdir}` writes it')
-  loop.account()  # Anew, with the time that the report took.
-  loop.goodput.close()
+      print(f'the report is not written: {e.strerror or e}; `llmjax report --workdir={run.workdir}` writes it')
+  run.call('flush')  # Again, to include the time of the report.
+  run.goodput.close()
   return status
 
 
-class Loop:
-  """One attempt of a run, from the step that it resumes from to the last."""
+class Run:
+  """One attempt of a run, from the step that it resumes from to the last; what callbacks see.
 
-  def __init__(self, job, workdir, attempt):
-    self.job, self.spec, self.goodput, self.workdir = job, job.spec, job.goodput, workdir
-    checkpoints, first = attempt.checkpoints, attempt.first
-    self.checkpoints, self.first, self.total = checkpoints, first, job.spec.train.steps
-    self.done = self.saved = first
-    self.metrics, self.metrics_step = {}, None  # Of the latest evaluation.
-    self.data_change = []  # Of what the data holds, where that was allowed.
-    self.finished, self.slow, self.recovery = False, {}, Recovery(self.spec.guard)
-    self.energy = EnergyLog(workdir, self.spec.cost, list(job.mesh.devices.flat), jax.process_count())
-    rule, self.schedule = make_optimizer(self.spec.optimizer, self.total, self.spec.train.seed)
-    self.tx = watched(rule, self.spec.guard.window)
+  job, spec, mesh, workdir: what is trained, where.  attempt: workdir.Attempt.
+  first, step, total: the step that this attempt resumes from, the last one done, and the last of the run.
+  position: state of the data after the step.  saved: step of the newest verified checkpoint.
+  state: TrainState; a callback may replace it by one with the same shapes and shardings.
+  has_waited: whether the devices are known to have finished a program during this step.
+  evaluated: (step, metrics) of the latest evaluations.  is_finished: whether the run is done.
+  data_change: allowed changes of the data.  writers, progress, goodput, heart, timer: see their classes.
+  """
+
+  def __init__(self, job, workdir, attempt, early_stopping):
+    self.job, self.spec, self.mesh, self.goodput, self.workdir = job, job.spec, job.mesh, job.goodput, workdir
+    self.attempt, self.checkpoints, self.early_stopping = attempt, attempt.checkpoints, early_stopping
+    self.first = self.step = self.saved = attempt.first
+    self.total, self.position = self.spec.train.steps, None
+    self.evaluated, self.data_change, self.is_finished = (None, {}), [], False
+    self.status = self._rollback = None
+    self.timer, self._in_flight, self.has_waited = StepTimer(), InFlight(), False
+    rule, self._schedule = make_optimizer(self.spec.optimizer, self.total, self.spec.train.seed)
+    self._tx, self.trainable = watched(rule, self.spec.guard.window), make_trainable(self.spec)
+    self._base = AdapterBase(self.spec, self.mesh, workdir) if self.spec.adapter.kind else None
     self.heart = job.heart or distributed.start_heartbeat(self.spec.distributed, workdir)
-    self.heart.begin(first)
+    self.heart.begin(self.first)
     with self.goodput.charge('init'):
-      self.state, _ = self._load_state(first)
-      if job.mesh.devices.flat[0].platform == 'cpu':
+      self._load_state(self.first)
+      if self.mesh.devices.flat[0].platform == 'cpu':
         keep_freed_memory()
-      self._open_logs(first or None)
-    lost = self.goodput.go_back(first)
-    self.progress = Progress(self.total, first, enabled=distributed.is_first())
-    self.profiler = Profiler(workdir, self.spec.profile.steps,
-                             say=self.progress.say if distributed.is_first() else None)
+      self._open_writers(self.first or None)
+    self.progress = Progress(self.total, self.first, enabled=distributed.is_first())
     self.heart.flush = lambda: self.writers.close()
-    for line in (*self.spec.optimizer.warnings(self.total), *attempt.notes):
-      self.progress.say(line)
-    for line in checkpoints.passed_over:
-      self.progress.say(line)
-      self.writers.event(first, 'damaged_checkpoint', reason=line)
-    self.writers.event(first, 'start', lost_seconds=round(lost, 3), config=attempt.config)
-    if first:
-      self.progress.say(f'going on from step {first} of {workdir}')
-      self._tell_changes(attempt)
-    elif self.spec.train.init_from:
-      self.progress.say(f'starting from the parameters of {self.spec.train.init_from}')
+    self.callbacks = make_callbacks(self)
+    self.call('on_init')
 
-  def _tell_changes(self, attempt):
-    """Prints and records what is another setting than before step `first`."""
-    found = [*attempt.changes, *self.data_change]
-    for change in found:
-      self.progress.say(f'changed at step {self.first}: {change}')
-    if jump := describe_jump(attempt.before, self.spec, self.first):
-      self.progress.say(f'warning: {jump}')
-    if found:
-      self.writers.event(self.first, 'config_change', changes={c.field: [c.old, c.new] for c in found},
-                         **{'learning_rate': jump} if jump else {})
+  # What callbacks call.
 
-  def _load_state(self, step):
-    """Returns (state, batches drawn) of this run's checkpoint; of init_from, or fresh, at step 0.
+  def params(self):
+    """Return the model's parameters: with adapters and frozen parameters in their places."""
+    return self.trainable.merge(self.state.params, self.state.frozen)
 
-    The stream goes to where it was at that step.
+  def is_due(self, every):
+    """Return whether something done every so many steps (0: only at the end) is due after this step."""
+    return self.step == self.total or (every > 0 and self.step % every == 0)
+
+  def log(self, metrics, step=None):
+    """Write {name: value} to metrics.jsonl and its mirrors, at this step."""
+    self.writers.write(self.step if step is None else step, metrics)
+
+  def event(self, kind, step=None, **details):
+    """Write an event to events.jsonl, at this step."""
+    self.writers.event(self.step if step is None else step, kind, **details)
+
+  def say(self, line):
+    """Print a line on the first process."""
+    self.progress.say(line)
+
+  def stop(self, status=0):
+    """End the run after this step.  status: exit status; 0 marks the run as done, after a checkpoint."""
+    self.status = status
+
+  def roll_back(self, position, reason, at):
+    """Return to the newest checkpoint after this step, and continue with the data after `position`."""
+    self._rollback = Rollback(position, reason, at)
+
+  def settle(self):
+    """Wait for the checkpoint that is being written, so that `saved` is final."""
+    next(c for c in self.callbacks if isinstance(c, Saving)).settle(self, wait=True)
+
+  @property
+  def is_ending(self):
+    """Whether the run ends or rolls back after this step."""
+    return self.status is not None or self._rollback is not None
+
+  @contextlib.contextmanager
+  def phase(self, bucket, name=None):
+    """Charge the block's time to a bucket of goodput, and its progress to a phase of the heartbeat, bucket by default.
+
+    Yields a Stopwatch that leaves out compilation.
     """
-    spec, mesh = self.spec, self.job.mesh
-    self.heart.beat(step, 'restore' if step else 'init')
-    self.adapting = Adapting(spec, mesh, self.workdir) if spec.adapter.kind else None
-    if step:
-      trained = self.adapting and self.adapting.trained()
-      state, stream = self.checkpoints.restore(
-          step, abstract_state(spec.model, self.tx, spec.train.param_dtype, mesh, spec.mesh.zero, trained))
-      drawn = self._drawn(step, stream)
-      self.job.batches.restore(drawn)
-      if self.adapting:
-        self.adapting.base = stream['base']
-      return state.replace(frozen=self._load_frozen()), drawn
-    frozen = self._load_frozen()
-    trained = self.adapting and self.adapting.trained(frozen)
-    state, shardings = init_state(spec.model, self.tx, spec.train.seed, spec.train.param_dtype, mesh,
-                                  spec.mesh.zero, trained, frozen)
-    if spec.train.init_from and not self.adapting:
-      source = spec.train.init_from
-      abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), state.params,
-                              shardings.params)
-      state = state.replace(params={**state.params, **restore_initial(source, initial_checkpoint(source), abstract)})
-    elif self.job.initial:
-      state = state.replace(params=self.job.initial(state.params))
-    self.job.batches.restore(0)
-    return state, 0
+    self.heart.beat(self.step, name or bucket)
+    with charged(self.goodput, bucket) as watch:
+      yield watch
 
-  def _drawn(self, step, stream):
-    """Returns how many batches of the run's data a checkpoint's steps have read; ConfigError when that is other data.
+  def call(self, hook, *arguments):
+    """Call a hook of all callbacks; returns their results that are not None."""
+    results = [getattr(callback, hook)(self, *arguments) for callback in self.callbacks]
+    return [r for r in results if r is not None]
 
-    With train.allow_changes it may be; the number of sequences that were read stays then.
-    """
-    before, now = stream['fingerprint'], self.job.batches.fingerprint
-    if not self.spec.train.allow_changes:
-      if before != now:
-        raise ConfigError([f'the data is not what steps 1 to {step} read: a folder of data.sources was '
-                           'prepared again, with other text or another tokenizer. Put it back, allow it with '
-                           '--config.train.allow_changes=true, or start a new run from these weights: --workdir=NEW '
-                           f'--config.train.init_from={self.workdir}'])
-      return stream['batches']
-    self.data_change = [Change('data', before, now)] if before != now else []
-    size = read_json(self.checkpoints.folder / str(step), 'spec').get('train', {}).get('batch_size', 0)
-    return -(-stream['batches'] * (size or self.spec.train.batch_size) // self.spec.train.batch_size)
+  # The loop.
 
-  def go_back(self, skipped, position):
-    """Takes the newest checkpoint's state and logs, and the stream on from a position, at least `skipped` batches on.
-
-    Returns (the checkpoint's step, the stream's state that it has, the stream's state now).
-    """
-    with self.goodput.charge('checkpoint'):
-      target = self.checkpoints.latest() or 0
-      self.done = self.saved = target  # From here on there is nothing to save.
-      for array in jax.tree.leaves(self.state):
-        array.delete()  # Devices need not have room for two states.
-      self.state, drawn = self._load_state(target)
-      position = max(drawn + skipped, position)
-      self.job.batches.restore(position)
-      self.writers.close()
-      self._open_logs(target)
-    return target, drawn, position
-
-  def _load_frozen(self):
-    """Returns the trees that the loss sees and that do not change, by name."""
-    parts = [load() for load in (self.adapting and self.adapting.load_frozen, self.job.load_frozen) if load]
-    return {name: tree for part in parts for name, tree in part.items()}
-
-  def _parameters(self):
-    """Returns the parameters as the model takes them."""
-    return self.adapting.parameters(self.state) if self.adapting else self.state.params
-
-  def _open_logs(self, step):
-    """Opens the writers with nothing after a step (None: nothing at all), and what reads their past."""
-    self.writers = open_writers(self.workdir, to_dict(self.spec), self.spec.logs.writers, resume_step=step)
-    train = self.spec.train
-    self.patience = Patience(train.patience, train.stop_metric, self.workdir, step or 0)
-
-  def _refill(self, step):
-    """Lets a stream that is made with the model sample what comes after this step."""
-    self.heart.beat(step, 'rollout')
-    with charged(self.goodput, 'rollout') as watch:
-      metrics = self.job.batches.refill(self._parameters())
-      seconds = watch.seconds
-    # They belong to the step that learns from them: a run that goes on from this one makes them again.
-    self.writers.write(step + 1, {f'rollout/{name}': value for name, value in metrics.items()})
-    self.progress.rollout(step + 1, metrics, seconds, watch.compiling)
-
-  def _next_batch(self):
-    """Returns a batch on the devices, and the stream's state once it is used up."""
-    self.heart.beat(self.done, 'data')  # So that the others, who wait in the step, see who is late and why.
-    batch = place_batch(self.job.mesh, next(self.job.batches))
-    self.heart.beat(self.done)
-    return batch, self.job.batches.state
-
-  def _compile(self, batch):
-    """Returns the compiled step: ahead of time, so that no timed step holds a compilation."""
-    loss_fn = self.job.loss_fn
-    if self.adapting:
-      loss_fn = self.adapting.loss_fn(loss_fn)
-    loss_fn = stop_frozen(loss_fn, self.spec.optimizer.freeze)
-    step = make_train_step(loss_fn, self.tx, self.schedule, self.spec.train.gradient_accumulation_steps,
-                           self.spec.guard, self.job.together)
-    return lower_step(step, self.state, batch).compile()
-
-  def run(self, stop=lambda turn: False):
-    """Trains to the last step, until the run is lost, or until stop(turn) says so; returns the exit status."""
-    train, goodput, progress, recovery = self.spec.train, self.goodput, self.progress, self.recovery
-    if getattr(self.job.batches, 'is_due', False):
-      self._refill(self.first)
-    with goodput.charge('data_wait'):
-      batch, position = self._next_batch()
-    self.heart.beat(self.first, 'compile')
-    before = goodput.seconds['compile']  # Of a rollout's programs.
-    with goodput.charge('compile'):
-      step_fn = self._compile(batch)
-      recovery.prepare(self)
-    with goodput.charge('init'):
-      speed = Speed(self.spec, self.job.mesh)
-      self.stragglers = Stragglers(self.spec.guard.straggler_deviations)
-    self.account()
-    what = self.adapting.describe(self.state) if self.adapting else ''
-    progress.say(_headline(self.spec, self.job.mesh, goodput.seconds['compile'] - before, what))
-    pauses = (train.eval_every, train.sample_every, train.checkpoint_every)
-    window, in_flight, step, turn = StepTimer(), InFlight(), self.first, self.first
-    if stop(self.first):
+  def train(self, stop=lambda turn: False):
+    """Train to the last step, or until a callback or stop(turn) ends the run; returns the exit status."""
+    step_fn, batch, position = self._prepare()
+    turn = self.first  # Never goes back, unlike the step.
+    if stop(turn):
       return self.interrupt()
-    while step < self.total:
-      step, turn = step + 1, turn + 1  # Steps go back in a rollback; turns never do.
-      logs, pausing = self.due(train.log_every, step), any(self.due(n, step) for n in pauses)
-      with goodput.charge('step'):
-        self.profiler.before(step)
+    while self.step < self.total:
+      with self.goodput.charge('step'):
+        self.call('before_step')
         self.state, metrics = step_fn(self.state, batch)
-        self.done, self.position = step, position
-        window.add(step, position, metrics)
-        waited = in_flight.add((metrics, recovery.add_sums(self, step))) is not None
-        if step < self.total:
-          if getattr(self.job.batches, 'is_due', False):
-            in_flight.drain()
-            with window.paused():
-              self._refill(step)
-          begin = time.perf_counter()
-          batch, position = self._next_batch()  # While the devices work.
-          spent = time.perf_counter() - begin
-          window.host += spent
-          if metrics['loss'].is_ready():  # Only what outlasts their work is waiting.
-            window.data_wait += spent
-            goodput.seconds['data_wait'] += spent
-        if logs or pausing:
-          in_flight.drain()
-          rows = window.wait()
-      with window.paused():
-        self.profiler.after(step)
-      verdict = recovery.inspect(self, rows) if logs or pausing else None
-      if logs or verdict:
-        self._log(step, window.read(), speed)
-      else:
-        progress.tick(step)
-      if verdict and verdict.stops:
-        return recovery.give_up(self, verdict)
-      if verdict:
-        step, window = recovery.roll_back(self, verdict), StepTimer()
-        with goodput.charge('data_wait'):
-          batch, position = self._next_batch()
+        self.step, self.position, turn = self.step + 1, position, turn + 1
+        self.timer.add(self.step, self.position, metrics)
+        self.has_waited = self._in_flight.add(metrics) is not None
+        if self.step < self.total:
+          batch, position = self._next_batch(metrics['loss'])  # While the devices work.
+        rows = self._wait() if any(self.call('needs_values')) else None
+        self.has_waited |= rows is not None
+      if rows is not None:
+        with self.timer.paused():
+          self.call('on_values', rows)
+          if not self.is_ending:
+            self.call('at_pause')
+      if self._rollback:
+        batch, position = self._restore()
         continue
-      with window.paused():
-        if self.due(train.eval_every, step):
-          self._evaluate(step)
-        if self.due(train.sample_every, step):
-          self._sample(step)
-        if self.due(train.checkpoint_every, step):
-          self._save()
-      if not self.settle():
-        return 1
-      self.heart.beat(step, waited=waited or logs or pausing, saved=self.saved)
-      if self.patience.is_over() and step < self.total:
-        return self._stop_early()
-      if stop(turn) and step < self.total:
+      self.call('after_step')
+      if self.status is not None:
+        break
+      if stop(turn) and self.step < self.total:
         return self.interrupt()
-    return self._finish()
+    self.call('on_end')
+    return self.status or 0
 
   def interrupt(self):
-    """Saves what is done after Ctrl-C; returns the exit status."""
-    self.progress.say(f'interrupted after step {self.done}')
-    self.writers.event(self.done, 'interrupted')
-    self.heart.beat(self.done, 'save')
-    self.settle(wait=True)
-    if self.done > self.saved:
-      self._save()
-    if not self.settle(wait=True) or self.done > self.saved:
-      return 1
-    self.progress.say(f'the same command goes on from step {self.saved}')
-    return 130
+    """Save after Ctrl-C or SIGTERM; returns the exit status."""
+    self.say(f'interrupted after step {self.step}')
+    self.event('interrupted')
+    self.status = 130
+    self.call('on_end')
+    if self.status == 130:
+      self.say(f'the same command resumes from step {self.saved}')
+    return self.status
 
   def close(self, alone=False):
-    """Waits for what is being written and writes the rest.
-
-    alone: this process has failed.  It must not wait for the others: they are in a collective that it never joins.
-    """
-    with contextlib.ExitStack() as stack:  # Each is closed though another one fails; the last named first.
-      for close in (self.account, self.progress.close, self.heart.close, self.writers.close,
+    """Release everything.  alone: this process failed, and must not wait for others that are in a collective."""
+    with contextlib.ExitStack() as stack:  # All are closed even if one fails; the last named first.
+      for close in (lambda: self.call('flush'), self.progress.close, self.heart.close, self.writers.close,
                     self.job.batches.close):
         stack.callback(close)
-      self.heart.beat(self.done, 'close', saved=self.saved)
-      self.profiler.close()
+      self.heart.beat(self.step, 'close', saved=self.saved)
+      for callback in self.callbacks:
+        stack.callback(callback.close, self)
       if alone:
         self.checkpoints.leave()
         return
-      self.settle(wait=True)  # A save that fails now, after another one that ended the run, is told in a line, too.
+      self.settle()
       with self.goodput.charge('checkpoint'):
         self.checkpoints.close()
 
-  def due(self, every, step):
-    """Returns whether what is done every so many steps (0: at the end alone) is due after this one."""
-    return step == self.total or (every > 0 and step % every == 0)
+  def _prepare(self):
+    """Compile; returns (compiled step, first batch, position of the data after it)."""
+    if getattr(self.job.batches, 'is_due', False):
+      self._refill()
+    with self.goodput.charge('data_wait'):
+      batch, position = self._read_batch()
+    before = self.goodput.seconds['compile']  # Spent on the programs of rollouts.
+    self.heart.beat(self.step, 'compile')
+    with self.goodput.charge('compile'):
+      step_fn = self.compile_step(batch)
+    self.compile_seconds = self.goodput.seconds['compile'] - before
+    self.call('on_start')
+    self.call('flush')
+    self.timer = StepTimer()
+    return step_fn, batch, position
 
-  def account(self):
-    """Writes where the time went so far, and what it cost."""
-    if distributed.is_first():
-      self.goodput.write(self.done, self.finished)
-      self.energy.write(self.goodput.sitting_seconds)
+  def compile_step(self, batch):
+    """Return the step, compiled ahead of time, so that no timed step includes a compilation."""
+    step = make_train_step(self.trainable.wrap(self.job.loss_fn), self._tx, self._schedule,
+                           self.spec.train.gradient_accumulation_steps, self.spec.guard, self.job.together)
+    return lower_step(step, self.state, batch).compile()
 
-  def _log(self, step, values, speed):
-    """Writes the window's metrics and who was slow."""
-    values['train/mfu'] = speed.mfu(values['train/tokens_per_second'])
-    slow = self.stragglers.find(values.pop('host_seconds'), values['train/step_seconds'])
-    self.writers.write(step, values)
-    self.progress.log(step, values, self.stragglers.describe(slow))
-    if slow and set(slow) != set(self.slow):
-      self.writers.event(step, 'straggler', step_seconds=values['train/step_seconds'],
-                         host_seconds={str(process): seconds for process, seconds in slow.items()})
-    self.slow = slow
-    self.account()
+  def _next_batch(self, loss):
+    """Return (batch, position of the data after it); loss: of the step that the devices work on."""
+    if getattr(self.job.batches, 'is_due', False):
+      self._in_flight.drain()
+      with self.timer.paused():
+        self._refill()
+    begin = time.perf_counter()
+    batch, position = self._read_batch()
+    seconds = time.perf_counter() - begin
+    self.timer.host += seconds
+    if loss.is_ready():  # Only time after the devices finished is spent waiting.
+      self.timer.data_wait += seconds
+      self.goodput.seconds['data_wait'] += seconds
+    return batch, position
 
-  def _stop_early(self):
-    """Saves and says that held-out text makes no progress; returns the exit status."""
-    self.progress.say(f'stopped at step {self.done}: {self.patience.reason()}')
-    self.writers.event(self.done, 'early_stop', reason=self.patience.reason(), best=self.patience.best,
-                       best_step=self.patience.best_step)
-    if self.done > self.saved:
-      self._save()
-    return self._finish()
+  def _read_batch(self):
+    self.heart.beat(self.step, 'data')
+    batch = place_batch(self.mesh, next(self.job.batches))
+    self.heart.beat(self.step)
+    return batch, self.job.batches.state
 
-  def _finish(self):
-    self.heart.beat(self.done, 'save')
-    if not self.settle(wait=True) or self.saved != self.done:
-      return 1
-    self.finished = True
-    self.writers.event(self.done, 'done')
-    return 0
+  def _refill(self):
+    """Sample the next batches from the current parameters."""
+    with self.phase('rollout') as watch:
+      metrics = self.job.batches.refill(self.params())
+      seconds = watch.seconds
+    # They belong to the step that trains on them: an attempt that resumes from this step samples them again.
+    self.log({f'rollout/{name}': value for name, value in metrics.items()}, self.step + 1)
+    self.progress.rollout(self.step + 1, metrics, seconds, watch.compiling)
 
-  def _evaluate(self, step):
-    self.heart.beat(step, 'evaluate')
-    for name, evaluator in self.job.evaluators.items():
-      with charged(self.goodput, 'eval') as watch:
-        values = evaluator(self._parameters(), self.state.frozen)
-        seconds = watch.seconds
-      metrics = {f'eval/{name}/{k}': v for k, v in values.items()}
-      self.writers.write(step, metrics)
-      numbers = {k: v for k, v in metrics.items() if not isinstance(v, str)}  # The rest says what they are of.
-      self.metrics, self.metrics_step = {**self.metrics, **numbers}, step
-      if self.patience.metric in metrics:
-        self.patience.add(step, float(metrics[self.patience.metric]))
-      self.progress.evaluated(step, name, values, seconds, watch.compiling)
+  def _wait(self):
+    """Wait for the devices; returns the metrics of the steps since the last time."""
+    self._in_flight.drain()
+    return self.timer.wait()
 
-  def _sample(self, step):
-    self.heart.beat(step, 'sample')
-    if self.job.sample is not None:
-      with charged(self.goodput, 'sample'):
-        for prompt, text in self.job.sample(self._parameters()):
-          self.writers.write_sample(step, prompt, text)
-
-  def _save(self):
-    self.heart.beat(self.done, 'save')
+  def _restore(self):
+    """Carry out a rollback; returns the next batch and the position of the data after it."""
+    lost, skip = self.step, self.spec.guard.rollback_skip_batches
+    self.settle()
     with self.goodput.charge('checkpoint'):
-      stream = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
-      if self.adapting:
-        stream['base'] = self.adapting.base
-      self.checkpoints.save(self.done, self.state, stream, absolute_paths(to_dict(self.spec)), self.metrics,
-                            self.metrics_step)
-    self.recovery.saved()
-    self.account()
+      self.step = self.saved = self.checkpoints.latest() or 0
+      for array in jax.tree.leaves(self.state):
+        array.delete()  # The devices may not have memory for two states.
+      drawn = self._load_state(self.step)
+      position = max(drawn + skip, self._rollback.position)
+      self.job.batches.restore(position)
+      self.writers.close()
+      self._open_writers(self.step)
+    rollback = dataclasses.replace(self._rollback, lost_steps=lost - self.step, skipped_batches=position - drawn)
+    self._rollback, self.timer = None, StepTimer()
+    self.call('on_rollback', rollback)
+    self.call('flush')
+    with self.goodput.charge('data_wait'):
+      return self._read_batch()
 
-  def settle(self, wait=False):
-    """Says what became of the saves; returns False when one failed and the run is to stop for it."""
-    with self.goodput.charge('checkpoint') if wait else contextlib.nullcontext():
-      saves = self.checkpoints.finished(wait)
-    going_on = True
-    for save in saves:
-      if not save.problem:
-        self.saved = save.step
-        path = self.workdir / 'checkpoints' / str(save.step)  # As the user wrote it.
-        self.progress.saved(save.step, path, save.seconds, save.size or None)
-        if save.note:
-          self.progress.say(save.note)
-        continue
-      going_on = self.spec.checkpoint.on_error == 'continue'
-      last = f'the last good checkpoint is step {self.saved}' if self.saved else 'there is no good checkpoint'
-      self.progress.say(f'{save.problem}; {last}' + (
-          '' if going_on else '. Stopped; --config.checkpoint.on_error=continue would train on'))
-      self.writers.event(self.done, 'save_failed', reason=save.problem, checkpoint=self.saved)
-    return going_on
+  def _open_writers(self, step):
+    """Open the writers without what was written after a step; None: with nothing."""
+    self.writers = open_writers(self.workdir, to_dict(self.spec), self.spec.logs.writers, resume_step=step)
 
+  # The state.
 
-def _headline(spec, mesh, compile_seconds, trained=''):
-  """Returns the line that says what is being trained, on what.  trained: which part of it."""
-  total = counts.count_params(spec.model)['total']
-  axes = ' x '.join(f'{a} {n}' for a, n in mesh.shape.items() if n > 1) or 'one device'
-  rows = spec.train.batch_size * spec.data.seq_len
-  trained = f', {trained}' if trained else ''
-  return (f'{total / 1e6:.2f} M parameters{trained}, {rows} tokens a step, {mesh.devices.size} x '
-          f'{mesh.devices.flat[0].device_kind} ({axes}), compiled in {compile_seconds:.1f}s')
+  def _load_state(self, step):
+    """Set the state to that of a checkpoint of this run; at step 0 to that of train.init_from, or a new one.
+
+    Sets the data to the position at that step, and returns the number of batches read until there.
+    """
+    spec, batches = self.spec, self.job.batches
+    self.heart.beat(step, 'restore' if step else 'init')
+    if not step:
+      frozen = self._load_frozen()
+      self.state = init_state(self.trainable, self._tx, spec.train.seed, self.mesh, spec.mesh.zero, frozen,
+                              self._initialize)
+      batches.restore(0)
+      return 0
+    abstract = self.trainable.pack(abstract_state(self.trainable, self._tx, self.mesh, spec.mesh.zero))
+    state, data = self.checkpoints.restore(step, abstract)
+    drawn = self._batches_read(step, data)
+    batches.restore(drawn)
+    self.state = self.trainable.unpack(state, self._load_frozen(data.get('base')))
+    return drawn
+
+  def _load_frozen(self, base=None):
+    """Load the frozen parameters.  base: identity of the base of adapters, of a checkpoint."""
+    frozen = {'base': self._base.load(base)} if self._base else {}
+    return frozen | {name: load() for name, load in self.job.frozen.items()}
+
+  def _initialize(self, params):
+    source = self.spec.train.init_from
+    if source and not self._base:
+      abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
+      return {**params, **restore_initial(source, initial_checkpoint(source), abstract)}
+    return self.job.initialize(params) if self.job.initialize else params
+
+  def data_state(self):
+    """Return what a checkpoint records of the data, and of the base of adapters."""
+    data = {'batches': self.position, 'fingerprint': self.job.batches.fingerprint}
+    return {**data, 'base': self._base.identity} if self._base else data
+
+  def _batches_read(self, step, data):
+    """Return how many batches of the run's data the steps of a checkpoint have read.
+
+    Raises ConfigError when the data changed, unless train.allow_changes is set.  The number of sequences that were read
+    then stays the same.
+    """
+    before, now = data['fingerprint'], self.job.batches.fingerprint
+    if not self.spec.train.allow_changes:
+      if before != now:
+        raise ConfigError([f'the data differs from what steps 1 to {step} read: a folder of data.sources was prepared '
+                           'again, with other text or another tokenizer. Restore it, allow the change with '
+                           '--config.train.allow_changes=true, or start a new run from these weights: --workdir=NEW '
+                           f'--config.train.init_from={self.workdir}'])
+      return data['batches']
+    self.data_change = [Change('data', before, now)] if before != now else []
+    size = read_json(self.checkpoints.folder / str(step), 'spec').get('train', {}).get('batch_size', 0)
+    return -(-data['batches'] * (size or self.spec.train.batch_size) // self.spec.train.batch_size)

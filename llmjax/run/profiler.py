@@ -13,6 +13,7 @@ import shutil
 import warnings
 
 from llmjax.config import ConfigError, setting
+from llmjax.run.callback import Callback
 
 # XLA's name for a CUDA graph.  All kernels of the graph carry it, so the kernel's own name is shown instead.
 COMMAND_BUFFER = re.compile(r'command_buffer([._]\d+)*')
@@ -43,7 +44,7 @@ def parse_steps(steps):
   return int(first), int(end)
 
 
-class Profiler:
+class Profiler(Callback):
   """Trace a range of steps: call `before` and `after` around every step, then `close`.
 
   Each process traces its own devices.  A run resumed inside the range traces the rest of it.
@@ -56,6 +57,18 @@ class Profiler:
     self._say = say
     self._annotation = None  # Of the step being traced.
     self._is_tracing = False
+
+  def before_step(self, run):
+    self.before(run.step + 1)
+
+  def needs_values(self, run):
+    return self._is_tracing and run.step + 1 >= self._range[1]
+
+  def on_values(self, run, rows):
+    self.after(run.step)
+
+  def after_step(self, run):
+    self.after(run.step)
 
   def before(self, step):
     """Start the trace at the first step of the range, and annotate each step in it."""
@@ -81,7 +94,7 @@ class Profiler:
     if step + 1 >= self._range[1]:
       self._finish()
 
-  def close(self):
+  def close(self, run=None):
     """Write the trace of a run that ends inside the range.  May be called twice."""
     if self._is_tracing:
       self.after(self._range[1] - 1)

@@ -1,145 +1,121 @@
-"""What goes wrong in a run: the judgement of its steps, and what is done about them.
+"""What a run does about bad steps and about devices that compute wrongly.
 
-Devices judge every step (train/guard.py).  The host reads the verdicts where it waits for them anyway: at log lines,
-and before it evaluates, samples or saves.
+Devices find bad steps while they train (train/guard.py).  The host reads the verdicts where it waits for the devices
+anyway: before it logs, evaluates, samples or saves.
 """
 
-import dataclasses
 import json
 import pathlib
 
 from llmjax.parallel import distributed
+from llmjax.run.callback import Callback
 from llmjax.train.guard import explain
 from llmjax.train.replicas import Replicas
 
-DUMPS = 20  # Bad batches that a sitting writes down, at most.
+DUMPS = 20  # Largest number of bad batches that an attempt writes to files.
+WRONG_DEVICE = 'The device, or its memory, computes wrongly: replace it; the same command resumes'
 
 
-@dataclasses.dataclass
-class Verdict:
-  """Why the run cannot simply go on after a step.  position: the stream's state behind the batch to roll back over."""
-
-  step: int
-  reason: str
-  advice: str
-  position: int | None = None
-
-  @property
-  def stops(self):
-    return self.position is None
-
-
-class Recovery:
-  """Judges the steps of a harness.Loop, and goes back or gives up."""
+class Recovery(Callback):
+  """Skip bad steps, roll back, or stop, as the guard group says.  All processes decide the same."""
 
   def __init__(self, guard):
-    """guard: a GuardSpec."""
-    self.guard = guard
-    self.bad_in_row = self.rollbacks = self.dumps = 0
-    self.replicas, self.sums = None, []  # Checksums of parameters, at their steps.
+    """guard: GuardSpec."""
+    self._guard, self._replicas = guard, None
+    self._bad_in_row = self._dumps = 0
+    self._rollbacks, self._target = 0, None  # Rollbacks to the same step.
+    self._failure = None  # (reason, advice) of the stop.
 
-  def prepare(self, loop):
-    """Compiles what compares copies of parameters, where the run wants it."""
-    if self.guard.checksum_every:
-      self.replicas = Replicas(loop.state.params, loop.job.mesh)
+  def on_start(self, run):
+    if self._guard.checksum_every:
+      with run.goodput.charge('compile'):
+        self._replicas = Replicas(run.state.params, run.mesh)
 
-  def add_sums(self, loop, step):
-    """Starts the checksums of a step's parameters, where they are due; returns them, on the devices, or None."""
-    often = (self.guard.checksum_every, loop.spec.train.checkpoint_every)
-    if not self.replicas or not any(loop.due(every, step) for every in often):
-      return None
-    self.sums.append((step, self.replicas.sums(loop.state.params)))
-    return self.sums[-1][1]
+  def needs_values(self, run):
+    return self._replicas is not None and run.is_due(self._guard.checksum_every)
 
-  def saved(self):
-    """Notes that there is a newer checkpoint to go back to."""
-    self.rollbacks = 0
-
-  def inspect(self, loop, rows):
-    """Returns a Verdict on the steps since the last look, or None when the run simply goes on.
-
-    rows: their metrics.  All processes see the same and decide the same.
-    """
-    guard = self.guard
-    sums, self.sums = self.sums, []
-    for step, found in sums:
-      devices, names, sure = self.replicas.compare(found)
+  def on_values(self, run, rows):
+    every = (self._guard.checksum_every, run.spec.train.checkpoint_every)
+    if self._replicas and any(run.is_due(n) for n in every):
+      devices, names, sure = self._replicas.compare(self._replicas.sums(run.state.params))
       if devices:
-        return self._corruption(loop, step, devices, names, sure)
+        self._report_corruption(run, devices, names, sure)
+        return
     for row in rows:
-      self.bad_in_row = self.bad_in_row + 1 if row['bad'] else 0
-      if not row['bad']:
-        continue
-      dump = self._dump(loop, row)
-      reason, step = explain(row), row['step']
-      loop.writers.event(step, 'bad_step', reason=reason, loss=float(row['loss']),
-                         grad_norm=float(row['grad_norm']), batch=row['position'] - 1, policy=guard.policy,
-                         **{'dump': dump} if dump else {})
-      advice = 'Lower optimizer.lr, raise optimizer.warmup_steps, or look at the data'
-      if dump:
-        advice += f': the batch is in {dump}'
-      if guard.policy == 'abort':
-        return Verdict(step, f'{reason} at step {step}', advice)
-      if guard.policy == 'rollback':
-        if self.rollbacks < guard.max_bad_steps:
-          return Verdict(step, f'{reason} at step {step}', '', row['position'])
-        return Verdict(step, f'{reason} at step {step}, after {self.rollbacks} rollbacks to step {loop.saved} '
-                       '(guard.max_bad_steps)', advice)
-      if self.bad_in_row > guard.max_bad_steps:
-        return Verdict(step, f'{reason} at step {step}, the {self.bad_in_row}th bad step in a row '
-                       '(guard.max_bad_steps)', advice)
-      loop.progress.say(f'step {step} is left out: {reason}' + (f'; its batch is in {dump}' if dump else ''))
-    return None
+      self._bad_in_row = self._bad_in_row + 1 if row['bad'] else 0
+      if row['bad']:
+        self._handle(run, row)
+        if run.is_ending:
+          return
 
-  def _corruption(self, loop, step, devices, names, sure):
-    """Returns the Verdict on devices whose copies of parameters differ from the others'."""
+  def after_step(self, run):
+    if self._failure is None:
+      return
+    reason, advice = self._failure
+    run.heart.beat(run.step, 'save')
+    run.settle()
+    run.say(f'stopped: {reason}; the last checkpoint is step {run.saved}. {advice}')
+    run.event('stopped', reason=reason, checkpoint=run.saved)
+
+  def on_rollback(self, run, rollback):
+    seconds = run.goodput.go_back(run.step)
+    self._rollbacks = self._rollbacks + 1 if run.step == self._target else 1
+    self._target, self._bad_in_row = run.step, 0
+    run.event('rollback', rollback.at, to=run.step, lost_steps=rollback.lost_steps, lost_seconds=round(seconds, 3),
+              skipped_batches=rollback.skipped_batches)
+    run.say(f'{rollback.reason}: rolled back to step {run.step}; {rollback.skipped_batches} batches are skipped')
+
+  def _handle(self, run, row):
+    """Apply the policy of the guard to one bad step.  row: its metrics."""
+    guard, step, reason, dump = self._guard, row['step'], explain(row), self._dump(run, row)
+    run.event('bad_step', step, reason=reason, loss=float(row['loss']), grad_norm=float(row['grad_norm']),
+              batch=row['position'] - 1, policy=guard.policy, **{'dump': dump} if dump else {})
+    advice = 'Lower optimizer.lr, raise optimizer.warmup_steps, or look at the data'
+    advice += f': the batch is in {dump}' if dump else ''
+    rollbacks = self._rollbacks if run.saved == self._target else 0
+    if guard.policy == 'abort':
+      self._stop(run, f'{reason} at step {step}', advice)
+    elif guard.policy == 'rollback' and rollbacks < guard.max_bad_steps:
+      run.roll_back(row['position'], f'{reason} at step {step}', step)
+    elif guard.policy == 'rollback':
+      self._stop(run, f'{reason} at step {step}, after {rollbacks} rollbacks to step {run.saved} '
+                 '(guard.max_bad_steps)', advice)
+    elif self._bad_in_row > guard.max_bad_steps:
+      self._stop(run, f'{reason} at step {step}, the {self._bad_in_row}th bad step in a row (guard.max_bad_steps)',
+                 advice)
+    else:
+      run.say(f'step {step} is skipped: {reason}' + (f'; its batch is in {dump}' if dump else ''))
+
+  def _stop(self, run, reason, advice):
+    self._failure = reason, advice
+    run.stop(1)
+
+  def _report_corruption(self, run, devices, names, sure):
+    """Stop because copies of the same parameters differ between devices."""
     listed = ', '.join(f'{d.id} ({d.device_kind}, process {d.process_index})' for d in devices)
     arrays = ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
     if sure:
-      text = f'device {listed} holds other parameters than the devices that should hold the same'
+      text = f'the parameters on device {listed} differ from their copies on all other devices'
     else:
-      text = f'devices {listed} should hold the same parameters and do not; two copies cannot say which is wrong'
-    loop.writers.event(step, 'corruption', devices=[d.id for d in devices], sure=sure, arrays=names,
-                       processes=sorted({d.process_index for d in devices}))
-    return Verdict(step, f'{text}, at step {step}: {arrays}',
-                   'The device computes wrongly, or its memory does: replace it, and the same command goes on')
+      text = f'copies of the same parameters differ between devices {listed}; with two copies, either may be wrong'
+    run.event('corruption', devices=[d.id for d in devices], sure=sure, arrays=names,
+              processes=sorted({d.process_index for d in devices}))
+    self._stop(run, f'{text}, at step {run.step}: {arrays}', WRONG_DEVICE)
 
-  def _dump(self, loop, row):
-    """Writes a bad step's batch to `bad_steps/<step>.json`; returns the file's name, or '' where it wrote none."""
-    describe = loop.job.describe
-    if describe is None or self.dumps >= DUMPS or not distributed.is_first():
+  def _dump(self, run, row):
+    """Write the batch of a bad step to `bad_steps/<step>.json`; returns the file's name, or '' if none was written."""
+    describe = run.job.describe
+    if describe is None or self._dumps >= DUMPS or not distributed.is_first():
       return ''
-    self.dumps += 1
+    self._dumps += 1
     name = f'bad_steps/{row["step"]}.json'
     try:
       content = {'step': row['step'], 'batch': row['position'] - 1, 'reason': explain(row),
                  'rows': describe(row['position'] - 1)}
-      file = pathlib.Path(loop.workdir) / name
+      file = pathlib.Path(run.workdir) / name
       file.parent.mkdir(exist_ok=True)
       file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
-    except (OSError, ValueError) as e:  # It is there to help; it must not end a run that goes on.
-      loop.progress.say(f'warning: {name} was not written: {e}')
+    except (OSError, ValueError) as e:  # A missing dump must not end a run that could continue.
+      run.say(f'warning: {name} was not written: {e}')
       return ''
     return name
-
-  def give_up(self, loop, verdict):
-    """Says why the run stops; returns the exit status."""
-    loop.heart.beat(loop.done, 'save')
-    loop.settle(wait=True)
-    loop.progress.say(f'stopped: {verdict.reason}; the last checkpoint is step {loop.saved}. {verdict.advice}')
-    loop.writers.event(loop.done, 'stopped', reason=verdict.reason, checkpoint=loop.saved)
-    return 1
-
-  def roll_back(self, loop, verdict):
-    """Goes back to the newest checkpoint, and on behind the bad batch; returns the step."""
-    lost = loop.done
-    loop.heart.beat(lost, 'save')
-    loop.settle(wait=True)
-    target, drawn, position = loop.go_back(self.guard.rollback_skip_batches, verdict.position)
-    seconds = loop.goodput.go_back(target)
-    self.rollbacks, self.bad_in_row, self.sums = self.rollbacks + 1, 0, []
-    loop.writers.event(verdict.step, 'rollback', to=target, lost_steps=lost - target,
-                       lost_seconds=round(seconds, 3), skipped_batches=position - drawn)
-    loop.progress.say(f'{verdict.reason}: back to step {target}, and on with {position - drawn} batches left out')
-    loop.account()
-    return target

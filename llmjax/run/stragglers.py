@@ -10,12 +10,14 @@ import statistics
 import jax
 import numpy as np
 
+from llmjax.run.callback import Callback
+
 NAME_BYTES = 64
 # Minimum delay to report, as a fraction of the step time.
 FLOOR = 0.1
 
 
-class Stragglers:
+class Stragglers(Callback):
   """Compare the host times of all processes.
 
   deviations: see `slow_processes`; 0 disables the comparison.
@@ -23,13 +25,23 @@ class Stragglers:
 
   def __init__(self, deviations):
     self._deviations = deviations
-    self._names = []
+    self._names, self._slow = [], {}
+
+  def on_start(self, run):
     if self._active():
       name = np.zeros(NAME_BYTES, np.uint8)
       text = socket.gethostname().encode()[:NAME_BYTES]
       name[:len(text)] = np.frombuffer(text, np.uint8)
       self._names = [bytes(row).rstrip(b'\0').decode(errors='replace') for row in _gather(name)]
       _gather(np.zeros(1, np.float32))  # Compile it now, not in a timed step.
+
+  def on_log(self, run, values):
+    slow = self.find(values.pop('host_seconds'), values['train/step_seconds'])
+    if slow and set(slow) != set(self._slow):
+      run.event('straggler', step_seconds=values['train/step_seconds'],
+                host_seconds={str(process): seconds for process, seconds in slow.items()})
+    self._slow = slow
+    return self.describe(slow)
 
   def find(self, host_seconds, step_seconds):
     """Return {process index: host seconds per step} of the slow processes.  A collective: all processes call it.

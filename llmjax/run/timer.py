@@ -38,7 +38,7 @@ class StepTimer:
   def __init__(self):
     self.data_wait = self.host = 0.0  # Seconds that steps waited for batches; that the host took to load them.
     self._pending, self._rows = [], []  # Metrics on the devices, and on the host.
-    self._begin = time.perf_counter()
+    self._begin, self._paused = time.perf_counter(), None
 
   def add(self, step, position, metrics):
     """Add the metrics of a dispatched step.  position: state of the data stream after its batch."""
@@ -54,16 +54,17 @@ class StepTimer:
   @contextlib.contextmanager
   def paused(self):
     """Exclude the time of the block from the step time.  The devices must be idle when it begins."""
-    begin = time.perf_counter()
+    self._paused = time.perf_counter()
     yield
-    self._begin += time.perf_counter() - begin
+    self._begin += time.perf_counter() - self._paused
+    self._paused = None
 
   def read(self):
     """Return the metrics of the steps so far and start anew.  Call `wait` first.
 
     The loss is the mean per target token over the steps that were applied, or over all steps if none was.
     """
-    now, rows = time.perf_counter(), self._rows
+    now, rows = self._paused or time.perf_counter(), self._rows
     seconds, count = now - self._begin, len(rows)
     tokens = sum(float(row.get('tokens', row['target_tokens'])) for row in rows)
     applied = [row for row in rows if not row['bad']] or rows

@@ -4,12 +4,10 @@ frozen: dict of arrays that the loss reads and that do not train, such as a teac
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
-from llmjax.adapt.lora import combine
 from llmjax.config import ConfigError
 from llmjax.model.model import Execution, Model
 from llmjax.ops.chunks import CHUNK_LOGITS
@@ -85,19 +83,6 @@ def embedding_noise(key, x, segment_ids, alpha):
   lengths = jax.vmap(count)(segment_ids)
   scale = alpha * jax.lax.rsqrt(lengths.astype(jnp.float32) * x.shape[-1])
   return (jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0) * scale[..., None]).astype(x.dtype)
-
-
-def with_adapters(loss_fn, specs):
-  """Returns the loss_fn of adapters {name: adapter} on frozen['base'], for one of the model's parameters.
-
-  specs: {name: AdapterSpec}.  Dropout's key is folded from the step's.
-  """
-  @functools.wraps(loss_fn)
-  def adapted(params, frozen, batch, key):
-    dropout_key = None if key is None else jax.random.fold_in(key, 1)
-    return loss_fn(combine(frozen['base'], params, specs, key=dropout_key), frozen, batch, key)
-
-  return adapted
 
 
 # Field of a microbatch, float32 [B]: what `router_scale` is of the batch that it is a part of.

@@ -1,6 +1,5 @@
 """Optimizers and schedules: one row of a table each, all from Optax."""
 
-import functools
 import math
 import re
 
@@ -10,6 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from llmjax.config import ConfigError
+from llmjax.train.paths import match_paths, path_name, path_names
 from llmjax.train.rounding import keep_moments
 
 # Whether weight decay applies, by the last part of a parameter's path; the first pattern that matches.
@@ -63,37 +63,24 @@ def make_schedule(spec, steps):
   return lambda step: jnp.where(step < warmup, rise(step), body(step - start))
 
 
-def _by_name(rows, params, missing):
-  """Returns what the first row (pattern, value) that matches says of every parameter, else missing(name)."""
-
-  def find(path, _):
-    name = _name(path)
-    for pattern, value in rows:
-      if re.search(pattern, name):
-        return value
-    return missing(name)
-
-  return jax.tree_util.tree_map_with_path(find, params)
-
-
 def decay_mask(params):
   """Returns True for every parameter that decays; raises ValueError for one that no pattern names."""
 
   def missing(name):
     raise ValueError(f'no weight-decay pattern matches the parameter {name}; add one to DECAY')
 
-  return _by_name(DECAY, params, missing)
+  return match_paths(DECAY, params, missing)
 
 
 def matrix_axes(params):
   """Returns which axes of every parameter make its matrix, None for those that Muon leaves to AdamW."""
   rows = [(pattern, MuonDimensionNumbers(*axes)) for pattern, axes in MATRICES]
-  return _by_name(rows, params, lambda name: None)
+  return match_paths(rows, params, lambda name: None)
 
 
 def _muon(spec):
   """Returns Muon for the matrices of the blocks and Adam for the other parameters."""
-  label = lambda params: _by_name([(pattern, 'muon') for pattern, _ in MATRICES], params, lambda name: 'adam')
+  label = lambda params: match_paths([(pattern, 'muon') for pattern, _ in MATRICES], params, lambda name: 'adam')
 
   def match_adam(update, axes):
     # arXiv:2502.16982, eq. 4: updates as large as AdamW's, so that lr and decay serve both.
@@ -125,34 +112,6 @@ def make_rule(spec, schedule):
                      optax.scale_by_learning_rate(schedule))
 
 
-def find_frozen(patterns, params):
-  """Returns True for every parameter whose path one of the patterns matches.
-
-  Raises ConfigError for a pattern that matches none, or when nothing is left to train.
-  """
-  names = _paths(params)
-  for pattern in patterns:
-    if not any(re.search(pattern, name) for name in names):
-      raise ConfigError([f'optimizer.freeze: no parameter matches {pattern!r}; there are {", ".join(names)}'])
-  frozen = _by_name([(pattern, True) for pattern in patterns], params, lambda name: False)
-  if all(jax.tree.leaves(frozen)):
-    raise ConfigError([f'optimizer.freeze={",".join(patterns)} leaves nothing to train; there are {", ".join(names)}'])
-  return frozen
-
-
-def stop_frozen(loss_fn, patterns):
-  """Returns the loss_fn with no gradient for frozen parameters, whose products are then not computed at all."""
-  if not patterns:
-    return loss_fn
-
-  @functools.wraps(loss_fn)
-  def stopped(params, *arguments):
-    stop = lambda p, frozen: jax.lax.stop_gradient(p) if frozen else p
-    return loss_fn(jax.tree.map(stop, params, find_frozen(patterns, params)), *arguments)
-
-  return stopped
-
-
 def scale_rates(rates, layer_decay):
   """Returns a transformation of finished updates: a factor for each parameter and, in the blocks, each layer.
 
@@ -164,19 +123,19 @@ def scale_rates(rates, layer_decay):
 
   def update(updates, params):
     del params
-    names = _paths(updates)
+    names = path_names(updates)
     for pattern in rates:
       if not any(re.search(pattern, name) for name in names):
         raise ConfigError([f'optimizer.lr_multipliers: no trained parameter matches {pattern!r}; there are '
                            f'{", ".join(names)}'])
-    factors = _by_name(rows, updates, lambda name: 1.0)
+    factors = match_paths(rows, updates, lambda name: 1.0)
     # An adapter's factors are beneath its name and have the paths of what they adapt.
     part = lambda name, part: re.search(f'(^|/){part}/', name)
     layers = max([u.shape[0] for name, u in zip(names, jax.tree.leaves(updates), strict=True)
                   if part(name, 'blocks')], default=0)
 
     def scale(path, u, factor):
-      name = _name(path)
+      name = path_name(path)
       if part(name, 'blocks'):
         depth = jnp.arange(layers - 1, -1, -1, dtype=u.dtype).reshape(-1, *[1] * (u.ndim - 1))
       else:
@@ -186,14 +145,6 @@ def scale_rates(rates, layer_decay):
     return jax.tree_util.tree_map_with_path(scale, updates, factors)
 
   return optax.stateless(update)
-
-
-def _name(path):
-  return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def _paths(params):
-  return [_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
 def make_optimizer(spec, steps, seed=0):
@@ -210,7 +161,4 @@ def make_optimizer(spec, steps, seed=0):
   clip = [optax.clip_by_global_norm(spec.clip_norm)] if spec.clip_norm else []
   rates = [scale_rates(spec.lr_multipliers, spec.layer_decay)] if spec.lr_multipliers or spec.layer_decay != 1 else []
   tx = keep_moments(optax.chain(*clip, make_rule(spec, schedule), *rates), spec.moment_dtype, seed)
-  if spec.freeze:
-    labels = lambda params: jax.tree.map(lambda f: 'frozen' if f else 'trained', find_frozen(spec.freeze, params))
-    tx = optax.partition({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
   return tx, schedule

@@ -3,7 +3,8 @@
 import dataclasses
 import re
 
-from llmjax.config import setting
+from llmjax import extensions
+from llmjax.config import ConfigError, setting
 
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'dots', 'minimal', 'out', 'mlp', 'full', 'offload')
@@ -52,10 +53,17 @@ class TrainSpec:
                           minimum=0)
   stop_metric: str = setting('eval/validation/loss', 'what patience watches, such as '
                              'eval/validation/bits_per_byte; less is better')
+  callbacks: tuple[str, ...] = setting((), "further callbacks of the training loop, each as 'module:Class'; see "
+                                       'llmjax/run/callback.py')
   compilation_cache: str = setting('default', "folder of compiled programs: default is the user's cache "
                                    'directory, none turns it off', kind='path', choices=('default', 'none'))
 
   def validate(self):
+    for path in self.callbacks:
+      try:
+        extensions.load(path, 'callbacks')
+      except ConfigError as e:
+        yield from e.problems
     if self.batch_size % self.gradient_accumulation_steps:
       below = self.batch_size // self.gradient_accumulation_steps * self.gradient_accumulation_steps
       fits = [n for n in (below, below + self.gradient_accumulation_steps) if n]

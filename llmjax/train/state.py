@@ -1,25 +1,22 @@
-"""TrainState, made sharded."""
-
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+"""TrainState, created sharded."""
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import NamedSharding
 
-from llmjax.model.model import Model
 from llmjax.parallel import sharding
+from llmjax.parallel.sharding import zero_rules
 
 
 @struct.dataclass
 class TrainState:
-  """All that a step reads and writes.
+  """Everything that a training step reads and writes.
 
-  step: int32, optimizer steps done.  key: PRNG key that every step's randomness is folded from.  frozen:
-  {name: tree of arrays} that the loss reads and the step passes on, such as the base of adapters or a reference model.
-  They have no gradient and no optimizer state.
+  step: int32, optimizer steps done.  params: the parameters that train.  key: PRNG key data from which the randomness
+  of each step is folded.  frozen: {name: tree of arrays} that the loss reads and the step returns unchanged: the base
+  of adapters, parameters that a pattern freezes, a reference model, a teacher.  They have no gradient and no optimizer
+  state.
   """
 
   step: jax.Array
@@ -29,82 +26,50 @@ class TrainState:
   frozen: dict = struct.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-  """What a run trains where that is not the model's own parameters.
+def init_state(trainable, tx, seed, mesh, zero=0, frozen=None, initialize=None):
+  """Return a new TrainState, created sharded, so that no device ever holds the whole model.
 
-  init: function of a key, and of the inputs, that returns them.  names: the tree of their logical axis
-  names.  inputs: trees of arrays, or of ShapeDtypeStructs where only shapes are asked for.
+  trainable: Trainable.  zero: ZeRO stage; 1 shards the optimizer state over `data` as well, 3 the parameters too.
+  frozen: {name: tree of arrays}, placed already.  initialize: function of the random parameters to the initial ones
+  with the same shardings, such as those of a checkpoint.
   """
-
-  init: Callable
-  names: Any
-  inputs: tuple = ()
-
-
-def init_state(model, tx, seed, param_dtype, mesh, zero=0, trained=None, frozen=None):
-  """Returns (state, shardings); made sharded, so that no device ever holds the whole model.
-
-  zero: 1 shares the optimizer's state over `data` as well, 3 the parameters too.  trained: Trained; None:
-  the model's parameters.  frozen: a tree of arrays that lie as they are to lie.
-  """
-  trained = trained or _whole(model, param_dtype)
-
-  def init(*inputs):
-    key, params_key = jax.random.split(jax.random.key(seed))
-    return _make(trained.init(params_key, *inputs), tx, jax.random.key_data(key))
-
-  shardings = state_shardings(jax.eval_shape(init, *trained.inputs), trained.names, mesh, zero)
-  state = jax.jit(init, out_shardings=shardings)(*trained.inputs)
-  layout = jax.tree.map(lambda x: x.sharding, frozen)
-  return state.replace(frozen=frozen or {}), shardings.replace(frozen=layout or {})
-
-
-def abstract_state(model, tx, param_dtype, mesh, zero=0, trained=None):
-  """Returns the TrainState of ShapeDtypeStructs with their shardings: what a checkpoint restores into.
-
-  Its `frozen` is empty: checkpoints leave out what does not change.
-  """
-  trained = trained or _whole(model, param_dtype)
-
-  def init(*inputs):
-    return _make(trained.init(jax.random.key(0), *inputs), tx, jax.random.key_data(jax.random.key(0)))
-
-  shapes = jax.eval_shape(init, *trained.inputs)
-  shardings = state_shardings(shapes, trained.names, mesh, zero)
-  return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes,
-                      shardings)
-
-
-def abstract_params(model, param_dtype, mesh, zero=0):
-  """Returns the ShapeDtypeStructs of a model's parameters with their shardings."""
-  model = Model(model)
-  layout = sharding.tree_shardings(mesh, model.param_names(), zero_rules(zero, 3))
-  return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n),
-                      model.abstract_params(param_dtype), layout)
-
-
-def _whole(model, param_dtype):
-  model = Model(model)
-  return Trained(lambda key: model.init(key, jnp.dtype(param_dtype)), model.param_names())
-
-
-def _make(params, tx, key):
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), key=key)
-
-
-def state_shardings(state, names, mesh, zero=0):
-  """Returns the sharding of every leaf; optimizer moments follow their parameter."""
-  rules = [zero_rules(zero, stage) for stage in (1, 3)]
+  frozen = frozen or {}
+  key, params_key = jax.random.split(jax.random.key(seed))
+  params = jax.jit(trainable.init, out_shardings=_params_layout(trainable, mesh, zero))(params_key, frozen)
+  if initialize is not None:
+    params = initialize(params)
+  params, rest = trainable.split(params)
+  layout = _opt_state_layout(trainable, tx, params, mesh, zero)
   replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return TrainState(
-      step=replicated,
-      params=sharding.tree_shardings(mesh, names, rules[1]),
-      opt_state=sharding.tree_shardings(
-          mesh, sharding.state_names(state.opt_state, state.params, names), rules[0]),
-      key=replicated)
+  rest = {**frozen, **rest}
+  return TrainState(step=jax.device_put(jnp.zeros((), jnp.int32), replicated), params=params,
+                    opt_state=jax.jit(tx.init, out_shardings=layout)(params),
+                    key=jax.device_put(jax.random.key_data(key), replicated), frozen=rest)
 
 
-def zero_rules(zero, stage):
-  """Returns the sharding rules of what ZeRO's `stage` shares over `data`; zero: the stage that is asked for."""
-  return sharding.ZERO_RULES if zero >= stage else sharding.TRAIN_RULES
+def abstract_state(trainable, tx, mesh, zero=0):
+  """Return the TrainState of `init_state` as ShapeDtypeStructs with shardings."""
+  frozen = trainable.abstract_base(mesh, zero)
+  shapes = jax.eval_shape(trainable.init, jax.random.key(0), frozen)
+  params, rest = trainable.split(_place(shapes, _params_layout(trainable, mesh, zero)))
+  replicated = NamedSharding(mesh, jax.sharding.PartitionSpec())
+  opt_state = _place(jax.eval_shape(tx.init, params), _opt_state_layout(trainable, tx, params, mesh, zero))
+  scalars = {'step': jax.eval_shape(lambda: jnp.zeros((), jnp.int32)),
+             'key': jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))}
+  return TrainState(params=params, opt_state=opt_state, frozen={**frozen, **rest},
+                    **{name: _place(s, replicated) for name, s in scalars.items()})
+
+
+def _place(shapes, layout):
+  return jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, layout)
+
+
+def _params_layout(trainable, mesh, zero):
+  return sharding.tree_shardings(mesh, trainable.names, zero_rules(zero, 3))
+
+
+def _opt_state_layout(trainable, tx, params, mesh, zero):
+  """Return the shardings of the optimizer state: moments follow their parameter."""
+  names = trainable.trained_names(params)
+  return sharding.tree_shardings(mesh, sharding.state_names(jax.eval_shape(tx.init, params), params, names),
+                                 zero_rules(zero, 1))

@@ -17,7 +17,7 @@ from llmjax.config import ConfigError, find_problems
 from llmjax.model.model import Execution, Model
 from llmjax.model.spec import ModelSpec
 from llmjax.ops.products import project
-from llmjax.train import objectives
+from llmjax.train import objectives, trainable
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.spec import OptimizerSpec, TrainSpec
 from llmjax.train.state import TrainState
@@ -159,7 +159,7 @@ def test_gradients_equal_those_through_the_merged_weights(kind, model, remat):
   spec, base = AdapterSpec(kind=kind, rank=3, targets=ALL), base_of(model)
   adapters, batch = {'one': moved(spec, base)}, batch_of()
   loss_fn = objectives.next_token(objectives.make_model(MODELS[model], dataclasses.replace(TRAIN, remat=remat), 'cpu'))
-  adapted = objectives.with_adapters(loss_fn, {'one': spec})
+  adapted = adapters_of(model, spec).wrap(loss_fn)
   through_merged = lambda adapters: loss_fn(lora.merge(base, adapters, {'one': spec}), {}, batch, None)[0]
   found = jax.jit(jax.grad(lambda a: adapted(a, {'base': base}, batch, None)[0]))(adapters)
   expected = jax.jit(jax.grad(through_merged))(adapters)
@@ -182,6 +182,12 @@ def test_the_norm_of_dora_has_no_gradient():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def adapters_of(model, spec):
+  """Return the Trainable of an adapter that is called 'one'."""
+  return trainable.adapters(MODELS[model] if isinstance(model, str) else model,
+                            dataclasses.replace(spec, name='one'))
+
+
 def train(spec, steps=3, gradient_accumulation_steps=1, key=1, batch=None, lr=1e-2):
   """Train adapters on the dense model; returns (state before, state after, losses)."""
   base = base_of('dense')
@@ -192,7 +198,7 @@ def train(spec, steps=3, gradient_accumulation_steps=1, key=1, batch=None, lr=1e
                      frozen)
   before = jax.device_get(state)
   plain = objectives.next_token(objectives.make_model(MODELS['dense'], TRAIN, 'cpu'))
-  loss_fn = objectives.with_adapters(plain, {'one': spec})
+  loss_fn = adapters_of('dense', spec).wrap(plain)
   step, losses = jax.jit(make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps), donate_argnums=0), []
   state = jax.tree.map(jnp.copy, state)
   for _ in range(steps):
@@ -255,7 +261,7 @@ def test_the_gradient_of_frozen_weights_is_not_computed():
   def flops(remat, unroll):
     train = dataclasses.replace(TRAIN, remat=remat, scan_unroll=unroll)
     loss_fn = objectives.next_token(objectives.make_model(model, train, 'cpu'))
-    adapted = objectives.with_adapters(loss_fn, {'one': spec})
+    adapted = adapters_of(model, spec).wrap(loss_fn)
     adapters = jax.eval_shape(lambda b: {'one': lora.init_adapter(spec, b, jax.random.key(0))}, base)
     count = lambda f, *args: jax.jit(f).lower(*args).compile().cost_analysis()['flops']
     full = count(jax.grad(lambda p: loss_fn(p, {}, batch, None)[0]), base)

@@ -1,5 +1,6 @@
 """Training adapters on a mesh equals training on one device; the frozen base is sharded like parameters."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from llmjax.adapt.lora import adapter_names, init_adapter
+from llmjax.adapt.lora import init_adapter
 from llmjax.adapt.quantize import quantize_tree
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.model.model import Model
@@ -18,8 +19,9 @@ from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import MeshSpec, PipelineSpec
 from llmjax.train import objectives
 from llmjax.train.spec import TrainSpec
-from llmjax.train.state import Trained, init_state, zero_rules
+from llmjax.train.state import init_state, zero_rules
 from llmjax.train.step import make_train_step
+from llmjax.train.trainable import adapters
 
 MODELS = {
     'dense': ModelSpec(num_layers=2, d_model=32, num_heads=4, mlp_dim=64, vocab_size=96),
@@ -68,11 +70,13 @@ def train(kind, sizes, spec, steps=3):
   base = jax.tree.map(jax.device_put, base_of(kind), place(names))
   with jax.set_mesh(mesh):
     base = quantize_tree(base, spec.quantize, names, place, delete=False) if spec.quantize else base
-    trained = Trained(moved, {'one': adapter_names(spec, names)}, (base,))
-    state, shardings = init_state(model, tx, 0, 'float32', mesh, mesh_spec.zero, trained, {'base': base})
-    loss_fn = objectives.with_adapters(objectives.next_token(objectives.make_model(
-        model, TrainSpec(compute_dtype='float32', scan_unroll=1), 'cpu', PipelineSpec(microbatches=2))), {'one': spec})
-    step = jax.jit(make_train_step(loss_fn, tx, lambda _: 0.5), donate_argnums=0, out_shardings=(shardings, None))
+    trained = adapters(model, dataclasses.replace(spec, name='one'))
+    trained = dataclasses.replace(trained, init=lambda key, frozen: moved(key, frozen['base']))
+    state = init_state(trained, tx, 0, mesh, mesh_spec.zero, {'base': base})
+    loss_fn = trained.wrap(objectives.next_token(objectives.make_model(
+        model, TrainSpec(compute_dtype='float32', scan_unroll=1), 'cpu', PipelineSpec(microbatches=2))))
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(make_train_step(loss_fn, tx, lambda _: 0.5), donate_argnums=0, out_shardings=(layout, None))
     losses = []
     for _ in range(steps):
       state, metrics = step(state, place_batch(mesh, batch()))

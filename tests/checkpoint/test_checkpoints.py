@@ -17,6 +17,7 @@ from llmjax.parallel.spec import MeshSpec
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.spec import OptimizerSpec
 from llmjax.train.state import abstract_state, init_state
+from llmjax.train.trainable import whole_model
 
 MODEL = ModelSpec(num_layers=2, d_model=16, num_heads=2, mlp_dim=32, vocab_size=64)
 SETTINGS = {'model': {'num_layers': 2, 'd_model': 16, 'num_heads': 2, 'mlp_dim': 32, 'vocab_size': 64},
@@ -28,7 +29,7 @@ def test_save_and_restore_on_another_mesh(tmp_path):
   tx, _ = make_optimizer(OptimizerSpec(), 10)
   mesh = make_mesh(MeshSpec(fsdp=8, data=1))
   with jax.set_mesh(mesh):
-    state, _ = init_state(MODEL, tx, 3, 'float32', mesh)
+    state = init_state(whole_model(MODEL), tx, 3, mesh)
     state = state.replace(step=state.step + 7, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     checkpoints = Checkpoints(tmp_path, CheckpointSpec(keep=2))
     for step in (5, 6, 7):
@@ -41,7 +42,7 @@ def test_save_and_restore_on_another_mesh(tmp_path):
   other = make_mesh(MeshSpec(fsdp=2, tensor=2))
   checkpoints = Checkpoints(tmp_path)
   found, stream = checkpoints.restore(
-      checkpoints.latest(), abstract_state(MODEL, tx, 'float32', other))
+      checkpoints.latest(), abstract_state(whole_model(MODEL), tx, other))
   checkpoints.close()
   assert stream == {'batches': 123, 'fingerprint': 'abc'}
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):

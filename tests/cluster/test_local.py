@@ -76,7 +76,7 @@ def test_fewer_processes_go_on_to_the_bit(folder, four):
   shutil.copytree(four, folder / 'one')
   shutil.rmtree(folder / 'one/checkpoints/4')
   out = launch(folder, 1, 4, *TRAIN, '--workdir=one', '--config.train.steps=4')
-  assert 'going on from step 2' in out
+  assert 'resuming from step 2' in out
   assert list(rows(four)) == [1, 2, 3, 4]
   assert 'eval/validation/bits_per_byte' in rows(four)[4]
   assert rows(folder / 'one') == rows(four)
@@ -93,7 +93,7 @@ def test_two_processes_lose_the_same_and_ctrl_c_stops_them_at_one_step(folder, f
   out, _ = process.communicate(timeout=60)
   assert process.returncode == 130, out
   (step,) = (int(p.name) for p in (folder / 'two/checkpoints').iterdir())
-  assert f'the same command goes on from step {step}' in out
+  assert f'the same command resumes from step {step}' in out
   assert 'Traceback' not in out
   found, expected = rows(folder / 'two'), rows(four)
   assert len(found) == step
@@ -111,7 +111,7 @@ def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(folder, processes
   out = launch(folder, processes, 2 // processes, *train, status=1, largest=9)
   assert time.monotonic() - begin < 60  # The other process waits for the first one, and is not waited for.
   (line,) = (line for line in out.splitlines() if 'stopped: ' in line)
-  assert f'{name}/' in line and 'cannot be written: File too large; make room, and the same command' in line
+  assert f'{name}/' in line and 'cannot be written: File too large; free some space, and the same command' in line
   assert 'Traceback' not in out
   done = max(rows(folder / name))
   assert 5 < done < 60

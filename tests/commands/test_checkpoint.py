@@ -177,7 +177,7 @@ def test_damage_is_found_skipped_and_pruned(workdir, capsys):
   out = capsys.readouterr().out
   for step in (6, 8):
     assert f'checkpoints/{step} is skipped: params/ocdbt.process_0/d/' in out
-  assert 'going on from step 4' in out
+  assert 'resuming from step 4' in out
   assert steps_of(workdir) == [6, 8, 10]
   assert call_and_read(capsys, 'checkpoint', 'verify', f'--workdir={workdir}')[0] == 0
   damage(workdir / 'checkpoints/6')

@@ -15,6 +15,7 @@ from llmjax.parallel.spec import MeshSpec
 from llmjax.train.optimizers import make_optimizer
 from llmjax.train.spec import OptimizerSpec
 from llmjax.train.state import init_state
+from llmjax.train.trainable import whole_model
 from tests.helpers import call_and_read, run_process
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def test_bytes_and_shardings_match_a_real_state(recipe, capfd):
   assert status == 0, err
   assert max(map(len, out.splitlines())) <= 100
   tx, _ = make_optimizer(OptimizerSpec(moment_dtype='bfloat16'), 10)
-  state, _ = init_state(ModelSpec(**MODEL), tx, 0, 'float32', make_mesh(MeshSpec(data=2, fsdp=2, tensor=2)))
+  state = init_state(whole_model(ModelSpec(**MODEL)), tx, 0, make_mesh(MeshSpec(data=2, fsdp=2, tensor=2)))
   local = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) / 2**20
   table_ = state.params['embed']['table']
   assert row(out, 'embed/table') == ['embed/table', '4096x32', 'P(tensor, fsdp)', 'float32',

@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_to_the_bit(folder):
   (folder / 'half/checkpoints/6/params/_METADATA').write_text('')
   out = pretrain(folder, 'half', 6, '--config.train.checkpoint_every=3')
   assert 'checkpoints/6 is skipped: params/_METADATA is empty' in out
-  assert 'going on from step 3' in out
+  assert 'resuming from step 3' in out
   assert manifest.find_damage(folder / 'half/checkpoints/6') == []
   for key in ('train/loss', 'train/grad_norm', 'eval/validation/loss'):
     assert rows(folder / 'half', key) == rows(folder / 'whole', key)

@@ -75,7 +75,7 @@ def test_an_evaluation_is_a_few_programs_ahead(run, monkeypatch):
 
 @pytest.mark.parametrize('limited', [True, False])
 def test_training_is_a_few_steps_ahead_between_log_lines(tmp_path, monkeypatch, limited):
-  counted, compile_ = [], harness.Loop._compile
+  counted, compile_ = [], harness.Run.compile_step
 
   def compile_slow(loop, batch):
     step = compile_(loop, batch)
@@ -88,7 +88,7 @@ def test_training_is_a_few_steps_ahead_between_log_lines(tmp_path, monkeypatch, 
     counted.append(Counted(lambda *arguments: run(*arguments)[::-1]))  # The state is given away: count the metrics.
     return lambda *arguments: counted[0](*arguments)[::-1]
 
-  monkeypatch.setattr(harness.Loop, '_compile', compile_slow)
+  monkeypatch.setattr(harness.Run, 'compile_step', compile_slow)
   if not limited:
     monkeypatch.setattr(in_flight, 'LIMIT', 100)
   before = in_flight.finished()

@@ -17,6 +17,7 @@ from llmjax.train import objectives
 from llmjax.train.spec import TrainSpec
 from llmjax.train.state import abstract_state, init_state
 from llmjax.train.step import make_train_step
+from llmjax.train.trainable import whole_model
 
 B, T = 16, 32
 MODELS = {
@@ -79,7 +80,7 @@ def fresh(model):
   """Returns a state on the host.  (That it can be made sharded: test_sharding.py.)"""
   mesh = make_mesh(MeshSpec(), jax.devices()[:1])
   with jax.set_mesh(mesh):
-    return jax.device_get(init_state(model, keep_gradients(0.1), 0, 'float32', mesh)[0])
+    return jax.device_get(init_state(whole_model(model), keep_gradients(0.1), 0, mesh))
 
 
 def run(model, mesh_spec, pipe=None, steps=10, compute_dtype='float32', **train):
@@ -93,7 +94,7 @@ def run(model, mesh_spec, pipe=None, steps=10, compute_dtype='float32', **train)
   train = TrainSpec(compute_dtype=compute_dtype, scan_unroll=1, **train)
   tx = keep_gradients(0.1)
   with jax.set_mesh(mesh):
-    abstract = abstract_state(model, tx, 'float32', mesh, zero=mesh_spec.zero if mesh_spec else 0)
+    abstract = abstract_state(whole_model(model), tx, mesh, zero=mesh_spec.zero if mesh_spec else 0)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     state = jax.device_put(initial, shardings)
     loss_fn = objectives.next_token(objectives.make_model(model, train, 'cpu', pipe))
@@ -185,7 +186,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp
 
   mesh = make_mesh(sizes(source))
   with jax.set_mesh(mesh):
-    state, _ = init_state(MODELS['moe'], tx, 3, 'float32', mesh)
+    state = init_state(whole_model(MODELS['moe']), tx, 3, mesh)
     state = state.replace(opt_state=jax.tree.map(
         lambda x: x + jnp.asarray(0.1, x.dtype) if x.dtype == jnp.float32 else x, state.opt_state))
     checkpoints = Checkpoints(tmp_path)
@@ -195,7 +196,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_every_other_to_the_bit(source, tmp
   for name in MESHES:
     mesh = make_mesh(sizes(name))
     with jax.set_mesh(mesh):
-      abstract = abstract_state(MODELS['moe'], tx, 'float32', mesh, zero=sizes(name).zero)
+      abstract = abstract_state(whole_model(MODELS['moe']), tx, mesh, zero=sizes(name).zero)
       found, _ = checkpoints.restore(1, abstract)
       assert jax.tree.all(jax.tree.map(lambda f, a: f.sharding == a.sharding, found, abstract)), name
       jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), expected)

@@ -12,6 +12,7 @@ from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.sharding import TRAIN_RULES, mesh_spec
 from llmjax.parallel.spec import MeshSpec
 from llmjax.train.state import init_state
+from llmjax.train.trainable import whole_model
 
 MODEL = ModelSpec(num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, mlp_dim=64, vocab_size=96)
 
@@ -45,7 +46,7 @@ def test_no_device_holds_the_whole_model():
   mesh = make_mesh(MeshSpec(data=1, fsdp=4, tensor=2))
   tx = optax.adam(1e-3)
   with jax.set_mesh(mesh):
-    state, _ = init_state(MODEL, tx, 0, 'float32', mesh)
+    state = init_state(whole_model(MODEL), tx, 0, mesh)
   for leaf in jax.tree.leaves((state.params, state.opt_state)):
     if leaf.ndim >= 2 and leaf.shape[-1] > 2 and 'norm' not in str(leaf.sharding.spec):
       shards = {s.data.size for s in leaf.addressable_shards}
@@ -59,7 +60,7 @@ def test_no_device_holds_the_whole_model():
 def test_zero1_shares_the_optimizer_state():
   mesh = make_mesh(MeshSpec(data=8, zero=1))
   with jax.set_mesh(mesh):
-    state, _ = init_state(MODEL, optax.adam(1e-3), 0, 'float32', mesh, zero=1)
+    state = init_state(whole_model(MODEL), optax.adam(1e-3), 0, mesh, zero=1)
   gate = state.params['blocks']['mlp']['gate']
   moment = state.opt_state[0].mu['blocks']['mlp']['gate']
   assert gate.sharding.is_fully_replicated

@@ -198,7 +198,7 @@ def test_an_allowed_change_keeps_the_position_in_the_data(workdir, capsys):
   assert "changed at step 2: data: 'of no text' -> 'of another text'" in out
   event, = events(workdir, 'config_change')
   assert set(event['details']['changes']) == {'optimizer.lr', 'train.batch_size', 'data'}
-  with pytest.raises(ConfigError, match='the data is not what steps 1 to 4 read'):
+  with pytest.raises(ConfigError, match='the data differs from what steps 1 to 4 read'):
     train(workdir, train={'steps': 6, 'batch_size': 3}, optimizer={'lr': 0.005})
 
 

@@ -91,7 +91,7 @@ def train(workdir, devices=1, mesh_spec=MESHES['one device'][1], bad=(), token=P
                     describe=lambda number: [{'source': 'random', 'row': number, 'text': ['…']}])
   with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
     if states is not None:
-      compile_ = harness.Loop._compile
+      compile_ = harness.Run.compile_step
 
       def recorded(loop, batch):
         step = compile_(loop, batch)
@@ -103,7 +103,7 @@ def train(workdir, devices=1, mesh_spec=MESHES['one device'][1], bad=(), token=P
 
         return run
 
-      patch.setattr(harness.Loop, '_compile', recorded)
+      patch.setattr(harness.Run, 'compile_step', recorded)
     return harness.train(job, workdir), batches
 
 
@@ -135,7 +135,7 @@ def test_skip_leaves_everything_as_it_was(tmp_path, mesh, capsys):
   (event,) = events(tmp_path, 'bad_step')
   assert event['step'] == 4 and event['details']['batch'] == 3 and event['details']['loss'] == 'NaN'
   assert json.loads((tmp_path / 'bad_steps/4.json').read_text())['rows'][0]['row'] == 3
-  assert 'step 4 is left out: the loss is not finite' in capsys.readouterr().out
+  assert 'step 4 is skipped: the loss is not finite' in capsys.readouterr().out
   assert all(isinstance(loss, float) for loss in losses(tmp_path).values())  # Of the steps that counted.
   assert 'the loss is not finite; left out' in (tmp_path / 'report.html').read_text()
 
@@ -231,13 +231,13 @@ def test_a_device_that_differs_stops_the_run_before_it_saves(tmp_path, capsys):
         params = {**params, name: {'scale': jax.make_array_from_single_device_arrays(x.shape, x.sharding, placed)}}
         loop.state = loop.state.replace(params=params)
 
-    loops, init = [], harness.Loop.__init__
-    patch.setattr(harness.Loop, '__init__', lambda loop, *args: (loops.append(loop), init(loop, *args))[1])
+    loops, init = [], harness.Run.__init__
+    patch.setattr(harness.Run, '__init__', lambda loop, *args: (loops.append(loop), init(loop, *args))[1])
     patch.setattr(timer.StepTimer, 'add', corrupt)
     status, _ = train(tmp_path, *MESHES['eight'], log_every=10, checkpoint_every=4,
                       guard={'checksum_every': 50})
   assert status == 1
-  assert 'stopped: device 5 (cpu, process 0) holds other parameters' in capsys.readouterr().out.replace('CPU', 'cpu')
+  assert 'stopped: the parameters on device 5 (cpu, process 0) differ' in capsys.readouterr().out.replace('CPU', 'cpu')
   assert events(tmp_path, 'corruption')[0]['details']['devices'] == [5]
   assert sorted(p.name for p in (tmp_path / 'checkpoints').glob('[0-9]*')) == ['4']
 

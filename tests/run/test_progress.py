@@ -146,7 +146,7 @@ def test_lines_stay_within_a_terminal(columns, left_out, monkeypatch):
     assert (part in line) != (part in left_out), part
   p.evaluated(15200, 'validation', {'loss': 3.301, 'perplexity': 27.139, 'bits_per_byte': 1.9206}, 0.9, 7.1)
   p.saved(15200, 'a/folder/with/a/long/name/runs/quickstart/checkpoints/15200', 0.41, 702_000_000)
-  p.say('1.31 M parameters, 0.05 M of them trained, 1024 tokens a step, 8 x cpu (data 2 x tensor 4), compiled in 7s')
+  p.say('1.31 M parameters, 0.05 M trained, 1024 tokens a step, 8 x cpu (data 2 x tensor 4), compiled in 7s')
   lines = stream.getvalue().splitlines()
   assert max(map(len, lines)) < columns
   assert '1.921 bits/byte' in stream.getvalue() and '/15200  702 MB' in stream.getvalue()

@@ -13,10 +13,11 @@ from llmjax.data import packing, token_store
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.spec import MeshSpec
 from llmjax.train import objectives
-from llmjax.train.optimizers import make_optimizer, stop_frozen
+from llmjax.train.optimizers import make_optimizer
 from llmjax.train.spec import OptimizerSpec
 from llmjax.train.state import TrainState, init_state
 from llmjax.train.step import make_train_step
+from llmjax.train.trainable import whole_model
 from tests.train.test_step import MODEL, TRAIN, assert_same, fresh_state, gradient
 
 SGD = OptimizerSpec(name='sgd', lr=0.5, b1=0.0, schedule='constant', weight_decay=0.0, clip_norm=0.0)
@@ -120,8 +121,10 @@ def test_neftune_is_for_training_alone(store):
 def trained(spec, store, steps=2):
   """Returns (state before, state after, metrics) of some steps by an OptimizerSpec."""
   tx, schedule = make_optimizer(spec, 10)
-  state = fresh_state(tx)
-  loss_fn = stop_frozen(objectives.next_token(objectives.make_model(MODEL, TRAIN, 'cpu')), spec.freeze)
+  trainable = whole_model(MODEL, freeze=spec.freeze)
+  params, frozen = trainable.split(fresh_state(tx).params)
+  state = fresh_state(tx).replace(params=params, frozen=frozen, opt_state=tx.init(params))
+  loss_fn = trainable.wrap(objectives.next_token(objectives.make_model(MODEL, TRAIN, 'cpu')))
   step = jax.jit(make_train_step(loss_fn, tx, schedule))
   after = state
   for _ in range(steps):
@@ -135,7 +138,8 @@ FREEZE = ('embed', 'blocks/.*/(query|key|value)$', 'scale$')
 @pytest.mark.parametrize('name', ['adamw', pytest.param('muon', marks=pytest.mark.slow)])
 def test_frozen_parameters_stay_to_the_bit_and_have_no_state(store, name):
   spec = OptimizerSpec(name=name, lr=0.01, freeze=FREEZE, moment_dtype='bfloat16')
-  before, after, _ = trained(spec, store)
+  pack = whole_model(MODEL, freeze=FREEZE).pack
+  before, after = (pack(state) for state in trained(spec, store)[:2])
   changed, sizes = {}, {}
   for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(before.params)[0], jax.tree.leaves(after.params),
                           strict=True):
@@ -153,9 +157,8 @@ def test_a_frozen_state_lies_on_a_mesh():
   tx, _ = make_optimizer(OptimizerSpec(freeze=FREEZE), 10)
   mesh = make_mesh(MeshSpec(data=2, fsdp=2, tensor=2))
   with jax.set_mesh(mesh):
-    state, shardings = init_state(dataclasses.replace(MODEL, vocab_size=96), tx, 0, 'float32', mesh, zero=1)
-  moments = [s for s, x in zip(jax.tree.leaves(shardings.opt_state), jax.tree.leaves(state.opt_state), strict=True)
-             if x.ndim > 2]
+    state = init_state(whole_model(dataclasses.replace(MODEL, vocab_size=96), freeze=FREEZE), tx, 0, mesh, zero=1)
+  moments = [x.sharding for x in jax.tree.leaves(state.opt_state) if x.ndim > 2]
   assert moments and not any(s.is_fully_replicated for s in moments)
 
 

@@ -15,6 +15,7 @@ from llmjax.train.optimizers import OPTIMIZERS, make_optimizer
 from llmjax.train.rounding import keep_moments, round_stochastically
 from llmjax.train.spec import OptimizerSpec
 from llmjax.train.state import abstract_state
+from llmjax.train.trainable import whole_model
 
 rounded = jax.jit(round_stochastically)
 
@@ -124,7 +125,7 @@ def test_every_optimizer_keeps_its_moments_narrow_and_all_else_as_it_is(name):
   spec = OptimizerSpec(name=name, moment_dtype='bfloat16')
   tx, _ = make_optimizer(spec, 10, seed=1)
   wide, _ = make_optimizer(OptimizerSpec(name=name), 10)
-  state = abstract_state(model, tx, 'float32', mesh)
+  state = abstract_state(whole_model(model), tx, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, state)
   expected = jax.eval_shape(wide.init, state.params)
   assert jax.tree.structure(state.opt_state.inner) == jax.tree.structure(expected)
