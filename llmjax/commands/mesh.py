@@ -95,9 +95,8 @@ def abstract_pretraining(spec, mesh):
   rule, schedule = make_optimizer(spec.optimizer, spec.train.steps, spec.train.seed)
   tx, trainable = watched(rule, spec.guard.window), make_trainable(spec)
   state = abstract_state(trainable, tx, mesh, spec.mesh.zero)
-  loss_fn = objectives.next_token(
-      objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline),
-      z_loss=spec.train.z_loss, neftune_alpha=spec.train.neftune_alpha)
+  model = objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
+  loss_fn = objectives.make_objective(model, spec.train)
   step = make_train_step(trainable.wrap(loss_fn), tx, schedule, spec.train.gradient_accumulation_steps, spec.guard)
   return step, state, abstract_batch(spec, mesh)
 

@@ -18,6 +18,7 @@ from llmjax.parallel.mesh import fitting_mesh
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import DistributedSpec
 from llmjax.report.report import write_report
+from llmjax.run import start
 from llmjax.run.sources import template_problems
 from llmjax.run.spec import AnswersSpec, EvaluatedSpec, of_run
 from llmjax.run.workdir import enable_compilation_cache
@@ -70,7 +71,7 @@ def _specs(options, settings):
   data = {**settings.get('data', {}), **({'seq_len': options.seq_len} if options.seq_len else {})}
   if not options.sources:
     return {'': of_run(EvaluatedSpec, {**settings, 'data': data})}
-  settings['evaluate'] |= {'extra_sources': [], 'per_source': False}
+  settings['evaluate'] |= {'extra_sources': [], 'per_source': False, 'tasks': []}
   if problems := list(template_problems(options.sources, options.workdir)):
     raise config.ConfigError([f"--{problem.removeprefix('data.')}" for problem in problems])
   specs = {}
@@ -104,6 +105,8 @@ def _measure(spec, mesh, params):
       yield split, {**rl.evaluate(spec, mesh, tokenizer, stop_ids, None, split, params),
                     'sources': secrets.hide_within(list(spec.data.sources))}
     return
+  for name, evaluate in start.make_tasks(spec, mesh).items():
+    yield name, evaluate(params, {})
   evaluations = spec.evaluations()
   for name, evaluate in make_evaluators(spec, mesh).items():
     split, sources = evaluations[name]
@@ -138,4 +141,8 @@ def _table(results):
     rows = [(split, str(r['step']), *cells(r)) for split, r in results.items() if key in r]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     tables += ['  '.join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (head, *rows) if rows]
+  for name, result in results.items():
+    if not {'loss', 'reward'} & set(result):  # A task of the user's own.
+      numbers = ', '.join(f'{k} {v:.4g}' for k, v in result.items() if k not in ('step', 'seq_len'))
+      tables.append(f'{name} at step {result["step"]}: {numbers}')
   return '\n'.join(tables)

@@ -27,8 +27,7 @@ def make_job(spec, mesh, batches, workdir):
   encode = lambda text: np.array([tokenizer.bos_id, *tokenizer.encode(text)])
   job = loop.Job(
       spec=spec, mesh=mesh, batches=batches,
-      loss_fn=objectives.next_token(start.make_model(spec, mesh), z_loss=spec.train.z_loss,
-                                    neftune_alpha=spec.train.neftune_alpha),
+      loss_fn=objectives.make_objective(start.make_model(spec, mesh), spec.train),
       evaluators={}, sample=make_sampler(spec, mesh, encode, (tokenizer.eos_id,)),
       describe=make_describer(spec, batches))
   if not spec.distill.teacher:

@@ -23,6 +23,7 @@ KINDS = {
     'distributed': (HARMLESS, {}),
     'pipeline': (HARMLESS, {}),
     'train': (HARMLESS, {'batch_size': MEANING, 'seed': MEANING, 'param_dtype': FIXED, 'compute_dtype': MEANING,
+                         'objective': MEANING,
                          'z_loss': MEANING, 'neftune_alpha': MEANING, 'init_from': MEANING}),
     'optimizer': (MEANING, {'name': FIXED, 'moment_dtype': FIXED, 'freeze': FIXED}),
     'adapter': (FIXED, {'alpha': MEANING, 'dropout': MEANING}),

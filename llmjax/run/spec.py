@@ -3,11 +3,11 @@
 import dataclasses
 import os
 
-from llmjax import config
+from llmjax import config, extensions
 from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import pickle_guard
 from llmjax.checkpoint.spec import CheckpointSpec
-from llmjax.config import group, setting
+from llmjax.config import ConfigError, group, setting
 from llmjax.data import prepared
 from llmjax.data.spec import RECORDS, DataSpec, PrepareOptions, PrepareSpec
 from llmjax.evaluate.spec import EvaluateOptions, ReportOptions
@@ -25,6 +25,7 @@ from llmjax.post.spec import (
   RewardModelSpec,
   RlSpec,
 )
+from llmjax.run.callback import Callback
 from llmjax.run.profiler import ProfileSpec, parse_steps
 from llmjax.run.sources import (
   distill_problems,
@@ -49,6 +50,9 @@ class EvaluateSpec:
 
   splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation',
                                     choices=prepared.SPLITS)
+  tasks: tuple[str, ...] = setting((), "further evaluations of yours, each as 'module:function', a function (spec, mesh) "
+                                   'that returns a function (params, frozen) -> {metric: number}; logged as '
+                                   'eval/<function>/<metric>')
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
   limit: int = setting(0, 'sequences of a split to use, a fixed random sample from all its sources; '
                        '0: all of them', minimum=0)
@@ -118,6 +122,7 @@ class PretrainSpec:
     return teacher_groups(values, ('model',))
 
   def validate(self):
+    yield from _extension_problems(self)
     if self.optimizer.warmup_steps > self.train.steps:
       yield (f'optimizer.warmup_steps={self.optimizer.warmup_steps} is more than '
              f'train.steps={self.train.steps}; write optimizer.warmup_steps={max(self.train.steps // 10, 1)} '
@@ -231,6 +236,26 @@ class PretrainSpec:
 
 def _name(folder):
   return os.path.basename(os.path.normpath(folder))
+
+
+def _extension_problems(spec):
+  """Yield what is wrong with the objects of the user's own modules that a config names."""
+  paths = [('train.callbacks', path) for path in spec.train.callbacks]
+  paths += [('evaluate.tasks', path) for path in spec.evaluate.tasks]
+  if spec.train.objective != 'next_token':
+    paths.append(('train.objective', spec.train.objective))
+    if spec.distill.teacher:
+      yield 'train.objective has no effect with distill.teacher; leave one of them out'
+    if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
+      yield 'pipeline.schedule=1f1b supports train.objective=next_token only; write pipeline.schedule=gpipe'
+  for field, path in paths:
+    try:
+      value = extensions.load(path, field)
+    except ConfigError as e:
+      yield from e.problems
+      continue
+    if field == 'train.callbacks' and not (isinstance(value, type) and issubclass(value, Callback)):
+      yield f'{field}={path}: write a subclass of llmjax.run.callback.Callback'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,9 +385,11 @@ def _pair_problems(spec):
 
 
 def _no_teacher(spec):
-  """Yields that there is nothing to learn from a teacher here."""
+  """Yield the settings that only training on text and conversations supports."""
   if spec.distill.teacher:
-    yield 'distill.teacher has no place here: a teacher is for text and conversations; leave it out'
+    yield 'distill.teacher is for text and conversations; leave it out'
+  if spec.train.objective != 'next_token':
+    yield 'train.objective is for text and conversations; leave it out'
 
 
 @dataclasses.dataclass(frozen=True)

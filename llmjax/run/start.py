@@ -7,6 +7,7 @@ import shutil
 
 import jax
 
+from llmjax import extensions
 from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.generate.spec import CHAT_TEMPLATE
@@ -57,7 +58,8 @@ def _train(spec, options, goodput, make_job, open_batches, stack):
       if not (attempt.first and (workdir / 'tokenizer.model').exists()):
         shutil.copyfile(stream.load_tokenizer(spec.data).path, workdir / 'tokenizer.model')
     batches = open_batches(spec, mesh)
-  job = dataclasses.replace(make_job(spec, mesh, batches, workdir), goodput=goodput, heart=heart)
+  job = make_job(spec, mesh, batches, workdir)
+  job = dataclasses.replace(job, evaluators={**job.evaluators, **make_tasks(spec, mesh)}, goodput=goodput, heart=heart)
   with jax.set_mesh(mesh):
     return loop.train(job, workdir, attempt)
 
@@ -70,6 +72,11 @@ def _open_rows(spec, mesh):
 def make_model(spec, mesh):
   """Returns the Model of a command's spec as it runs on a mesh."""
   return objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
+
+
+def make_tasks(spec, mesh):
+  """Return {name: function (params, frozen) -> metrics} of the user's own functions in evaluate.tasks."""
+  return {path.rpartition(':')[2]: extensions.load(path, 'evaluate.tasks')(spec, mesh) for path in spec.evaluate.tasks}
 
 
 def eval_rows(spec, mesh):

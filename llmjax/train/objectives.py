@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llmjax import extensions
 from llmjax.config import ConfigError
 from llmjax.model.model import Execution, Model
 from llmjax.ops.chunks import CHUNK_LOGITS
@@ -65,6 +66,16 @@ def make_model(spec, train, platform, pipe=None):
       compute_dtype=train.compute_dtype, attention=resolve_attention(train.attention, platform), remat=train.remat,
       unroll=resolve_unroll(train, spec.num_layers, platform), pipeline=pipe, ring=train.context_attention == 'ring',
       chunk_logits=CHUNK_LOGITS if platform == 'cpu' else ACCELERATOR_CHUNK_LOGITS))
+
+
+def make_objective(model, train):
+  """Return the loss_fn of a TrainSpec's `objective`: next-token prediction, or that of the user's own function.
+
+  A function of your own takes (model, train) and returns such a loss_fn; `forward` and `model.logits` are what it needs.
+  """
+  if train.objective != 'next_token':
+    return extensions.load(train.objective, 'train.objective')(model, train)
+  return next_token(model, z_loss=train.z_loss, neftune_alpha=train.neftune_alpha)
 
 
 def likelihood(model):

@@ -3,8 +3,7 @@
 import dataclasses
 import re
 
-from llmjax import extensions
-from llmjax.config import ConfigError, setting
+from llmjax.config import setting
 
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'dots', 'minimal', 'out', 'mlp', 'full', 'offload')
@@ -32,6 +31,8 @@ class TrainSpec:
                                    'gathers all of them', choices=('ring', 'gather'))
   scan_unroll: int = setting(0, 'layers unrolled in each turn of the scan; 0: on CPU without remat all, '
                              'else 1', minimum=0)
+  objective: str = setting('next_token', "training loss of text and conversations: next_token, or 'module:function' of "
+                           'yours, see llmjax/train/objectives.py')
   z_loss: float = setting(0.0, 'weight of log(Z)^2 in the loss', minimum=0.0)
   neftune_alpha: float = setting(0.0, 'uniform noise on the embeddings while training, of this size over the root of '
                                  "the document's length times d_model (arXiv:2310.05914); 5 is usual, 0: none",
@@ -59,11 +60,6 @@ class TrainSpec:
                                    'directory, none turns it off', kind='path', choices=('default', 'none'))
 
   def validate(self):
-    for path in self.callbacks:
-      try:
-        extensions.load(path, 'callbacks')
-      except ConfigError as e:
-        yield from e.problems
     if self.batch_size % self.gradient_accumulation_steps:
       below = self.batch_size // self.gradient_accumulation_steps * self.gradient_accumulation_steps
       fits = [n for n in (below, below + self.gradient_accumulation_steps) if n]

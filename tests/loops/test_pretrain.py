@@ -225,3 +225,51 @@ def test_tensorflow_stays_out(folder):
           'import llmjax.loops.pretrain, llmjax.loops.evaluate, llmjax.loops.generate\n'
           'assert "tensorflow" not in sys.modules')
   subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
+
+
+EXTENSIONS = '''
+import jax.numpy as jnp
+from llmjax.run.callback import Callback
+from llmjax.train import objectives
+
+
+def focal(model, train):
+  """Next-token prediction, twice."""
+  next_token = objectives.next_token(model, z_loss=train.z_loss)
+
+  def loss_fn(params, frozen, batch, key):
+    loss, (weight, aux) = next_token(params, frozen, batch, key)
+    return 2 * loss, (weight, {**aux, 'plain_loss': loss})
+
+  return loss_fn
+
+
+def parameters(spec, mesh):
+  largest = lambda params: float(jnp.abs(params['embed']['table']).max())
+  return lambda params, frozen: {'largest': largest(params), 'layers': spec.model.num_layers}
+
+
+class Greeting(Callback):
+  def on_start(self, run):
+    run.say(f'hello from {type(self).__module__}')
+'''
+
+
+def test_objective_task_and_callback_of_a_module_outside_the_package(folder):
+  (folder / 'mine.py').write_text(EXTENSIONS)
+  arguments = ['--config.train.objective=mine:focal', '--config.evaluate.tasks=mine:parameters',
+               '--config.train.callbacks=mine:Greeting']
+  out = pretrain(folder, 'extended', 2, *arguments)
+  assert 'hello from mine' in out
+  losses, plain = rows(folder / 'extended', 'train/loss'), rows(folder / 'extended', 'train/plain_loss')
+  assert losses[1] == pytest.approx(2 * plain[1], rel=1e-6)
+  assert plain[1] == pytest.approx(rows(folder / 'whole', 'train/loss')[1], rel=1e-6)
+  assert rows(folder / 'extended', 'eval/parameters/layers') == {2: 2}
+  out = llmjax(folder, 'evaluate', '--workdir=extended')
+  assert 'parameters at step 2: largest' in out and 'bits/byte' in out
+  out = pretrain(folder, 'wrong', 2, '--config.train.objective=mine:fokal', '--config.train.callbacks=mine:focal',
+                 '--config.evaluate.tasks=other:task', status=2)
+  for line in ('train.objective=mine:fokal: the module mine has no fokal; did you mean mine:focal',
+               'train.callbacks=mine:focal: write a subclass of llmjax.run.callback.Callback',
+               'evaluate.tasks=other:task: there is no module other'):
+    assert line in out
