@@ -71,7 +71,7 @@ def make_model(spec, train, platform, pipe=None):
 def make_objective(model, train):
   """Return the loss_fn of a TrainSpec's `objective`: next-token prediction, or that of the user's own function.
 
-  A function of your own takes (model, train) and returns such a loss_fn; `forward` and `model.logits` are what it needs.
+  Your own function takes (model, train) and returns such a loss_fn; it needs `forward` and `model.logits`.
   """
   if train.objective != 'next_token':
     return extensions.load(train.objective, 'train.objective')(model, train)

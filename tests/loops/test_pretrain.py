@@ -159,7 +159,7 @@ def test_other_data_in_the_same_folder_is_refused(folder):
     out = pretrain(folder, 'changed', 9, status=2)
   finally:
     file.write_text(before)
-  assert 'the data is not what steps 1 to 6 read' in out
+  assert 'the data differs from what steps 1 to 6 read' in out
   assert '--config.train.init_from=changed' in out
 
 
