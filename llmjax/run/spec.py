@@ -50,7 +50,7 @@ class EvaluateSpec:
 
   splits: tuple[str, ...] = setting(('validation',), 'splits to evaluate; none: no evaluation',
                                     choices=prepared.SPLITS)
-  tasks: tuple[str, ...] = setting((), "further evaluations, each as 'module:function' of yours, a function (spec, mesh) "
+  tasks: tuple[str, ...] = setting((), "further evaluations, each as 'module:function', a function (spec, mesh) "
                                    'that returns a function (params, frozen) -> {metric: number}; logged as '
                                    'eval/<function>/<metric>')
   batch_size: int = setting(0, "rows at a time; 0: the training batch's", minimum=0)
