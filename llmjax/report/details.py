@@ -60,8 +60,8 @@ def subtitle(run):
 
 def headline(run):
   """Return the main result of a run: {'title', 'value', 'name', 'note', 'bars'}; without value if not evaluated."""
-  if found := headline_evaluation(run):
-    e, key, title, form = found
+  if headlined := headline_evaluation(run):
+    e, key, title, form = headlined
     return {'title': title, 'value': formatted(e.measure(key), form), 'name': e.name, 'note': f'{e.describe()}.',
             'bars': []}
   evaluation = run.held_out()

@@ -1,4 +1,4 @@
-"""Read what the folders of runs hold, for the report.
+"""Read the folders of runs for the report.
 
 Any file may be missing or damaged: `read_runs` returns what can be read and lists what cannot.
 """
@@ -175,14 +175,14 @@ class Run:
   def named_evaluations(self, full_name, key):
     """Return the Evaluations of 'split:source' that measured `key`; those of evaluation.json come first."""
     names = [full_name, *(n for n, full in self.evaluation_names().items() if full == full_name and n != full_name)]
-    found = [e for name in names for e in self.evaluations(name, key)]
-    return sorted(found, key=lambda e: e.values is not self.evaluation.get(e.name))
+    evaluations = [e for name in names for e in self.evaluations(name, key)]
+    return sorted(evaluations, key=lambda e: e.values is not self.evaluation.get(e.name))
 
   def held_out(self, key='bits_per_byte'):
     """Return the main Evaluation that measured `key`, or None: of evaluation.json before those during training."""
     names = [n for n in ('test', 'validation', *self.evaluation) if number(self.evaluation.get(n), key) is not None]
-    found = (self.evaluations(name, key) for name in (*names, *self.eval_names()))
-    return next((evaluations[0] for evaluations in found if evaluations), None)
+    evaluations = (e for name in (*names, *self.eval_names()) for e in self.evaluations(name, key))
+    return next(evaluations, None)
 
   def rollouts(self):
     """Return [(iteration, metrics, rows)] of some iterations: the completions with the highest and lowest rewards.

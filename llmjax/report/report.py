@@ -133,7 +133,7 @@ def _cards(runs):
 
 
 def _main_result(runs, index):
-  """Return (value, what it is, the evaluation that it is of) of a run's card."""
+  """Return (value, label, description of the evaluation) for a run's card."""
   run = runs[index]
 
   def result(name, key, label, form):
@@ -209,10 +209,10 @@ def _completions(runs):
   prompts = list(dict.fromkeys(prompt for completions in by_prompt for prompt in completions))
   rows = []
   for prompt in prompts[:PROMPTS]:
-    found = [completions.get(prompt) for completions in by_prompt]
-    gold = next((c['right'] for c in found if c and isinstance(c.get('right'), str)), None)
+    same_prompt = [completions.get(prompt) for completions in by_prompt]
+    gold = next((c['right'] for c in same_prompt if c and isinstance(c.get('right'), str)), None)
     cells = [c and {'text': cut(c['text'], CHARACTERS), 'is_right': _is_right(c['text'], gold),
-                    'is_cut': c.get('stopped') == 'length'} for c in found]
+                    'is_cut': c.get('stopped') == 'length'} for c in same_prompt]
     rows.append({'prompt': cut(prompt, CHARACTERS), 'gold': None if gold is None else cut(gold, CHARACTERS),
                  'cells': cells})
   return len(prompts), rows
