@@ -1,1 +1,1 @@
-"""Language models as values: `Model`, built from a `ModelSpec`."""
+"""Language models: `Model`, built from a `ModelSpec`."""

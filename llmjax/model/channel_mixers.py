@@ -1,4 +1,4 @@
-"""Channel mixers: the part of a block that works on every token by itself.
+"""Channel mixers: the part of a block that processes every token separately.
 
 Each is a linen module `(x [B, T, D], context) -> (y [B, T, D], aux)`; aux holds float32 sums over sequences.
 Letters: F mlp_dim, E experts, C slots of an expert.
@@ -23,7 +23,7 @@ from llmjax.parallel.sharding import by_rows, constrain, mesh_size
 
 @functools.cache
 def activation_function(name):
-  """Return the function that a name of `spec.ACTIVATIONS` stands for; the same object every time."""
+  """Return the activation function of a name of `spec.ACTIVATIONS`, always the same object."""
   return {'silu': jax.nn.silu, 'gelu': jax.nn.gelu, 'gelu_exact': functools.partial(jax.nn.gelu, approximate=False),
           'relu': jax.nn.relu, 'relu_squared': lambda x: jnp.square(jax.nn.relu(x))}[name]
 
@@ -39,7 +39,7 @@ class Mlp(nn.Module):
   def __call__(self, x, context=None):
     spec, d, f = self.spec, self.spec.d_model, self.width
 
-    # The widest arrays: their gradients should not wait for what attention's backward pass overlaps.
+    # These are the largest arrays: their gradients should not be delayed into the backward pass of attention.
     join, materialized = has_fast_memory(400) and mesh_size('tensor') == 1, has_fast_memory()
     wide = lambda name: linear(self, name, (d, f), ('embed', 'mlp'), bias=spec.mlp_bias, join_gradients=join)
     gated = spec.mlp == 'gated'
@@ -52,11 +52,11 @@ class Mlp(nn.Module):
 
 
 class MoeMlp(nn.Module):
-  """A mixture of gated MLPs of which the router picks a few for each token (arXiv:2401.04088, section 2.1).
+  """Mixture of gated MLPs, of which the router picks a few for each token (arXiv:2401.04088, section 2.1).
 
-  Returns (y [B, T, D], aux): sums over tokens of `load_balance` and `router_z`, as means over layers,
-  and of the weighted `penalty` that the loss adds.  Without capacity_factor, and always on a cache, no
-  token is dropped.
+  Returns (y [B, T, D], aux): sums over tokens of `load_balance` and `router_z`, divided by the number of layers, and of
+  `penalty`, their weighted sum, which is added to the loss.  Without capacity_factor, and always with a cache, no token
+  is dropped.
   """
 
   spec: ModelSpec
@@ -68,7 +68,7 @@ class MoeMlp(nn.Module):
     d, f, e, k = spec.d_model, spec.mlp_dim, spec.num_experts, spec.experts_per_token
 
     def weight(name, shape, names, in_axis, scale=1.0):
-      # Each expert is initialised like one MLP: its fan-in does not count the experts.
+      # Each expert is initialized as a dense MLP: its fan-in does not count the experts.
       init = lambda key, shape, dtype: jax.vmap(lambda key: scaled_normal(1, scale * spec.init_scale)(
           key, shape[1:], dtype))(jax.random.split(key, shape[0]))
       init = scaled_normal(1, spec.init_scale) if in_axis == 0 else init
@@ -79,8 +79,8 @@ class MoeMlp(nn.Module):
     up = weight('up', (e, d, f), ('experts', 'expert_embed', 'mlp'), 1)
     down = weight('down', (e, f, d), ('experts', 'mlp', 'expert_embed'), 1, (2 * spec.num_layers)**-0.5)
 
-    # In float32: close calls between experts would fall differently in bf16 (arXiv:2101.03961, 2.4).  The precision is
-    # for TPUs and GPUs, which round the factors of a float32 product unless they are told not to.
+    # In float32: bfloat16 would change the choice between experts with close logits (arXiv:2101.03961, section 2.4).
+    # The precision is for TPUs and GPUs, which round the factors of float32 products by default.
     wide = constrain(x, 'batch', 'length', 'act_embed').astype(jnp.float32)
     logits = jnp.einsum('BTD,DE->BTE', wide, router.astype(jnp.float32), precision='highest')
     weights, ids, probabilities = by_rows(lambda rows: moe.route(rows, k), logits)

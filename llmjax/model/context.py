@@ -1,4 +1,4 @@
-"""What blocks get beside the residual stream."""
+"""Inputs of a block besides the residual stream."""
 
 import jax
 from flax import struct
@@ -20,11 +20,11 @@ class AttentionInputs:
 
 @struct.dataclass
 class Context:
-  """What every block needs beside x [B, T, D].
+  """Inputs of a block besides x [B, T, D].
 
   segment_ids: int [B, T] of the tokens.  attention: {kind: AttentionInputs}.  key: dropout key of the layer, or None.
   implementation: of attention, see `ops.attention.attention`.  zigzag: see `parallel.attention.attention`.
-  cached: keys and values are kept in a cache.  decoding: there are earlier tokens in it.
+  cached: whether there is a cache.  decoding: whether it has earlier tokens.
   """
 
   segment_ids: jax.Array

@@ -1,4 +1,4 @@
-"""Closed forms: parameters and FLOPs of a model.  No JAX here."""
+"""Closed forms of the parameters and FLOPs of a model.  No JAX here."""
 
 
 def _attention_params(spec):
@@ -14,11 +14,11 @@ def _mlp_params(spec, width, experts=1):
 
 
 def count_params(spec):
-  """Return the number of parameters, by part and in total."""
+  """Count the parameters, by part and in total."""
   d, v, layers = spec.d_model, spec.vocab_size, spec.num_layers
   norm = d * (2 if spec.norm == 'layer' else 1)
   norms = norm * (4 if spec.norm_placement == 'both' else 2) + (2 * spec.resolved_head_dim if spec.qk_norm else 0)
-  each = sum(_attention_params(spec)) + norms
+  per_layer = sum(_attention_params(spec)) + norms
   if spec.num_experts:
     dense = spec.first_dense_layers
     shared = sum(_mlp_params(spec, spec.shared_experts * spec.mlp_dim)) if spec.shared_experts else 0
@@ -29,7 +29,7 @@ def count_params(spec):
   positions = {'learned': spec.max_positions * d,
                'relative': spec.relative_buckets * spec.num_heads}.get(spec.position_embedding, 0)
   parts = {'embed': v * d + positions, **({'embed_norm': norm} if spec.embedding_norm else {}),
-           'blocks': layers * each + mlps, 'final_norm': 0 if spec.norm_placement == 'post' else norm,
+           'blocks': layers * per_layer + mlps, 'final_norm': 0 if spec.norm_placement == 'post' else norm,
            'head': 0 if spec.tie_embeddings else v * d,
            **({'value': d} if spec.value_head else {}),
            **({'projection': d * spec.projection} if spec.projection else {})}
@@ -37,7 +37,7 @@ def count_params(spec):
 
 
 def matmul_params(spec):
-  """Return the parameters that multiply a token: not the embedding look-up, norms, biases, and experts it skips."""
+  """Count the parameters in matrix products per token: no embeddings, norms, biases, or experts that are not used."""
   attention = spec.num_layers * _attention_params(spec)[0]
   if spec.num_experts:
     active = spec.experts_per_token + spec.shared_experts
@@ -50,7 +50,7 @@ def matmul_params(spec):
 
 
 def keys_per_query(spec, seq_len, window):
-  """Return how many keys a query of a sequence attends to on average.  window: 0 for none."""
+  """Return the average number of keys that a query of a sequence attends to.  window: 0 for none."""
   if not spec.causal:
     return min(seq_len, 2 * window - 1) if window else seq_len
   if window and window < seq_len:
@@ -59,11 +59,11 @@ def keys_per_query(spec, seq_len, window):
 
 
 def train_flops_per_token(spec, seq_len, frozen=False):
-  """Return model FLOPs of forward and backward for one token of a sequence of `seq_len` tokens.
+  """Return the model FLOPs of a forward and backward pass per token, for sequences of `seq_len` tokens.
 
-  6 for each multiplying parameter (PaLM, arXiv:2204.02311, appendix B) and, in attention, 12 x layers x heads x
-  head_dim x the keys attended to on average.  Recomputation is not counted.  frozen: the parameters have no gradient,
-  which leaves 4 of the 6; what adapters add is not counted.
+  6 per parameter of `matmul_params` (PaLM, arXiv:2204.02311, appendix B) and, in attention, 12 x layers x heads x
+  head_dim x the average number of keys.  Recomputation is not counted.  frozen: the parameters have no gradient, 4
+  instead of 6; adapters are not counted.
   """
   pattern = spec.attention_pattern or ('local' if spec.window else 'global',)
   kinds = [pattern[i % len(pattern)] for i in range(spec.num_layers)]

@@ -18,13 +18,13 @@ from llmjax.parallel.vocabulary import lookup
 
 
 def scaled_normal(in_dims, scale=1.0):
-  """Return an initializer: truncated normal, variance scale^2 / product of the first in_dims axes."""
+  """Return a truncated-normal initializer of variance scale^2 / fan_in, the product of the first in_dims axes."""
 
   def init(key, shape, dtype):
     fan_in = 1
     for size in shape[:in_dims]:
       fan_in *= size
-    # 0.8796 is the standard deviation of a normal cut at two of its own.
+    # 0.8796 is the standard deviation of a standard normal truncated at -2 and 2.
     std = scale / fan_in**0.5 / 0.87962566103423978
     return (std * jax.random.truncated_normal(key, -2.0, 2.0, shape, jnp.float32)).astype(dtype)
 
@@ -32,7 +32,7 @@ def scaled_normal(in_dims, scale=1.0):
 
 
 def dropout(x, rate, key, zigzag=False):
-  """Return x with features zeroed at `rate` and the rest scaled up; x itself when key is None.
+  """Apply dropout at `rate`, unless key is None.
 
   zigzag: the tokens of x [B, T, D] are in zigzag order; the mask is drawn in the order of the text.
   """
@@ -44,14 +44,14 @@ def dropout(x, rate, key, zigzag=False):
 
 
 def parameter(module, name, init, shape):
-  """Return a parameter of a module: an array of its shape, or the Weight that was put in its place."""
-  found = module.get_variable('params', name) if module.has_variable('params', name) else None
-  # Flax would compare the shape of a Weight's first array, which need not have the parameter's.
-  return found if is_weight(found) else module.param(name, init, shape, module.param_dtype)
+  """Return a parameter of a module: an array of its shape, or the Weight that replaces it."""
+  value = module.get_variable('params', name) if module.has_variable('params', name) else None
+  # Flax would check the shape of a Weight's first array, which may differ from the parameter's.
+  return value if is_weight(value) else module.param(name, init, shape, module.param_dtype)
 
 
 def linear(module, name, shape, names, in_dims=1, scale=1.0, bias=False, join_gradients=False):
-  """Return the function x -> x W (+ b) of a weight [*in, *out] that becomes a parameter of the module."""
+  """Create a weight [*in, *out] (and bias) as parameters of the module; return the function x -> x W (+ b)."""
   init = nn.with_logical_partitioning(scaled_normal(in_dims, scale * module.spec.init_scale), names)
   w = parameter(module, name, init, shape)
   layout = WeightLayout(names, join_gradients)
@@ -64,16 +64,16 @@ def linear(module, name, shape, names, in_dims=1, scale=1.0, bias=False, join_gr
 
 
 def sum_over_tensor(x):
-  """Return a product x [B, T, D] whose terms are sharded over `tensor`, summed over it and sharded along the length.
+  """Sum the partial products x [B, T, D] over `tensor`, and shard the result along the length.
 
-  XLA joins the two into a reduce-scatter; asked for both at once it would gather sequences sharded over `context`.
+  XLA fuses the two constraints into a reduce-scatter; one constraint alone would gather sequences over `context`.
   """
   x = constrain(x, 'batch', 'length', 'act_embed')
   return materialize_result(constrain(x, 'batch', 'block_length', 'act_embed'), has_fast_memory())
 
 
 class Embed(nn.Module):
-  """Token ids int [B, T] to vectors [B, T, D], to which learned position embeddings are added where there are some."""
+  """Embed token ids int [B, T] as [B, T, D], with learned position embeddings if the spec has them."""
 
   spec: ModelSpec
   param_dtype: jnp.dtype = jnp.float32
@@ -98,7 +98,7 @@ class Embed(nn.Module):
 
 
 class Norm(nn.Module):
-  """RMSNorm or LayerNorm over the last axis, with a learned scale (LayerNorm: and bias)."""
+  """RMSNorm or LayerNorm over the last axis, with a learned scale, and bias for LayerNorm."""
 
   kind: str
   epsilon: float
@@ -115,7 +115,7 @@ class Norm(nn.Module):
 
 
 class Head(nn.Module):
-  """The output matrix [D, V] of an untied model.  Zeros: the first loss is ln V (arXiv:2203.03466, D.2)."""
+  """Untied output matrix [D, V].  Initialized with zeros: the first loss is ln V (arXiv:2203.03466, D.2)."""
 
   spec: ModelSpec
   param_dtype: jnp.dtype = jnp.float32
@@ -129,7 +129,7 @@ class Head(nn.Module):
 
 
 class Projection(nn.Module):
-  """A linear map of hidden states, [..., D] to float32 [..., width], in float32, that keeps unit variance."""
+  """Float32 linear map of hidden states, [..., D] to [..., width]; it preserves unit variance at initialization."""
 
   width: int
   param_dtype: jnp.dtype = jnp.float32
@@ -142,7 +142,7 @@ class Projection(nn.Module):
 
 
 class ValueHead(nn.Module):
-  """One number for each token, [..., D] to float32 [...], in float32.  Zeros: the first value is 0."""
+  """Float32 scalar output per token, [..., D] to [...].  Initialized with zeros: the first value is 0."""
 
   param_dtype: jnp.dtype = jnp.float32
 

@@ -1,9 +1,9 @@
-"""The model as a value: everything that training, generation and evaluation ask of it.
+"""Model: initialization, forward pass, logits and caches of a language model.
 
   params = {'embed': {'table'}, 'blocks': {... each leaf [layers, ...]}, 'final_norm': {'scale'}, 'head': {'kernel'},
-            'value': {'kernel'}, 'projection': {'kernel'}}, the last two with spec.value_head and spec.projection only
+            'value': {'kernel'}, 'projection': {'kernel'}}, the last two if spec.value_head and spec.projection are set
 
-Letters: B batch, T tokens, D d_model, V vocab_size, S cache slots.  A loss takes hidden states and `output_matrix`, so
+Letters: B batch, T tokens, D d_model, V vocab_size, S cache slots.  Losses take hidden states and `output_matrix`, so
 that the logits of a whole batch never exist.
 """
 
@@ -31,9 +31,9 @@ from llmjax.parallel import pipeline
 from llmjax.parallel.attention import from_zigzag, zigzag_batch
 from llmjax.parallel.sharding import constrain, mesh_size, row_shards
 
-# Whether a parameter is cast to the compute dtype before the layers, by its path; the first pattern that matches.  The
-# others keep theirs: products with a router, value head or projection are in float32, and norms and biases widen what
-# they are applied to.  Embedding and head are cast where they are used.
+# Whether a parameter is cast to the compute dtype before the layers, by its path; the first pattern that matches
+# counts.  Products with the router, value head and projection are in float32, norms and biases use their parameters'
+# dtype, and embedding and head are cast where they are used.
 CAST = (
     (r'(^|/)(router|scale|bias|\w+_bias)$', False),
     (r'^(embed|head|value|projection)/', False),
@@ -43,12 +43,12 @@ CAST = (
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """How a model is computed: choices of speed and memory that never change the result beyond rounding.
+  """Execution options: they affect speed and memory, and results only by rounding.
 
-  compute_dtype: of products and activations.  attention: implementations, the first that supports the arguments runs.
-  remat, unroll: see model/stack.py.  pipeline: the PipelineSpec by which sequences go through the stages of the mesh;
-  None runs the layers in order.  ring: ring attention along the mesh axis `context`.  chunk_logits: logits that a loss
-  holds at a time.
+  compute_dtype: of matrix products and activations.  attention: names of implementations, of which the first that
+  supports the arguments runs.  remat, unroll: see model/stack.py.  pipeline: PipelineSpec for meshes with several
+  stages, or None.  ring: use ring attention along the mesh axis `context`.  chunk_logits: number of logits in memory in
+  a loss.
   """
 
   compute_dtype: str = 'float32'
@@ -62,7 +62,7 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A language model: a ModelSpec and how to compute it.  It holds no arrays; parameters are passed in."""
+  """A language model: a ModelSpec and Execution options.  It holds no arrays; parameters are arguments."""
 
   spec: ModelSpec
   execution: Execution = Execution()
@@ -72,7 +72,7 @@ class Model:
     return jnp.dtype(self.execution.compute_dtype)
 
   def init(self, key, param_dtype=jnp.float32):
-    """Return fresh parameters, leaves of `param_dtype`."""
+    """Initialize parameters of `param_dtype`."""
     return _split(self._init(key, param_dtype))[0]
 
   def abstract_params(self, param_dtype=jnp.float32):
@@ -84,7 +84,7 @@ class Model:
     return _split(jax.eval_shape(lambda: self._init(jax.random.key(0), jnp.float32)))[1]
 
   def count_params(self):
-    """Return the number of parameters, by part and in total."""
+    """Count the parameters, by part and in total."""
     if self.spec.mixer == 'attention':
       return counts.count_params(self.spec)
     parts = {name: sum(p.size for p in jax.tree.leaves(tree)) for name, tree in self.abstract_params().items()}
@@ -117,12 +117,12 @@ class Model:
   # Forward.
 
   def apply(self, params, batch, *, cache=None, key=None, perturb=None):
-    """Return (final hidden states [B, T, D] of the compute dtype, cache, aux).
+    """Run the model; return (final hidden states [B, T, D] of the compute dtype, cache, aux).
 
-    batch: {'tokens', 'positions', 'segment_ids'}, int [B, T], and perhaps 'prefix', bool [B, T]: tokens that their
+    batch: {'tokens', 'positions', 'segment_ids'}, int [B, T], and optionally 'prefix', bool [B, T]: tokens that their
     whole segment attends to.  cache: a Cache, to which the tokens are appended, or None; with one, blocks must be a
-    list of layers (see `unstack`).  key: for dropout; None: no dropout.  perturb: function of the embeddings [B, T, D]
-    to the input of the blocks, or None.  aux: float32 sums over sequences and layers.
+    list of layers (see `unstack`).  key: for dropout; None: no dropout.  perturb: function applied to the embeddings
+    [B, T, D], or None.  aux: float32 sums over sequences and layers.
     """
     spec, execution = self.spec, self.execution
     params = self.cast(params)
@@ -145,10 +145,10 @@ class Model:
     return self.normalize(params, x), cache, aux
 
   def cast(self, params):
-    """Return the parameters with those that CAST names in the compute dtype.
+    """Cast the parameters that CAST names to the compute dtype.
 
-    Once, outside the layers: what is gathered over the mesh is then already small.  Raises ValueError for a parameter
-    that no pattern names.
+    Once, before the layers, so that they are gathered over the mesh in this dtype.  Raises ValueError for a parameter
+    that no pattern matches.
     """
     def one(path, p):
       name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -160,7 +160,7 @@ class Model:
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_weight)
 
   def embed(self, params, batch):
-    """Return the input of the blocks, [B, T, D] of the compute dtype."""
+    """Embed the tokens: the input of the blocks, [B, T, D] of the compute dtype."""
     spec = self.spec
     x = Embed(spec).apply({'params': params['embed']}, batch['tokens'], batch['positions'], self.dtype)
     if spec.embedding_norm:
@@ -168,25 +168,22 @@ class Model:
     return constrain(x, 'batch', 'block_length', 'act_embed')
 
   def normalize(self, params, x):
-    """Return the hidden states that the output matrix takes, of the output x of the blocks."""
+    """Apply the final norm to the output x of the blocks."""
     spec = self.spec
     if spec.norm_placement != 'post':
       x = Norm(spec.norm, spec.norm_epsilon).apply({'params': params['final_norm']}, x)
     return constrain(x, 'batch', 'length', 'act_embed')
 
   def stage(self, key):
-    """Return the function of one group of layers that the schedules of parallel/pipeline.py run.
-
-    key: for dropout, or None.
-    """
+    """Return the stage function of the schedules of parallel/pipeline.py.  key: for dropout, or None."""
     spec, execution = self.spec, self.execution
     if spec.position_embedding == 'relative':
       raise ValueError('model.position_embedding=relative: pipeline stages have no shared bias; write mesh.stage=1')
 
     def run(blocks, x, rows, index):
-      part = None if key is None or not spec.dropout else jax.random.fold_in(key, index)
+      stage_key = None if key is None or not spec.dropout else jax.random.fold_in(key, index)
       kinds = layer_kinds(spec)[:jax.tree.leaves(blocks)[0].shape[0]]
-      x, _, aux = stack.apply_stacks(spec, blocks, x, self._context(rows, key=part), None, execution.remat,
+      x, _, aux = stack.apply_stacks(spec, blocks, x, self._context(rows, key=stage_key), None, execution.remat,
                                      execution.unroll, kinds)
       return x, aux
 
@@ -233,7 +230,7 @@ class Model:
     return constrain(dense(params['head']['kernel']), None, 'vocab'), 1
 
   def logits(self, params, x):
-    """Return float32 logits [..., V] of hidden states [..., D].  Only for a few positions at a time."""
+    """Compute float32 logits [..., V] of hidden states [..., D].  Only for a few positions at a time."""
     matrix, vocab_axis = self.output_matrix(params)
     logits = project(x, matrix.T if vocab_axis == 0 else matrix).astype(jnp.float32)
     cap = self.spec.logits_soft_cap
@@ -241,15 +238,15 @@ class Model:
 
   @property
   def chunking(self):
-    """How the losses of `ops.losses` compute logits: their soft cap and how many at a time."""
+    """Arguments of the losses of `ops.losses`: soft cap, and number of logits per chunk."""
     return {'soft_cap': self.spec.logits_soft_cap or None, 'chunk_logits': self.execution.chunk_logits}
 
   def values(self, params, x):
-    """Return the value head's output for hidden states [..., D], float32 [...]."""
+    """Compute the value head's output, float32 [...], for hidden states [..., D]."""
     return ValueHead().apply({'params': params['value']}, x)
 
   def project_hidden(self, params, x):
-    """Return hidden states [..., D] in a teacher's width, float32 [..., E], where the parameters have a projection."""
+    """Project hidden states [..., D] to a teacher's width, float32 [..., E], if the parameters have a projection."""
     if 'projection' not in params:
       return x
     kernel = params['projection']['kernel']
@@ -258,26 +255,27 @@ class Model:
   # The order of tokens on the mesh.
 
   def use_ring(self):
+    """Return whether ring attention runs on the mesh that is set."""
     return self.execution.ring and mesh_size('context') > 1
 
   def order(self, batch):
-    """Return the batch in the order of tokens that `apply` expects on the mesh that is set."""
+    """Put the tokens of a batch into the order that `apply` expects on the mesh that is set."""
     return zigzag_batch(batch) if self.use_ring() else batch
 
   def restore(self, a):
-    """Return an array [B, T, ...] of an ordered batch in the order of the sequence."""
+    """Put an array [B, T, ...] of an ordered batch back into the order of the text."""
     return from_zigzag(a) if self.use_ring() else a
 
   # Generation.
 
   def unstack(self, params):
-    """Return the parameters with `blocks` as a list of layers, which caches need."""
+    """Return the parameters with `blocks` as a list of layers, as needed with a cache."""
     return {**params, 'blocks': stack.unstack(self.spec, params['blocks'])}
 
   def init_cache(self, batch_size, length, step=1):
-    """Return an empty Cache of `length` slots; local layers keep their window.
+    """Create an empty Cache of `length` slots; local layers have slots for their window only.
 
-    step: tokens at once, at most, once the cache is no longer fresh.
+    step: maximum number of tokens per call of `apply` after the first.
     """
     spec, kinds = self.spec, layer_kinds(self.spec)
     sizes = {kind.attention: self._slots(kind.attention, length, step) for kind in kinds}
@@ -290,7 +288,7 @@ class Model:
     return min(length, self.spec.window + step - 1) if kind == 'local' else length
 
   def grow_cache(self, cache, length, step=1):
-    """Return the cache with its free slots extended to `length` in all; full rings stay as they are."""
+    """Extend the cache to `length` slots; rings that are full stay as they are."""
     kinds, extra, slots = layer_kinds(self.spec), {}, {}
     for kind, old in cache.slots.items():
       size, now = self._slots(kind, length, step), old.positions.shape[1]
@@ -303,7 +301,7 @@ class Model:
 
 
 def _split(boxed):
-  """Return (plain arrays, names) of a tree of flax boxes."""
+  """Split a tree of flax boxes into (arrays, logical names)."""
   is_box = lambda p: isinstance(p, nn.Partitioned)
   return (jax.tree.map(lambda p: p.value, boxed, is_leaf=is_box),
           jax.tree.map(lambda p: p.names, boxed, is_leaf=is_box))

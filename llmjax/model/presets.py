@@ -1,4 +1,4 @@
-"""Published models as rows of numbers.  A new family of the same shape is one row here."""
+"""ModelSpec fields of published models."""
 
 _LLAMA2 = dict(rope_theta=10000.0, norm_epsilon=1e-5, vocab_size=32000)
 _LLAMA3 = dict(rope_theta=500000.0, norm_epsilon=1e-5, vocab_size=128256)

@@ -1,4 +1,4 @@
-"""Accelerators as rows of numbers, and peak matrix-product rates.  JAX is imported only where it is used."""
+"""Table of accelerators, and peak matrix-product rates.  JAX is imported only where it is used."""
 
 import dataclasses
 import time
@@ -8,14 +8,13 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A TPU generation, or a GPU of nodes that are joined by NVLink.
+  """A TPU generation, or a GPU in nodes with NVLink.  All numbers are per chip.
 
-  name: as in `v5p:4x4x4`.  kinds: starts of JAX's `device_kind`.  devices: JAX devices of one chip.
-  All else is of one chip: peak_flops: dense bf16 FLOP/s.  hbm: bytes that a program may use.  hbm_rate:
-  bytes/s.  clock: Hz of its cores.  dims: of its torus.  link_rate: bytes/s of one link in one direction;
-  there are two links along each dimension.  wrap: a dimension whose size is a multiple of it is a ring,
-  any other a line.  dcn_rate: bytes/s between slices or nodes.  watts: of one chip at work, None where nobody has
-  published it.  sources: of all these.
+  name: as in `v5p:4x4x4`.  kinds: prefixes of JAX's `device_kind`.  devices: JAX devices per chip.  peak_flops: dense
+  bfloat16 FLOP/s.  hbm: usable bytes of memory.  hbm_rate: bytes/s.  clock: Hz of the cores.  dims: dimensions of the
+  torus.  link_rate: bytes/s of one link in one direction; there are two links per dimension.  wrap: a dimension whose
+  size is a multiple of it is a ring, any other a line.  dcn_rate: bytes/s between slices or nodes.  watts: power under
+  load, None if unpublished.  sources: of these numbers.
   """
 
   name: str
@@ -83,14 +82,14 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device):
-  """Return a device's peak FLOP/s in bf16, or None for a kind that is not in the table.
+  """Return a device's peak bfloat16 FLOP/s, or None for a kind that is not in the table.
 
-  A CPU's is measured, in about a second: see `measure_matmul_flops`.
+  That of a CPU is measured, in about a second: see `measure_matmul_flops`.
   """
   if device.platform == 'cpu':
     import jax
     import numpy as np
-    # On one device: every device of a mesh that is set would do the same product beside it.
+    # On one device: all devices of a mesh that is set would compute the product at the same time.
     with jax.set_mesh(jax.sharding.Mesh(np.array(jax.local_devices()[:1]), ('alone',))):
       return measure_matmul_flops() / len(jax.local_devices())
   for kind, flops in PEAK_FLOPS.items():
@@ -115,11 +114,11 @@ def has_fast_memory(max_flops_per_byte=200):
 
 
 def measure_matmul_flops(sizes=(512, 2048), seconds=0.5, clock=time.perf_counter):
-  """Return the best measured FLOP/s of float32 [size, size] products, of each size again and again for `seconds`.
+  """Measure the best FLOP/s of float32 [size, size] products, repeating each size for `seconds`.
 
-  Other processes only make a product slower, so the best one counts.  A small one is over before the system gives its
-  cores to another process: with 20 processes on 2 cores 512 gave 78 to 152 GFLOP/s, 2048 gave 7 to 19.  A large one
-  has work for many cores.
+  Other processes can only slow a product down, so the best one counts.  A small product ends before the system gives
+  its cores to another process: with 20 processes on 2 cores, 512 gave 78 to 152 GFLOP/s and 2048 gave 7 to 19.  A large
+  one uses many cores.
   """
   import jax
   import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Expert parallelism: each device of the mesh axis `expert` holds some experts."""
+"""Expert parallelism: the experts are sharded over the mesh axis `expert`."""
 
 import dataclasses
 import math
@@ -11,35 +11,35 @@ from llmjax.ops import moe
 from llmjax.parallel.attention import from_zigzag, to_zigzag
 from llmjax.parallel.sharding import auto_axes, axes_of, constrain, mesh_size, row_layout
 
-WIDE, BACK = ('experts', 'expert_embed', 'mlp'), ('experts', 'mlp', 'expert_embed')
+UP_NAMES, DOWN_NAMES = ('experts', 'expert_embed', 'mlp'), ('experts', 'mlp', 'expert_embed')
 
 
 @dataclasses.dataclass(frozen=True)
-class Gathered:
-  """How a weight lies inside a shard_map: one of its axes over mesh axes, the first of them outermost."""
+class ManualLayout:
+  """Sharding of a weight inside a shard_map: one of its axes over mesh axes, the first of them outermost."""
 
   axes: tuple[str, ...]
   axis: int
 
   def all_gather(self, w):
-    """Return the weight with that axis whole."""
+    """Gather the axis of a weight."""
     for name in reversed(self.axes):
       w = jax.lax.all_gather(w, name, axis=self.axis, tiled=True)
     return w
 
   def reduce_scatter(self, gradient):
-    """Return the sum of the devices' gradients, divided as the weight is."""
+    """Sum the gradients of the devices, and shard the sum as the weight."""
     for name in self.axes:
       gradient = jax.lax.psum_scatter(gradient, name, scatter_dimension=self.axis, tiled=True)
     return gradient
 
 
 def dropless(x, weights, ids, gate, up, down, activation):
-  """Return each token's weighted sum over its experts, [B, T, D]; see `ops.moe.dropless`.
+  """Compute each token's weighted sum over its experts, [B, T, D]; see `ops.moe.dropless`.
 
   x: [B, T, D].  weights, ids: [B, T, k].  gate, up: [E, D, F].  down: [E, F, D].
-  The devices that share experts gather their tokens, each computes what its own experts (and its own
-  columns of them) add, and the sums are scattered back.
+  Devices along `expert` all-gather their tokens, each computes the part of its own experts (and columns along
+  `tensor`), and the sums are reduce-scattered.
   """
   def local(x, weights, ids, *matrices, **options):
     flat = lambda a: a.reshape(-1, a.shape[-1])
@@ -48,22 +48,22 @@ def dropless(x, weights, ids, gate, up, down, activation):
   if not auto_axes():
     return local(x, weights, ids, gate, up, down)
 
-  # All axes that are not handled yet, those of size 1 among them: a TPU kernel lowers only where none is left.
+  # All auto axes, those of size 1 included: a TPU kernel lowers only if none is left.
   mesh = jax.sharding.get_abstract_mesh()
   names = [a for a in mesh.axis_names if a not in mesh.manual_axes]
   only = lambda name: tuple(a for a in axes_of(name) if a in names and mesh_size(a) > 1)
   parts = [only('batch'), only('length')]
-  # Rows that the mesh cannot share, such as the one that initialisation traces with, are whole on every device.
+  # Sequences that the mesh does not divide, such as the one of initialization, are replicated.
   divided = all(x.shape[i] % math.prod(map(mesh_size, axes)) == 0 for i, axes in enumerate(parts))
   single = tuple(a for a in names if mesh_size(a) == 1)
 
   def spec(first, *rest):
-    # Axes of size 1 are named as well: gradients are summed over those that are not.
+    # Axes of size 1 are named, too: gradients are summed over axes that are not.
     return PartitionSpec((*first, *single), *(axes or None for axes in rest))
 
   rows = spec(*parts) if divided else spec(())
 
-  layouts = tuple(Gathered(only('expert_embed'), axis) for axis in (1, 2))
+  layouts = tuple(ManualLayout(only('expert_embed'), axis) for axis in (1, 2))
   devices = mesh_size('expert')
 
   def run(x, weights, ids, *matrices):
@@ -79,18 +79,18 @@ def dropless(x, weights, ids, gate, up, down, activation):
       summed = (*summed, 'expert')
     return jax.lax.psum(y, summed) if summed else y
 
-  specs = [spec(*map(only, layout)) for layout in (WIDE, WIDE, BACK)]
-  # Over `data` they are gathered here, if they lie over it, and over `fsdp` inside: in two steps, as other weights.
-  gate, up, down = constrain(gate, *WIDE), constrain(up, *WIDE), constrain(down, *BACK)
+  specs = [spec(*map(only, names)) for names in (UP_NAMES, UP_NAMES, DOWN_NAMES)]
+  # Gathered over `data` here, if they are sharded over it, and over `fsdp` inside: in two steps, as other weights.
+  gate, up, down = constrain(gate, *UP_NAMES), constrain(up, *UP_NAMES), constrain(down, *DOWN_NAMES)
   return jax.shard_map(run, in_specs=(rows, rows, rows, *specs), out_specs=rows, axis_names=set(names),
                        check_vma=False)(x, weights, ids, gate, up, down)
 
 
 def with_capacity(x, weights, ids, mask, gate, up, down, activation, size, zigzag=False):
-  """Return each token's weighted sum over its experts, [B, T, D], where an expert has `size` slots for a sequence.
+  """Compute each token's weighted sum over its experts, [B, T, D], with `size` slots per expert and sequence.
 
-  Shapes as in `dropless`.  mask: [B, T], 0 for padding.  zigzag: tokens are in zigzag order; slots are given in the
-  order of the text all the same.  See `ops.moe.slots`.
+  Shapes as in `dropless`.  mask: [B, T], 0 for padding.  zigzag: tokens are in zigzag order; slots are still assigned
+  in the order of the text.  See `ops.moe.slots`.
   """
   dispatch, combine = _exchange(x.shape, gate.shape[0], size, zigzag)
   layout = ('expert_rows', 'experts', 'slots', None)
@@ -102,15 +102,15 @@ def with_capacity(x, weights, ids, mask, gate, up, down, activation, size, zigza
 
 
 def _exchange(shape, experts, size, zigzag):
-  """Return (dispatch, combine): from tokens to the slots of experts [B, E, C, D], and back.
+  """Return functions (dispatch, combine): from tokens to the slots of experts [B, E, C, D], and back.
 
-  Each device gathers its sequences along `context`, fills its part of every expert's slots, and exchanges slots of its
-  own sequences for slots of its own experts (all-to-all, arXiv:2006.16668, section 3.2).  In shard_maps: XLA aborts
-  where it partitions such gathers along `context` inside a pipeline stage.  shape: that of the tokens, [B, T, ...].
+  Each device gathers its sequences along `context`, fills its share of every expert's slots, and exchanges slots of its
+  sequences for slots of its experts (all-to-all, arXiv:2006.16668, section 3.2).  In shard_maps, because XLA aborts
+  when it partitions such gathers along `context` inside a pipeline stage.  shape: of the tokens, [B, T, ...].
   """
   axes, (batch, length) = row_layout(shape[:2])
   parts = math.prod(map(mesh_size, length or ()))
-  width = -(-size // parts)  # Slots of an expert on one device; some of the last may stay free.
+  width = -(-size // parts)  # Slots of an expert per device; the last ones may stay free.
   exchanged = 'expert' in (batch or ())
   tokens, sequences = PartitionSpec(batch, length), PartitionSpec(batch)
   slots = PartitionSpec(tuple(a for a in batch or () if a != 'expert') or None, 'expert' if exchanged else None, length)

@@ -1,32 +1,31 @@
-"""How many programs the host dispatches before it waits for the devices: a few, the same in every loop.
+"""A limit on the number of programs in flight: dispatched by the host and not known to be finished.
 
-JAX returns from a call before the devices have done it, so a loop that reads nothing runs ahead without limit.  On
-emulated CPU devices that deadlocks (jaxlib 0.10): launches and executions share one pool of as many threads as there
-are devices, and a device takes 32 programs.  The launch of one more blocks its thread until a program of that device
-ends, and a collective that needs this thread for its last participant never does.  tools/stress_dispatch.py shows it
-without llmjax.  On accelerators each program in flight keeps its inputs in the devices' memory.
+JAX calls return before the devices have finished, so a loop that reads no result runs ahead without limit.  On emulated
+CPU devices that deadlocks (jaxlib 0.10): launches and executions share one pool of as many threads as there are
+devices, and a device queues 32 programs.  One more launch blocks its thread until a program of that device ends, and a
+collective that needs this thread for its last participant never ends.  tools/stress_dispatch.py reproduces it without
+llmjax.  On accelerators each program in flight keeps its inputs in device memory.
 
-LIMIT does not slow a loop down.  The host waits for program n - 2 with n - 1 running and n queued, so the devices have
-work until the host has dispatched n + 1, for which it has the time of a whole program.  A host that needs longer than
-that is the bottleneck whatever the limit.
+LIMIT does not slow a loop down.  The host waits for program n - 2 while n - 1 runs and n is queued, so it has the time
+of a whole program to dispatch n + 1.  A slower host is the bottleneck with any limit.
 """
 
 import collections
 
 import jax
 
-LIMIT = 2  # Programs (or steps, of a few programs each) that are not known to be done.
+LIMIT = 2  # Programs, or steps of a few programs each.
 
-_finished = 0  # Programs waited for by this process: how the watchdog sees progress inside an evaluation or a rollout.
+_finished = 0  # Programs that this process has waited for; the watchdog's progress within evaluations and rollouts.
 
 
 def finished():
-  """Return how many programs this process has waited for."""
+  """Return the number of programs that this process has waited for."""
   return _finished
 
 
 def wait(outputs):
-  """Return a program's outputs, a tree of arrays, once they are computed."""
+  """Wait until a program's outputs, a tree of arrays, are computed; return them."""
   global _finished
   jax.block_until_ready(outputs)
   _finished += 1
@@ -34,23 +33,23 @@ def wait(outputs):
 
 
 class InFlight:
-  """The programs of one loop that are not known to be done."""
+  """The programs of one loop that are in flight."""
 
   def __init__(self, limit=None):
-    """limit: of programs; None: LIMIT."""
+    """limit: number of programs; None: LIMIT."""
     self._limit = LIMIT if limit is None else limit
     self._outputs = collections.deque()
 
   def add(self, outputs):
-    """Record a dispatched program, waits for the one `limit` before it, and returns that one's outputs, or None.
+    """Add a dispatched program, wait for the one `limit` before it, and return that one's outputs, or None.
 
-    outputs: a tree of arrays that no later program takes by donation.
+    outputs: a tree of arrays that are not donated to a later program.
     """
     self._outputs.append(outputs)
     return wait(self._outputs.popleft()) if len(self._outputs) > self._limit else None
 
   def drain(self):
-    """Wait for the programs that are left; returns their outputs, in order."""
+    """Wait for all programs; return their outputs, in order."""
     outputs = [wait(o) for o in self._outputs]
     self._outputs.clear()
     return outputs
@@ -59,7 +58,7 @@ class InFlight:
 def results(programs):
   """Yield each program's outputs as host arrays, in order, with at most LIMIT programs in flight.
 
-  programs: an iterable that dispatches a program for each item, its outputs.
+  programs: an iterator that dispatches a program and yields its outputs.
   """
   in_flight = InFlight()
   for outputs in programs:

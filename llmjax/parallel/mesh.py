@@ -1,4 +1,4 @@
-"""The device mesh, and placing host batches on it."""
+"""The device mesh, and the placement of host batches on it."""
 
 import dataclasses
 import math
@@ -14,19 +14,18 @@ from llmjax.parallel.spec import AXES, ROW_AXES, MeshSpec, indivisible
 
 
 def make_mesh(spec, devices=None):
-  """Return a Mesh over the devices with the axes of AXES, in that order.
+  """Create a Mesh of the devices with the axes of AXES, in that order.
 
-  Neighbours along the last axes (tensor, context) are neighbouring chips.  With several slices the
-  slower network between them is crossed along data, fsdp and stage alone.  Auto axes: under Explicit
-  ones a gather from a sharded embedding raises.  Raises ConfigError when the sizes do not multiply to
-  the number of devices.
+  Neighbours along the last axes (tensor, context) are neighbouring chips.  With several slices, only data, fsdp and
+  stage cross the slower network between them.  Axes are Auto: under Explicit ones, a gather from a sharded embedding
+  raises.  Raises ConfigError if the product of the sizes is not the number of devices.
   """
   devices = list(jax.devices() if devices is None else devices)
   filled = fill(spec, len(devices), devices[0].platform)
   sizes = [getattr(filled, axis) for axis in AXES]
   outer = [getattr(spec, f'dcn_{axis}', 1) for axis in AXES]
   parts = [_arrange(sizes, part) for part in _slices(devices, spec.slices)]
-  # [outer..., sizes...] to [outer and size of each axis, side by side].
+  # From [outer..., sizes...] to [outer_1 * size_1, outer_2 * size_2, ...].
   grid = np.array(parts).reshape(*outer, *sizes)
   order = [i for axis in range(len(AXES)) for i in (axis, axis + len(AXES))]
   grid = grid.transpose(order).reshape([o * s for o, s in zip(outer, sizes, strict=True)])
@@ -34,12 +33,12 @@ def make_mesh(spec, devices=None):
 
 
 def fill(spec, devices, platform=''):
-  """Return the MeshSpec with its -1 replaced by what fills a number of devices; errors as `make_mesh`."""
+  """Replace the -1 of a MeshSpec by the size that uses all devices; raise ConfigError as `make_mesh` does."""
   sizes = {axis: getattr(spec, axis) for axis in AXES}
-  inside = devices // spec.slices
+  per_slice = devices // spec.slices
   fixed = math.prod(s for s in sizes.values() if s != -1)
-  if inside % fixed == 0:
-    sizes = {axis: inside // fixed if s == -1 else s for axis, s in sizes.items()}
+  if per_slice % fixed == 0:
+    sizes = {axis: per_slice // fixed if s == -1 else s for axis, s in sizes.items()}
   if math.prod(sizes.values()) * spec.slices != devices:
     asked = ' x '.join(f'{axis} {s}' for axis, s in sizes.items() if s != 1) or 'all axes 1'
     slices = f' in each of {spec.slices} slices' if spec.slices > 1 else ''
@@ -47,12 +46,12 @@ def fill(spec, devices, platform=''):
         f'. To emulate {fixed * spec.slices} on this machine: llmjax launch local --processes=1 '
         f'--devices-per-process={fixed * spec.slices} -- ...')
     raise ConfigError([f'mesh: {asked}{slices} does not fill {devices} device{"s" * (devices != 1)}; the product must '
-                       f'be {devices}, and -1 lets one axis fill{hint}'])
+                       f'be {devices}, and one axis may be -1{hint}'])
   return dataclasses.replace(spec, **sizes)
 
 
 def fitting_mesh(spec, devices=None):
-  """Return the mesh of a training run where it fits the devices at hand, else plain data parallelism."""
+  """Return the mesh of a training run if it fits the available devices, else plain data parallelism."""
   try:
     return make_mesh(dataclasses.replace(spec, data=-1), devices)
   except ConfigError:
@@ -60,51 +59,51 @@ def fitting_mesh(spec, devices=None):
 
 
 def _arrange(sizes, devices):
-  """Return the devices of a slice as an array of these sizes, neighbours beside one another."""
+  """Return the devices of a slice as an array of these sizes, with neighbouring chips next to each other."""
   try:
     return mesh_utils.create_device_mesh(sizes, devices)
-  except NotImplementedError:  # Sizes that are no products of the torus's own, as 2 x 32 of 4 x 4 x 4.
+  except NotImplementedError:  # Sizes that are no products of those of the torus, such as 2 x 32 of 4 x 4 x 4.
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def _slices(devices, count):
-  """Return the devices of each slice: as the platform says, else equal parts in order."""
+  """Return the devices of each slice: by their slice_index, else in equal parts."""
   if count == 1:
     return [devices]
-  found = {}
+  slices = {}
   for device in devices:
-    found.setdefault(getattr(device, 'slice_index', 0), []).append(device)
-  if len(found) == 1:  # Emulated devices, or GPU nodes, whose order goes node by node.
+    slices.setdefault(getattr(device, 'slice_index', 0), []).append(device)
+  if len(slices) == 1:  # Emulated devices, or GPUs, which are ordered by node.
     size = len(devices) // count
     return [devices[i * size:(i + 1) * size] for i in range(count)]
-  if len(found) != count:
-    raise ConfigError([f'mesh: the dcn sizes multiply to {count}, but there are {len(found)} slices; '
-                       f'make dcn_data x dcn_fsdp x dcn_stage {len(found)}'])
-  return [found[i] for i in sorted(found)]
+  if len(slices) != count:
+    raise ConfigError([f'mesh: the dcn sizes multiply to {count}, but there are {len(slices)} slices; '
+                       f'make dcn_data x dcn_fsdp x dcn_stage {len(slices)}'])
+  return [slices[i] for i in sorted(slices)]
 
 
 def batch_shards(mesh):
-  """Return into how many parts the rows of a batch are divided."""
+  """Return the number of shards of the batch axis."""
   return math.prod(mesh.shape[axis] for axis in axes_of('batch'))
 
 
 def batch_blocks(mesh):
-  """Return which of the `batch_shards` equal blocks of a batch's rows lie on this process's devices, in order.
+  """Return the indices of the `batch_shards` shards of a batch that are on this process's devices, in order.
 
-  Processes that share rows (along stage, context or tensor) name the same blocks; one process's blocks
-  need not be neighbours.
+  Processes whose devices differ along stage, context or tensor alone have the same shards; the shards of one process
+  need not be contiguous.
   """
   count = batch_shards(mesh)
   sharding = NamedSharding(mesh, mesh_spec(('batch',)))
-  found = sharding.addressable_devices_indices_map((count,)).values()
-  return tuple(sorted({rows.start or 0 for rows, in found}))
+  indices = sharding.addressable_devices_indices_map((count,)).values()
+  return tuple(sorted({rows.start or 0 for rows, in indices}))
 
 
 def place_batch(mesh, batch):
-  """Return device arrays [B, T], and [B] of what a row has one of.
+  """Put host arrays [B', T] or [B'] on the mesh; return global device arrays [B, T] or [B].
 
-  batch: the whole rows of this process's `batch_blocks`, block after block.  Raises ConfigError where the mesh
-  does not divide them or their length.
+  batch: the sequences of this process's `batch_blocks`, in their order.  Raises ConfigError if the mesh does not divide
+  the batch or the length.
   """
   blocks, count = batch_blocks(mesh), batch_shards(mesh)
 

@@ -1,4 +1,4 @@
-"""Logical axis names, the table that maps them to mesh axes, and what follows from it."""
+"""Logical axis names, the table that maps them to mesh axes, and functions that use it."""
 
 import dataclasses
 import math
@@ -9,13 +9,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llmjax.config import ConfigError
 from llmjax.parallel.spec import ROW_AXES, indivisible
 
-# Weight axes (`embed`) and activation axes (`act_embed`) have their own names, so that one mesh axis
-# never appears twice in a spec.
+# Weights (`embed`) and activations (`act_embed`) have different names, so that no mesh axis appears twice in a spec.
 TRAIN_RULES = {
-    # Rows.  A stage or an expert that held no rows of its own would stand idle outside its layers.
+    # Sequences.  A stage or an expert without sequences of its own would be idle outside its layers.
     'batch': ('stage', 'data', 'fsdp', 'expert'),
     'length': 'context',
-    # Between blocks a row lies over `tensor` too (sequence parallelism, arXiv:2205.05198, section 4.2.2).
+    # Between blocks the length is sharded over `tensor`, too (sequence parallelism, arXiv:2205.05198, section 4.2.2).
     'block_length': ('context', 'tensor'),
     'act_embed': None,
     'act_heads': 'tensor',
@@ -34,17 +33,16 @@ TRAIN_RULES = {
     'slots': 'context',
     'router': None,
     'rank': None,
-    # Embedding and head belong to no stage: all of them share the matrices.
+    # Embedding and head belong to no stage: all stages shard the matrices.
     'vocab': 'tensor',
     'table_embed': ('fsdp', 'expert', 'stage'),
 }
 
-# ZeRO (arXiv:1910.02054, section 5): what lies over `data` as well.
+# ZeRO (arXiv:1910.02054, section 5): these are sharded over `data`, too.
 ZERO_RULES = {**TRAIN_RULES, 'embed': ('fsdp', 'expert', 'data'), 'expert_embed': ('fsdp', 'data'),
                'table_embed': ('fsdp', 'expert', 'stage', 'data')}
 
-
-# What a product takes: weights whole but for what `tensor` divides.
+# Weights as matrix products use them: sharded over `tensor` alone.
 GATHERED_RULES = {**TRAIN_RULES, 'embed': None, 'expert_embed': None, 'table_embed': None}
 
 
@@ -76,10 +74,7 @@ def tree_shardings(mesh, names, rules=TRAIN_RULES):
 
 
 def constrain(x, *names, rules=TRAIN_RULES):
-  """Return x laid out as its logical names say; x itself where no mesh is set.
-
-  Inside a shard_map, axes that it handles itself are left out.
-  """
+  """Constrain the sharding of x by its logical names, over the auto axes of the mesh that is set, if any."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
@@ -90,7 +85,7 @@ def constrain(x, *names, rules=TRAIN_RULES):
 
 
 def auto_axes(mesh=None):
-  """Return the axes, larger than 1, that XLA divides work over: no shard_map around us has them."""
+  """Return the mesh axes larger than 1 that are not manual in an enclosing shard_map."""
   mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
   if mesh.empty:
     return ()
@@ -98,12 +93,12 @@ def auto_axes(mesh=None):
 
 
 def row_shards():
-  """Return into how many parts the mesh that is set divides the rows of a batch."""
+  """Return the number of shards of a batch on the mesh that is set."""
   return math.prod(mesh_size(axis) for axis in axes_of('batch'))
 
 
 def require_divisible(name, whole, axes=ROW_AXES, times=1, words=''):
-  """Raise ConfigError where a number is not divisible by axes of the mesh that is set; see `spec.indivisible`."""
+  """Raise ConfigError if a number is not divisible by axes of the mesh that is set; see `spec.indivisible`."""
   if problems := list(indivisible(name, whole, axes, mesh_size, times, words)):
     raise ConfigError(problems)
 
@@ -114,10 +109,10 @@ def mesh_size(axis):
 
 
 def sum_over_rows(fn, weights, *rows):
-  """Return fn(weights, *rows) where fn's outputs are sums over rows and tokens.
+  """Compute fn(weights, *rows), whose outputs are sums over sequences and tokens.
 
-  rows: arrays [B, T, ...].  Each device adds up its own tokens, and one sum over the devices at the end
-  joins them: in a loop inside fn, XLA would join them in every turn.
+  rows: arrays [B, T, ...].  Each device sums over its own tokens, with one sum over devices at the end: in a loop
+  inside fn, XLA would sum over devices in every iteration.
   """
   axes, layout = row_layout()
   row = PartitionSpec(*layout)
@@ -132,10 +127,10 @@ def sum_over_rows(fn, weights, *rows):
 
 
 def mirrored(state, params):
-  """Return which parameter every leaf of a state mirrors, as the text of its path; '' for none.
+  """Map every leaf of an optimizer state to the path of the parameter that it belongs to, or ''.
 
-  state: any tree whose paths end in a parameter's path where it mirrors that parameter (as optimizer
-  moments do).  Leaves of another shape (counters, factored moments) mirror nothing.
+  A leaf belongs to a parameter if its path ends in the parameter's and the shapes are equal, as for moments; counters
+  and factored moments belong to none.
   """
   shapes = {jax.tree_util.keystr(path): leaf.shape
             for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
@@ -149,58 +144,57 @@ def mirrored(state, params):
 
 @dataclasses.dataclass(frozen=True)
 class WeightLayout:
-  """The logical axis names of a weight on the mesh that is set.  join_gradients: see `ops.products.project`."""
+  """Sharding of a weight by its logical axis names.  join_gradients: see `ops.products.project`."""
 
   names: tuple[str, ...]
   join_gradients: bool = False
 
   def all_gather(self, w):
-    """Return the weight as a product takes it, gathered over `data` first and `fsdp` after.
+    """Gather the weight for a product, over `data` and then over `fsdp`.
 
-    In two steps, because a TPU's network gathers over one part of its torus at a time: over all of it at
-    once XLA sums arrays of zeros instead, which sends twice as much.
+    A TPU's network gathers over one dimension of its torus at a time: for both in one step XLA would sum arrays padded
+    with zeros, which sends twice as much.
     """
     return constrain(constrain(w, *self.names), *self.names, rules=GATHERED_RULES)
 
   def reduce_scatter(self, gradient):
-    """Return a weight's gradient, summed over the rows and divided as the weight is."""
+    """Sum the gradient over sequences, and shard it as the weight."""
     return constrain(gradient, *self.names)
 
 
 def by_rows(fn, *rows, weights=None):
-  """Return fn(*rows), arrays [B, T, ...], where fn works on every token by itself.
+  """Compute fn(*rows) of arrays [B, T, ...] for a fn that processes every token separately.
 
-  Each device works on its own tokens; left to XLA, some functions (top_k) would gather those of all.
-  weights: arrays that every token needs whole, fn's first argument then; None for none.
+  Each device processes its own tokens; XLA would gather all of them for some functions (top_k).  weights: arrays that
+  are replicated and passed as the first argument of fn, or None.
   """
   axes, layout = row_layout(rows[0].shape)
   row = PartitionSpec(*layout)
-  whole = () if weights is None else (weights,)
+  replicated = () if weights is None else (weights,)
   if not axes:
-    return fn(*whole, *rows)
-  specs = *(PartitionSpec() for _ in whole), *(row for _ in rows)
-  return jax.shard_map(fn, axis_names=set(axes), check_vma=False, in_specs=specs, out_specs=row)(*whole, *rows)
+    return fn(*replicated, *rows)
+  specs = *(PartitionSpec() for _ in replicated), *(row for _ in rows)
+  return jax.shard_map(fn, axis_names=set(axes), check_vma=False, in_specs=specs, out_specs=row)(*replicated, *rows)
 
 
 def row_layout(shape=None):
-  """Return (mesh axes that XLA divides tokens over, (those of the batch or None, of the length or None)).
+  """Return (auto mesh axes of tokens, (those of the batch or None, those of the length or None)).
 
-  shape: of arrays [B, T, ...]; where B or T does not divide, its axes are left out.
+  shape: of arrays [B, T, ...]; axes that do not divide B or T are left out.
   """
   free = auto_axes()
-  found = []
+  layout = []
   for i, name in enumerate(('batch', 'length')):
     axes = tuple(a for a in axes_of(name) if a in free)
     fits = shape is None or shape[i] % math.prod(map(mesh_size, axes)) == 0
-    found.append(axes if fits and axes else None)
-  return tuple(a for axes in found for a in axes or ()), tuple(found)
+    layout.append(axes if fits and axes else None)
+  return tuple(a for axes in layout for a in axes or ()), tuple(layout)
 
 
 def state_names(abstract_state, params, names):
-  """Return the logical names of every leaf of a state: a leaf that mirrors a parameter takes its names.
+  """Return the logical names of every leaf of an optimizer state: those of its parameter (see `mirrored`).
 
-  params, names: the abstract parameters and their names, in the same tree.  Leaves that mirror no
-  parameter are replicated.
+  params, names: the abstract parameters and their names, in the same tree.  Leaves without a parameter are replicated.
   """
   flat = {jax.tree_util.keystr(path): n
           for path, n in jax.tree_util.tree_flatten_with_path(names, is_leaf=is_names)[0]}

@@ -6,13 +6,13 @@ import math
 from llmjax.config import setting
 
 AXES = ('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')
-ROW_AXES = ('data', 'fsdp', 'expert', 'stage')  # Those that the sequences of a batch are sharded over.
+ROW_AXES = ('data', 'fsdp', 'expert', 'stage')  # The sequences of a batch are sharded over these.
 
 
 def indivisible(name, whole, axes, size, times=1, words=''):
-  """Yield a line where a config field's number is not divisible by mesh axes, naming the nearest that is.
+  """Yield a message if the value of a config field is not divisible by the sizes of mesh axes.
 
-  size: function of an axis to its size.  times, words: what else it must be divisible by, and the words for that.
+  size: function of an axis to its size.  times, words: another factor it must be divisible by, and its description.
   """
   parts = math.prod(map(size, axes)) * times
   if whole % parts:
@@ -24,22 +24,22 @@ def indivisible(name, whole, axes, size, times=1, words=''):
 
 @dataclasses.dataclass(frozen=True)
 class MeshSpec:
-  """Sizes of the device mesh's axes; their product is the number of devices."""
+  """Sizes of the axes of the device mesh; their product is the number of devices."""
 
-  data: int = setting(-1, 'copies of the model, each on its own rows; -1 takes all devices left',
+  data: int = setting(-1, 'data parallelism: number of replicas; -1: all remaining devices', minimum=-1)
+  fsdp: int = setting(1, 'fully sharded data parallelism: devices that shard parameters, optimizer state and batch',
                       minimum=-1)
-  fsdp: int = setting(1, 'devices that share parameters and optimizer state as well as rows',
-                      minimum=-1)
-  stage: int = setting(1, 'pipeline stages', minimum=-1)
-  expert: int = setting(1, 'devices that share the experts', minimum=-1)
-  context: int = setting(1, 'devices that share a row along its length', minimum=-1)
-  tensor: int = setting(1, 'devices that share heads, MLP columns and vocabulary', minimum=-1)
+  stage: int = setting(1, 'pipeline parallelism: number of stages', minimum=-1)
+  expert: int = setting(1, 'expert parallelism: devices that shard the experts', minimum=-1)
+  context: int = setting(1, 'context parallelism: devices that shard the sequence length', minimum=-1)
+  tensor: int = setting(1, 'tensor parallelism: devices that shard heads, MLP columns and vocabulary', minimum=-1)
 
-  dcn_data: int = setting(1, 'slices that hold copies of the model; data within each', minimum=1)
-  dcn_fsdp: int = setting(1, 'slices that share parameters; fsdp within each', minimum=1)
-  dcn_stage: int = setting(1, 'slices that hold different pipeline stages', minimum=1)
-  zero: int = setting(0, 'what is shared over data as well. 0: nothing; 1: the optimizer state; 3: parameters too, '
-                      'gathered in two steps, over data and over fsdp', choices=(0, 1, 3))
+  dcn_data: int = setting(1, 'data parallelism between slices, over the data-center network; data is within each',
+                          minimum=1)
+  dcn_fsdp: int = setting(1, 'fsdp between slices; fsdp is within each', minimum=1)
+  dcn_stage: int = setting(1, 'pipeline stages on different slices; stage is within each', minimum=1)
+  zero: int = setting(0, 'ZeRO stage over data. 0: replicas; 1: shard the optimizer state; 3: parameters, too, '
+                      'gathered over data and then over fsdp', choices=(0, 1, 3))
 
   def validate(self):
     sizes = {axis: getattr(self, axis) for axis in AXES}
@@ -50,60 +50,61 @@ class MeshSpec:
 
   @property
   def slices(self):
-    """Groups of chips with a fast network of their own."""
+    """Number of slices: groups of chips with a fast network."""
     return self.dcn_data * self.dcn_fsdp * self.dcn_stage
 
   def size(self, *axes):
-    """Return the product of these axes' sizes over all slices; an axis to be filled counts as 1."""
+    """Return the product of the sizes of axes, over all slices; a size of -1 counts as 1."""
     sizes = (max(getattr(self, a), 1) * getattr(self, f'dcn_{a}', 1) for a in axes)
     return math.prod(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSpec:
-  """How microbatches go through the pipeline stages; unused where mesh.stage is 1."""
+  """Pipeline schedule; unused if mesh.stage is 1."""
 
-  schedule: str = setting('gpipe', '1f1b keeps the least memory, interleaved idles the least',
+  schedule: str = setting('gpipe', '1f1b needs the least memory, interleaved has the smallest bubble',
                           choices=('gpipe', 'interleaved', '1f1b'))
-  microbatches: int = setting(0, 'parts of a batch that are in the pipeline one after the other; 0: four '
-                              'times the stages where the rows allow it', minimum=0)
-  rounds: int = setting(2, 'interleaved: groups of layers on each stage', minimum=1)
+  microbatches: int = setting(0, 'number of pipeline microbatches; 0: four times the stages if the batch '
+                              'size allows it', minimum=0)
+  rounds: int = setting(2, 'interleaved: number of groups of layers (virtual stages) per stage', minimum=1)
 
   def count(self, stages, rows):
-    """Return the number of microbatches.  rows: those of a batch that lie on one device."""
+    """Return the number of microbatches.  rows: sequences of a batch per device."""
     return self.microbatches or stages * next(n for n in (4, 3, 2, 1) if rows % n == 0)
 
   @property
   def groups(self):
-    """Groups of layers on each stage."""
+    """Number of groups of layers per stage."""
     return self.rounds if self.schedule == 'interleaved' else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedSpec:
-  """How many processes find one another; all empty, as by default, leaves it to the environment.
+  """Rendezvous of several processes.
 
-  What is empty here is taken from LLMJAX_COORDINATOR, LLMJAX_PROCESSES and LLMJAX_PROCESS_ID (as
-  `llmjax launch` sets them), then from Slurm, Open MPI, or the TPU's own metadata.
+  Unset fields are taken from LLMJAX_COORDINATOR, LLMJAX_PROCESSES and LLMJAX_PROCESS_ID (set by `llmjax launch`), then
+  from Slurm, Open MPI, or the TPU's metadata.
   """
 
-  coordinator: str = setting('', 'host or host:port of process 0, as the others reach it')
-  processes: int = setting(-1, 'processes in all; -1: as the environment says', minimum=-1)
-  process_id: int = setting(-1, 'number of this one, from 0; -1: as the environment says', minimum=-1)
-  port: int = setting(0, 'of the coordinator where no host:port says it; 0: what the cluster suggests, else '
+  coordinator: str = setting('', 'address of process 0 for the other processes: host or host:port')
+  processes: int = setting(-1, 'number of processes; -1: from the environment', minimum=-1)
+  process_id: int = setting(-1, 'index of this process, from 0; -1: from the environment', minimum=-1)
+  port: int = setting(0, 'port of the coordinator, if its address has none; 0: the default of the cluster, else '
                       '8476', minimum=0, maximum=65535)
-  bind: str = setting('', "address of the interface that process 0 listens on; '': all interfaces")
-  heartbeat_seconds: int = setting(30, 'a process that was silent so long is lost, and the run ends', minimum=2)
-  hang_seconds: float = setting(1800.0, 'a process whose steps make no progress for so long ends with status 76; '
-                                'must be more than a step takes, with its wait for data. It says before where it '
-                                'waits and who is late: after 10 times its longest step, 5 minutes at least. '
-                                '0: only a supervisor ends it', minimum=0.0)
-  start_timeout_seconds: int = setting(300, 'how long processes wait for one another, at the start and wherever they '
-                                       'agree on something', minimum=1)
+  bind: str = setting('', "address of the network interface that process 0 listens on; '': all interfaces")
+  heartbeat_seconds: int = setting(30, 'seconds without a heartbeat after which a process is lost and the run ends',
+                                   minimum=2)
+  hang_seconds: float = setting(1800.0, 'seconds without progress after which a process exits with status 76; more '
+                                'than a step with its wait for data. A warning that names the late process comes '
+                                'after 10 times the longest step, at least 5 minutes. 0: only a supervisor ends it',
+                                minimum=0.0)
+  start_timeout_seconds: int = setting(300, 'seconds that processes wait for each other, at start-up and at barriers',
+                                       minimum=1)
 
   def validate(self):
     if self.processes == 0:
-      yield 'processes=0: write how many there are, or -1'
+      yield 'processes=0: write the number of processes, or -1'
     if self.processes > 0 and self.process_id >= self.processes:
       yield (f'process_id={self.process_id} of processes={self.processes}: they count from 0, so the last '
              f'is {self.processes - 1}')

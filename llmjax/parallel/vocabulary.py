@@ -1,4 +1,4 @@
-"""Looking tokens up in an embedding table that lies over the mesh axis `tensor`."""
+"""Embedding lookup in a table that is sharded over the mesh axis `tensor`."""
 
 import math
 
@@ -12,18 +12,18 @@ AXIS = 'tensor'
 
 
 def lookup(table, tokens):
-  """Return the rows of table [V, D] of int tokens [B, T], as [B, T, D].
+  """Look up int tokens [B, T] in a table [V, D]; return [B, T, D].
 
-  Each device looks up the tokens of its own part of the vocabulary, and the sum over the devices puts the
-  parts together (arXiv:1909.08053, section 3).  Rows come back divided along their length, as between
-  blocks.  XLA by itself would gather the whole table to every device.
+  Each device looks up the tokens of its shard of the vocabulary, and a sum over devices combines them
+  (arXiv:1909.08053, section 3).  The result is sharded along the length, as between blocks.  XLA alone would gather the
+  whole table on every device.
   """
   table = constrain(table, 'vocab', None)
   if AXIS not in auto_axes():
     return jnp.take(table, tokens, axis=0)
   axes, (batch, length) = row_layout(tokens.shape)
   along = (*(length or ()), AXIS)
-  scatter = tokens.shape[1] % math.prod(map(mesh_size, along)) == 0  # Not so for one token of a decoding step.
+  scatter = tokens.shape[1] % math.prod(map(mesh_size, along)) == 0  # Not a decoding step of one token.
 
   def local(table, tokens):
     ids = tokens - jax.lax.axis_index(AXIS) * table.shape[0]

@@ -107,5 +107,5 @@ def test_offload_is_refused_where_there_is_no_such_memory():
 def test_offload_moves_what_is_kept_to_the_host():
   """Each kept value is put on the host in the forward loop, and back on the device in the backward loop."""
   text = str(jax.make_jaxpr(jax.grad(lambda p: loss_of(p, 'offload')))(params()))
-  kept = len(stack.KEPT) + 2  # attention marks two arrays, and the block's input is moved too.
+  kept = len(stack.SAVED) + 2  # attention marks two arrays, and the block's input is moved too.
   assert text.count('devices=(MemorySpace.Host') == text.count('devices=(MemorySpace.Device') == kept
