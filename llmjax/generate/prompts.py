@@ -9,6 +9,7 @@ from llmjax import config
 from llmjax.config import ConfigError
 from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.text.chat import ChatFormat
+from llmjax.text.templates import TemplateError
 
 
 class TextPrompt:
@@ -23,13 +24,16 @@ class TextPrompt:
   def __exit__(self, *unused):
     pass
 
-  def encode(self, prompt):
-    """Return the ids of a prompt, from the beginning of the sequence on."""
-    return np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(prompt)])
+  def encode(self, messages, source='the prompt'):
+    """Return the token ids of messages, from the beginning of the sequence on.  source: for the ConfigError."""
+    try:
+      return self._encode(messages)
+    except (TemplateError, UnicodeEncodeError) as e:
+      raise ConfigError([f'{source} cannot be encoded: {config.one_line(e)}']) from e
 
-  def encode_messages(self, messages):
-    """Return the ids of messages."""
-    return self.encode('\n\n'.join(message['content'] for message in messages))
+  def _encode(self, messages):
+    text = '\n\n'.join(message['content'] for message in messages)
+    return np.concatenate([[self.tokenizer.bos_id], self.tokenizer.encode(text)])
 
   def add_turn(self, prompt, completion):
     """Record a prompt and its completion, which later prompts follow."""
@@ -45,10 +49,7 @@ class ChatPrompt(TextPrompt):
   def __exit__(self, *unused):
     self.chat.close()
 
-  def encode(self, prompt):
-    return self.encode_messages([{'role': 'user', 'content': prompt}])
-
-  def encode_messages(self, messages):
+  def _encode(self, messages):
     return self.chat.prompt([*self.messages, *messages])
 
   def add_turn(self, prompt, completion):

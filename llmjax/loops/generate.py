@@ -11,9 +11,7 @@ import warnings
 import jax
 import numpy as np
 
-from llmjax import config
 from llmjax.checkpoint.load import read_config
-from llmjax.config import ConfigError
 from llmjax.data.records import read_prompt, read_records
 from llmjax.generate.decode import CHUNK, STREAM_CHUNK
 from llmjax.generate.load import TOKENIZER, load_generator
@@ -26,7 +24,6 @@ from llmjax.parallel.spec import DistributedSpec
 from llmjax.run.compile_time import Stopwatch
 from llmjax.run.spec import EvaluatedSpec, FinishedSpec, of_run
 from llmjax.run.workdir import enable_compilation_cache
-from llmjax.text.templates import TemplateError
 
 ROWS = 32  # Prompts of a file in a batch.
 
@@ -68,12 +65,7 @@ def _generate(options):
 
 def complete(generator, tokenizer, prompt, options, key, prompter):
   """Write options.num_samples completions of a prompt to standard output; return their texts."""
-  try:
-    ids = prompter.encode(prompt)
-  except UnicodeEncodeError as e:
-    raise ConfigError([f'the prompt is not valid UTF-8: {e}']) from e
-  except TemplateError as e:
-    raise ConfigError([f'the chat template does not accept the prompt: {e}']) from e
+  ids = prompter.encode([{'role': 'user', 'content': prompt}])
   if message := generator.past_training(len(ids), options.max_new_tokens):
     print(f'llmjax generate: {message}', file=sys.stderr)
     warnings.filterwarnings('ignore', re.escape(message))
@@ -115,10 +107,7 @@ def _complete_file(generator, tokenizer, records, options, key, prompter, step):
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(records)))  # Independent of the batch.
   for first in range(0, len(records), ROWS):
     batch = records[first:first + ROWS]
-    try:
-      ids = [prompter.encode_messages(messages) for messages, _ in batch]
-    except (TemplateError, UnicodeEncodeError) as e:
-      raise ConfigError([f'--prompts={options.prompts}: {config.one_line(e)}']) from e
+    ids = [prompter.encode(messages, f'--prompts={options.prompts}') for messages, _ in batch]
     output = generator.generate(ids, options.max_new_tokens, options, keys[first:first + ROWS], prompter.stop_ids)
     for (messages, gold), tokens, logprobs, length in zip(batch, *output, strict=True):
       row = TextStream(tokenizer, options.stop_texts, prompter.stop_ids)
