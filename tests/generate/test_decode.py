@@ -1,4 +1,4 @@
-"""Cached generation against the full forward pass, row by row."""
+"""Cached generation against the full forward pass."""
 
 import functools
 
@@ -97,7 +97,7 @@ SAMPLED = SamplingSpec(temperature=1.2, top_k=40, top_p=0.95, min_p=0.01, repeti
 
 @pytest.mark.slow
 @pytest.mark.parametrize('sampling', [None, SAMPLED])
-def test_rows_get_what_they_would_get_alone(prompts, sampling):
+def test_results_do_not_depend_on_the_batch(prompts, sampling):
   generator = make_generator('varied')
   keys = jax.random.split(jax.random.key(9), len(prompts))
   together = generator.generate(prompts, 20, sampling, keys)

@@ -1,4 +1,4 @@
-"""Scores of given continuations against what sampling said, and against the full forward pass."""
+"""Log-probabilities of completions against those of sampling and of the full forward pass."""
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ def test_scores_are_those_of_the_full_forward(name):
 
 
 @pytest.mark.slow
-def test_samples_score_as_they_were_sampled_and_rows_do_not_matter_to_each_other():
+def test_samples_get_their_sampling_logprobs_whatever_the_batch():
   prompts = draw(LENGTHS, 2)
   mesh = make_mesh(MeshSpec(data=4, tensor=2))
   for options in ({'vocab_size': VOCAB - 20}, {'mesh': mesh}):
@@ -46,7 +46,7 @@ def test_samples_score_as_they_were_sampled_and_rows_do_not_matter_to_each_other
       np.testing.assert_allclose(values, alone, atol=1e-5)
 
 
-def test_nothing_has_no_score():
+def test_empty_sequences_are_refused():
   assert score(make_generator(), [], []) == []
   with pytest.raises(ValueError, match='empty'):
     score(make_generator(), [np.array([3])], [np.array([], int)])

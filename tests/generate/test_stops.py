@@ -1,4 +1,4 @@
-"""Text from tokens: characters stay whole, stop texts stay hidden, cuts do not matter."""
+"""Streaming detokenization: whole characters, hidden stop texts, independence of chunks."""
 
 import codecs
 import itertools
@@ -62,7 +62,7 @@ def test_stop_texts(text, stops, shown, stop):
     assert (row.stop_text, row.stopped) == (stop, 'stop' if stop else 'end' if end else '')
 
 
-def test_the_tokens_that_count_do_not_depend_on_the_cut():
+def test_tokens_do_not_depend_on_chunks():
   counts = {len(read('abcdefghij', ('def',), size)[1].tokens) for size in range(1, 11)}
   assert counts == {6}  # Up to the one that completed the stop text.
 

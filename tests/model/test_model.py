@@ -1,4 +1,4 @@
-"""The model against truths that hold for every language model, and against NumPy."""
+"""The model against properties of every language model, and against NumPy."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ def causal_spec(request):
 
 
 def random_params(spec, seed=0):
-  """Fresh parameters with every leaf moved, so that no zero or one hides a mistake."""
+  """Initial parameters plus noise, so that no zero or one hides an error."""
   params = jax.jit(Model(spec).init)(jax.random.key(seed))
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))

@@ -1,4 +1,4 @@
-"""What each name of train.remat keeps and computes again, as the compiler counts it."""
+"""Values saved and recomputed by each policy of train.remat, as the compiler counts them."""
 
 import functools
 import types

@@ -86,7 +86,7 @@ def test_a_longer_row_takes_several_blocks_of_different_sizes():
     ('cudnn', {'head_dim': 260}, 'multiple of 8'),
     ('cudnn', {'length': 201}, 'even length'),
     ('cudnn', {'aligned': False}, 'whole sequences')])
-def test_what_a_kernel_cannot_do_is_an_error_by_name_and_left_to_the_next(name, change, message):
+def test_unsupported_arguments_are_an_error_or_left_to_the_next_implementation(name, change, message):
   shape = (2, 2, 2, change.get('length', T), change.get('head_dim', 64))
   q = jax.ShapeDtypeStruct(shape, change.get('dtype', 'bfloat16'))
   ids = np.zeros((2, T), np.int32)

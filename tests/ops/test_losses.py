@@ -112,7 +112,7 @@ def test_masked_targets_change_nothing():
   np.testing.assert_array_equal(grad[:, 6:], 0)
 
 
-def test_nothing_to_learn_from_is_zero():
+def test_empty_mask_gives_zero():
   x, w, targets, _ = draw()
   nothing = jnp.zeros(targets.shape)
   loss, weight, _ = losses.chunked_cross_entropy(x, w, targets, nothing)
@@ -133,7 +133,7 @@ def test_bfloat16_products_and_float32_sums():
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.05)
 
 
-def test_logits_of_the_batch_are_never_held():
+def test_logits_of_the_batch_are_never_in_memory():
   """[B, T, V] in float32 would be 512 MiB here; the program's temporaries are a quarter of it at most."""
   shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (
       ((4, 8192, 32), jnp.float32), ((32, 4096), jnp.float32), ((4, 8192), jnp.int32),
@@ -143,7 +143,7 @@ def test_logits_of_the_batch_are_never_held():
   assert compiled.memory_analysis().temp_size_in_bytes < 128 * 2**20
 
 
-def test_no_gradient_is_made_unless_asked():
+def test_gradient_is_computed_only_if_needed():
   x, w, targets, loss_mask = draw()
   total = lambda x, w: losses.chunked_cross_entropy(x, w, targets, loss_mask)[0]
   count = lambda f: jax.jit(f).lower(x, w).as_text().count('dot_general')

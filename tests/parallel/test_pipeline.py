@@ -1,4 +1,4 @@
-"""Schedules of the pipeline: who does what, and what is kept."""
+"""Pipeline schedules: order of layers and microbatches, and memory."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_every_stage_gets_its_own_groups_of_layers(stages, rounds):
 
 
 @pytest.mark.parametrize(('rounds', 'microbatches'), [(1, 4), (1, 12), (2, 4), (2, 8)])
-def test_every_microbatch_meets_every_layer_in_order(rounds, microbatches):
+def test_every_microbatch_passes_every_layer_in_order(rounds, microbatches):
   """A layer maps x to 3 x + its number, so that order and count show; aux counts visits."""
   stages, rows = 4, 24
   numbers = jnp.arange(1.0, 9.0)
@@ -75,7 +75,7 @@ def compiled_step(schedule, microbatches, rows_each=8):
 
 
 @pytest.mark.slow
-def test_1f1b_keeps_no_more_for_more_microbatches():
+def test_memory_of_1f1b_does_not_grow_with_microbatches():
   temp = {(s, m): compiled_step(s, m).memory_analysis().temp_size_in_bytes
           for s, m in (('1f1b', 4), ('1f1b', 16), ('gpipe', 4), ('gpipe', 16))}
   assert temp['1f1b', 16] <= 1.15 * temp['1f1b', 4]

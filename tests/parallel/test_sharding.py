@@ -1,4 +1,4 @@
-"""Logical names, meshes, and where a state lies."""
+"""Logical names, meshes, and the sharding of a state."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: saved once, and out at the second one; one process, and JAX's preemption service."""
+"""Stop signals: the first one saves, the second one ends the process; alone, and with JAX's preemption service."""
 
 import os
 import pathlib

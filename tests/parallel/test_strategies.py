@@ -1,4 +1,4 @@
-"""What each strategy sends in a step, counted in the compiled program: what is meant and nothing else."""
+"""Communication of each parallelism strategy in a step, counted in the compiled program."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ TINY = 4 * B * T  # Bytes: loss, norms of gradients, a norm's scale; and ids of 
 
 
 def collectives(model, pipe=None, **sizes):
-  """Returns {(kind, axes): [(shape, runs), ...]} of what is not tiny, and the arrays that are whole everywhere."""
+  """Return {(kind, axes): [(shape, runs), ...]} of collectives above TINY, and the arrays that are replicated."""
   spec = LayoutSpec()
   spec = dataclasses.replace(
       spec, model=model, mesh=MeshSpec(**{'data': 1, **sizes}), pipeline=pipe or PipelineSpec(),
