@@ -1,10 +1,11 @@
-"""A student of configs/distill/chains_teacher.py, which has few texts and the teacher's word on them.
+"""A student of configs/distill/chains_teacher.py, trained on few texts.
 
     llmjax pretrain --config=configs/distill/chains_student.py --workdir=runs/chains_student
     llmjax pretrain --config=configs/distill/chains_student.py --workdir=runs/chains_scratch --config.distill.teacher=
 
---config.distill.loss=hinton, jsd or reverse_kl are other losses; --config.distill.top_k=8 keeps the teacher's likeliest
-words on disk; --config.distill.init=every_2nd begins with its layers, and wants its width: --config.model.d_model=64.
+--config.distill.loss=hinton, jsd or reverse_kl are other losses; --config.distill.top_k=8 caches the
+teacher's top 8 log-probabilities; --config.distill.init=every_2nd initializes the student with the teacher's layers, and
+needs its width: --config.model.d_model=64.
 """
 
 from ml_collections import config_dict
@@ -17,5 +18,5 @@ def get_config():
   c.train = dict(steps=600, batch_size=32, log_every=100, compute_dtype='float32')
   c.optimizer = dict(lr=1e-2, warmup_steps=20, weight_decay=0.0)
   c.distill = dict(teacher='runs/chains_teacher')
-  c.evaluate = dict(extra_sources=('data/chains_many',))  # Texts that neither has learnt from.
+  c.evaluate = dict(extra_sources=('data/chains_many',))  # Held-out texts of the teacher's source.
   return c

@@ -1,4 +1,4 @@
-"""The fourth stage of tools/lifecycle.sh: PPO on word problems whose answers can be checked."""
+"""The fourth stage of tools/lifecycle.sh: PPO on word problems with verifiable answers."""
 
 from ml_collections import config_dict
 

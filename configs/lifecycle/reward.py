@@ -1,4 +1,4 @@
-"""The third stage of tools/lifecycle.sh: a reward model that tells right answers from spoilt and made up ones."""
+"""The third stage of tools/lifecycle.sh: a reward model from gold answers against corrupted and generated ones."""
 
 from ml_collections import config_dict
 

@@ -1,6 +1,6 @@
-"""The second stage of tools/lifecycle.sh: the quickstart's model learns to answer, and replays what it was trained on.
+"""The second stage of tools/lifecycle.sh: supervised fine-tuning of the quickstart's model, with replay of its corpus.
 
-Model and row length are those of train.init_from, here and in the stages after it.
+Model and sequence length are those of train.init_from, here and in the later stages.
 """
 
 from ml_collections import config_dict

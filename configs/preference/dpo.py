@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO) of a chat model on pairs of a better and a worse answer.
+"""Direct preference optimisation (DPO) of a chat model on pairs of a chosen and a rejected completion.
 
 Prepare the pairs as configs/reward/preference.py says. --config.preference.loss=ipo, kto, orpo, simpo, ... are other losses.
 """

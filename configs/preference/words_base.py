@@ -1,4 +1,4 @@
-"""The base model of the planted preference: it says each of 16 words equally often.  Under a minute on a CPU.
+"""The base model of the planted preference: it generates each of 16 words equally often.  Under a minute on a CPU.
 
     python experiments/preference/make_words.py data/words
     llmjax prepare --config=configs/data/chat.py --config.path=data/words/chat.jsonl --config.output=data/words_chat \

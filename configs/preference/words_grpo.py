@@ -1,4 +1,4 @@
-"""GRPO on what the reward model of configs/preference/words_reward.py says of the model's own answers.
+"""GRPO with the reward model of configs/preference/words_reward.py.
 
     llmjax prepare --config=configs/data/chat.py --config.path=data/words/prompts.jsonl --config.records=prompts \
       --config.template=plain --config.output=data/words_prompts --config.tokenizer.path=data/words_chat/tokenizer.model

@@ -1,4 +1,4 @@
-"""A reward model from pairs of a better and a worse answer.
+"""An outcome reward model from pairs of a chosen and a rejected completion.
 
 Prepare yours: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=preference \
   --config.output=data/pairs --config.tokenizer.path=runs/chat/tokenizer.model

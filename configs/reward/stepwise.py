@@ -1,4 +1,4 @@
-"""A process reward model: how good each step of a solution is, from labels of steps (arXiv:2305.20050).
+"""A process reward model from labels of the steps of solutions (arXiv:2305.20050).
 
 Prepare yours: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=stepwise \
   --config.output=data/steps --config.tokenizer.path=runs/chat/tokenizer.model

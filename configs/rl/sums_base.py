@@ -1,4 +1,4 @@
-"""The base model of the RL recipes: it says the right sum of two digits in 3 of 10 cases.  Seconds on a CPU.
+"""The base model of the RL recipes: it generates the correct sum of two digits in 3 of 10 cases.  Seconds on a CPU.
 
     python experiments/rl/make_sums.py data/sums
     llmjax prepare --config=configs/data/chat.py --config.path=data/sums/chat.jsonl --config.output=data/sums_chat \

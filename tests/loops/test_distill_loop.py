@@ -205,19 +205,17 @@ def test_extract_prompts_texts_and_of_conversations():
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_teacher_that_it_began_with(folder, capsys):
+def test_a_resumed_run_keeps_its_teacher(folder):
   shutil.copytree('big', 'growing')
-  go = lambda steps, status=0: call(
+  go = lambda steps: call(
       f'pretrain --config=recipe.py --workdir=taught {SIZES.format(1, 16)} --config.distill.teacher=growing '
-      f'--config.train.steps={steps}', status)
+      f'--config.train.steps={steps}')
   go(2)
   call(f'pretrain --config=recipe.py --workdir=growing {SIZES.format(3, 32)} --config.train.steps=12')
   go(4)
   np.testing.assert_allclose(losses('taught'), losses(student('at_once')), rtol=1e-5)
   shutil.rmtree('growing/checkpoints/8')
-  capsys.readouterr()
-  go(6, 2)
-  assert 'is not the teacher that this run began with' in capsys.readouterr().err
+  go(6)  # The same checkpoint is found in the run next to it.
 
 
 def validate(spec, **groups):
