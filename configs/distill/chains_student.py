@@ -4,8 +4,8 @@
     llmjax pretrain --config=configs/distill/chains_student.py --workdir=runs/chains_scratch --config.distill.teacher=
 
 --config.distill.loss=hinton, jsd or reverse_kl are other losses; --config.distill.top_k=8 caches the
-teacher's top 8 log-probabilities; --config.distill.init=every_2nd initializes the student with the teacher's layers, and
-needs its width: --config.model.d_model=64.
+teacher's top 8 log-probabilities; --config.distill.init=every_2nd initializes the student with the teacher's layers,
+and needs its width: --config.model.d_model=64.
 """
 
 from ml_collections import config_dict

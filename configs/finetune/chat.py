@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations, with a quarter of the sequences replayed from the base model's corpus, against forgetting.
+"""Fine-tuning on conversations, with a quarter of the sequences replayed from the base model's corpus.
 
 Prepare yours with configs/data/chat.py, name it in --config.data.sources, and the base in --config.train.init_from.
 """

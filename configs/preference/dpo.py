@@ -1,6 +1,6 @@
 """Direct preference optimisation (DPO) of a chat model on pairs of a chosen and a rejected completion.
 
-Prepare the pairs as configs/reward/preference.py says. --config.preference.loss=ipo, kto, orpo, simpo, ... are other losses.
+Prepare the pairs as in configs/reward/preference.py. Other losses: --config.preference.loss=ipo, kto, orpo, simpo, ...
 """
 
 from ml_collections import config_dict
