@@ -194,7 +194,7 @@ def test_a_process_reward_model_finds_which_steps_are_good(judging_steps):
   places = found['by_position']
   assert [p['position'] for p in places] == [1, 2, 3, 4, 5] and sum(p['steps'] for p in places) == found['steps']
   assert min(p['accuracy'] for p in places) > 0.75
-  assert 'steps by the margin' in (folder / 'runs/steps/report.html').read_text()
+  assert 'steps by score margin' in (folder / 'runs/steps/report.html').read_text()
   # The same with other rows together, in rows of another length, each solution in a row of its own.
   spec = config.build(RewardSpec, read_config('runs/steps'), [
       ('evaluate.batch_size', '7'), ('data.packing', 'pad'), ('data.seq_len', '90')])

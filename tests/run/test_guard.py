@@ -137,7 +137,7 @@ def test_skip_leaves_everything_as_it_was(tmp_path, mesh, capsys):
   assert json.loads((tmp_path / 'bad_steps/4.json').read_text())['rows'][0]['row'] == 3
   assert 'step 4 is skipped: the loss is not finite' in capsys.readouterr().out
   assert all(isinstance(loss, float) for loss in losses(tmp_path).values())  # Of the steps that counted.
-  assert 'the loss is not finite; left out' in (tmp_path / 'report.html').read_text()
+  assert 'the loss is not finite; skipped' in (tmp_path / 'report.html').read_text()
 
 
 def test_a_gradient_alone_that_is_not_finite_is_found(tmp_path):
