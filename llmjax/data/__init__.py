@@ -1,1 +1,1 @@
-"""From text to batches: sources, TFDS builders, token store, packing, the batch stream."""
+"""From text to batches: sources, records, token store, packing, the batch stream."""

@@ -69,10 +69,10 @@ def open_documents(folder, split):
 
   Raises ValueError where the folder holds no dataset or the dataset has no such split.
   """
-  found = sorted(pathlib.Path(folder).glob('*/*/dataset_info.json'))
-  if not found:
+  datasets = sorted(pathlib.Path(folder).glob('*/*/dataset_info.json'))
+  if not datasets:
     raise ValueError(f'{folder} holds no documents; prepare the folder again with --force')
-  builder = tfds.builder_from_directory(str(found[-1].parent))
+  builder = tfds.builder_from_directory(str(datasets[-1].parent))
   if split not in builder.info.splits:
     raise ValueError(f'{folder} has no {split} split; it has {", ".join(builder.info.splits)}')
   return builder.as_data_source(split=split)

@@ -137,8 +137,8 @@ def read_jsonl(stream, name, limits):
     except (ValueError, RecursionError) as e:
       yield Rejected(name, f'not JSON: {one_line(e)}', offset, number, len(line))
       continue
-    found = check_record(record, f'{name}#{number}', name, limits, offset, number)
-    yield dataclasses.replace(found, bytes=len(line)) if isinstance(found, Rejected) else found
+    item = check_record(record, f'{name}#{number}', name, limits, offset, number)
+    yield dataclasses.replace(item, bytes=len(line)) if isinstance(item, Rejected) else item
 
 
 def _lines(stream, name, limits):
@@ -228,13 +228,14 @@ class _Array:
       if not self._more():
         return ''
 
-  def expect(self, *characters):
-    found = self._next()
-    if found not in characters or not found:
-      raise ValueError('the array does not end' if not found else
-                       f'{found!r} where {" or ".join(characters)} is expected')
+  def expect(self, *expected):
+    """Consume and return the next character, which must be one of these."""
+    character = self._next()
+    if character not in expected or not character:
+      raise ValueError('the array does not end' if not character else
+                       f'{character!r} where {" or ".join(expected)} is expected')
     self._at += 1
-    return found
+    return character
 
   def next_record(self):
     """Return the next record, or _END."""

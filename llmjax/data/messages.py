@@ -1,11 +1,11 @@
-"""Messages in every usual format, as one form; see docs/data_formats.md for the fields that are read and refused.
+"""Messages in every usual format, normalised to one; docs/data_formats.md lists the fields that are read and refused.
 
     {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": text, "weight"?: number,
      "reasoning_content"?: text, "tool_calls"?: [{"id"?, "type", "function": {"name", "arguments": {...}}}],
      "tool_call_id"?: text, "name"?: text}
 
-Formats: OpenAI (tools, content parts), ShareGPT (from and value), Anthropic's "Human:" and "Assistant:" texts.  Every
-function raises ValueError with one line that names the field.
+Formats: OpenAI (tools, content parts), ShareGPT (from and value), Anthropic's "Human:" and "Assistant:" texts.  All
+functions raise ValueError with one line that names the field.
 """
 
 import json
@@ -16,16 +16,16 @@ from llmjax.text.unrendered import REASONING_NAMES
 
 _ASSISTANT = ('assistant', 'gpt', 'chatgpt', 'bard', 'bing', 'claude', 'model', 'bot', 'ai')
 _TOOL = ('tool', 'observation', 'function', 'ipython', 'tool_response', 'function_response')
-_CALL = ('function_call', 'tool_call')  # ShareGPT: a turn of the assistant whose text is the call.
-# A developer's message stays one: only some templates have that role, and ChatFormat refuses the others.
+_CALL = ('function_call', 'tool_call')  # ShareGPT: an assistant turn whose text is the tool call.
+# The role developer is kept: only some templates have it, and ChatFormat refuses the others.
 ROLES = {'system': 'system', 'developer': 'developer', 'user': 'user', 'human': 'user', 'prompter': 'user',
          **dict.fromkeys(_ASSISTANT, 'assistant'), **dict.fromkeys(_TOOL, 'tool'), **dict.fromkeys(_CALL, 'call')}
-# Flags of a turn: OpenAI's weight, axolotl's train, ms-swift's loss; True in NOT_TRAINED means the opposite.
+# Flags of a turn (axolotl's train, ms-swift's loss); those of _NOT_TRAINED are inverted.
 _TRAINED, _NOT_TRAINED = ('train', 'training', 'trainable', 'loss'), ('masked', 'mask')
 MEDIA = ('image', 'images', 'video', 'videos', 'audio', 'audios', 'attachments', 'files')
-# Non-empty, these change what is said or trained in a way that nothing here can express.
+# Fields that change the text or what is trained in a way that is not supported.
 _REFUSED = {'train_detail': 'trains parts of a message; split the message, or leave it out',
-            'loss_scale': 'is no weight of a message; write weight',
+            'loss_scale': 'is not supported; write weight',
             'prefix': 'trains the rest of a message only; leave it out',
             'refusal': 'stands in place of content; write it as content',
             **dict.fromkeys(MEDIA, 'is not text; only text can be trained')}
@@ -33,12 +33,12 @@ _TEXT_PARTS = ('text', 'input_text', 'output_text')
 
 
 def is_empty(value):
-  """Returns whether a field holds nothing."""
+  """Return whether a field has no value."""
   return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
 def read_text(value, name):
-  """Returns text; content parts of text are joined."""
+  """Return text; content parts of text are joined."""
   if isinstance(value, list) and value:
     return ''.join(_part(part, name) for part in value)
   if not isinstance(value, str):
@@ -58,25 +58,25 @@ def _part(part, name):
 
 
 def read_objects(value):
-  """Returns a list of objects for an object of lists, as which TFDS gives a sequence of objects, else the value."""
+  """Convert an object of lists (TFDS) to a list of objects; return other values unchanged."""
   if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
     return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
   return value
 
 
 def read_messages(value, role=None, ignored=None):
-  """Returns a list of messages.  value: a list; or, with a role, text or one message.
+  """Return a list of normalised messages.  value: a list; with a role also text or one message.
 
-  ignored: a dict that gains the names of fields that are not used.
+  ignored: a dict to which the names of unused fields are added.
   """
   if isinstance(value, str) and role:
     return [{'content': read_text(value, 'content'), 'role': role}]
   value = read_objects(value)
-  if isinstance(value, dict) and role:  # LLaMA-Factory's chosen and rejected.
+  if isinstance(value, dict) and role:  # chosen and rejected of LLaMA-Factory.
     value = [value]
   if not isinstance(value, list) or not value:
     raise ValueError('messages must be a list of objects with role and content' if role is None else
-                     'a prompt or an answer must be text, or a list of messages')
+                     'a prompt or a completion must be text, or a list of messages')
   return _order_results([_message(m, {} if ignored is None else ignored) for m in value])
 
 
@@ -91,31 +91,33 @@ def _message(message, ignored):
   content = '' if content == [] or content is None and (calls or reasoning) else content
   if content is None:
     raise ValueError('a message has no content')
-  made = {'content': read_text(content, 'content')}
+  normalised = {'content': read_text(content, 'content')}
   if role == 'call':
-    role, calls, made = 'assistant', read_calls(_parse(made['content'], 'a function_call')), {'content': ''}
+    calls = read_calls(_parse(normalised['content'], 'a function_call'))
+    role, normalised = 'assistant', {'content': ''}
   if calls and role != 'assistant':
-    raise ValueError(f'tool_calls stand at a message of the {role}; only the assistant calls tools')
+    raise ValueError(f'tool_calls in a message of the {role}; only the assistant calls tools')
   weight = _weight(fields, role)
   for name in ('tool_call_id', 'name'):
     if not is_empty(fields.get(name)) and fields[name] != role:
-      made[name] = read_text(fields[name], name)
+      normalised[name] = read_text(fields[name], name)
     fields.pop(name, None)
-  if role == 'assistant' and weight and not (made['content'] or calls or reasoning):
-    raise ValueError('a message of the assistant is empty: it would be trained to say nothing')
+  if role == 'assistant' and weight and not (normalised['content'] or calls or reasoning):
+    raise ValueError('a message of the assistant is empty; leave it out')
   refuse_fields(fields, _REFUSED)
   if 'label' in fields:
-    raise ValueError('label stands at a message; it is read of whole records only')
+    raise ValueError('label in a message; write it in the record')
   for name, field in fields.items():
     if not is_empty(field):
       ignored[f'messages.{field_names([name])}'] = 1
-  made |= {'role': role, **({'tool_calls': calls} if calls else {}), **({'weight': weight} if weight != 1 else {}),
-           **({'reasoning_content': reasoning} if reasoning else {})}
-  return dict(sorted(made.items()))
+  normalised |= {'role': role, **({'tool_calls': calls} if calls else {}),
+                 **({'weight': weight} if weight != 1 else {}),
+                 **({'reasoning_content': reasoning} if reasoning else {})}
+  return dict(sorted(normalised.items()))
 
 
 def refuse_fields(fields, refused):
-  """Raises ValueError for a field of `refused`, {name: why}, that holds something."""
+  """Raise ValueError for a field of `refused`, {name: why}, that has a value."""
   for name, why in refused.items():
     if not is_empty(fields.get(name)):
       raise ValueError(f'{name} {why}')
@@ -126,17 +128,17 @@ def _role(fields):
   role = fields.pop('from', None) if role is None else role
   if role is None:
     raise ValueError('a message has no role')
-  found = ROLES.get(read_text(role, 'role').strip().lower())
-  if found is None:
+  name = ROLES.get(read_text(role, 'role').strip().lower())
+  if name is None:
     raise ValueError(f'the role {role[:40]!r} is unknown; write system, user, assistant or tool')
-  return found
+  return name
 
 
 def _weight(fields, role):
-  """Returns the weight in the loss that its flags give a message of the assistant; 1 without flags, and of others."""
-  found = {}
+  """Return the loss weight of a message: that of its flags, 1 without flags and for other roles than the assistant."""
+  weights = {}
   if 'weight' in fields:
-    found['weight'] = weight = fields.pop('weight')
+    weights['weight'] = weight = fields.pop('weight')
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6:
       raise ValueError(f'the weight of a message must be a number from 0 on, not {str(weight)[:40]}')
   for name in (*_TRAINED, *_NOT_TRAINED):
@@ -144,34 +146,34 @@ def _weight(fields, role):
       flag = fields.pop(name)
       if not isinstance(flag, (bool, int)) or flag not in (0, 1):
         raise ValueError(f'{name} of a message must be true or false, not {str(flag)[:40]}')
-      found[name] = int(bool(flag) != (name in _NOT_TRAINED))
-  if len({bool(weight) for weight in found.values()}) > 1:
-    raise ValueError(f'{" and ".join(found)} of a message contradict each other')
+      weights[name] = int(bool(flag) != (name in _NOT_TRAINED))
+  if len({bool(weight) for weight in weights.values()}) > 1:
+    raise ValueError(f'{" and ".join(weights)} of a message contradict each other')
   if role != 'assistant':
-    if trained := [name for name, weight in found.items() if weight]:
+    if trained := [name for name, weight in weights.items() if weight]:
       raise ValueError(f'{trained[0]} trains a message of the {role}; only the assistant is trained')
     return 1
-  return found.get('weight', min(found.values(), default=1))
+  return weights.get('weight', min(weights.values(), default=1))
 
 
 def _reasoning(fields, role):
-  found = {name: fields.pop(name) for name in REASONING_NAMES if name in fields}
-  found = {name: read_text(text, name) for name, text in found.items() if not is_empty(text)}
-  if found and role not in ('assistant', 'call'):
-    raise ValueError(f'{next(iter(found))} stands at a message of the {role}; only the assistant reasons')
-  if len(set(found.values())) > 1:
-    raise ValueError(f'{" and ".join(found)} of a message differ')
-  return next(iter(found.values()), '')
+  values = {name: fields.pop(name) for name in REASONING_NAMES if name in fields}
+  texts = {name: read_text(value, name) for name, value in values.items() if not is_empty(value)}
+  if texts and role not in ('assistant', 'call'):
+    raise ValueError(f'{next(iter(texts))} in a message of the {role}; only the assistant reasons')
+  if len(set(texts.values())) > 1:
+    raise ValueError(f'{" and ".join(texts)} of a message differ')
+  return next(iter(texts.values()), '')
 
 
 def _calls(fields):
-  found = {name: fields.pop(name) for name in ('tool_calls', 'function_call') if name in fields}
-  found = [read_calls(value) for value in found.values() if not is_empty(value)]
-  return found[0] if found else []
+  values = [fields.pop(name) for name in ('tool_calls', 'function_call') if name in fields]
+  calls = [read_calls(value) for value in values if not is_empty(value)]
+  return calls[0] if calls else []
 
 
 def read_calls(value):
-  """Returns OpenAI's tool_calls of a call or a list of calls; arguments become an object."""
+  """Return a call or a list of calls in the form of OpenAI's tool_calls, with arguments as an object."""
   value = _parse(value, 'tool_calls') if isinstance(value, str) else value
   value = [value] if isinstance(value, dict) else value
   if not isinstance(value, list) or not value:
@@ -204,7 +206,7 @@ def _parse(text, name):
 
 
 def read_tools(value):
-  """Returns OpenAI's tools of a list of tools or of bare functions, or of its JSON."""
+  """Return a list of tools or bare functions, or its JSON, in the form of OpenAI's tools."""
   value = _parse(value, 'tools') if isinstance(value, str) else value
   if not isinstance(value, list):
     raise ValueError('tools must be a list of {"type": "function", "function": {...}}')
@@ -221,16 +223,16 @@ def _tool(tool):
 
 
 def _without_null(value):
-  """Returns an object without the fields that are null: Parquet gives every object the fields of all."""
+  """Remove fields that are null: in Parquet every object has the fields of all."""
   if isinstance(value, dict):
     return {k: _without_null(v) for k, v in value.items() if v is not None}
   return [_without_null(v) for v in value] if isinstance(value, list) else value
 
 
 def _order_results(messages):
-  """Returns the messages with the results of one turn's calls in the order of the calls, as their ids say.
+  """Return the messages with the results of a turn's tool calls in the order of the calls, matched by id.
 
-  Most templates render no ids: there the order is all that is left of them.
+  Most templates do not render ids, so that only the order tells which result belongs to which call.
   """
   ordered, calls = [], []
   for message in messages:
@@ -238,7 +240,7 @@ def _order_results(messages):
       calls = [call['id'] for call in message.get('tool_calls', ()) if 'id' in call]
     name = message.get('tool_call_id') if message['role'] == 'tool' else None
     if name and calls and name not in calls:
-      raise ValueError(f'tool_call_id {name[:40]!r} is no call of the turn before it')
+      raise ValueError(f'tool_call_id {name[:40]!r} is not the id of a call in the turn before it')
     place = len(ordered)
     while name in calls and place and ordered[place - 1]['role'] == 'tool' and (
         ordered[place - 1].get('tool_call_id') in calls[calls.index(name) + 1:]):
@@ -251,10 +253,10 @@ _TURN = re.compile(r'(?:^|\n\n)(Human|Assistant):')
 
 
 def read_dialogue(text):
-  """Returns the messages of a text of "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF), or None for another text."""
+  """Return the messages of a text of "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF), or None for another text."""
   if not isinstance(text, str) or not text.lstrip('\n').startswith('Human:') or '\n\nAssistant:' not in text:
     return None
   parts = _TURN.split(text.strip('\n'))[1:]
-  turns = [{'content': read_text(said.strip(), 'content'), 'role': ROLES[who.lower()]}
-           for who, said in zip(parts[::2], parts[1::2], strict=True)]
+  turns = [{'content': read_text(content.strip(), 'content'), 'role': ROLES[role.lower()]}
+           for role, content in zip(parts[::2], parts[1::2], strict=True)]
   return turns if turns[-1]['content'] else turns[:-1]  # A prompt ends with an empty turn of the assistant.

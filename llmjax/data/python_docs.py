@@ -83,12 +83,12 @@ def _read_topics():
 
 def _list_sources(library):
   """Return the source files that are not empty."""
-  found = []
+  paths = []
   for folder, folders, names in os.walk(library):
     folders[:] = sorted(f for f in folders if f not in EXCLUDED and not f.startswith('config-'))
-    found += [pathlib.Path(folder, n) for n in sorted(names)
+    paths += [pathlib.Path(folder, n) for n in sorted(names)
               if n.endswith('.py') and not n.startswith('_sysconfigdata')]
-  return [path for path in found if path.stat().st_size]
+  return [path for path in paths if path.stat().st_size]
 
 
 def _read_source(path, name, split):

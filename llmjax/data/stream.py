@@ -154,7 +154,6 @@ class BatchStream:
 
   def __init__(self, spec, dataset, batch_size, seed, blocks, block_count):
     indices = _local_indices(batch_size, blocks, block_count, 'train.batch_size')
-    self.examples_per_epoch = len(dataset)
     self.workers = spec.workers
     self.fingerprint = fingerprint(spec, dataset.split)
     self._batches = _LocalBatches(dataset, _order(dataset, seed), batch_size, indices)

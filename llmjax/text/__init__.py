@@ -1,1 +1,1 @@
-"""Tokenizers: SentencePiece training, loading, streaming decode."""
+"""Tokenizers and chat templates."""

@@ -1,8 +1,8 @@
-"""Renders chat templates in a process of its own, for `templates`.  A script; it imports nothing of llmjax.
+"""Worker process of `templates` that renders chat templates.  A script; it imports nothing of llmjax.
 
-Each line of standard input is a JSON object, each line of standard output its answer.  The process ends itself
-when a template takes too much CPU time: the timer's signal is left at its default action, which needs no
-Python code to run, so it ends one long multiplication as well as a loop.
+Each line of standard input is a JSON request, each line of standard output the JSON reply.  A template that takes too
+much CPU time ends the process: the default action of the timer's signal runs no Python code, so it also interrupts one
+long multiplication.
 """
 
 import functools
@@ -20,7 +20,7 @@ MEMORY_BYTES = 1 << 30
 
 
 class Generation(jinja2.ext.Extension):
-  """`{% generation %}` ... `{% endgeneration %}`: the text between is the assistant's."""
+  """The block `{% generation %}` ... `{% endgeneration %}` around text that the assistant generates."""
 
   tags = {'generation'}
 
@@ -43,11 +43,11 @@ def refuse(message):
 
 
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-  # Jinja's own filter escapes for HTML, which no chat model was trained on.
+  # Jinja's own filter escapes HTML; chat models were trained on plain JSON.
   return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@functools.lru_cache(maxsize=1)  # One renderer has one template.
+@functools.lru_cache(maxsize=1)  # A renderer has one template.
 def compile_template(source, marks):
   environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
@@ -57,8 +57,8 @@ def compile_template(source, marks):
   return environment.from_string(source)
 
 
-def answer(request):
-  """Returns {'text'} or {'error': one line}."""
+def render(request):
+  """Return {'text'} or {'error': one line}."""
   try:
     template = compile_template(request['template'], tuple(request['marks']))
     size, parts = 0, []
@@ -78,7 +78,7 @@ def answer(request):
     return {'error': 'it takes too much memory'}
   except RecursionError:
     return {'error': 'it is nested too deep'}
-  except Exception as e:  # Whatever a stranger's program raises.
+  except Exception as e:  # A template may raise anything.
     return {'error': f'{type(e).__name__}: {_one_line(e)}'}
 
 
@@ -90,12 +90,12 @@ def main():
   seconds = float(sys.argv[1])
   resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-  resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # A pipe is no file; nothing else is to be written.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # No files; pipes are not affected.
   signal.signal(signal.SIGPROF, signal.SIG_DFL)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipe.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent handles Ctrl-C and closes the pipe.
   for line in sys.stdin.buffer:
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    reply = json.dumps(answer(json.loads(line)))
+    reply = json.dumps(render(json.loads(line)))
     signal.setitimer(signal.ITIMER_PROF, 0)
     sys.stdout.write(reply + '\n')
     sys.stdout.flush()

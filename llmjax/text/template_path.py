@@ -1,9 +1,9 @@
-"""The path of a chat template's file.  Imports nothing heavy."""
+"""The path of a chat template file.  No heavy imports."""
 
 import os
 
 
 def split_template(name):
-  """Returns (file, name of a template in it or '') of FILE or FILE#NAME, as `--config.template` has them."""
-  file, _, chosen = name.partition('#')
-  return (name, '') if os.path.isfile(name) else (file, chosen)
+  """Split FILE or FILE#NAME of `--config.template` into (file, name of a template in it or '')."""
+  file, _, template = name.partition('#')
+  return (name, '') if os.path.isfile(name) else (file, template)

@@ -1,14 +1,13 @@
-r"""Chat templates: messages to text with its special tokens, and which of it the assistant said.
+r"""Chat templates: render messages as text, with the special tokens and the text that the assistant generates.
 
-A template is a Jinja program, often a stranger's.  It runs in Jinja's immutable sandbox, in a process of its own
-that has no environment variables, may write no file, and ends after a second of CPU time or a gigabyte of memory.
+A template is a Jinja program that may come from anyone.  It is rendered in Jinja's immutable sandbox, in a process
+without environment variables that cannot write files and is limited to a second of CPU time and a gigabyte of memory.
 
     rendered = Renderer('chatml').render([{'role': 'user', 'content': 'Hello'}, ...])
-    ids, mask = rendered.encode(tokenizer)
+    pieces = rendered.tokens(tokenizer)
 
-What a user says never becomes a control token.  The special tokens that stand in the template itself are
-replaced by marks that nobody can guess before it runs, and found by them afterwards; a message that has the
-same characters keeps them as plain text, which the tokenizer encodes as such.
+The text of a message never becomes a control token.  The special tokens in the template are replaced by random marks
+before rendering, and found by them afterwards; a message with the same characters is encoded as plain text.
 """
 
 import contextlib
@@ -27,20 +26,20 @@ import time
 
 import numpy as np
 
-SECONDS = 1.0  # Of CPU time for one conversation.
+SECONDS = 1.0  # CPU time for one conversation.
 CHARACTERS = 1_000_000  # Of one conversation.
-TEMPLATE_CHARACTERS = 200_000  # Published ones have up to 15,000.
-# CPU time decides; a process that gets none, or waits for something, ends after this many times as long.
+TEMPLATE_CHARACTERS = 200_000  # Published templates have up to 15,000.
+# A process that is blocked or gets no CPU time is ended after this many times SECONDS of wall time.
 PATIENCE = 30.0
 
 
 class TemplateError(ValueError):
-  """A template cannot be used, or refuses the messages.  One line."""
+  """A template cannot be used, or rejects the messages.  The message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """source: Jinja.  special: the control tokens in it.  bos, eos: what it knows as bos_token and eos_token."""
+  """source: Jinja.  special: control tokens that occur in it.  bos, eos: its variables bos_token and eos_token."""
 
   source: str
   special: tuple[str, ...]
@@ -48,7 +47,7 @@ class Template:
   eos: str = ''
 
 
-# Tools in the system message, calls in the assistant's: Hermes's and Qwen's format.
+# Tools in the system message, calls in the assistant's, in the format of Hermes and Qwen.
 _TOOLS = """\
 {{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' }}
 {{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}
@@ -68,7 +67,7 @@ _REASONING = """\
 {%- if message.reasoning_content %}{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
 """
 
-# A system message of its own, and what follows it.
+# Splits messages into the system message and the rest.
 _SYSTEM = """\
 {%- set system = none %}
 {%- set turns = messages %}
@@ -80,9 +79,10 @@ _SYSTEM = """\
 
 
 def _im(before, reasoning):
-  """Returns ChatML: every message is <|im_start|>role\ncontent<|im_end|>\n; the assistant's ends are trained.
+  """Return a ChatML template: every message is <|im_start|>role\ncontent<|im_end|>\n.
 
-  before: what sets another `system`.  Results of tools are the user's, as Qwen has them.
+  before: Jinja that changes `system`.  reasoning: Jinja that renders reasoning.  Results of tools are user messages, as
+  in Qwen.
   """
   return _SYSTEM + before + """\
 {%- if tools %}
@@ -114,7 +114,7 @@ def _im(before, reasoning):
 """
 
 
-# Qwen2.5's: a system message of its own where there is none, and no reasoning.
+# Qwen2.5: a default system message, and no reasoning.
 _QWEN = """\
 {%- if messages and system is none %}
 {%- set system = 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' %}
@@ -138,7 +138,7 @@ _LLAMA3 = """\
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
 """
 
-# Gemma knows no system turn: Gemma 3 puts that text before the first user's.  It has no tools.
+# Gemma has no system turn and no tools; Gemma 3 puts the system message before the first user message.
 _GEMMA = """\
 {{- bos_token }}
 {%- set system = '' %}
@@ -162,7 +162,7 @@ _GEMMA = """\
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}
 """
 
-# With the markers that every tokenizer of `llmjax prepare` has.
+# Uses the markers that every tokenizer of `llmjax prepare` has.
 _OWN = _SYSTEM + """\
 {%- if tools %}
 {{- '<|system|>' + (system + '\\n\\n' if system else '') }}
@@ -201,7 +201,7 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A stretch of a rendered conversation.  control: it is one special token; generated: the assistant's."""
+  """A part of a rendered conversation.  control: it is one special token.  generated: by the assistant."""
 
   text: str
   control: bool
@@ -210,39 +210,20 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-  """A conversation as pieces, in order."""
+  """A rendered conversation as pieces, in order."""
 
   pieces: tuple[Piece, ...]
 
   @property
   def text(self) -> str:
-    """What transformers' apply_chat_template gives.  It no longer tells special tokens from their spelling."""
+    """The output of transformers' apply_chat_template, where special tokens and their spelling look the same."""
     return ''.join(piece.text for piece in self.pieces)
 
-  def generated_spans(self) -> list[tuple[int, int]]:
-    """Returns (begin, end) in characters of `text` of what the assistant says, end tokens included."""
-    spans, at = [], 0
-    for piece in self.pieces:
-      end = at + len(piece.text)
-      if piece.generated and spans and spans[-1][1] == at:
-        spans[-1] = (spans[-1][0], end)
-      elif piece.generated:
-        spans.append((at, end))
-      at = end
-    return spans
-
-  def encode(self, tokenizer):
-    """Returns (ids int32 [n], bool [n] that says which are the assistant's); BOS only where the template has one.
-
-    Raises TemplateError when the tokenizer lacks one of the special tokens.
-    """
-    parts = self.tokens(tokenizer)
-    ids = [np.zeros(0, np.int32), *(part for _, part in parts)]
-    mask = [np.zeros(0, bool), *(np.full(len(part), piece.generated) for piece, part in parts)]
-    return np.concatenate(ids), np.concatenate(mask)
-
   def tokens(self, tokenizer):
-    """Returns [(Piece, its ids int32 [n])], in order; errors as `encode`."""
+    """Return [(Piece, ids int32 [n])], in order.  BOS is included only where the template has it.
+
+    Raises TemplateError where the tokenizer lacks one of the special tokens.
+    """
     special = tokenizer.special_ids
     if missing := sorted({p.text for p in self.pieces if p.control} - set(special)):
       raise TemplateError(f'the tokenizer has no special token {", ".join(missing)}; it has '
@@ -253,7 +234,7 @@ class Rendered:
 
 
 class Renderer:
-  """Renders conversations by one template.  Its process starts at first use; `close` or `with` ends it.
+  """Renders conversations with one template.  Its process starts at first use; `close` or `with` ends it.
 
   template: a name of TEMPLATES, or a Template.  Raises TemplateError.
   """
@@ -269,7 +250,7 @@ class Renderer:
       raise TemplateError(f'the chat template has more than {TEMPLATE_CHARACTERS} characters')
     self.template, self.seconds, self.characters = template, seconds, characters
     self._process, self._read = None, b''
-    # Nothing that is rendered can hold these: they are drawn anew for each renderer.
+    # Random for each renderer, so that no message can contain the marks.
     nonce = secrets.token_hex(16)
     self._special = tuple(dict.fromkeys((*template.special, *filter(None, (template.bos, template.eos)))))
     self._marks = {token: f'\x02{nonce}:{i}\x03' for i, token in enumerate(self._special)}
@@ -280,12 +261,11 @@ class Renderer:
     self._source = re.sub(pattern, lambda m: self._marks[m[0]], template.source)
 
   def render(self, messages, tools=None, *, add_generation_prompt=False, **values) -> Rendered:
-    """Returns the conversation.
+    """Render a conversation.
 
-    messages: [{'role': str, 'content': str, ...}]; tools: OpenAI's list of them; values: further variables.
+    messages: [{'role': str, 'content': str, ...}].  tools: OpenAI's list.  values: further variables of the template.
     """
-    problem = _wrong_messages(messages)
-    if problem:
+    if problem := _message_problem(messages):
       raise TemplateError(problem)
     values = {'documents': None, **values, 'messages': messages, 'tools': tools or None,
               'add_generation_prompt': add_generation_prompt, 'bos_token': self._marks.get(self.template.bos, ''),
@@ -301,12 +281,12 @@ class Renderer:
     return Rendered(tuple(self._pieces(reply['text'])))
 
   def close(self):
-    """Ends the process."""
+    """End the process."""
     if self._process is not None:
       self._process.kill()
       self._process.wait()
       for pipe in (self._process.stdin, self._process.stdout):
-        with contextlib.suppress(OSError):  # Closing flushes what a process that is gone did not read.
+        with contextlib.suppress(OSError):  # Closing flushes data to a process that has ended.
           pipe.close()
       self._process, self._read = None, b''
 
@@ -320,11 +300,11 @@ class Renderer:
     self.close()
 
   def _limit(self, messages):
-    # Marks are longer than their tokens: those of the template's own must not count against it.
+    # Marks are longer than the tokens for which they stand.
     return self.characters + 64 * (8 * len(messages) + 16)
 
   def _pieces(self, text):
-    """Yields the pieces of what the process has rendered."""
+    """Split the rendered text at the marks; yield Pieces."""
     at, generated, size = 0, False, 0
     for match in [*self._pattern.finditer(text), None]:
       plain = text[at:match.start() if match else len(text)]
@@ -339,12 +319,12 @@ class Renderer:
         yield Piece(control, True, generated)
       elif mark:
         if generated == (mark == 'begin'):
-          raise TemplateError('the chat template cannot be used: {% generation %} stands within another')
+          raise TemplateError('the chat template cannot be used: {% generation %} is nested')
         generated = mark == 'begin'
       at = match.end() if match else at
 
   def _ask(self, request):
-    """Returns the process's answer to a request; a process that fails is ended, and the next one is fresh."""
+    """Return the reply of the process to a request; a process that fails is ended and started anew."""
     if self._process is None:
       self._process = _start(self.seconds)
     try:
@@ -361,8 +341,8 @@ class Renderer:
       raise
 
   def _exchange(self, request):
-    """Writes a request and returns the line that comes back."""
-    # One way after the other: the process reads all of a request before it writes.
+    """Write a request and return the line of the reply."""
+    # The process reads the whole request before it writes.
     pipe_in, pipe_out = self._process.stdin.fileno(), self._process.stdout.fileno()
     deadline = time.monotonic() + PATIENCE * max(self.seconds, 1.0)
     sent = memoryview(request)
@@ -379,14 +359,14 @@ class Renderer:
       if ready[0]:
         data = os.read(pipe_out, 1 << 20)
         if not data:
-          raise TemplateError(f'the chat template cannot be used: {self._why_it_ended()}')
+          raise TemplateError(f'the chat template cannot be used: {self._exit_reason()}')
         self._read += data
         if len(self._read) > 12 * self.characters + (1 << 20):  # An escaped character takes 12 bytes.
           raise TemplateError('the chat template cannot be used: it makes too much text')
     line, self._read = self._read.split(b'\n', 1)
     return line
 
-  def _why_it_ended(self):
+  def _exit_reason(self):
     code = self._process.wait()
     if code == -signal.SIGPROF:
       return f'it takes more than {self.seconds:g} s of CPU time'
@@ -394,18 +374,18 @@ class Renderer:
 
 
 def _start(seconds):
-  """Returns the process that renders.  Its environment holds no variable of the user's: no secret can leak."""
+  """Start the worker process.  It gets none of the user's environment variables, so that no secret can leak."""
   if importlib.util.find_spec('jinja2') is None:
     raise TemplateError('chat templates need the package jinja2: pip install jinja2')
   worker = pathlib.Path(__file__).with_name('render_worker.py')
   environment = {'PYTHONPATH': os.pathsep.join(p for p in sys.path if p), 'PYTHONIOENCODING': 'utf-8'}
-  # -P: not the folder of the script, whose modules are llmjax's.
+  # -P: do not put the folder of the script, with llmjax's modules, on the search path.
   return subprocess.Popen([sys.executable, '-P', '-s', str(worker), str(seconds)], env=environment, bufsize=0,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
-def _wrong_messages(messages):
-  """Returns what is wrong with a conversation, or ''."""
+def _message_problem(messages):
+  """Return the problem with a conversation, or ''."""
   if not isinstance(messages, (list, tuple)):
     return f'messages must be a list of {{"role", "content"}}, not {type(messages).__name__}'
   for number, message in enumerate(messages):

@@ -1,8 +1,7 @@
-"""A lossless SentencePiece tokenizer: train it, load it, encode, decode, stream.
+"""A lossless SentencePiece tokenizer: train, load, encode, decode, stream.
 
-Every text that UTF-8 can write comes back from its ids exactly: no normalisation, no whitespace
-rules, bytes for what the vocabulary lacks.  Chat markers are control symbols, which no text encodes
-to, so a user's text can never contain one.
+Decoding returns the encoded text exactly: no normalisation, no whitespace rules, byte fallback.  Chat markers are
+control symbols, to which no text encodes, so a user's text can never contain one.
 """
 
 import codecs
@@ -18,21 +17,21 @@ from llmjax.config import ConfigError
 
 PAD_ID, EOS_ID, UNK_ID, BOS_ID = 0, 1, 2, 3
 CHAT_MARKERS = ('<|system|>', '<|user|>', '<|assistant|>', '<|tool|>', '<|end|>')
-# SentencePiece writes spaces as U+2581 inside, and would give a U+2581 of the text back as a space.
+# SentencePiece represents spaces as U+2581, and would decode a U+2581 of the text to a space.
 SPACE_MARK = '\u2581'
 _MAX_LINE_BYTES = 4096
 
 
 def train_tokenizer(lines, *, vocab_size, model_type='unigram', num_threads=2, special=()) -> bytes:
-  """Returns a SentencePiece model file trained on an iterable of str.
+  """Train a tokenizer on an iterable of str; return the bytes of the SentencePiece model file.
 
-  special: control symbols besides CHAT_MARKERS.  A unigram model depends on num_threads: keep it and record
-  it.  Raises ValueError with one line when the lines do not support the vocabulary.
+  special: control symbols besides CHAT_MARKERS.  A unigram model depends on num_threads.  Raises ValueError where the
+  text is too small for the vocabulary.
   """
   import sentencepiece
 
   model = io.BytesIO()
-  # A mark in the sample would be taken for a space; longer lines would be skipped by the trainer.
+  # The trainer would take U+2581 for a space, and skip long lines.
   sample = (piece.replace(SPACE_MARK, ' ') for line in lines for piece in _pieces(line))
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -50,17 +49,17 @@ def train_tokenizer(lines, *, vocab_size, model_type='unigram', num_threads=2, s
 
 
 def _pieces(line):
-  """Yields the line in pieces that the trainer does not skip for their length."""
+  """Yield the line in pieces that are short enough for the trainer."""
   for start in range(0, len(line), _MAX_LINE_BYTES):
     yield line[start:start + _MAX_LINE_BYTES]
 
 
 class TokenizerError(ConfigError, ValueError):
-  """A file that is no tokenizer of ours."""
+  """A file is not a tokenizer of `llmjax prepare`."""
 
 
 class Tokenizer:
-  """Text to ids and back.  The model file is read at first use, so instances pickle small."""
+  """Encodes text to ids and decodes ids.  The model file is read at first use; instances pickle as its path."""
 
   bos_id, eos_id, pad_id, unk_id = BOS_ID, EOS_ID, PAD_ID, UNK_ID
 
@@ -86,15 +85,15 @@ class Tokenizer:
     except RuntimeError as e:
       raise TokenizerError([f'{self.path} is not a SentencePiece model']) from e
     expected = {'pad': PAD_ID, 'eos': EOS_ID, 'unk': UNK_ID, 'bos': BOS_ID}
-    found = {name: getattr(processor, f'{name}_id')() for name in expected}
-    if found != expected:
-      raise TokenizerError([f'{self.path} has the special ids {found}, not {expected}: it was not made '
-                            'by `llmjax prepare`'])
+    ids = {name: getattr(processor, f'{name}_id')() for name in expected}
+    if ids != expected:
+      raise TokenizerError([f'{self.path} has the special ids {ids}, not {expected}: it is not a tokenizer of '
+                            '`llmjax prepare`'])
     return processor
 
   @functools.cached_property
   def sha256(self) -> str:
-    """Hash of the model file: two tokenizers with one hash give the same ids."""
+    """SHA-256 of the model file: tokenizers with the same hash give the same ids."""
     return hashlib.sha256(self._model).hexdigest()
 
   @functools.cached_property
@@ -117,8 +116,8 @@ class Tokenizer:
     return self._processor.encode_as_numpy
 
   def encode(self, text: str) -> np.ndarray:
-    """Returns int32 ids [n], without BOS and EOS.  Raises UnicodeEncodeError on lone surrogates."""
-    if SPACE_MARK in text:  # Written as its three UTF-8 bytes, the mark stays itself.
+    """Encode text as int32 ids [n], without BOS and EOS.  Raises UnicodeEncodeError for lone surrogates."""
+    if SPACE_MARK in text:  # Encoded as its three UTF-8 bytes, the mark is kept.
       parts = []
       for i, part in enumerate(text.split(SPACE_MARK)):
         parts += [self._mark_ids] if i else []
@@ -127,15 +126,15 @@ class Tokenizer:
     try:
       return self._encode(text)
     except RuntimeError:
-      text.encode()  # Says which character it was.
+      text.encode()  # Raises an error that names the character.
       raise
 
   def decode(self, ids) -> str:
-    """Returns the text of ids; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
+    """Decode ids; special ids give no text, invalid UTF-8 gives U+FFFD."""
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
   def decode_bytes(self, ids) -> bytes:
-    """Returns the UTF-8 bytes of ids; raises IndexError on an id outside the vocabulary."""
+    """Decode ids to UTF-8 bytes.  Raises IndexError for an id outside the vocabulary."""
     ids = np.asarray(ids, np.int64).ravel()
     if ids.size and ids.min() < 0:
       raise IndexError(f'token id {ids.min()} is negative')
@@ -159,21 +158,21 @@ class Tokenizer:
     return table
 
   def token_bytes(self) -> np.ndarray:
-    """Returns int32 [vocab_size]: the UTF-8 bytes that each id stands for, 0 for special ids."""
+    """Return int32 [vocab_size]: the number of UTF-8 bytes of each id, 0 for special ids."""
     return np.array([len(b) for b in self._bytes_of_ids], np.int32)
 
 
 class StreamDecoder:
-  """Turns ids into text as they come, holding back bytes until they make whole characters."""
+  """Decodes ids one by one, and holds bytes back until they form whole characters."""
 
   def __init__(self, tokenizer):
     self._table = tokenizer._bytes_of_ids
     self._decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
 
   def add(self, *ids) -> str:
-    """Returns the text that these ids complete, often one token's, sometimes ''."""
+    """Add ids; return the text that is complete, or ''."""
     return self._decoder.decode(b''.join([self._table[int(i)] for i in ids]))
 
   def finish(self) -> str:
-    """Returns what is left: '' or U+FFFD for bytes that made no character."""
+    """Return the remaining text: '', or U+FFFD for an incomplete character."""
     return self._decoder.decode(b'', final=True)

@@ -1,25 +1,25 @@
-"""Finds what a chat template leaves out of a conversation: roles it does not know, and text that it does not render.
+"""Detection of parts of a conversation that a chat template does not render.
 
-A template that ignores a field loses it without a word, in transformers as here.  So a template must mention the
-fields that it is given, and the text it makes must hold them.
+A template drops unknown fields silently, in transformers as here.  So a template must mention the fields that it is
+given, and the rendered text must contain their values.
 """
 
 import json
 import re
 
 REASONING = 'reasoning_content'
-# What templates call it; each of them is given the names that it mentions.
+# Names of it in templates; a template gets those that it mentions.
 REASONING_NAMES = (REASONING, 'thinking', 'reasoning')
-_OPTIONAL_ROLES = ('tool', 'developer')  # Of no use to a template that writes any role between its markers.
+_OPTIONAL_ROLES = ('tool', 'developer')  # Must be mentioned, also by a template that renders any role.
 
 
 def mentions(source, name):
-  """Returns whether a Jinja program reads a field of this name, or compares with it."""
+  """Return whether the source of a template reads a field of this name, or compares with it."""
   return re.search(rf'''(["']|\.){name}\b''', source) is not None
 
 
 def find_unknown(source, messages, tools):
-  """Returns the first field or role that a template does not mention, such as 'tools', or ''; reasoning aside."""
+  """Return the first field or role, except reasoning, that a template does not mention, such as 'tools', or ''."""
   if tools and not re.search(r'\btools\b', source):
     return 'tools'
   for number, message in enumerate(messages, 1):
@@ -31,13 +31,13 @@ def find_unknown(source, messages, tools):
 
 
 def find_lost(text, messages, tools):
-  """Returns the first field that a rendered text lacks, such as 'content (message 2)', or ''.
+  """Return the first field that a rendered text lacks, such as 'content (message 2)', or ''.
 
-  What the system says and tools may stand anywhere, the rest in order.
+  System messages and tools may be anywhere in the text, the rest must be in order.
   """
-  calls = sum(text.count(name) for name in _tool_names(tools)) if tools else 0
-  said = sum(json.dumps(m, ensure_ascii=False).count(name) for m in messages for name in _tool_names(tools))
-  if tools and (calls <= said or any(_find(part, text) < 0 for tool in tools for part in _described(tool))):
+  rendered = sum(text.count(name) for name in _tool_names(tools)) if tools else 0
+  in_messages = sum(json.dumps(m, ensure_ascii=False).count(name) for m in messages for name in _tool_names(tools))
+  if tools and (rendered <= in_messages or any(_find(part, text) < 0 for tool in tools for part in _described(tool))):
     return 'tools'
   at = 0
   for number, message in enumerate(messages, 1):
@@ -56,7 +56,7 @@ def _tool_names(tools):
 
 
 def _described(tool):
-  """Yields what a template must tell of a tool: its name, its description and its parameters' names."""
+  """Yield what a template must render of a tool: name, description and names of parameters."""
   function = tool['function']
   yield function['name']
   if isinstance(function.get('description'), str):
@@ -67,8 +67,8 @@ def _described(tool):
 
 
 def _parts(message):
-  """Yields (field, its text) of a message, in the order in which templates write them."""
-  for field in ('name',) if message['role'] != 'tool' else ():  # Of a tool most templates write the result alone.
+  """Yield (field, text) of a message, in the order in which templates render them."""
+  for field in ('name',) if message['role'] != 'tool' else ():  # Most templates do not render the name of a tool.
     if message.get(field):
       yield field, message[field]
   if message.get(REASONING):
@@ -81,8 +81,8 @@ def _parts(message):
 
 
 def _find(part, text, begin=0):
-  """Returns where a text ends in another, as it is or as JSON has it; -1: nowhere."""
+  """Return the end of the first occurrence of a text in another, plain or JSON-escaped, or -1."""
   part = part.strip()
-  spelled = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
-  found = [at + len(s) for s in dict.fromkeys(spelled) if (at := text.find(s, begin)) >= 0]
-  return min(found, default=-1)
+  variants = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+  ends = [at + len(s) for s in dict.fromkeys(variants) if (at := text.find(s, begin)) >= 0]
+  return min(ends, default=-1)

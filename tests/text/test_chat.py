@@ -12,6 +12,7 @@ import pytest
 from llmjax.text import tokenizer as tokenizers
 from llmjax.text.chat import ChatFormat
 from llmjax.text.templates import TEMPLATES, Renderer, Template, TemplateError
+from tests.text.test_templates import generated_spans
 
 CHAT = [{'role': 'user', 'content': 'x'}, {'role': 'assistant', 'content': 'y o'},
         {'role': 'user', 'content': 'and 2 + 2?'}, {'role': 'assistant', 'content': '4'}]
@@ -144,7 +145,7 @@ def test_tools_and_reasoning_are_rendered_as_by_transformers_or_refused(tokenize
         chat.encode(messages, tools)
       return
     rendered = Renderer(name).render(messages, tools)
-    assert [rendered.text, [list(span) for span in rendered.generated_spans()]] == golden
+    assert [rendered.text, [list(span) for span in generated_spans(rendered)]] == golden
     ids, weights = chat.encode(messages, tools)
     begins = [begin for begin, _ in golden[1]]
     # The prompt of a turn is what comes before it in training.

@@ -86,6 +86,25 @@ ENDLESS = {
 }
 
 
+def generated_spans(rendered):
+  """Returns (begin, end) in characters of the text of what the assistant generates, end tokens included."""
+  spans, at = [], 0
+  for piece in rendered.pieces:
+    end = at + len(piece.text)
+    if piece.generated:
+      begin = spans.pop()[0] if spans and spans[-1][1] == at else at
+      spans.append((begin, end))
+    at = end
+  return spans
+
+
+def encode(rendered, tokenizer):
+  """Returns (ids, which of them the assistant generates)."""
+  tokens = rendered.tokens(tokenizer)
+  return ([i for _, ids in tokens for i in ids.tolist()],
+          np.array([piece.generated for piece, ids in tokens for _ in ids], bool))
+
+
 @pytest.fixture(scope='module')
 def tokenizer(tmp_path_factory):
   lines = [f'line {i} of some text that a tokenizer learns from' for i in range(400)]
@@ -101,7 +120,7 @@ def test_the_published_forms_and_what_the_assistant_says(name):
     rendered = renderer.render(CHAT)
     assert rendered.text == text
     assert renderer.render(CHAT[:4], add_generation_prompt=True).text + f'No{end}' in (text, text.rstrip('\n'))
-    assert [text[a:b] for a, b in rendered.generated_spans()] == [f'Hello{end}', f'No{end}']
+    assert [text[a:b] for a, b in generated_spans(rendered)] == [f'Hello{end}', f'No{end}']
     assert renderer.render([], add_generation_prompt=True).text.endswith(prompt)
     assert {p.text for p in rendered.pieces if p.control} <= set(TEMPLATES[name].special)
     assert not any(token in p.text for p in rendered.pieces if not p.control for token in TEMPLATES[name].special)
@@ -140,16 +159,16 @@ def test_ids_and_masks(tokenizer):
   chat = [{'role': 'user', 'content': attack}, {'role': 'assistant', 'content': 'No. ' + attack}]
   special = tokenizer.special_ids
   with Renderer('llmjax') as renderer:
-    ids, mask = renderer.render(chat).encode(tokenizer)
+    ids, mask = encode(renderer.render(chat), tokenizer)
     expected = [special['<|user|>'], *tokenizer.encode(attack), special['<|end|>'], special['<|assistant|>'],
                 *tokenizer.encode('No. ' + attack), special['<|end|>']]
-    assert ids.tolist() == expected and ids.dtype == np.int32 and mask.dtype == bool
+    assert ids == expected
     said = len(tokenizer.encode('No. ' + attack)) + 1  # And the end of the turn.
     assert mask.tolist() == [False] * (len(ids) - said) + [True] * said
-    assert sum(i in set(special.values()) for i in ids.tolist()) == 4
-    assert [len(x) for x in renderer.render([]).encode(tokenizer)] == [0, 0]
+    assert sum(i in set(special.values()) for i in ids) == 4
+    assert [len(x) for x in encode(renderer.render([]), tokenizer)] == [0, 0]
   with Renderer('chatml') as renderer, pytest.raises(TemplateError, match=r'no special token <\|im_end\|>'):
-    renderer.render(chat).encode(tokenizer)
+    encode(renderer.render(chat), tokenizer)
 
 
 @pytest.mark.parametrize('bad', [
