@@ -89,8 +89,10 @@ def next_steps(manifest, folder):
   if kind == 'chat':
     return [preview]
   settings = manifest['request'].get('settings', {})
-  again = shlex.join(['llmjax', 'prepare', '--config=configs/data/chat.py', f'--config.path={settings.get("path", "")}',
-                      f'--config.records={kind}', f'--config.output={folder}', '--force'])
+  source = [f'--config.{field}={settings[field]}' for field in ('source', 'name', 'path')
+            if settings.get(field) and (field, settings[field]) != ('source', 'text_dir')]
+  again = shlex.join(['llmjax', 'prepare', '--config=configs/data/chat.py', *source, f'--config.records={kind}',
+                      f'--config.output={folder}', '--force'])
   base = next(iter(_runs()), None)
   return [f'{again} --config.tokenizer.path={shlex.quote(str(base / prepared.TOKENIZER))}' if base else
           f'no run has the tokenizer of {name}; once there is one: {again} '

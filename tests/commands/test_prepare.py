@@ -406,6 +406,8 @@ def test_a_function_of_the_users_module_is_a_source(tmp_path, monkeypatch, capsy
                          '--config.tokenizer.path=data/my_documents/tokenizer.model') == 0
   assert prepared.kind(prepared.read_manifest('data/own')) == 'preference'
   assert next(iter(stream.read_documents('data/own', 'train')))[1].count('ask') == 1
+  assert f'--config.source={module}:my_preferences --config.name=ask' in prepare.next_steps(
+      prepared.read_manifest('data/own'), 'data/own')[0]
 
 
 @pytest.mark.parametrize('source, words', [
