@@ -58,7 +58,7 @@ def bench_encode(folder, repeats, megabytes=3):
 
 
 def bench_rows(folder, seq_len, batch_size, repeats, batches=400):
-  """Reads random rows through PackedRows alone, and batches through Grain."""
+  """Reads random rows through PackedSequences alone, and batches through Grain."""
   store = token_store.TokenStore(prepared.tokens_path(folder, 'train'))
   rows = packing.PackedSequences(store, seq_len)
   numbers = np.random.default_rng(0).integers(len(rows), size=(batches, batch_size)).tolist()
@@ -93,7 +93,7 @@ def main():
               **bench_rows(folder, args.seq_len, args.batch_size, args.repeats)}
   rows = [('SentencePiece encode_as_numpy', result['encode_raw'], TARGETS['encode_raw']),
           ('Tokenizer.encode', result['encode'], TARGETS['encode']),
-          (f'PackedRows, T {args.seq_len}, B {args.batch_size}', result['rows'], None),
+          (f'PackedSequences, T {args.seq_len}, B {args.batch_size}', result['rows'], None),
           (f'stream, T {args.seq_len}, B {args.batch_size}, 0 workers', result['stream'],
            TARGETS['stream'])]
   print(f'{"":<40}{"Mtok/CPU-s":>11}{"Mtok/s":>9}{"target":>8}')

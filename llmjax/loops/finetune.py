@@ -11,7 +11,7 @@ from llmjax.text.templates import TemplateError
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
   if spec.prefers:
-    return start.run(spec, options, preference.preference_job, preference.open_batches)
+    return start.run(spec, options, preference.preference_job)
   return start.run(distill.settle(spec), options, make_job)
 
 

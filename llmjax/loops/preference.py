@@ -19,12 +19,6 @@ from llmjax.run.initial import initial_checkpoint, load_initial
 REFERENCE = 'ref_logprobs'
 
 
-def open_batches(spec, mesh):
-  """Returns the stream of the run's batches of pairs."""
-  return stream.open_stream(spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
-                           blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
-
-
 def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
   """Returns the loop.Job of a loss_fn on pairs.
 

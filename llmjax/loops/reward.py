@@ -23,7 +23,7 @@ def run(spec, options):
   scores = 'steps' if spec.judges_steps else 'completions'
   spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, value_head=True),
                              reward=dataclasses.replace(spec.reward, scores=scores))
-  return start.run(spec, options, make_job, None if spec.judges_steps else preference.open_batches)
+  return start.run(spec, options, make_job)
 
 
 def make_job(spec, mesh, batches, workdir):

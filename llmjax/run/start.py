@@ -26,7 +26,7 @@ def run(spec, options, make_job, open_batches=None):
   """Trains what the spec says in options.workdir; returns the exit status.
 
   make_job(spec, mesh, batches, workdir) -> loop.Job without its goodput: all that differs between commands.
-  open_batches: function of (spec, mesh) to those batches; None: rows of tokens.
+  open_batches: function of (spec, mesh) to those batches; None: those of `stream.open_stream`.
   """
   goodput = Goodput(options.workdir, age=process_age())
   if spec.train.deterministic:

@@ -235,18 +235,18 @@ def validate(spec, **groups):
     ({'distill': {'on_policy_fraction': 0.5, 'max_new_tokens': 4}, 'guard': {'policy': 'rollback'}},
      'guard.policy=rollback'),
     ({'distill': {'hidden_weight': 1.0, 'top_k': 4}}, 'write top_k=0'),
-    ({'distill': {'top_k': 400}}, 'write at most 384'),
+    ({'distill': {'top_k': 400}}, 'write distill.top_k=384'),
     ({'distill': {'temperature': 0.0}}, 'write temperature=1.0'),
     ({'distill': {'init': 'every_2nd'}, 'model': {'num_layers': 1}},
      'model.num_layers=2, or distill.init=evenly_spaced'),
-    ({'distill': {'init': 'first'}, 'model': {'num_layers': 4}}, 'write model.num_layers=3 at most'),
+    ({'distill': {'init': 'first'}, 'model': {'num_layers': 4}}, 'write model.num_layers=3'),
     ({'distill': {'init': 'first'}, 'model': {'mlp_dim': 48}}, 'model.mlp_dim=48 is not 32, that of the teacher'),
-    ({'distill': {'init': 'first'}, 'train': {'init_from': 'big'}}, 'both say what the student begins with'),
+    ({'distill': {'init': 'first'}, 'train': {'init_from': 'big'}}, 'leave one out'),
     ({'model': {'vocab_size': 512}}, 'write model.vocab_size=384'),
     ({'data': {'sources': {'other': 1.0}}}, 'other has another tokenizer than big; prepare it again'),
     ({'pipeline': {'schedule': '1f1b'}, 'mesh': {'stage': 2}}, 'pipeline.schedule=1f1b is for next-token prediction'),
     ({'distill': {'cosine_weight': 1.0}, 'adapter': {'kind': 'lora'}, 'model': {'d_model': 16, 'num_heads': 2},
-      'train': {'init_from': 'big'}}, 'would train a projection'),
+      'train': {'init_from': 'big'}}, 'write 0 for both'),
 ])
 def test_mistakes_get_a_line(folder, groups, message):
   assert message in validate(PretrainSpec, **groups)

@@ -119,7 +119,7 @@ def test_a_saved_format_is_the_same(tokenizer, tmp_path):
 
 def test_wrong_templates_get_a_line(tokenizer, tmp_path):
   (tmp_path / 'no.json').write_text('{"bos_token": "<s>"}')
-  for name, message in (('chatlm', 'write one of llmjax, '), (str(tmp_path / 'no.json'), 'holds no chat_template')):
+  for name, message in (('chatlm', 'write one of llmjax, '), (str(tmp_path / 'no.json'), 'no chat_template')):
     with pytest.raises(TemplateError, match=message):
       ChatFormat(name, tokenizer)
   bare = io.BytesIO(tokenizers.train_tokenizer(['some words to train'] * 99, vocab_size=300))
@@ -201,7 +201,7 @@ def test_named_templates(tokenizer, tmp_path):
   both = [{'name': name, 'template': make(name)} for name in ('default', 'rag')]
   file.write_text(json.dumps({'chat_template': both}))
   assert 'defaultx' in marked(tokenizer, str(file), CHAT[:2]) and 'ragx' in marked(tokenizer, f'{file}#rag', CHAT[:2])
-  with pytest.raises(TemplateError, match='the templates there are default, rag; choose one, as in .*json#default'):
+  with pytest.raises(TemplateError, match='the templates default, rag; choose one, as in .*json#default'):
     ChatFormat(f'{file}#tools', tokenizer)
   file.write_text(json.dumps({'chat_template': both[1:]}))
   with pytest.raises(TemplateError, match='the templates there are rag; choose one, as in .*json#rag'):
