@@ -236,7 +236,7 @@ def test_grpo_on_a_model_that_judges_steps(judging_steps):
 
 @pytest.mark.slow
 def test_a_wrong_reward_model_is_one_line(judged, capsys):
-  said = {'nowhere': "is not a run's folder", 'words': 'is no reward model; give the --workdir',
+  said = {'nowhere': "is not a run's folder", 'words': 'is not a reward model; give the --workdir',
           'foreign': 'has another tokenizer than data/words_',
           'empty': "is neither a run's folder nor one of its checkpoints"}
   for name in ('foreign', 'empty'):
