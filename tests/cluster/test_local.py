@@ -1,4 +1,4 @@
-"""Real processes: the same losses however many there are, stopping, dying, going on."""
+"""`llmjax launch local` with real processes: identical losses, signals, failures and restarts."""
 
 import os
 import pathlib
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 
 def start(folder, processes, devices, *argv, largest='unlimited', **environment):
-  """largest: the KiB beyond which no file can grow, which is what a full disk looks like."""
+  """Start `launch local`.  largest: file size limit in KiB, which emulates a full disk."""
   return subprocess.Popen(
       ['bash', '-c', f'ulimit -f {largest}; exec "$@"', 'bash',
        sys.executable, '-m', 'llmjax', 'launch', 'local', f'--processes={processes}',
@@ -41,7 +41,7 @@ def start(folder, processes, devices, *argv, largest='unlimited', **environment)
 
 
 def launch(folder, *argv, status=0, **environment):
-  """Runs to the end; returns the output."""
+  """Run `launch local` to completion; return its output."""
   process = start(folder, *argv, **environment)
   try:
     out, _ = process.communicate(timeout=120)
@@ -52,12 +52,12 @@ def launch(folder, *argv, status=0, **environment):
 
 
 def rows(workdir):
-  """Returns {step: all metrics that do not depend on time}."""
-  found = {}
+  """Return {step: metrics that do not depend on time}."""
+  metrics = {}
   for row in read_lines(workdir / 'metrics.jsonl'):
-    kept = {k: v for k, v in row.items() if k.endswith(('loss', 'grad_norm', 'tokens', 'bits_per_byte'))}
-    found[row['step']] = found.get(row['step'], {}) | kept
-  return found
+    values = {k: v for k, v in row.items() if k.endswith(('loss', 'grad_norm', 'tokens', 'bits_per_byte'))}
+    metrics[row['step']] = metrics.get(row['step'], {}) | values
+  return metrics
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +72,7 @@ def four(folder):
 
 
 @pytest.mark.slow
-def test_fewer_processes_go_on_to_the_bit(folder, four):
+def test_fewer_processes_resume_exactly(folder, four):
   shutil.copytree(four, folder / 'one')
   shutil.rmtree(folder / 'one/checkpoints/4')
   out = launch(folder, 1, 4, *TRAIN, '--workdir=one', '--config.train.steps=4')
@@ -83,7 +83,7 @@ def test_fewer_processes_go_on_to_the_bit(folder, four):
 
 
 @pytest.mark.slow
-def test_two_processes_lose_the_same_and_ctrl_c_stops_them_at_one_step(folder, four):
+def test_two_processes_have_equal_losses_and_ctrl_c_stops_them_at_the_same_step(folder, four):
   process = start(folder, 2, 2, *TRAIN, '--workdir=two', '--config.train.steps=100000', '--config.evaluate.splits=')
   file, deadline = folder / 'two/metrics.jsonl', time.monotonic() + 60
   while not file.exists() or len(file.read_text().splitlines()) < 4:
@@ -103,26 +103,26 @@ def test_two_processes_lose_the_same_and_ctrl_c_stops_them_at_one_step(folder, f
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
-def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(folder, processes):
+def test_log_that_cannot_be_written_ends_the_run_with_one_line(folder, processes):
   name = f'full{processes}'
   train = [*TRAIN, f'--workdir={name}', '--config.train.steps=60', '--config.evaluate.splits=',
            '--config.train.compilation_cache=']
   begin = time.monotonic()
   out = launch(folder, processes, 2 // processes, *train, status=1, largest=9)
-  assert time.monotonic() - begin < 60  # The other process waits for the first one, and is not waited for.
+  assert time.monotonic() - begin < 60  # Process 0 must not wait for the other one.
   (line,) = (line for line in out.splitlines() if 'stopped: ' in line)
   assert f'{name}/' in line and 'cannot be written: File too large; free some space, and the same command' in line
   assert 'Traceback' not in out
   done = max(rows(folder / name))
   assert 5 < done < 60
-  launch(folder, processes, 2 // processes, *train)  # There is room again.
-  launch(folder, processes, 2 // processes, *train, f'--workdir={name}-peace')
-  assert rows(folder / name) == rows(folder / f'{name}-peace')
+  launch(folder, processes, 2 // processes, *train)  # The disk has space again.
+  launch(folder, processes, 2 // processes, *train, f'--workdir={name}-undisturbed')
+  assert rows(folder / name) == rows(folder / f'{name}-undisturbed')
   assert list(rows(folder / name)) == list(range(1, 61))
 
 
-def test_rows_lie_where_the_mesh_wants_them_and_a_death_ends_the_run(folder):
-  """On meshes whose processes hold neighbouring rows, rows far apart, or the same rows; then process 1 dies."""
+def test_batches_are_placed_by_the_mesh_and_a_crash_ends_the_run(folder):
+  """Meshes whose processes hold adjacent, interleaved or equal sequences; then process 1 is killed."""
   (folder / 'place.py').write_text('''
 import os, signal
 import jax, numpy as np
@@ -149,16 +149,16 @@ def get_config():
           np.testing.assert_array_equal(shard.data, whole[name][shard.index])
     distributed.wait_for_all('placed')
     if me == 1:
-      print('rows are right', flush=True)
+      print('batches are right', flush=True)
       os.kill(os.getpid(), signal.SIGKILL)
     distributed.wait_for_all('never')
 ''')
   out = launch(folder, 2, 2, 'pretrain', '--config=place.py', '--workdir=x', status=137)
   assert 'process 1 of 2 ended with signal SIGKILL; the others were ended' in out
-  assert 'rows are right' in out
+  assert 'batches are right' in out
 
 
-def test_a_missing_process_is_one_line(folder):
+def test_missing_process_is_reported_in_one_line(folder):
   done = run_process(
       folder, *TRAIN, '--workdir=alone', '--config.distributed.coordinator=127.0.0.1:1',
       '--config.distributed.processes=2', '--config.distributed.process_id=1',
@@ -170,8 +170,8 @@ def test_a_missing_process_is_one_line(folder):
 
 
 @pytest.mark.slow
-def test_a_run_is_started_again_with_the_processes_that_are_left(folder):
-  """Process 1 is killed, so one process goes on; that one is stopped, and goes on; then SIGTERM ends it all."""
+def test_run_restarts_with_the_remaining_processes(folder):
+  """Process 1 is killed, then process 0 is stopped; the run restarts with one process each time.  SIGTERM ends it."""
   process = subprocess.Popen(
       [sys.executable, '-m', 'llmjax', 'launch', 'local', '--processes=2', '--devices-per-process=2', '--restart=2',
        '--shrink', '--', *TRAIN, '--workdir=again', '--config.train.steps=100000', '--config.evaluate.splits=',
@@ -212,7 +212,7 @@ def test_a_run_is_started_again_with_the_processes_that_are_left(folder):
 
 
 @pytest.mark.slow
-def test_a_hang_in_a_collective_names_who_is_missing(folder):
+def test_hang_in_a_collective_names_the_missing_rank(folder):
   (folder / 'hang.py').write_text('''
 import time
 import jax
@@ -234,12 +234,12 @@ def get_config():
   assert done.returncode == 76, done.stdout + done.stderr
   stacks = (folder / 'hung/stacks/0.txt').read_text()
   assert 'rank 1 last seen at step 41 (step); rank 0 waits at step 42' in stacks
-  assert 'in _read_key' in stacks  # Of the loop's thread, and not only the watchdog's.
+  assert 'in _read_key' in stacks  # The stack of the main thread, not only of the watchdog.
   assert 'rank 1 has made no progress' in (folder / 'hung/stacks/1.txt').read_text()
 
 
 @pytest.mark.slow
-def test_a_process_that_is_late_is_waited_for_and_one_that_never_comes_is_named(folder):
+def test_late_process_is_awaited_and_an_absent_one_is_named(folder):
   (folder / 'absent.py').write_text('''
 import time
 import jax
@@ -265,13 +265,13 @@ def get_config():
   assert 'Traceback' not in out
 
 
-# What a recipe does to the process that reads it: rank 1 stops or sleeps at a point of the run.
+# Appended to a recipe: rank 1 stops or sleeps at some point of the run.
 LATE = '''
 import os, signal, time
 from llmjax.checkpoint import checkpoints
 from llmjax.data import stream
 from llmjax.parallel import heartbeat
-heartbeat.FLOOR_SECONDS, heartbeat.PULSE, heartbeat.SUPERVISED_PULSE = 3.0, 0.5, 0.5
+heartbeat.MIN_HANG_SECONDS, heartbeat.PULSE, heartbeat.SUPERVISED_PULSE = 3.0, 0.5, 0.5
 last = os.environ['LLMJAX_PROCESS_ID'] == '1'
 seconds, stops = float(os.environ.get('TEST_DELAY', 0)), os.environ.get('TEST_STOP')
 draw, restore = stream.BatchStream.__next__, checkpoints.Checkpoints.restore
@@ -291,7 +291,7 @@ stream.BatchStream.__next__, checkpoints.Checkpoints.restore = delayed, stopped
 
 
 @pytest.mark.slow
-def test_a_late_data_reader_is_named_and_waited_for_and_a_process_stopped_in_a_restore_ends_the_run(folder):
+def test_late_data_reader_is_awaited_and_a_stopped_process_ends_the_run(folder):
   (folder / 'late.py').write_text(LATE + RECIPE)
   train = ['pretrain', '--config=late.py', *TRAIN[2:], '--workdir=late', '--config.evaluate.splits=',
            '--config.distributed.heartbeat_seconds=10']
@@ -301,4 +301,4 @@ def test_a_late_data_reader_is_named_and_waited_for_and_a_process_stopped_in_a_r
   begin = time.monotonic()
   out = launch(folder, 2, 1, *train, '--config.train.steps=9', TEST_STOP='1', status=134)
   assert time.monotonic() - begin < 100
-  assert 'The following tasks are unhealthy (stopped sending heartbeats):\n1\n' in out  # JAX's own words.
+  assert 'The following tasks are unhealthy (stopped sending heartbeats):\n1\n' in out  # Message of JAX.
