@@ -136,7 +136,7 @@ def make_plan(spec, topology, hlo=''):
 def read_program(spec, topology, mesh, text, compiled_memory, compile_seconds, state):
   """Return the plan of a compiled program as a JSON-serializable dict; bytes are per device."""
   from llmjax.plan.schedule import Program
-  program = Program(text, mesh, topology, [place_of(d) for d in mesh.devices.flat], analytical.causal_fraction(spec))
+  program = Program(text, mesh, topology, [place_of(d) for d in mesh.devices.flat], analytical.attention_fraction(spec))
   plan = analytical.outline(spec, topology)
   plan.update(source='compiled', compile_seconds=compile_seconds, versions=versions(),
               **describe_memory(spec, topology, program.module, compiled_memory, state))

@@ -41,12 +41,15 @@ def plan(spec, topology):
   return add_throughput(result, spec, topology)
 
 
-def causal_fraction(spec):
-  """Return the fraction of all query-key pairs that the causal mask, or the sliding window, allows."""
-  length, window = spec.data.seq_len, spec.model.window
-  if window and window < length:
-    return (window * (window + 1) / 2 + (length - window) * window) / length**2
-  return 0.5
+def attention_fraction(spec):
+  """Return the fraction of all query-key pairs that the attention masks allow, on average over the layers."""
+  model, length = spec.model, spec.data.seq_len
+  fractions = {'global': 0.5 if model.causal else 1.0,
+               'local': counts.keys_per_query(model, length, model.window) / length}
+  if not 0 < model.window < length:
+    return fractions['global']
+  pattern = model.attention_pattern or ('local',)
+  return sum(fractions[pattern[i % len(pattern)]] for i in range(model.num_layers)) / model.num_layers
 
 
 def outline(spec, topology):
@@ -111,7 +114,7 @@ def saved_values(spec):
   d, q, kv = m.d_model, m.num_heads * m.resolved_head_dim, m.resolved_kv_heads * m.resolved_head_dim
   f = mlp_width(spec)
   heads = {'queries': q, 'keys and values': 2 * kv}
-  wide = {'gate and up of the MLP': 2 * f}
+  wide = {'gate and up of the MLP': 2 * f} if m.mlp == 'gated' else {'up of the MLP': f}
   return {'full': {'input of each layer': d}, 'offload': {},
           'minimal': {'inputs of attention and MLP': 2 * d, 'output of attention': q, **heads, **wide},
           'out': {'input of attention': d, 'output of attention': q, **heads, **wide},
@@ -143,7 +146,7 @@ def largest_buffers(spec, topology):
 def _mlp_products(model):
   """Return the parameters of a layer's MLP that are active for a token."""
   experts = model.experts_per_token + model.shared_experts if model.num_experts else 1
-  return 3 * model.d_model * model.mlp_dim * experts
+  return (3 if model.mlp == 'gated' else 2) * model.d_model * model.mlp_dim * experts
 
 
 def estimate_memory(spec, topology):

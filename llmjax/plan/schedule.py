@@ -125,16 +125,16 @@ class Program:
   """A replayed TPU program.
 
   text: the compiled module.  mesh: a Mesh whose `devices.flat[i]` is device i of the text.  places: the Place of each.
-  causal_fraction: the fraction of all query-key pairs that the attention mask allows.
+  attention_fraction: the fraction of all query-key pairs that the attention mask allows.
 
   totals: costs of a step.  bodies: loop bodies, the most expensive first.  transfers, kernels: all of them.
   top: (seconds, category, name, runs, op_name) of instructions, the most expensive first.  unknown_loops: names of
   loops without a static trip count, which count once.
   """
 
-  def __init__(self, text, mesh, topology, places, causal_fraction=0.5):
+  def __init__(self, text, mesh, topology, places, attention_fraction=0.5):
     self.module = Module(text)
-    self.mesh, self.topology, self.places, self.causal_fraction = mesh, topology, places, causal_fraction
+    self.mesh, self.topology, self.places, self.attention_fraction = mesh, topology, places, attention_fraction
     self.clock, self.peak = topology.chip.clock, topology.device_peak
     self.bodies, self.transfers, self.kernels, self.unknown_loops, self.top = [], [], [], [], []
     self._durations, self._has_product_cache = {}, {}
@@ -201,11 +201,11 @@ class Program:
     self._compute(instruction, timeline, runs)
 
   def _replay_kernel(self, frame, instruction, timeline, runs):
-    flops = kernel_flops(frame, instruction, self.causal_fraction)
+    flops = kernel_flops(frame, instruction, self.attention_fraction)
     if flops is None:
       seconds = estimated_cycles(instruction) / self.clock
     else:
-      seconds = flops / self.peak * array_overhead(frame, instruction, self.topology.array, self.causal_fraction)
+      seconds = flops / self.peak * array_overhead(frame, instruction, self.topology.array, self.attention_fraction)
     self.kernels.append(Kernel(instruction.name, flops, seconds, runs, 'rematted' in instruction.op_name))
     timeline.totals.kernel_flops += flops or 0
     timeline.totals.kernel += seconds
@@ -282,7 +282,7 @@ def estimated_cycles(instruction):
   return cycles if cycles < _MAX_CYCLES else 0
 
 
-def kernel_flops(frame, instruction, causal_fraction=0.5):
+def kernel_flops(frame, instruction, attention_fraction=0.5):
   """Return the FLOPs of a Pallas call: its stated cost, else those of attention by its shapes; None if unknown.
 
   Each product of attention takes 2 B N T S H FLOPs, half of them under a causal mask.  The forward pass has 2 products;
@@ -295,7 +295,7 @@ def kernel_flops(frame, instruction, causal_fraction=0.5):
   if shape is None:
     return None
   products, count, length, keys, head_dim = shape
-  return 2.0 * products * count * length * keys * head_dim * causal_fraction
+  return 2.0 * products * count * length * keys * head_dim * attention_fraction
 
 
 def _stated_flops(instruction):
@@ -303,7 +303,7 @@ def _stated_flops(instruction):
   return float(match[1]) if match else 0.0
 
 
-def array_overhead(frame, instruction, array, causal_fraction=0.5):
+def array_overhead(frame, instruction, array, attention_fraction=0.5):
   """Return the ratio of a kernel's time on the matrix unit to its FLOPs at peak, as a lower bound.
 
   array: rows and columns of the matrix unit.  head_dim is the inner or last dimension of every product of attention, so
@@ -317,11 +317,11 @@ def array_overhead(frame, instruction, array, causal_fraction=0.5):
   utilization = min(head_dim / array, 1.0)
   backward = '_dkv' if 'dkv' in instruction.name else '_dq' if 'dq' in instruction.name else ''
   sizes = [re.search(rf'\bblock_{operand}{backward}\W+(\d+)', instruction.attributes) for operand in ('q', 'kv')]
-  if _stated_flops(instruction) or causal_fraction != 0.5 or length != keys or None in sizes:
+  if _stated_flops(instruction) or attention_fraction != 0.5 or length != keys or None in sizes:
     return 1 / utilization
   rows, columns = (min(int(size[1]), length) for size in sizes)
   computed = sum(min(-(-(first + rows) // columns) * columns, keys) * rows for first in range(0, length, rows))
-  return computed / (causal_fraction * length * keys) / utilization
+  return computed / (attention_fraction * length * keys) / utilization
 
 
 def _attention_shape(frame, instruction):

@@ -90,6 +90,16 @@ def test_plan_follows_from_the_config():
     assert plan['hbm_bytes'][key] > 0
 
 
+def test_attention_fraction_averages_over_the_layer_pattern():
+  spec = lambda **model: config.build(PlanSpec, {
+      'model': dict(num_layers=4, vocab_size=512, **model), 'data': {'sources': {'a': 1.0}, 'seq_len': 8}})
+  local = (2 * 3 / 2 + 6 * 2) / 64  # Queries 1 to 8 attend to 1, 2, 2, ... keys.
+  assert analytical.attention_fraction(spec()) == analytical.attention_fraction(spec(window=8)) == 0.5
+  assert analytical.attention_fraction(spec(window=2)) == pytest.approx(local)
+  mixed = spec(window=2, attention_pattern=['local', 'local', 'local', 'global'])
+  assert analytical.attention_fraction(mixed) == pytest.approx((3 * local + 0.5) / 4)
+
+
 def test_fast_takes_two_seconds_and_imports_no_jax(tmp_path):
   code = ("import sys; from llmjax import main\n"
           "try:\n  main.main(sys.argv[1:])\nfinally:\n  assert 'jax' not in sys.modules")
