@@ -43,7 +43,7 @@ class Command:
 COMMANDS = {
     'prepare': Command(
         'text to a corpus, a tokenizer and a token store', 'llmjax.commands.prepare',
-        'llmjax.run.spec:PrepareOptions', 'llmjax.run.spec:PrepareSpec',
+        'llmjax.data.spec:PrepareOptions', 'llmjax.data.spec:PrepareSpec',
         'llmjax prepare --config=configs/data/python_docs.py'),
     'pretrain': Command(
         'train a language model from scratch, or go on with a run', 'llmjax.loops.pretrain',
@@ -63,7 +63,7 @@ COMMANDS = {
         'llmjax rl --config=configs/rl/sums_grpo.py --workdir=runs/rl'),
     'preview': Command(
         'rows of a recipe as text, with what is trained told apart', 'llmjax.commands.preview',
-        'llmjax.run.spec:PreviewOptions', 'llmjax.run.spec:PreviewSpec',
+        'llmjax.commands.spec:PreviewOptions', 'llmjax.commands.spec:PreviewSpec',
         'llmjax preview --config=configs/finetune/chat.py --rows=3'),
     'feedback revise': Command(
         'a model criticises and rewrites its answers by written principles', 'llmjax.commands.feedback',
@@ -77,18 +77,19 @@ COMMANDS = {
         '--prompts=prompts.jsonl --output=data/preferences.jsonl'),
     'evaluate': Command(
         'held-out perplexity and bits per byte of a run, beside gzip and xz',
-        'llmjax.loops.evaluate', 'llmjax.run.spec:EvaluateOptions', None,
+        'llmjax.loops.evaluate', 'llmjax.evaluate.spec:EvaluateOptions', None,
         'llmjax evaluate --workdir=runs/quickstart'),
     'generate': Command(
         'sample text from a run, streamed to the terminal', 'llmjax.loops.generate',
-        'llmjax.run.spec:GenerateOptions', None,
+        'llmjax.generate.spec:GenerateOptions', None,
         "llmjax generate --workdir=runs/quickstart --prompt='def '"),
     'report': Command(
         "write a run's report.html again, or one page about several runs", 'llmjax.commands.report',
-        'llmjax.run.spec:ReportOptions', None, 'llmjax report --workdir=runs/quickstart --compare=runs/chat,runs/rl'),
+        'llmjax.evaluate.spec:ReportOptions', None,
+        'llmjax report --workdir=runs/quickstart --compare=runs/chat,runs/rl'),
     'mesh': Command(
         'show how a recipe is sharded: mesh, parameters, memory, collectives', 'llmjax.commands.mesh',
-        'llmjax.plan.spec:MeshOptions', 'llmjax.run.spec:LayoutSpec',
+        'llmjax.plan.spec:MeshOptions', 'llmjax.commands.spec:LayoutSpec',
         'llmjax mesh --config=configs/pretrain/quickstart.py --config.mesh.fsdp=4 --devices=8'),
     'plan': Command(
         'predict memory, speed and cost of a run on TPUs from its compiled program; needs no TPU',

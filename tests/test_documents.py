@@ -11,7 +11,7 @@ import shlex
 import pytest
 
 from llmjax import config, main
-from llmjax.run.spec import LayoutSpec
+from llmjax.commands.spec import LayoutSpec
 from tests.helpers import ROOT, call_and_read
 from tests.test_wrong_commands import MANIFEST
 

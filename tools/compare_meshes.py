@@ -41,6 +41,7 @@ import numpy as np
 import test_meshes
 
 from llmjax.commands.mesh import abstract_pretraining, compile_step, local_bytes
+from llmjax.commands.spec import LayoutSpec
 from llmjax.config import to_dict
 from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
@@ -49,7 +50,7 @@ from llmjax.parallel.pipeline import bubble
 from llmjax.parallel.spec import AXES, MeshSpec, PipelineSpec
 from llmjax.plan.collectives import find_collectives, summarize
 from llmjax.plan.flops import count_products
-from llmjax.run.spec import LayoutSpec, PretrainSpec
+from llmjax.run.spec import PretrainSpec
 
 PROGRAM = {
     'dense': ModelSpec(num_layers=8, d_model=256, num_heads=8, mlp_dim=704, vocab_size=4096),

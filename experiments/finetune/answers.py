@@ -18,7 +18,7 @@ from llmjax.checkpoint.checkpoints import read_config
 from llmjax.data import stream
 from llmjax.data.spec import DataSpec
 from llmjax.loops.generate import load_generator
-from llmjax.run.spec import LayoutSpec, of_run
+from llmjax.run.saved_run import SavedRunSpec, spec_of_run
 
 
 def f1(said, right):
@@ -33,7 +33,7 @@ def main(folder, count, runs):
   right = [messages[-1]['content'] for messages in records]
   said = {}
   for run in runs:
-    spec = of_run(LayoutSpec, read_config(run))
+    spec = spec_of_run(SavedRunSpec, read_config(run))
     generator, tokenizer, _ = load_generator(types.SimpleNamespace(workdir=run, step=0), spec)
     with stream.chat_format(DataSpec(sources={folder: 1.0})) as chat:
       prompts = [chat.prompt(messages[:-1]) for messages in records]

@@ -14,9 +14,9 @@ from llmjax.checkpoint.arrays import Arrays, read_json
 from llmjax.checkpoint.checkpoints import remove_checkpoint
 from llmjax.checkpoint.load import checkpoints_folder, find_step, read_config, require_verified
 from llmjax.checkpoint.spec import CheckpointSpec
+from llmjax.commands.spec import PreviewSpec
 from llmjax.config import ConfigError
 from llmjax.run.progress import format_bytes
-from llmjax.run.spec import PreviewSpec
 
 BLOCK = 1 << 22  # Values converted to float64 at a time, to bound memory.
 TEMPORARY_SECONDS = 3600  # A younger temporary folder may belong to a save in progress.

@@ -25,7 +25,7 @@ from llmjax.generate.score import score
 from llmjax.post import ai_feedback
 from llmjax.run.compile_time import compile_clock
 from llmjax.run.progress import Stages
-from llmjax.run.spec import FinishedSpec, of_run
+from llmjax.run.saved_run import SavedRunSpec, spec_of_run
 from llmjax.run.workdir import enable_compilation_cache
 from llmjax.run.writers import Lines, LogError
 from llmjax.text.templates import TemplateError
@@ -113,7 +113,7 @@ class _ChatModel:
   def __init__(self, workdir, options):
     step = options.step if workdir == options.workdir else 0
     self._options = dataclasses.replace(options, workdir=workdir, step=step)
-    run_spec = of_run(FinishedSpec, read_config(workdir))
+    run_spec = spec_of_run(SavedRunSpec, read_config(workdir))
     enable_compilation_cache(run_spec.train.compilation_cache)
     self._generator, self._tokenizer, step = load_generator(self._options, run_spec)
     self._chat = load_chat(workdir, self._tokenizer, '--workdir' if workdir == options.workdir else '--policy')

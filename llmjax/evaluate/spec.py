@@ -1,4 +1,4 @@
-"""Flags of `llmjax evaluate` and `llmjax report`.  Does not import JAX."""
+"""The `evaluate` group of a config, and the flags of `llmjax evaluate` and `llmjax report`.  Does not import JAX."""
 
 import dataclasses
 import os
@@ -6,6 +6,22 @@ import os
 from llmjax.checkpoint import pickle_guard
 from llmjax.config import setting
 from llmjax.data import prepared
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateSpec:
+  """The `evaluate` group: evaluation during training, every train.eval_every steps and at the end."""
+
+  splits: tuple[str, ...] = setting(('validation',), 'splits of the data to evaluate; empty: no evaluation',
+                                    choices=prepared.SPLITS)
+  tasks: tuple[str, ...] = setting((), 'additional evaluations, module:function: a function (spec, mesh) of your own '
+                                   'that returns a function (params, frozen) -> {metric: number}; logged as '
+                                   'eval/<function>/<metric>')
+  batch_size: int = setting(0, 'sequences per batch; 0: train.batch_size', minimum=0)
+  limit: int = setting(0, 'maximum number of sequences, a fixed random sample of each split; 0: all', minimum=0)
+  per_source: bool = setting(False, 'also evaluate every source of the data separately')
+  extra_sources: tuple[str, ...] = setting((), 'additional prepared data folders to evaluate on, such as the '
+                                           'pretraining data during fine-tuning', kind='path')
 
 
 def _workdir_problems(options):

@@ -1,4 +1,4 @@
-"""Options of sampling and of `llmjax generate`.  No JAX here."""
+"""The `sample` group of a config, and the flags of `llmjax generate`.  Does not import JAX."""
 
 import dataclasses
 import os
@@ -8,6 +8,18 @@ from llmjax.config import setting
 
 ANSWERS = 'answers.jsonl'  # In a run's folder: completions of the prompts of a file.
 CHAT_TEMPLATE = 'chat_template.json'  # In the folder of a run that was trained on conversations.
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleSpec:
+  """The `sample` group: samples during training, written to samples.jsonl and the report."""
+
+  prompts: tuple[str, ...] = setting((), 'prompts to complete every train.sample_every steps: one text, or a list such '
+                                     'as ["Once upon a time, there was", "The end"]; empty: no samples', kind='text')
+  max_new_tokens: int = setting(128, 'maximum number of tokens to generate', minimum=1)
+  temperature: float = setting(0.8, 'sampling temperature; 0: greedy decoding', minimum=0.0)
+  top_p: float = setting(0.95, 'nucleus sampling: sample from the smallest set of tokens with this total probability',
+                         minimum=0.0, maximum=1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from llmjax.parallel.sharding import tree_shardings
 from llmjax.parallel.spec import DistributedSpec
 from llmjax.report.report import write_report
 from llmjax.run import start
+from llmjax.run.saved_run import CompletionsSpec, EvaluatedRunSpec, spec_of_run
 from llmjax.run.sources import template_problems
-from llmjax.run.spec import AnswersSpec, EvaluatedSpec, of_run
 from llmjax.run.workdir import enable_compilation_cache
 
 
@@ -70,15 +70,15 @@ def _specs(options, settings):
   settings = {**settings, 'evaluate': {**settings.get('evaluate', {}), **asked}}
   data = {**settings.get('data', {}), **({'seq_len': options.seq_len} if options.seq_len else {})}
   if not options.sources:
-    return {'': of_run(EvaluatedSpec, {**settings, 'data': data})}
+    return {'': spec_of_run(EvaluatedRunSpec, {**settings, 'data': data})}
   settings['evaluate'] |= {'extra_sources': [], 'per_source': False, 'tasks': []}
   if problems := list(template_problems(options.sources, options.workdir)):
     raise config.ConfigError([f"--{problem.removeprefix('data.')}" for problem in problems])
   specs = {}
   for folder in options.sources:
     held = prepared.kind(prepared.read_manifest(folder))
-    kind = AnswersSpec if held == 'prompts' else EvaluatedSpec
-    specs[stream.folder_name(folder)] = of_run(kind, {
+    kind = CompletionsSpec if held == 'prompts' else EvaluatedRunSpec
+    specs[stream.folder_name(folder)] = spec_of_run(kind, {
         **settings, 'rl': {'rewards': {options.reward: 1.0}, 'max_new_tokens': options.max_new_tokens},
         'data': {**data, 'sources': {folder: 1.0}, 'packing': 'best_fit' if held == 'chat' else 'concat',
                  'overflow': 'drop'}})
@@ -95,7 +95,7 @@ def _check_tokenizer(workdir, spec):
 
 def _measure(spec, mesh, params):
   """Yields (name of an evaluation, its measures)."""
-  if isinstance(spec, AnswersSpec):
+  if isinstance(spec, CompletionsSpec):
     if mesh.devices.flat[0].platform == 'cpu':  # As `generate` does.
       spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, compute_dtype='float32'))
     tokenizer = stream.load_tokenizer(spec.data)

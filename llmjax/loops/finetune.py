@@ -10,7 +10,7 @@ from llmjax.text.templates import TemplateError
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
-  if spec.prefers:
+  if spec.is_preference:
     return start.run(spec, options, preference.preference_job)
   return start.run(distill.settle(spec), options, make_job)
 

@@ -22,7 +22,7 @@ from llmjax.generate.stops import TextStream
 from llmjax.parallel import distributed
 from llmjax.parallel.spec import DistributedSpec
 from llmjax.run.compile_time import Stopwatch
-from llmjax.run.spec import EvaluatedSpec, FinishedSpec, of_run
+from llmjax.run.saved_run import EvaluatedRunSpec, SavedRunSpec, spec_of_run
 from llmjax.run.workdir import enable_compilation_cache
 
 ROWS = 32  # Prompts of a file in a batch.
@@ -41,7 +41,7 @@ def run(spec, options):
 
 def _generate(options):
   has_tokenizer = (pathlib.Path(options.workdir) / TOKENIZER).exists()  # Then the corpus need not be there.
-  run_spec = of_run(FinishedSpec if has_tokenizer else EvaluatedSpec, read_config(options.workdir))
+  run_spec = spec_of_run(SavedRunSpec if has_tokenizer else EvaluatedRunSpec, read_config(options.workdir))
   records = options.prompts and read_records(
       options.prompts, lambda record: (read_prompt(record), record.get('answer', record.get('output'))))
   prompt = None if records else read_given_prompt(options)

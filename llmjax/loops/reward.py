@@ -20,7 +20,7 @@ MARGINS = 'reward.json'  # In the run's folder: what the report plots of held-ou
 
 def run(spec, options):
   """Trains what the spec says in options.workdir; returns the exit status."""
-  scores = 'steps' if spec.judges_steps else 'completions'
+  scores = 'steps' if spec.is_stepwise else 'completions'
   spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, value_head=True),
                              reward=dataclasses.replace(spec.reward, scores=scores))
   return start.run(spec, options, make_job)
@@ -30,12 +30,12 @@ def make_job(spec, mesh, batches, workdir):
   """Returns the loop.Job of the Bradley-Terry loss of pairs, or of the cross-entropy of steps."""
   start.keep_template(spec, workdir)
   model, noise = start.make_model(spec, mesh), spec.train.neftune_alpha
-  if spec.judges_steps:
+  if spec.is_stepwise:
     scorer = objective.make_step_scorer(model, noise)
   else:
     scorer = objective.make_pair_scorer(model, center_rewards_coef=spec.reward.center_rewards_coef, neftune_alpha=noise)
   loss_fn = objective.loss_of(scorer)
-  if spec.judges_steps:
+  if spec.is_stepwise:
     job = loop.Job(spec=spec, mesh=mesh, batches=batches, loss_fn=loss_fn, evaluators={}, sample=None,
                       describe=pretrain.make_describer(spec, batches))
   else:
@@ -49,7 +49,7 @@ def make_evaluator(spec, mesh, scorer, split, workdir):
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   count = lambda batch: jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # Sequences that do not pad the batch.
   step = jax.jit(lambda params, batch: (*scorer(params, batch, None), count(batch)), out_shardings=whole)
-  unit = 'steps' if spec.judges_steps else 'pairs'
+  unit = 'steps' if spec.is_stepwise else 'pairs'
   described = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
 
   def evaluate(params, frozen):
@@ -61,14 +61,14 @@ def make_evaluator(spec, mesh, scorer, split, workdir):
       parts.append({name: np.asarray(a).ravel() for name, a in each.items()})
       return sums
 
-    read = (_read_rows if spec.judges_steps else preference.read_split)(spec, mesh, split, limit=spec.evaluate.limit)
+    read = (_read_rows if spec.is_stepwise else preference.read_split)(spec, mesh, split, limit=spec.evaluate.limit)
     values = margins.evaluate(judged, params, frozen, read, unit)
     each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     real = each['weight'] > 0
     each = {name: a[real] for name, a in each.items()}
     found = margins.describe_margins(each['margin'], unit=unit)
     values |= {'calibration_error': found['error'], 'mean_score': float(each['score'].mean())}
-    if spec.judges_steps:
+    if spec.is_stepwise:
       found |= margins.describe_steps(each['margin'], each['good'], each['place'])
       values |= {'base_accuracy': found['base'], 'sequences': sum(counts)}
     if distributed.is_first():

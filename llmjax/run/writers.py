@@ -12,6 +12,7 @@ Secrets are masked in the config, in metrics and in events; prompts and samples 
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -24,9 +25,10 @@ import uuid
 
 from llmjax import config as configs
 from llmjax import secrets
+from llmjax.config import setting
 from llmjax.evaluate.metrics import encode_number, read_lines, read_metrics
 
-__all__ = ['MIRRORS', 'Writer', 'open_writers', 'read_metrics', 'rewind']
+__all__ = ['MIRRORS', 'LogsSpec', 'Writer', 'open_writers', 'read_metrics', 'rewind']
 
 # Seconds that `close` waits for the tracking services to take the queued metrics.
 DRAIN_SECONDS = 30.0
@@ -298,6 +300,14 @@ class MLflow(Mirror):
 
 
 MIRRORS = {'tensorboard': TensorBoard, 'wandb': WeightsAndBiases, 'mlflow': MLflow}
+
+
+@dataclasses.dataclass(frozen=True)
+class LogsSpec:
+  """The `logs` group of a config."""
+
+  writers: tuple[str, ...] = setting(('tensorboard',), 'services that also receive the metrics of metrics.jsonl',
+                                     choices=tuple(MIRRORS))
 
 
 def _import(package, command):

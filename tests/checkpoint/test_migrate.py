@@ -12,8 +12,8 @@ from llmjax.checkpoint import bases, manifest, migrate
 from llmjax.checkpoint.arrays import read_json
 from llmjax.checkpoint.checkpoints import Checkpoints
 from llmjax.checkpoint.load import read_config
+from llmjax.commands.spec import PreviewSpec
 from llmjax.config import ConfigError
-from llmjax.run.spec import PreviewSpec
 from llmjax.train.state import TrainState
 from tests.helpers import call_and_read
 

@@ -10,8 +10,8 @@ import pytest
 
 from llmjax import config
 from llmjax.checkpoint import pickle_guard
+from llmjax.commands.spec import LayoutSpec
 from llmjax.generate.spec import GenerateOptions
-from llmjax.run.spec import LayoutSpec
 
 ROOT = pathlib.Path(__file__).parents[2]
 # (file, name) of what would be forbidden elsewhere, with the reason.

@@ -11,14 +11,16 @@ from llmjax.adapt.spec import AdapterSpec
 from llmjax.checkpoint import manifest
 from llmjax.checkpoint.load import load_params
 from llmjax.config import ConfigError, build
+from llmjax.evaluate.spec import EvaluateSpec
 from llmjax.interop import peft, safetensors
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.run import loop as harness
 from llmjax.run import timer
 from llmjax.run.goodput import Goodput
-from llmjax.run.spec import EvaluateSpec, LogsSpec, PretrainSpec
+from llmjax.run.spec import PretrainSpec
 from llmjax.run.workdir import claim_workdir
+from llmjax.run.writers import LogsSpec
 from llmjax.train import objectives
 from llmjax.train.spec import OptimizerSpec, TrainSpec
 from tests.helpers import call_and_read
@@ -217,6 +219,6 @@ def test_all_problems_of_a_peft_config_are_reported_at_once(load_peft):
 def test_invalid_combinations_are_reported_at_once():
   with pytest.raises(ConfigError) as e:
     build(PretrainSpec, {'adapter': {'kind': 'lora'}, 'pipeline': {'schedule': '1f1b'}})
-  assert 'which run is the adapter for?' in str(e.value) and 'write pipeline.schedule=gpipe' in str(e.value)
+  assert 'train.init_from is missing' in str(e.value) and 'write pipeline.schedule=gpipe' in str(e.value)
   with pytest.raises(ConfigError, match='quantize=nf4 .* set adapter.kind'):
     build(PretrainSpec, {'adapter': {'quantize': 'nf4'}})

@@ -88,7 +88,7 @@ def test_no_compile_is_fast_and_needs_no_data(recipe, tmp_path):
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['--devices=6', '--config.mesh.fsdp=4'], 'mesh: data -1 x fsdp 4 does not fill 6 devices'),
     (['--config.model.vocab_size=0'], 'data/nowhere'),
-    (['--config.model.vocab_size=0'], 'or set model.vocab_size, and no data is needed'),
+    (['--config.model.vocab_size=0'], 'or set model.vocab_size'),
     (['--config.model.vocab_size=4095', '--config.mesh.tensor=2'],
      'model.vocab_size=4095 is not divisible by mesh.tensor=2; write model.vocab_size=4094 or 4096'),
     (['--devices=8', '--config.train.batch_size=4'],

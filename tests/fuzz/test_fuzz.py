@@ -132,7 +132,7 @@ def test_command_lines(count, tmp_path, monkeypatch):
 
 @times(150, 2000)
 def test_recipes(count, tmp_path):
-  from llmjax.run.spec import LayoutSpec
+  from llmjax.commands.spec import LayoutSpec
   rng, wrong = random.Random(count), 0
   good = json.dumps(config.to_dict(LayoutSpec())).encode()
   for number in range(count):
@@ -330,7 +330,7 @@ def test_checkpoint_folders(count, tmp_path):
 @times(100, 2000)
 def test_configs_of_runs_and_files_of_weights(count, tmp_path):
   from llmjax.checkpoint.load import read_config
-  from llmjax.run.spec import LayoutSpec
+  from llmjax.commands.spec import LayoutSpec
   rng, refused = random.Random(count), 0
   good = json.dumps(config.to_dict(LayoutSpec())).encode()
   for number in range(count):
@@ -352,9 +352,10 @@ def test_configs_of_runs_and_files_of_weights(count, tmp_path):
 
 def test_paths_that_are_none(tmp_path):
   """Names too long, without rights, with odd bytes: a line each, through every field that takes a path."""
+  from llmjax.commands.spec import LayoutSpec
   from llmjax.data.spec import PrepareOptions, PrepareSpec
   from llmjax.generate.spec import GenerateOptions
-  from llmjax.run.spec import LayoutSpec, PretrainOptions
+  from llmjax.run.spec import PretrainOptions
   closed = tmp_path / 'closed'
   closed.mkdir()
   closed.chmod(0)

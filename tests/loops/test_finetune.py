@@ -141,12 +141,12 @@ def test_preview_has_the_sequences_of_the_command_that_trains(folder, capsys, mo
     (batch,) = itertools.islice(batches, 1)
   assert f'{int((batch["segment_ids"] > 0).sum())} of {spec.data.seq_len} places' in out
   call("preview --config=from_base.py --config.data.sources=chat --config.train.init_from=nowhere", status=2)
-  assert 'train.init_from=nowhere: there is no such run, and training takes data.seq_len' in capsys.readouterr().err
+  assert '--config.data.seq_len=NUMBER' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    ('--config.train.init_from=', 'train.init_from is missing: which run is to be fine-tuned?'),
-    ('--config.train.init_from=nowhere', 'train.init_from=nowhere: there is no such folder'),
+    ('--config.train.init_from=', 'train.init_from is missing'),
+    ('--config.train.init_from=nowhere', 'train.init_from=nowhere'),
     ('--config.data.packing=concat', 'packing=concat would cut the conversations of chat at the ends of rows; write '),
     ('--config.data.sources=other', 'other has another tokenizer than base; prepare it again with --force '
      '--config.tokenizer.path=base/tokenizer.model'),

@@ -209,7 +209,7 @@ def test_a_run_keeps_its_tokenizer(folder):
 
 def test_a_profile_past_the_end_is_refused(folder):
   out = pretrain(folder, 'profiled', 5, '--config.profile.steps=10:13', status=2)
-  assert 'profile.steps=10:13 is past the last step, train.steps=5' in out
+  assert 'profile.steps=10:13' in out
 
 
 @pytest.mark.slow

@@ -7,11 +7,11 @@ import jax
 import pytest
 
 from llmjax.commands.mesh import compile_step
+from llmjax.commands.spec import LayoutSpec
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.parallel.spec import MeshSpec, PipelineSpec
 from llmjax.plan.collectives import find_collectives, largest_replicated
-from llmjax.run.spec import LayoutSpec
 
 L, B, T, D, N, F, V = 2, 16, 128, 64, 8, 192, 512
 DENSE = ModelSpec(num_layers=L, d_model=D, num_heads=N, mlp_dim=F, vocab_size=V)

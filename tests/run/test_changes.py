@@ -12,12 +12,14 @@ import pytest
 from llmjax.checkpoint import manifest, recorded
 from llmjax.config import ConfigError
 from llmjax.evaluate.metrics import read_lines
+from llmjax.evaluate.spec import EvaluateSpec
 from llmjax.model.spec import ModelSpec
 from llmjax.parallel.mesh import make_mesh
 from llmjax.run import changes, loop, timer
 from llmjax.run.goodput import Goodput
-from llmjax.run.spec import EvaluateSpec, FinetuneSpec, LogsSpec, PretrainSpec, RewardSpec, RlCommandSpec
+from llmjax.run.spec import FinetuneSpec, PretrainSpec, RewardSpec, RlCommandSpec
 from llmjax.run.workdir import claim_workdir
+from llmjax.run.writers import LogsSpec
 from llmjax.train import objectives
 from llmjax.train.spec import OptimizerSpec, TrainSpec
 

@@ -16,7 +16,8 @@ from llmjax.parallel.spec import MeshSpec
 from llmjax.run import loop as harness
 from llmjax.run import timer
 from llmjax.run.goodput import BUCKETS, Goodput
-from llmjax.run.spec import LogsSpec, PretrainSpec
+from llmjax.run.spec import PretrainSpec
+from llmjax.run.writers import LogsSpec
 from llmjax.train import objectives
 from llmjax.train.spec import GuardSpec, OptimizerSpec, TrainSpec
 
