@@ -124,7 +124,7 @@ def test_preview_shows_what_is_trained(folder, capsys):
   assert '[[a small animal<|end|>]]' in out or '[[water that moves<|end|>]]' in out or '[[a place' in out
   table = {line.split()[0]: line.split() for line in out.splitlines()[2:4]}
   assert table['chat'][1] == 'chat' and float(table['chat'][-1].rstrip('%')) > 97
-  assert 'of 48 places' in out
+  assert 'of 48 tokens' in out
 
 
 @pytest.mark.parametrize('more', ['', "'preference': {'beta': 0.2}", "'rl': {'num_generations': 4}, 'policy': {}"])
@@ -134,12 +134,12 @@ def test_preview_has_the_sequences_of_the_command_that_trains(folder, capsys, mo
           "}}\n", f"}}, {more}}}\n"))
   call("preview --config=from_base.py --rows=1 --config.data.sources=chat")
   out = capsys.readouterr().out
-  assert 'of 48 places' in out and 'sequences of 48 targets, data.packing=best_fit' in out
+  assert 'of 48 tokens' in out and 'sequences of 48 tokens, data.packing=best_fit' in out
   spec = config.build(FinetuneSpec, {'data': {'sources': {'chat': 1.0}, 'packing': 'best_fit'},
                                      'train': {'init_from': 'base'}})
   with stream.open_stream(spec.data, batch_size=1, seed=spec.train.seed) as batches:
     (batch,) = itertools.islice(batches, 1)
-  assert f'{int((batch["segment_ids"] > 0).sum())} of {spec.data.seq_len} places' in out
+  assert f'{int((batch["segment_ids"] > 0).sum())} of {spec.data.seq_len} tokens' in out
   call("preview --config=from_base.py --config.data.sources=chat --config.train.init_from=nowhere", status=2)
   assert '--config.data.seq_len=NUMBER' in capsys.readouterr().err
 
@@ -147,7 +147,7 @@ def test_preview_has_the_sequences_of_the_command_that_trains(folder, capsys, mo
 @pytest.mark.parametrize(('arguments', 'message'), [
     ('--config.train.init_from=', 'train.init_from is missing'),
     ('--config.train.init_from=nowhere', 'train.init_from=nowhere'),
-    ('--config.data.packing=concat', 'packing=concat would cut the conversations of chat at the ends of rows; write '),
+    ('--config.data.packing=concat', 'write packing=best_fit'),
     ('--config.data.sources=other', 'other has another tokenizer than base; prepare it again with --force '
      '--config.tokenizer.path=base/tokenizer.model'),
     ('--config.evaluate.extra_sources=nowhere',

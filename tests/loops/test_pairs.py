@@ -329,7 +329,7 @@ def test_wrong_settings(folder):
 
 
 def test_kto_needs_completions_of_other_prompts(monkeypatch):
-  monkeypatch.setattr(FinetuneSpec, 'prefers', True)
+  monkeypatch.setattr(FinetuneSpec, 'is_preference', True)
 
   def validate(**groups):
     spec = FinetuneSpec(preference=PreferenceSpec(loss='kto', reference='copy'))
@@ -345,13 +345,13 @@ def test_kto_needs_completions_of_other_prompts(monkeypatch):
 
 
 def test_unpaired_preferences_need_a_loss_of_single_completions(monkeypatch):
-  monkeypatch.setattr(FinetuneSpec, 'prefers', True)
+  monkeypatch.setattr(FinetuneSpec, 'is_preference', True)
   monkeypatch.setattr(DataSpec, 'unpaired', lambda self: ['data/kto'])
 
   def validate(**preference):
     return ' '.join(FinetuneSpec(preference=PreferenceSpec(reference='copy', **preference)).validate())
 
   assert 'write preference.loss=kto or apo_zero_unpaired' in validate()
-  assert 'single ones' not in validate(loss='kto') + validate(loss='apo_zero_unpaired')
+  assert 'unpaired' not in validate(loss='kto') + validate(loss='apo_zero_unpaired')
   assert 'write preference.ld_alpha=1' in validate(loss='kto', ld_alpha=0.5)
-  assert 'a reward model learns from pairs' in ' '.join(RewardSpec().data.validate())
+  assert 'prepare records with prompt, chosen and rejected' in ' '.join(RewardSpec().data.validate())
