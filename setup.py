@@ -11,7 +11,7 @@ VERSION = re.search(r"__version__ = '([^']+)'", (ROOT / 'llmjax/__init__.py').re
 setuptools.setup(
     name='llmjax',
     version=VERSION,
-    description='The whole life of a language model in JAX, on any device mesh.',
+    description='Training, fine-tuning, RL and evaluation of language models in JAX, on any device mesh.',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
@@ -25,23 +25,23 @@ setuptools.setup(
         'flax>=0.12.8',  # Layers.
         'optax>=0.2.8',  # Optimizers and schedules.
         'orbax-checkpoint>=0.12',  # Checkpoints.
-        'tensorflow-datasets>=4.9.10',  # Documents, as ArrayRecord; TensorFlow is not needed.
-        'importlib_resources',  # TensorFlow Datasets imports it without asking for it.
+        'tensorflow-datasets>=4.9.10',  # Documents in ArrayRecord files; TensorFlow is not needed.
+        'importlib_resources',  # Imported by TensorFlow Datasets, which does not declare it.
         'array-record>=0.8',
-        'grain>=0.2.18',  # Order, shuffling, mixing, workers.
+        'grain>=0.2.18',  # Shuffling, mixing, data loader processes.
         'sentencepiece>=0.2.1',  # Tokenizer.
-        'zstandard',  # Reading .zst text.
-        'safetensors>=0.8',  # Adapters of peft; bfloat16 in NumPy.
-        'ml-collections>=1.1',  # Recipes.
-        'absl-py>=2.1',  # Flags.
-        'pyyaml>=6.0.1',  # Manifests of Kubernetes.
-        'jinja2>=3.1.6',  # Chat templates; its sandbox before that could be left.
+        'zstandard',  # .zst files.
+        'safetensors>=0.8',  # Hugging Face peft adapters; bfloat16 in NumPy.
+        'ml-collections>=1.1',  # Config objects of recipes.
+        'absl-py>=2.1',  # Command-line flags.
+        'pyyaml>=6.0.1',  # Kubernetes manifests.
+        'jinja2>=3.1.6',  # Chat templates; earlier sandboxes can be escaped.
         'tensorboardX>=2.6',  # TensorBoard events without TensorFlow.
     ],
     extras_require={
         'tpu': ['jax[tpu]>=0.10'],
         'cuda': ['jax[cuda13]>=0.10'],
-        'beam': ['apache-beam>=2.77'],  # Prepare a large corpus on many machines.
+        'beam': ['apache-beam>=2.77'],  # Prepare data on many machines.
         'wandb': ['wandb'],
         'mlflow': ['mlflow'],
         'test': ['pytest', 'pytest-xdist', 'hypothesis', 'import-linter'],

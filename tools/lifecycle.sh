@@ -42,7 +42,7 @@ if [ ! -e "$questions/pairs.jsonl" ]; then
   show llmjax generate --workdir="$work/sft" --prompts="$questions/rest.jsonl" --chat --temperature=1 --max-new-tokens=48
   show python experiments/lifecycle/make_pairs.py "$work/sft/answers.jsonl" "$questions/pairs.jsonl"
 fi
-prepare "$questions/pairs.jsonl" pairs pairs
+prepare "$questions/pairs.jsonl" pairs preference
 train reward reward "$work/sft" "$work/data/pairs" "$@"
 train rl ppo "$work/sft" "$work/data/problems" "$@"
 train rl grpo "$work/sft" "$work/data/problems" "$@"
