@@ -41,7 +41,7 @@ def typed_lines(text):
 
 def parse(words):
   """Returns (spec or None, options) of what stands behind `llmjax`; raises ConfigError."""
-  name, arguments = main._split_command(words)
+  name, arguments = main.split_command(words)
   assert name in main.COMMANDS, words
   command = main.COMMANDS[name]
   if command.launches:
@@ -82,7 +82,7 @@ def test_commands_are_right_and_read_what_was_made_before(document, monkeypatch)
 def test_the_readme_has_its_commands():
   lines = typed_lines((ROOT / 'README.md').read_text(encoding='utf-8'))
   assert len([words for words in lines if words[0] == 'llmjax']) > 35
-  named = {main._split_command(words[1:])[0] for words in lines}
+  named = {main.split_command(words[1:])[0] for words in lines}
   assert {'prepare', 'pretrain', 'finetune', 'reward', 'rl', 'evaluate', 'generate', 'plan', 'mesh', 'chaos'} <= named
 
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from llmjax import config, main
+from llmjax import command_table, config, main
 from tests.helpers import call_and_read, environment_of, run_process
 
 
@@ -30,7 +30,7 @@ def test_help_shows_flags_and_fields(capsys, name):
   assert status == 0
   assert 'flags:' in out
   if name == 'pretrain':
-    assert '--config.train.steps (int, 1000)' in out
+    assert '--config.train.steps (int, default: 1000)' in out
 
 
 def fields_of(spec_class, prefix=''):
@@ -47,8 +47,8 @@ def test_help_says_type_default_choices_and_meaning_in_80_columns(capsys, monkey
   _, out, _ = call_and_read(capsys, *name.split(), '--help')
   assert max(map(len, out.splitlines())) <= 80
   command, text = main.COMMANDS[name], ' '.join(out.split())
-  entries = [*fields_of(main._load(command.options), '--')]
-  entries += fields_of(main._load(command.spec), '--config.') if command.spec else []
+  entries = [*fields_of(command_table.load(command.options), '--')]
+  entries += fields_of(command_table.load(command.spec), '--config.') if command.spec else []
   for flag, field in entries:
     entry = text.partition(f' {flag} (')[2].partition(' --')[0]
     for choice in field.metadata['choices'] or ():
@@ -62,7 +62,7 @@ def test_help_says_type_default_choices_and_meaning_in_80_columns(capsys, monkey
 def test_every_path_is_declared_as_one(name):
   command = main.COMMANDS[name]
   for spec_class in filter(None, (command.options, command.spec)):
-    for flag, field in fields_of(main._load(spec_class)):
+    for flag, field in fields_of(command_table.load(spec_class)):
       doc, last = field.metadata['doc'], flag.rpartition('.')[2]
       like_one = re.search('folder|file|director|JSONL|tokenizer.model', doc) or re.search(
           '(dir|path|output|init_from|sources|compare|hlo|cache|peft|teacher|policy|_model)$', last)
@@ -73,16 +73,16 @@ def test_every_path_is_declared_as_one(name):
 
 def test_help_names_the_choices(capsys):
   out = ' '.join(call_and_read(capsys, 'finetune', '--help')[1].split())
-  for entry in ("optimizer.schedule (str, 'cosine') one of cosine, linear, constant, wsd, rsqrt ",
-                "optimizer.name (str, 'adamw') one of adamw, muon, lion, adafactor, sgd ",
-                "adapter.kind (str, '') one of lora, rslora, dora, or empty ",
-                "evaluate.splits (list[str], ['validation']) some of train, validation, test ",
-                "logs.writers (list[str], ['tensorboard']) some of tensorboard, wandb, mlflow",
-                "data.sources (dict[path, float], {'data/python_docs': 1.0})",
-                "train.compilation_cache (path, 'default') one of default, none, or a path"):
+  for entry in ("optimizer.schedule (str, default: 'cosine') one of cosine, linear, constant, wsd, rsqrt ",
+                "optimizer.name (str, default: 'adamw') one of adamw, muon, lion, adafactor, sgd ",
+                "adapter.kind (str, default: '') one of lora, rslora, dora, or empty ",
+                "evaluate.splits (list[str], default: ['validation']) any of train, validation, test ",
+                "logs.writers (list[str], default: ['tensorboard']) any of tensorboard, wandb, mlflow",
+                "data.sources (dict[path, float], default: {'data/python_docs': 1.0})",
+                "train.compilation_cache (path, default: 'default') one of default, none, or a path"):
     assert f'--config.{entry}' in out
   out = ' '.join(call_and_read(capsys, 'prepare', '--help')[1].split())
-  assert "--config.template (path, 'llmjax') one of llmjax, chatml, qwen, llama3, gemma, plain, or a path" in out
+  assert "--config.template (path, default: 'llmjax') one of llmjax, chatml, qwen, llama3, gemma, plain, or a" in out
 
 
 def test_help_fits_a_narrow_terminal(capsys, monkeypatch):
@@ -109,7 +109,7 @@ def test_help_needs_no_jax():
     (['generate', '--workdir=x', '--temprature=1'],
      '--temprature is not a flag; did you mean --temperature?'),
     (['evaluate', '--workdir=nowhere'], "is not a run's folder (no config.json)"),
-    (['evaluate', '--config=x.py', '--workdir=x'], '--config is not for this command'),
+    (['evaluate', '--config=x.py', '--workdir=x'], '--config is not a flag of this command'),
     (['doctor', '--platform=gpuu'], 'must be one of cpu, gpu, tpu, or empty; did you mean gpu?'),
     (['checkpoint', 'verfy', '--workdir=x'], 'llmjax checkpoint verify'),
     (['checkpoint', 'diff', '3', '--workdir=x'], 'such as llmjax checkpoint diff 200 400'),
@@ -118,12 +118,12 @@ def test_help_needs_no_jax():
     (['report', 'stray'], "llmjax report: 'stray' is not expected here"),
     (['pretrain', '--config', 'configs/pretrain/quikstart.py', '--workdir=x'],
      'pretrain: --config=configs/pretrain/quikstart.py: there is no such file; did you mean'),
-    (['pretrain', '--config', '--workdir=x'], '--config needs a file: write --config=FILE'),
+    (['pretrain', '--config', '--workdir=x'], '--config=FILE is missing'),
     (['pretrain', '--config=configs/quickstart.py', '--workdir=x'],
      'did you mean configs/pretrain/quickstart.py?'),
     (['pretrain', '--config=configs/pretrain', '--workdir=x'],
-     'is a folder; name a recipe in it, such as configs/pretrain/gpt2_124m.py'),
-    (['pretrain', '--config=README.md', '--workdir=x'], 'README.md is no recipe: a recipe is a .py file'),
+     '--config=configs/pretrain is a folder; write the path of a recipe, such as configs/pretrain/gpt2_124m.py'),
+    (['pretrain', '--config=README.md', '--workdir=x'], '--config=README.md is not a recipe; write a .py file'),
     (['pretrain', '--config=configs/data/tfds.py', '--workdir=x'],
      'pretrain: --config=configs/data/tfds.py is a recipe of `llmjax prepare`; for example'),
     (['pretrain', '--config=configs/pretrain/quickstart.py', '--workdir=x', '--train.steps=3'],

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
 
-from llmjax import config
+from llmjax import config, recipes
 from llmjax.commands.spec import PlanSpec
 from llmjax.plan import analytical
 from llmjax.plan.jobs import Job, run_jobs
@@ -66,7 +66,7 @@ def predict(entry, topology, head_dim):
 
 
 def spec_of(recipe):
-  return config.build(PlanSpec, config.load_recipe(str(ROOT / f'configs/pretrain/{recipe}')))
+  return config.build(PlanSpec, recipes.load_recipe(str(ROOT / f'configs/pretrain/{recipe}')))
 
 
 def compile_ours(folder, concurrency):

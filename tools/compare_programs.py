@@ -22,7 +22,7 @@ os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 
 from calibrate_plan import predict
 
-from llmjax import config
+from llmjax import config, recipes
 from llmjax.commands.spec import PlanSpec
 from llmjax.model import counts
 from llmjax.plan.jobs import Job, run_jobs
@@ -41,7 +41,7 @@ MAXTEXT = ROOT / 'experiments/tpu_calibration/maxtext_0.2.5.json'
 
 def model_flops(recipe, tokens):
   """Return the model FLOPs of a number of tokens in sequences of the recipe's length."""
-  spec = config.build(PlanSpec, config.load_recipe(str(ROOT / f'configs/pretrain/{recipe}')))
+  spec = config.build(PlanSpec, recipes.load_recipe(str(ROOT / f'configs/pretrain/{recipe}')))
   return tokens * counts.train_flops_per_token(spec.model, spec.data.seq_len)
 
 

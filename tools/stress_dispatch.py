@@ -157,9 +157,9 @@ def measure_speed_here(options):
   import io
 
   from llmjax import config
-  from llmjax.config import load_recipe
   from llmjax.loops import pretrain
   from llmjax.parallel import in_flight
+  from llmjax.recipes import load_recipe
   from llmjax.run.spec import PretrainOptions, PretrainSpec
   from tests.helpers import prepare_words
   found = collections.defaultdict(list)

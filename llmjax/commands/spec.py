@@ -21,7 +21,7 @@ class PreviewOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PreviewData(DataSpec):
-  """The `data` group where sources may hold any kind of record."""
+  """The `data` group: sources of any kind of record, and how they are packed."""
 
   kinds = RECORDS
 

@@ -23,7 +23,7 @@ INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', re.
 
 @dataclasses.dataclass(frozen=True)
 class ProfileSpec:
-  """The `profile` group of a config."""
+  """The `profile` group: tracing of training steps."""
 
   steps: str = setting('', "training steps to trace, 'first:end' with end excluded: 10:13 traces steps 10, 11 and 12")
 

@@ -11,7 +11,7 @@ from llmjax.run.spec import PretrainSpec, PromptData
 
 @dataclasses.dataclass(frozen=True)
 class UncheckedData(DataSpec):
-  """The `data` group of configs whose prepared folders need not exist."""
+  """The `data` group: prepared folders, which need not exist, and how they are packed."""
 
   def validate(self):
     return ()

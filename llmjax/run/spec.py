@@ -211,7 +211,7 @@ class FromRunSpec(PretrainSpec):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneData(DataSpec):
-  """The `data` group of fine-tuning: text and conversations, or preferences."""
+  """The `data` group: sources of text and conversations, or of preferences, and how they are packed."""
 
   kinds = ('text', 'preference', 'chat')
 
@@ -270,7 +270,7 @@ class FinetuneSpec(FromRunSpec):
 
 @dataclasses.dataclass(frozen=True)
 class RewardData(DataSpec):
-  """The `data` group of a reward model: preferences, or solutions with step labels."""
+  """The `data` group: sources of preferences, or of solutions with step labels."""
 
   kinds = ('stepwise', 'preference')
 
@@ -312,7 +312,7 @@ class RewardSpec(FromRunSpec):
 
 @dataclasses.dataclass(frozen=True)
 class PromptData(DataSpec):
-  """The `data` group where sources hold prompts.  seq_len is the length of a prompt with its completion."""
+  """The `data` group: sources of prompts.  seq_len is the length of a prompt with its completion."""
 
   kinds = ('prompts',)
 

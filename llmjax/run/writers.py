@@ -304,7 +304,7 @@ MIRRORS = {'tensorboard': TensorBoard, 'wandb': WeightsAndBiases, 'mlflow': MLfl
 
 @dataclasses.dataclass(frozen=True)
 class LogsSpec:
-  """The `logs` group of a config."""
+  """The `logs` group: destinations of the metrics."""
 
   writers: tuple[str, ...] = setting(('tensorboard',), 'services that also receive the metrics of metrics.jsonl',
                                      choices=tuple(MIRRORS))

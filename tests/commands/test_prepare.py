@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from llmjax import config, main
+from llmjax import config, main, recipes
 from llmjax.commands import prepare
 from llmjax.data import corpus, prepared, stream, token_store, tokens
 from llmjax.data.spec import DataSpec, PrepareOptions, PrepareSpec, TokenizerSpec
@@ -315,7 +315,7 @@ def test_progress_lines(monkeypatch):
 
 
 def test_python_docs_of_this_python(tmp_path):
-  recipe = config.load_recipe(str(pathlib.Path(__file__).resolve().parents[2]
+  recipe = recipes.load_recipe(str(pathlib.Path(__file__).resolve().parents[2]
                                   / 'configs' / 'data' / 'python_docs.py'))
   spec = config.build(PrepareSpec, recipe, [('output', str(tmp_path / 'out')),
                                             ('tokenizer.sample_lines', '2000'),

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from llmjax import config
+from llmjax import config, recipes
 from llmjax.data.spec import DataSpec, PrepareSpec
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def test_output_folders(tmp_path):
 
 @pytest.mark.parametrize('name', ['python_docs', 'text_dir', 'tfds'])
 def test_recipes(name, tmp_path):
-  recipe = config.load_recipe(str(ROOT / 'configs' / 'data' / f'{name}.py'))
+  recipe = recipes.load_recipe(str(ROOT / 'configs' / 'data' / f'{name}.py'))
   more = {'text_dir': [('path', str(tmp_path))], 'tfds': [('name', 'lm1b')]}.get(name, [])
   assert config.build(PrepareSpec, recipe, more).source == name
 

@@ -19,7 +19,7 @@ import zipfile
 
 import pytest
 
-from llmjax import config, main
+from llmjax import config, main, recipes
 from llmjax.checkpoint import manifest, pickle_guard
 from llmjax.data import prepared, text_files, token_store
 from llmjax.data.documents import Document, Limits, Rejected
@@ -140,7 +140,7 @@ def test_recipes(count, tmp_path):
     path.write_bytes(mutate(rng, good))
     with at_most(SECONDS):
       try:
-        config.build(LayoutSpec, config.load_recipe(str(path)))
+        config.build(LayoutSpec, recipes.load_recipe(str(path)))
       except config.ConfigError as e:
         wrong += 1
         assert_plain(e.problems)
@@ -363,7 +363,7 @@ def test_paths_that_are_none(tmp_path):
     for path in ('a' * 5000, '/'.join('a' * 3000), str(closed / 'x'), '\udcff.txt', 'a\nb', '~', '//', '/dev/null/x',
                  '\x1b', 'a\0b'):
       with contextlib.suppress(config.ConfigError):
-        config.load_recipe(path)
+        recipes.load_recipe(path)
       for spec, values in ((DataSpec, {'sources': {path: 1}}), (PrepareSpec, {'tokenizer': {'path': path}}),
                            (LayoutSpec, {'model': {'vocab_size': 64}, 'train': {'init_from': path}}),
                            (PrepareSpec, {'source': 'text_dir', 'path': path}), (PretrainOptions, {'workdir': path}),

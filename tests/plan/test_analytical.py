@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from llmjax import config
+from llmjax import config, recipes
 from llmjax.commands.plan import nearest_meshes, settle
 from llmjax.commands.spec import PlanSpec
 from llmjax.model.counts import count_params
@@ -26,7 +26,7 @@ LLAMA = ['--config=configs/pretrain/llama2_7b.py', '--topology=v5p:4x4x4']
 
 def fast(recipe, topology, **changes):
   path, _, variant = recipe.partition(':')
-  spec = config.build(PlanSpec, config.load_recipe(str(ROOT / f'configs/pretrain/{path}.py') + f':{variant}' * bool(
+  spec = config.build(PlanSpec, recipes.load_recipe(str(ROOT / f'configs/pretrain/{path}.py') + f':{variant}' * bool(
       variant)), [(name.replace('__', '.'), str(value)) for name, value in changes.items()])
   topology = topology if isinstance(topology, Topology) else parse_topology(topology)
   return analytical.plan(settle(spec, topology), topology)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from llmjax import config
+from llmjax import config, recipes
 from llmjax.commands.plan import settle
 from llmjax.commands.spec import PlanSpec
 from llmjax.plan import analytical
@@ -49,7 +49,7 @@ def load_recipe_variants(path):
 @pytest.mark.parametrize('program', PROGRAMS, ids=lambda p: p.name)
 def test_the_mesh_fills_the_chips_and_divides_the_model(program, capsys):
   topology = parse_topology(program.topology, program.slices)
-  spec = config.build(PlanSpec, config.load_recipe(str(ROOT / 'configs/pretrain' / program.recipe)),
+  spec = config.build(PlanSpec, recipes.load_recipe(str(ROOT / 'configs/pretrain' / program.recipe)),
                       [(name, str(value)) for name, value in program.changes.items()])
   spec = settle(spec, topology)
   assert spec.mesh.size(*('data', 'fsdp', 'stage', 'expert', 'context', 'tensor')) == topology.devices
