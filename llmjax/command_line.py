@@ -164,7 +164,7 @@ def _parse_options(command, arguments, elsewhere=False):
   try:
     return config.build(options_class, values, elsewhere=elsewhere)
   except config.ConfigError as e:
-    raise config.ConfigError(['--' + problem for problem in e.problems]) from e
+    raise config.ConfigError([_as_typed(f'--{problem}') for problem in e.problems]) from e
 
 
 def _parse_flags(options_class, arguments, spec=None):
@@ -184,7 +184,7 @@ def _parse_flags(options_class, arguments, spec=None):
     message = config.one_line(e)
     for pattern, replacement in _ABSL_ERRORS:
       message = re.sub(pattern, replacement, message)
-    raise config.ConfigError([message]) from e
+    raise config.ConfigError([_as_typed(message)]) from e
   positional = getattr(options_class, 'words', None)  # The field that positional arguments fill, if any.
   problems = [_unknown_flag(typed[argument], fields, spec) for argument in rest if argument.startswith('-')]
   words = [argument for argument in rest if not argument.startswith('-')]
@@ -205,18 +205,20 @@ def _unknown_flag(argument, fields, spec):
   typed = argument.partition('=')[0]
   name = typed.lstrip('-').replace('-', '_')
   if spec and name in [field for field, *_ in config.describe(load(spec), '')]:
-    near = [f'config.{name}']
+    near = [f'--config.{name}']
   elif name in renamed.FLAGS:
-    near = [renamed.FLAGS[name]]
+    near = [_as_typed(f'--{renamed.FLAGS[name]}')]
   else:
-    near = difflib.get_close_matches(name, fields, n=1)
-  hint = f'did you mean --{_with_dashes(near[0])}?' if near else (
-      f'known: {", ".join(f"--{_with_dashes(field)}" for field in fields)}')
+    near = [_as_typed(f'--{field}') for field in difflib.get_close_matches(name, fields, n=1)]
+  known = ', '.join(_as_typed(f'--{field}') for field in fields)
+  hint = f'did you mean {near[0]}?' if near else f'known: {known}'
   return f'{config.shown(typed, quote=False)} is not a flag; {hint}'
 
 
-def _with_dashes(name):
-  return name.replace('_', '-')
+def _as_typed(text):
+  """Write the flag that a text starts with as users type it: --text_dir=a_b becomes --text-dir=a_b."""
+  name = re.match(r'[\w-]*', text)[0]
+  return name.replace('_', '-') + text[len(name):]
 
 
 def _with_underscores(argument):

@@ -113,9 +113,9 @@ def write_problem(kind, path):
   while not os.path.lexists(existing):
     existing = os.path.dirname(existing.rstrip('/')) or '.'
   if existing != path and not os.path.isdir(existing):
-    return f'cannot be written, as {existing} is not a folder; write another path'
+    return f'cannot be written: {existing} is not a folder; write another path'
   if not os.access(existing, os.W_OK):
-    return f'cannot be written, as you have no permission to write to {existing}; write another path'
+    return f'cannot be written: you have no permission to write to {existing}; write another path'
   return ''
 
 

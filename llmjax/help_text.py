@@ -49,6 +49,7 @@ def _describe_groups(spec_class):
 def _describe_fields(spec_class, prefix):
   """Yield the lines of the fields of a spec, except for nested groups."""
   for flag, kind, default, doc, choices in config.describe(spec_class, prefix, nested=False):
+    flag = flag.replace('_', '-') if prefix == '--' else flag  # As in examples; the parser takes both.
     default = list(default) if isinstance(default, tuple) else default
     yield from _wrap(f'{flag} ({kind}, default: {default!r})', '      ', '  ')
     if choices is not None:

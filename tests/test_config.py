@@ -133,7 +133,7 @@ def test_outputs_can_be_written(tmp_path, monkeypatch):
     with pytest.raises(config.ConfigError) as e:
       config.build(Outputs, {'page': below, 'run': below})
     place = below.partition('/')[0]
-    assert e.value.problems == [f'{name}={below} cannot be written, as {place} is not a folder; write another path'
+    assert e.value.problems == [f'{name}={below} cannot be written: {place} is not a folder; write another path'
                                 for name in ('page', 'run')]
   assert config.build(Outputs, {'run': 'file', 'source': 'nowhere'}, elsewhere=True)  # Another machine's files.
   monkeypatch.setattr(config.os, 'access', lambda place, mode: False)

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: quick help, and every mistake in one clear line."""
+"""The command line: help is quick and complete, and every mistake gets one clear line."""
 
 import dataclasses
 import errno
@@ -47,7 +47,7 @@ def test_help_says_type_default_choices_and_meaning_in_80_columns(capsys, monkey
   _, out, _ = call_and_read(capsys, *name.split(), '--help')
   assert max(map(len, out.splitlines())) <= 80
   command, text = main.COMMANDS[name], ' '.join(out.split())
-  entries = [*fields_of(command_table.load(command.options), '--')]
+  entries = [(flag.replace('_', '-'), field) for flag, field in fields_of(command_table.load(command.options), '--')]
   entries += fields_of(command_table.load(command.spec), '--config.') if command.spec else []
   for flag, field in entries:
     entry = text.partition(f' {flag} (')[2].partition(' --')[0]

@@ -152,7 +152,7 @@ def _teacher_loss_problems(spec, teacher):
     yield (f'model.vocab_size={model.vocab_size} is not that of distill.teacher={distill.teacher}; write '
            f'model.vocab_size={teacher.vocab_size}')
   if spec.pipeline.schedule == '1f1b' and spec.mesh.size('stage') > 1:
-    yield 'pipeline.schedule=1f1b is for next-token prediction; write pipeline.schedule=gpipe'
+    yield 'pipeline.schedule=1f1b does not support distillation; write pipeline.schedule=gpipe'
   if distill.on_policy_fraction and distill.max_new_tokens >= spec.data.seq_len:
     yield (f'distill.max_new_tokens={distill.max_new_tokens} leaves no room for a prompt in data.seq_len='
            f'{spec.data.seq_len}; write distill.max_new_tokens={max(spec.data.seq_len // 2, 1)}')
