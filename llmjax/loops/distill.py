@@ -1,4 +1,4 @@
-"""What a run with a teacher has beside another one's: the teacher or what it said, and layers to begin with."""
+"""Distillation: the teacher, its cached predictions, and initialization from its layers."""
 
 import dataclasses
 import functools
@@ -13,7 +13,6 @@ from llmjax.config import ConfigError
 from llmjax.data import stream
 from llmjax.model.model import Model
 from llmjax.model.spec import ModelSpec
-from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.parallel.sharding import tree_shardings
 from llmjax.post.distillation import TEACHER_FIELDS, Distillation
 from llmjax.post.on_policy import OnPolicyStream
@@ -22,11 +21,11 @@ from llmjax.run.cached_outputs import CachedModel
 from llmjax.run.initial import checkpoint_of
 from llmjax.run.sources import run_folder
 
-FOLDER = 'distill'  # In the run's folder: which teacher it has, and what that said.
+FOLDER = 'distill'  # In the run's folder: the identity of the teacher and its cached predictions.
 
 
-def settle(spec):
-  """Returns the spec with the projection that comparing hidden states of two widths needs."""
+def add_projection(spec):
+  """Return the spec with the projection that a loss on hidden states of different widths needs."""
   if not spec.distill.teacher:
     return spec
   width = _teacher_model(spec).d_model if spec.distill.compares_hidden else 0
@@ -39,18 +38,18 @@ def _teacher_model(spec):
 
 
 def layer_copy(params, teacher, layers):
-  """Returns the parameters with the teacher's in place of theirs; of its blocks, the layers with these numbers."""
-  taken = {name: teacher[name] for name in ('embed', 'final_norm', 'head') if name in params}
-  taken['blocks'] = jax.tree.map(lambda t: t[np.asarray(layers)], teacher['blocks'])
+  """Return the parameters, replaced by the teacher's; of its blocks only the layers with these indices."""
+  copied = {name: teacher[name] for name in ('embed', 'final_norm', 'head') if name in params}
+  copied['blocks'] = jax.tree.map(lambda t: t[np.asarray(layers)], teacher['blocks'])
   cast = lambda mine, theirs: theirs.astype(mine.dtype)
-  return {**params, **{name: jax.tree.map(cast, params[name], tree) for name, tree in taken.items()}}
+  return {**params, **{name: jax.tree.map(cast, params[name], tree) for name, tree in copied.items()}}
 
 
-class Lessons:
-  """A teacher as a run needs it: in memory, or as tables of what it said of every token."""
+class Teacher:
+  """The teacher of a run: in memory, or as cached top-k predictions of every token."""
 
   def __init__(self, spec, mesh, workdir):
-    """spec: a command's, with `distill.teacher`.  Raises ConfigError where the mesh does not divide the teacher."""
+    """spec: a command's, with `distill.teacher`.  Raises ConfigError if the mesh does not divide the teacher."""
     self.spec, self.mesh = spec, mesh
     self.model = _teacher_model(spec)
     try:
@@ -58,33 +57,33 @@ class Lessons:
     except ConfigError as e:
       raise ConfigError([f'distill.teacher={spec.distill.teacher}: its {p}' for p in e.problems]) from e
     source = spec.distill.teacher
-    self.kept = CachedModel(pathlib.Path(workdir) / FOLDER, 'teacher', 'distill.teacher', source,
+    self.cache = CachedModel(pathlib.Path(workdir) / FOLDER, 'teacher', 'distill.teacher', source,
                      lambda: checkpoint_of('distill.teacher', source))
-    self.path = self.kept.checkpoint()
-    self.lessons = Distillation(spec.distill, start.make_model(spec, mesh),
+    self.path = self.cache.checkpoint()
+    self.losses = Distillation(spec.distill, start.make_model(spec, mesh),
                                 start.make_model(dataclasses.replace(spec, model=self.model), mesh),
                                 spec.train.neftune_alpha)
-    self.evaluate = self.lessons.evaluate
+    self.evaluate = self.losses.evaluate
 
   def load(self):
-    """Returns the teacher's parameters, divided as the mesh says."""
+    """Load the teacher's parameters, sharded."""
     return load_params(run_folder(self.path), int(self.path.name), shardings=lambda model: tree_shardings(
         self.mesh, Model(model).param_names()))[0]
 
-  def teach(self, job):
-    """Returns the job with the teacher's loss, and what that and the first step need."""
+  def add_to(self, job):
+    """Return the Job with the distillation loss and what it reads."""
     initial = self._initial if self.spec.distill.init else None
     if self.spec.distill.on_policy_fraction:
       job = self._on_policy(job)
     if not self.spec.distill.top_k:
-      return dataclasses.replace(job, loss_fn=self.lessons.train, initialize=initial,
+      return dataclasses.replace(job, loss_fn=self.losses.train, initialize=initial,
                                  frozen={'teacher': self.load})
     for name, table in self.columns(self.spec.data, 'train').items():
       job.batches.attach(name, table)
-    return dataclasses.replace(job, loss_fn=self.lessons.train, initialize=initial)
+    return dataclasses.replace(job, loss_fn=self.losses.train, initialize=initial)
 
   def _on_policy(self, job):
-    """Returns the job with batches of which the student says some itself."""
+    """Return the Job with batches in which the student generates some of the completions."""
     chat, tokenizer = stream.chat_format(self.spec.data), stream.load_tokenizer(self.spec.data)
     stop_ids = (tokenizer.eos_id,)
     if chat is not None:
@@ -99,15 +98,11 @@ class Lessons:
     return jax.jit(functools.partial(layer_copy, layers=layers), out_shardings=layout)(params, teacher)
 
   def columns(self, data, split):
-    """Returns {field: dataset.Table [rows, 1, T, k]} of what the teacher said of a split, or None with it in memory."""
+    """Return {field: dataset.Table [examples, 1, T, k]} of the teacher's predictions, or None if it is in memory."""
     k, mesh = self.spec.distill.top_k, self.mesh
     if not k:
       return None
 
-    def make():
-      rows = stream.eval_batches(data, split, start.eval_rows(self.spec, mesh), blocks=batch_blocks(mesh),
-                                 block_count=batch_shards(mesh))
-      return self.lessons.top_k, self.load(), (place_batch(mesh, batch) for batch in rows)
-
-    return self.kept.outputs(mesh, data, split, k, dict(zip(TEACHER_FIELDS, ('float32', 'int32'), strict=True)),
-                            (stream.count_examples(data, split), 1, data.seq_len, k), make)
+    return self.cache.outputs(mesh, data, split, k, dict(zip(TEACHER_FIELDS, ('float32', 'int32'), strict=True)),
+                            (stream.count_examples(data, split), 1, data.seq_len, k),
+                              lambda: (self.losses.top_k, self.load(), start.read_split(self.spec, mesh, split, data)))

@@ -1,4 +1,4 @@
-"""`llmjax evaluate`: held-out perplexity and bits per byte of a run, beside gzip and xz; what its answers are worth."""
+"""`llmjax evaluate`: perplexity and bits per byte on held-out data, compared with gzip and xz; rewards of completions."""
 
 import dataclasses
 import json
@@ -9,7 +9,8 @@ import jax
 from llmjax import config, secrets
 from llmjax.checkpoint.load import load_params, read_config
 from llmjax.data import prepared, stream
-from llmjax.evaluate.compressors import compressor_bits_per_byte
+from llmjax.evaluate.compressors import compressor_baselines
+from llmjax.evaluate.table import format_results
 from llmjax.loops import rl
 from llmjax.loops.pretrain import make_evaluators
 from llmjax.model.model import Model
@@ -25,8 +26,8 @@ from llmjax.run.workdir import enable_compilation_cache
 
 
 def run(spec, options):
-  """Evaluates the checkpoint, prints a table, writes evaluation.json and the report."""
-  del spec  # The run's own config.json is the config, but for where its processes were.
+  """Evaluate a checkpoint, print a table, and write evaluation.json and the report."""
+  del spec  # The config is the run's own config.json.
   with distributed.together(DistributedSpec()):
     return _evaluate(options)
 
@@ -46,28 +47,28 @@ def _evaluate(options):
         workdir, options.step,
         shardings=lambda model: tree_shardings(mesh, Model(model).param_names()))
     for source, spec in specs.items():
-      for name, measured in _measure(spec, mesh, params):
-        results[f'{name}:{source}' if source else name] = {**measured, 'step': step, 'seq_len': spec.data.seq_len}
+      for name, metrics in _evaluations(spec, mesh, params):
+        results[f'{name}:{source}' if source else name] = {**metrics, 'step': step, 'seq_len': spec.data.seq_len}
   if not distributed.is_first():
     return 0
   file = workdir / 'evaluation.json'
   before = json.loads(file.read_text()) if file.exists() else {}
   file.write_text(json.dumps({**before, **results}, indent=2) + '\n')
-  print(_table(results))
+  print(format_results(results))
   print(f'written to {file} and {write_report(workdir)}')
   return 0
 
 
 def _specs(options, settings):
-  """Returns {source: the spec that it is evaluated with}: options.sources by name, or '' for the run's own data.
+  """Return {source: spec to evaluate it with} of options.sources by name, or of '' for the run's own data.
 
-  settings: the run's config.  Sources are read as what they hold asks for, whatever the run was trained on, so that
-  runs of all kinds are measured on the same rows.
+  settings: the run's config.  How a source is read depends on its kind only, not on the run, so that different runs are
+  evaluated on the same sequences.
   """
-  asked = {'splits': list(options.splits), 'limit': options.limit}
+  overrides = {'splits': list(options.splits), 'limit': options.limit}
   if options.batch_size:
-    asked['batch_size'] = options.batch_size
-  settings = {**settings, 'evaluate': {**settings.get('evaluate', {}), **asked}}
+    overrides['batch_size'] = options.batch_size
+  settings = {**settings, 'evaluate': {**settings.get('evaluate', {}), **overrides}}
   data = {**settings.get('data', {}), **({'seq_len': options.seq_len} if options.seq_len else {})}
   if not options.sources:
     return {'': spec_of_run(EvaluatedRunSpec, {**settings, 'data': data})}
@@ -76,27 +77,27 @@ def _specs(options, settings):
     raise config.ConfigError([f"--{problem.removeprefix('data.')}" for problem in problems])
   specs = {}
   for folder in options.sources:
-    held = prepared.kind(prepared.read_manifest(folder))
-    kind = CompletionsSpec if held == 'prompts' else EvaluatedRunSpec
-    specs[stream.folder_name(folder)] = spec_of_run(kind, {
+    kind = prepared.kind(prepared.read_manifest(folder))
+    spec_class = CompletionsSpec if kind == 'prompts' else EvaluatedRunSpec
+    specs[stream.folder_name(folder)] = spec_of_run(spec_class, {
         **settings, 'rl': {'rewards': {options.reward: 1.0}, 'max_new_tokens': options.max_new_tokens},
-        'data': {**data, 'sources': {folder: 1.0}, 'packing': 'best_fit' if held == 'chat' else 'concat',
+        'data': {**data, 'sources': {folder: 1.0}, 'packing': 'best_fit' if kind == 'chat' else 'concat',
                  'overflow': 'drop'}})
   return specs
 
 
 def _check_tokenizer(workdir, spec):
-  kept, now = workdir / 'tokenizer.model', stream.load_tokenizer(spec.data).path
-  if kept.exists() and kept.read_bytes() != pathlib.Path(now).read_bytes():
+  of_run, of_data = workdir / 'tokenizer.model', pathlib.Path(stream.load_tokenizer(spec.data).path)
+  if of_run.exists() and of_run.read_bytes() != of_data.read_bytes():
     sources = ', '.join(spec.data.sources)
-    raise config.ConfigError([f'{sources} was prepared again with another tokenizer than this run has; prepare it '
-                              f'with --force --config.tokenizer.path={kept}'])
+    raise config.ConfigError([f'{sources} has another tokenizer than this run; prepare it again with --force '
+                              f'--config.tokenizer.path={of_run}'])
 
 
-def _measure(spec, mesh, params):
-  """Yields (name of an evaluation, its measures)."""
+def _evaluations(spec, mesh, params):
+  """Yield (evaluation name, metrics)."""
   if isinstance(spec, CompletionsSpec):
-    if mesh.devices.flat[0].platform == 'cpu':  # As `generate` does.
+    if mesh.devices.flat[0].platform == 'cpu':  # As in `llmjax generate`.
       spec = dataclasses.replace(spec, train=dataclasses.replace(spec.train, compute_dtype='float32'))
     tokenizer = stream.load_tokenizer(spec.data)
     with stream.chat_format(spec.data) as chat:
@@ -110,39 +111,8 @@ def _measure(spec, mesh, params):
   evaluations = spec.evaluations()
   for name, evaluate in make_evaluators(spec, mesh).items():
     split, sources = evaluations[name]
-    measured = evaluate(params, {})
-    # A compressor gets the whole split, so it stands beside a model that was given the whole split alone.
-    whole = not spec.evaluate.limit or measured['sequences'] < spec.evaluate.limit
-    yield name, {**measured, **(_baselines(split, sources) if whole else {}),
+    metrics = evaluate(params, {})
+    # Compressors compress the whole split, so they are compared with models evaluated on the whole split only.
+    whole = not spec.evaluate.limit or metrics['sequences'] < spec.evaluate.limit
+    yield name, {**metrics, **(compressor_baselines(split, sources) if whole else {}),
                  'sources': secrets.hide_within(list(sources))}
-
-
-def _baselines(split, sources):
-  """Returns the compressors' bits per byte over all sources' text of the split, documents joined.
-
-  Of conversations only what the assistant says is judged, which no compressor can be asked for: they have none.
-  """
-  if any(prepared.kind(prepared.read_manifest(folder)) != 'text' for folder in sources):
-    return {}
-  text = '\n'.join(text for folder in sources
-                   for _, text in stream.read_documents(folder, split))
-  return compressor_bits_per_byte(text.encode())
-
-
-def _table(results):
-  """Returns the results as aligned text; likelihoods and answers have columns of their own."""
-  tables = []
-  for head, key, cells in (
-      (('split', 'step', 'sequences', 'tokens', 'perplexity', 'bits/byte', 'gzip -9', 'xz -9'), 'loss', lambda r: (
-          f'{r["sequences"]:,}', f'{r["tokens"]:,}', f'{r["perplexity"]:.2f}', f'{r["bits_per_byte"]:.3f}',
-          *(f'{r[k]:.3f}' if k in r else '-' for k in ('gzip_bits_per_byte', 'xz_bits_per_byte')))),
-      (('split', 'step', 'answers', 'reward', 'ended', 'tokens each'), 'reward', lambda r: (
-          f'{r["answers"]:,}', f'{r["reward"]:.3f}', f'{r["ended"]:.1%}', f'{r["tokens"]:.1f}'))):
-    rows = [(split, str(r['step']), *cells(r)) for split, r in results.items() if key in r]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    tables += ['  '.join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (head, *rows) if rows]
-  for name, result in results.items():
-    if not {'loss', 'reward'} & set(result):  # A task of the user's own.
-      numbers = ', '.join(f'{k} {v:.4g}' for k, v in result.items() if k not in ('step', 'seq_len'))
-      tables.append(f'{name} at step {result["step"]}: {numbers}')
-  return '\n'.join(tables)

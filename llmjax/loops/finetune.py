@@ -1,4 +1,4 @@
-"""`llmjax finetune`: a run's model goes on with conversations, pairs of answers, or other text."""
+"""`llmjax finetune`: fine-tuning on conversations or text, or preference optimization."""
 
 import dataclasses
 
@@ -9,18 +9,18 @@ from llmjax.text.templates import TemplateError
 
 
 def run(spec, options):
-  """Trains what the spec says in options.workdir; returns the exit status."""
+  """Train as the spec says in options.workdir; returns the exit status."""
   if spec.is_preference:
     return start.run(spec, options, preference.preference_job)
-  return start.run(distill.settle(spec), options, make_job)
+  return start.run(distill.add_projection(spec), options, make_job)
 
 
 def make_job(spec, mesh, batches, workdir):
-  """Returns pretraining's job, its samples asked as the chat template asks."""
+  """Return the Job of pretraining, with samples that are prompted through the chat template."""
   job = pretrain.make_job(spec, mesh, batches, workdir)
   chat = start.keep_template(spec, workdir)
   if chat is None:
-    return job  # Text alone: a model moves to another domain.
+    return job  # Text only: continued pretraining.
   try:
     with chat:
       ask = lambda text: chat.prompt([{'role': 'user', 'content': text}])

@@ -1,6 +1,7 @@
-"""What training on pairs of answers shares: batches of pairs, held-out pairs, the reference's log-probabilities.
+"""Training on preference pairs: batches, evaluation, and reference log-probabilities.
 
-Rows 2 i and 2 i + 1 of a batch are the better and the worse answer to one prompt; train.batch_size counts pairs.
+Sequences 2 i and 2 i + 1 of a batch are the chosen and the rejected completion of one prompt; train.batch_size counts
+pairs.
 """
 
 import functools
@@ -9,7 +10,7 @@ import jax
 
 from llmjax.data import stream
 from llmjax.evaluate import margins
-from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
+from llmjax.parallel.mesh import batch_blocks, batch_shards
 from llmjax.post import objective
 from llmjax.post.spec import REFERENCE_FREE_LOSSES, UNPAIRED_LOSSES
 from llmjax.run import loop, start
@@ -20,18 +21,18 @@ REFERENCE = 'ref_logprobs'
 
 
 def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
-  """Returns the loop.Job of a loss_fn on pairs.
+  """Return the Job of a loss_fn on pairs.
 
-  columns: {split: {field: float32 [pairs, 2]}} for the splits that are evaluated.  options: of the Job.
+  columns: {split: {field: dataset.Table [pairs, 2]}} of the evaluated splits.  options: further fields of the Job.
   """
   eval_step = jax.jit(lambda params, frozen, batch: loss_fn(params, frozen, batch, None))
 
   def evaluator(split):
-    described = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
+    description = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
 
     def evaluate(params, frozen):
-      found = read_split(spec, mesh, split, (columns or {}).get(split), spec.evaluate.limit)
-      return {**margins.evaluate(eval_step, params, frozen, found), **described}
+      batches = start.read_split(spec, mesh, split, None, spec.evaluate.limit, (columns or {}).get(split))
+      return {**margins.evaluate(eval_step, params, frozen, batches), **description}
 
     return evaluate
 
@@ -40,16 +41,8 @@ def make_job(spec, mesh, batches, loss_fn, columns=None, **options):
                      describe=make_describer(spec, batches), **{'sample': None, **options})
 
 
-def read_split(spec, mesh, split, columns=None, limit=0):
-  """Yields the batches, on the devices, with every pair of a split once; at most `limit` pairs where it is not 0."""
-  size = start.eval_rows(spec, mesh)
-  for batch in stream.eval_batches(spec.data, split, size, limit, blocks=batch_blocks(mesh),
-                                 block_count=batch_shards(mesh), columns=columns):
-    yield place_batch(mesh, batch)
-
-
 def make_describer(spec, batches):
-  """Returns a function of a batch's number to its pairs as text."""
+  """Return a function from a batch's number to its pairs as text."""
 
   def describe(number):
     tokenizer = stream.load_tokenizer(spec.data)
@@ -60,11 +53,12 @@ def make_describer(spec, batches):
   return describe
 
 
-# The reference: the model that training begins with.
-
-
 def preference_job(spec, mesh, batches, workdir):
-  """Returns the loop.Job of the spec's preference loss, and its reference as the spec wants it."""
+  """Return the Job of the spec's preference loss.
+
+  The reference model is that of train.init_from.  Its log-probabilities are precomputed, or it is kept in memory, or it
+  is the base of the adapters.
+  """
   start.keep_template(spec, workdir)
   model, vocab_size = start.make_model(spec, mesh), stream.vocab_size(spec.data)
   unpaired = spec.preference.loss in UNPAIRED_LOSSES
@@ -73,38 +67,38 @@ def preference_job(spec, mesh, batches, workdir):
   if spec.preference.loss in REFERENCE_FREE_LOSSES:
     return make_job(spec, mesh, batches, loss_fn)
   score = objective.make_sequence_logprobs(spec.preference, model, vocab_size)
-  kept = None if spec.preference.reference == 'disable_adapter' else CachedModel(
+  cache = None if spec.preference.reference == 'disable_adapter' else CachedModel(
       workdir / 'reference', 'reference', 'train.init_from', spec.train.init_from,
       lambda: initial_checkpoint(spec.train.init_from))
   if spec.preference.reference == 'precomputed':
-    tables = score_reference(spec, mesh, score, kept)
+    tables = score_reference(spec, mesh, score, cache)
     batches.attach(REFERENCE, tables['train'])
     return make_job(spec, mesh, batches, loss_fn, {split: {REFERENCE: t} for split, t in tables.items()})
-  name = 'reference' if kept else 'base'
+  name = 'reference' if cache else 'base'
 
   @functools.wraps(loss_fn)
   def with_reference(params, frozen, batch, key):
-    found = {REFERENCE: score(frozen[name], batch)}
+    logprobs = {REFERENCE: score(frozen[name], batch)}
     if spec.preference.loss == 'kto':
-      found[objective.MISMATCHED] = score(frozen[name], objective.mismatch_completions(batch))
-    return loss_fn(params, frozen, {**batch, **jax.lax.stop_gradient(found)}, key)
+      logprobs[objective.MISMATCHED] = score(frozen[name], objective.mismatch_completions(batch))
+    return loss_fn(params, frozen, {**batch, **jax.lax.stop_gradient(logprobs)}, key)
 
-  frozen = {name: lambda: load_initial(spec, mesh, kept.checkpoint())} if kept else {}
+  frozen = {name: lambda: load_initial(spec, mesh, cache.checkpoint())} if cache else {}
   return make_job(spec, mesh, batches, with_reference, frozen=frozen)
 
 
-def score_reference(spec, mesh, score, kept):
-  """Returns {split: dataset.Table, float32 [pairs, 2]}: the sums of the reference's log-probabilities over all answers.
+def score_reference(spec, mesh, score, cache):
+  """Return {split: dataset.Table, float32 [pairs, 2]} of the reference's sequence log-probabilities, in nats.
 
-  In nats.  kept: the CachedModel of the reference.
+  cache: CachedModel of the reference.
   """
-  load = functools.cache(lambda: load_initial(spec, mesh, kept.checkpoint()))
-  said = lambda params, batch: {REFERENCE: score(params, batch)}
+  load = functools.cache(lambda: load_initial(spec, mesh, cache.checkpoint()))
+  outputs = lambda params, batch: {REFERENCE: score(params, batch)}
 
-  def table(split):
-    found = kept.outputs(mesh, spec.data, split, f'{spec.preference.ld_alpha:g}', {REFERENCE: 'float32'},
+  def of_split(split):
+    table = cache.outputs(mesh, spec.data, split, f'{spec.preference.ld_alpha:g}', {REFERENCE: 'float32'},
                         (stream.count_examples(spec.data, split), 2),
-                        lambda: (said, load(), read_split(spec, mesh, split)))
-    return found[REFERENCE]
+                        lambda: (outputs, load(), start.read_split(spec, mesh, split)))
+    return table[REFERENCE]
 
-  return {split: table(split) for split in dict.fromkeys(('train', *spec.evaluate.splits))}
+  return {split: of_split(split) for split in dict.fromkeys(('train', *spec.evaluate.splits))}

@@ -1,4 +1,4 @@
-"""`llmjax reward`: a run's model learns to give scores: to answers, from pairs of them, or to the steps of one."""
+"""`llmjax reward`: train a reward model of completions on preference pairs, or of steps on step labels."""
 
 import dataclasses
 import json
@@ -11,15 +11,14 @@ from llmjax.data import stream
 from llmjax.evaluate import margins
 from llmjax.loops import preference, pretrain
 from llmjax.parallel import distributed
-from llmjax.parallel.mesh import batch_blocks, batch_shards, place_batch
 from llmjax.post import objective
 from llmjax.run import loop, start
 
-MARGINS = 'reward.json'  # In the run's folder: what the report plots of held-out pairs or steps.
+MARGINS = 'reward.json'  # File in the run's folder with the score margins of held-out pairs or steps, for the report.
 
 
 def run(spec, options):
-  """Trains what the spec says in options.workdir; returns the exit status."""
+  """Train as the spec says in options.workdir; returns the exit status."""
   scores = 'steps' if spec.is_stepwise else 'completions'
   spec = dataclasses.replace(spec, model=dataclasses.replace(spec.model, value_head=True),
                              reward=dataclasses.replace(spec.reward, scores=scores))
@@ -27,7 +26,7 @@ def run(spec, options):
 
 
 def make_job(spec, mesh, batches, workdir):
-  """Returns the loop.Job of the Bradley-Terry loss of pairs, or of the cross-entropy of steps."""
+  """Return the Job of the Bradley-Terry loss of pairs, or of the cross-entropy of step labels."""
   start.keep_template(spec, workdir)
   model, noise = start.make_model(spec, mesh), spec.train.neftune_alpha
   if spec.is_stepwise:
@@ -45,44 +44,36 @@ def make_job(spec, mesh, batches, workdir):
 
 
 def make_evaluator(spec, mesh, scorer, split, workdir):
-  """Returns the function of the parameters to a split's metrics, which writes what the report plots as well."""
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  count = lambda batch: jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # Sequences that do not pad the batch.
-  step = jax.jit(lambda params, batch: (*scorer(params, batch, None), count(batch)), out_shardings=whole)
+  """Return the function (params, frozen) -> metrics of a split, which also writes MARGINS."""
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  count = lambda batch: jnp.sum(jnp.any(batch['segment_ids'] > 0, axis=1))  # Without padding sequences.
+  step = jax.jit(lambda params, batch: (*scorer(params, batch, None), count(batch)), out_shardings=replicated)
   unit = 'steps' if spec.is_stepwise else 'pairs'
-  described = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
+  description = stream.describe_evaluation(spec.data, split, spec.evaluate.limit)
 
   def evaluate(params, frozen):
     parts, counts = [], []
 
-    def judged(params, frozen, batch):
+    def eval_step(params, frozen, batch):
       sums, each, sequences = step(params, batch)
       counts.append(int(sequences))
       parts.append({name: np.asarray(a).ravel() for name, a in each.items()})
       return sums
 
-    read = (_read_rows if spec.is_stepwise else preference.read_split)(spec, mesh, split, limit=spec.evaluate.limit)
-    values = margins.evaluate(judged, params, frozen, read, unit)
+    batches = start.read_split(spec, mesh, split, limit=spec.evaluate.limit)
+    values = margins.evaluate(eval_step, params, frozen, batches, unit)
     each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     real = each['weight'] > 0
     each = {name: a[real] for name, a in each.items()}
-    found = margins.describe_margins(each['margin'], unit=unit)
-    values |= {'calibration_error': found['error'], 'mean_score': float(each['score'].mean())}
+    summary = margins.describe_margins(each['margin'], unit=unit)
+    values |= {'calibration_error': summary['error'], 'mean_score': float(each['score'].mean())}
     if spec.is_stepwise:
-      found |= margins.describe_steps(each['margin'], each['good'], each['place'])
-      values |= {'base_accuracy': found['base'], 'sequences': sum(counts)}
+      summary |= margins.describe_steps(each['margin'], each['good'], each['place'])
+      values |= {'base_accuracy': summary['base'], 'sequences': sum(counts)}
     if distributed.is_first():
       file = workdir / MARGINS
       before = json.loads(file.read_text()) if file.exists() else {}
-      file.write_text(json.dumps({**before, split: found}, indent=1) + '\n')
-    return {**values, **described}
+      file.write_text(json.dumps({**before, split: summary}, indent=1) + '\n')
+    return {**values, **description}
 
   return evaluate
-
-
-def _read_rows(spec, mesh, split, limit=0):
-  """Yields the batches, on the devices, with every row of a split once; at most `limit` rows where it is not 0."""
-  size = start.eval_rows(spec, mesh)
-  for batch in stream.eval_batches(spec.data, split, size, limit, blocks=batch_blocks(mesh),
-                                   block_count=batch_shards(mesh)):
-    yield place_batch(mesh, batch)

@@ -1,4 +1,4 @@
-"""What every command that trains does before its first step: processes, folder, mesh, data."""
+"""Start-up of every training command: processes, run folder, mesh, data."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from llmjax.data import stream
 from llmjax.generate.spec import CHAT_TEMPLATE
 from llmjax.parallel import distributed
 from llmjax.parallel.host import share_arena
-from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh
+from llmjax.parallel.mesh import batch_blocks, batch_shards, make_mesh, place_batch
 from llmjax.run import determinism, hardware, loop
 from llmjax.run.environment import describe_data, describe_environment
 from llmjax.run.goodput import Goodput, process_age
@@ -23,10 +23,10 @@ from llmjax.train import objectives
 
 
 def run(spec, options, make_job, open_batches=None):
-  """Trains what the spec says in options.workdir; returns the exit status.
+  """Train as the spec says in options.workdir; returns the exit status.
 
-  make_job(spec, mesh, batches, workdir) -> loop.Job without its goodput: all that differs between commands.
-  open_batches: function of (spec, mesh) to those batches; None: those of `stream.open_stream`.
+  make_job: function (spec, mesh, batches, workdir) -> loop.Job, everything that differs between commands.
+  open_batches: function (spec, mesh) -> batches; None: those of `stream.open_stream`.
   """
   goodput = Goodput(options.workdir, age=process_age())
   if spec.train.deterministic:
@@ -34,8 +34,8 @@ def run(spec, options, make_job, open_batches=None):
   if not hardware.accelerator_present():
     share_arena()
   with distributed.together(spec.distributed), hold_workdir(options.workdir), contextlib.ExitStack() as stack:
-    status = _train(spec, options, goodput, make_job, open_batches or _open_rows, stack)
-    if status == 1:  # After a save that failed, threads may wait for what it lacked.
+    status = _train(spec, options, goodput, make_job, open_batches or _open_sequences, stack)
+    if status == 1:  # After a failed save, threads may still wait for it.
       distributed.leave_alone(status)
     return status
 
@@ -64,13 +64,13 @@ def _train(spec, options, goodput, make_job, open_batches, stack):
     return loop.train(job, workdir, attempt)
 
 
-def _open_rows(spec, mesh):
+def _open_sequences(spec, mesh):
   return stream.open_stream(spec.data, batch_size=spec.train.batch_size, seed=spec.train.seed,
                             blocks=batch_blocks(mesh), block_count=batch_shards(mesh))
 
 
 def make_model(spec, mesh):
-  """Returns the Model of a command's spec as it runs on a mesh."""
+  """Return the Model of a command's spec for a mesh."""
   return objectives.make_model(spec.model, spec.train, mesh.devices.flat[0].platform, spec.pipeline)
 
 
@@ -79,14 +79,24 @@ def make_tasks(spec, mesh):
   return {path.rpartition(':')[2]: extensions.load(path, 'evaluate.tasks')(spec, mesh) for path in spec.evaluate.tasks}
 
 
-def eval_rows(spec, mesh):
-  """Returns how many rows an evaluation takes at a time: evaluate.batch_size, or more where the mesh needs it."""
+def eval_batch_size(spec, mesh):
+  """Return the sequences per evaluation batch: evaluate.batch_size, rounded up to what the mesh divides."""
   shards = batch_shards(mesh) * max(spec.pipeline.microbatches // mesh.shape['stage'], 1)
   return -(-(spec.evaluate.batch_size or spec.train.batch_size) // shards) * shards
 
 
+def read_split(spec, mesh, split, data=None, limit=0, columns=None):
+  """Yield batches, placed on the mesh, with every example of a split once, or a sample of `limit` examples.
+
+  data: DataSpec, by default that of the spec.  columns: {field: dataset.Table} of further fields, or None.
+  """
+  for batch in stream.eval_batches(data or spec.data, split, eval_batch_size(spec, mesh), limit,
+                                   blocks=batch_blocks(mesh), block_count=batch_shards(mesh), columns=columns):
+    yield place_batch(mesh, batch)
+
+
 def keep_template(spec, workdir):
-  """Returns the ChatFormat of the data, None for text, after writing it into the run's folder for `generate --chat`."""
+  """Save the ChatFormat of the data in the run's folder, for `llmjax generate --chat`, and return it; None for text."""
   chat = stream.chat_format(spec.data)
   if chat is not None and distributed.is_first():
     chat.save(workdir / CHAT_TEMPLATE)
@@ -94,16 +104,16 @@ def keep_template(spec, workdir):
 
 
 def resolve(spec):
-  """Returns the spec with everything filled in that the data and the mesh decide."""
+  """Return the spec with the vocabulary size of the data filled in, if the model has none."""
   vocab_size = spec.model.vocab_size
   if not vocab_size:
-    # A multiple of 128 shards evenly and fills a TPU's lanes.
+    # A multiple of 128 can be sharded evenly and fills the lanes of a TPU.
     vocab_size = -(-stream.vocab_size(spec.data) // 128) * 128
   return dataclasses.replace(spec, model=dataclasses.replace(spec.model, vocab_size=vocab_size))
 
 
 def check_mesh(spec, mesh):
-  """Raises ConfigError when the mesh, now that its sizes are known, does not divide the run's arrays."""
+  """Raise ConfigError if the sizes of the mesh do not divide the arrays of the run."""
   sizes = {axis: size // getattr(spec.mesh, f'dcn_{axis}', 1) for axis, size in mesh.shape.items()}
   if problems := list(spec.mesh_problems(dataclasses.replace(spec.mesh, **sizes))):
     raise ConfigError(problems)

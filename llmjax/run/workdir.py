@@ -1,4 +1,4 @@
-"""A run's folder: who may write there, and whose run it is; and the user's cache of compiled programs."""
+"""The folder of a run: locking, resuming, recorded configs; and the compilation cache."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from llmjax.run.sources import tokenizer_problems
 
 
 def enable_compilation_cache(setting):
-  """Keeps compiled programs between runs, by default in the user's cache directory."""
+  """Enable JAX's persistent compilation cache.  setting: train.compilation_cache."""
   if setting == 'none':
     return
   folder = hardware.cache_folder() if setting == 'default' else setting
@@ -30,9 +30,9 @@ def enable_compilation_cache(setting):
 
 @contextlib.contextmanager
 def hold_workdir(workdir):
-  """Makes the run's folder and keeps every other run out of it until the block ends.
+  """Create the run's folder and lock it against other runs for the duration of the block.
 
-  The first process locks `<workdir>/lock`; the system lets go of it when the process ends, however it ends.
+  The first process locks `<workdir>/lock`; the system releases the lock when the process ends.
   """
   if not distributed.is_first():
     yield
@@ -52,8 +52,8 @@ def hold_workdir(workdir):
       raise ConfigError([f'--workdir={workdir} is in use: {holder} trains there; wait for it, stop it, or '
                          'give another --workdir']) from e
     except OSError:
-      pass  # A filesystem without locks.
-    with contextlib.suppress(OSError):  # A full disk is said by what needs the space.
+      pass  # The filesystem does not support locks.
+    with contextlib.suppress(OSError):  # A full disk is reported by the files that matter.
       lock.truncate(0)
       lock.write(f'process {os.getpid()} on {socket.gethostname()}'.encode())
     try:
@@ -65,10 +65,10 @@ def hold_workdir(workdir):
 
 @dataclasses.dataclass
 class Attempt:
-  """One start of a run in its folder.  first: the step it resumes from, 0 for a new run.
+  """One start of a run in its folder.
 
-  before: the config of that step's checkpoint.  changes: what is another setting now.  config: the name of the file
-  with this attempt's config.  notes: lines to print.
+  first: the step that it resumes from, 0 for a new run.  before: config of that step's checkpoint.  changes: settings
+  that differ from it.  config: name of the file with the config of this attempt.  notes: lines to print.
   """
 
   workdir: pathlib.Path
@@ -81,9 +81,9 @@ class Attempt:
 
 
 def begin_attempt(workdir, spec):
-  """Returns the Attempt of a run with this spec.  All processes call it.
+  """Return the Attempt of a run with this spec.  All processes call it.
 
-  Raises ConfigError where the run's checkpoints cannot be resumed, or not with these settings.
+  Raises ConfigError if the run's checkpoints cannot be resumed, or not with these settings.
   """
   workdir, checkpoints = pathlib.Path(workdir), Checkpoints(workdir, spec.checkpoint)
   attempt = Attempt(workdir, checkpoints)
@@ -92,7 +92,7 @@ def begin_attempt(workdir, spec):
     if not attempt.first:
       return attempt
     attempt.changes = changes.find_changes(attempt.before, absolute_paths(to_dict(spec)))
-    done = attempt.first >= spec.train.steps  # Then nothing is trained with these settings.
+    done = attempt.first >= spec.train.steps  # Then nothing is trained.
     changes.require_allowed(attempt.changes, spec.train.allow_changes or done, workdir)
     if not (done or spec.data.allow_mismatch) and (problems := list(tokenizer_problems(spec.data.sources, workdir))):
       raise ConfigError(problems)
@@ -103,7 +103,7 @@ def begin_attempt(workdir, spec):
 
 
 def _find_start(attempt, spec):
-  """Returns (the step to resume from or 0, the config of its checkpoint); renames the checkpoints for a fresh start."""
+  """Return (step to resume from or 0, config of its checkpoint); renames the checkpoints for a fresh start."""
   checkpoints, fresh = attempt.checkpoints, spec.checkpoint.fresh_start
   read = lambda step: absolute_paths(read_json(checkpoints.folder / str(step), 'spec')) if step else {}
   try:
@@ -117,7 +117,7 @@ def _find_start(attempt, spec):
   distributed.wait_for_all('looked at the checkpoints')
   if distributed.is_first():
     try:
-      attempt.notes.append(f'{checkpoints.folder} is {checkpoints.set_aside()} now; the run starts anew')
+      attempt.notes.append(f'{checkpoints.folder} was renamed to {checkpoints.set_aside()}; the run starts from step 0')
     except OSError as e:
       raise ConfigError([f'{checkpoints.folder} cannot be renamed: {e.strerror or e}']) from e
   distributed.wait_for_all('set the checkpoints aside')
@@ -126,9 +126,9 @@ def _find_start(attempt, spec):
 
 
 def claim_workdir(workdir, spec):
-  """Returns the Attempt of a run, after making its folder and writing its config.
+  """Return the Attempt of a run, after creating its folder and writing its config.
 
-  All processes call it, and the first one writes.  Raises ConfigError as `begin_attempt` does.
+  All processes call it; the first one writes.  Raises ConfigError as `begin_attempt` does.
   """
   attempt = begin_attempt(workdir, spec)
   workdir, file = attempt.workdir, attempt.workdir / 'config.json'
@@ -136,7 +136,7 @@ def claim_workdir(workdir, spec):
   try:
     if distributed.is_first() and not (attempt.first and attempt.first >= spec.train.steps):
       text = json.dumps(absolute_paths(to_dict(spec)), indent=2) + '\n'
-      attempt.config = _keep_config(workdir, text)
+      attempt.config = _record_config(workdir, text)
       file.write_text(text)
   except OSError as e:
     raise ConfigError([f'--workdir={workdir} cannot be written: {e.strerror}']) from e
@@ -147,8 +147,8 @@ def claim_workdir(workdir, spec):
   return attempt
 
 
-def _keep_config(workdir, text):
-  """Writes `configs/<n>.json`, n from 1, where the latest one has another text; returns its name."""
+def _record_config(workdir, text):
+  """Write `configs/<n>.json`, n from 1, unless the latest one is equal; returns its name."""
   folder = workdir / 'configs'
   folder.mkdir(parents=True, exist_ok=True)
   number = max((int(p.stem) for p in folder.glob('*.json') if p.stem.isdecimal()), default=0)

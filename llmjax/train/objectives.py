@@ -1,6 +1,8 @@
-"""Training objectives: each makes a loss_fn(params, frozen, batch, key) -> (sum, (weight, aux)).
+"""Training objectives: each returns a loss_fn(params, frozen, batch, key) -> (sum, (weight, aux)).
 
-frozen: dict of arrays that the loss reads and that do not train, such as a teacher's parameters.
+params: the model's parameters.  frozen: {name: tree of arrays} that the loss reads and that do not train, such as a
+teacher's parameters.  batch: see data/stream.py.  key: of dropout, None for evaluation.
+sum, weight: float32; the loss is sum / weight.  aux: {metric: sum}, divided by the weight as well.
 """
 
 import dataclasses
@@ -17,18 +19,18 @@ from llmjax.parallel import pipeline
 from llmjax.parallel.attention import to_zigzag
 from llmjax.parallel.sharding import row_shards, sum_over_rows
 
-# Each platform's kernel.
+# The attention kernel of each platform.
 KERNELS = {'tpu': 'splash', 'gpu': 'cudnn'}
 
-# Every chunk adds to the gradient of the whole output matrix, float32: the fewer, the less of it is moved.
+# Every chunk adds to the float32 gradient of the whole output matrix: fewer chunks move less memory.
 ACCELERATOR_CHUNK_LOGITS = 1 << 27
 
 
 def resolve_attention(name, platform):
-  """Returns the attention of a platform (the mesh's, not the host's): names, of which the first fit one runs.
+  """Return names of attention implementations for a platform (of the mesh, not the host); the first usable one runs.
 
-  auto: the platform's kernel where it can do it, else blockwise.  On a CPU kernels are emulated, for tests.
-  Raises ConfigError for the kernel of another platform.
+  auto: the platform's kernel if it supports the model, else blockwise.  On CPUs kernels are emulated, for tests.
+  Raises ConfigError for a kernel of another platform.
   """
   if name == 'auto':
     return (KERNELS[platform], 'blockwise') if platform in KERNELS else ('blockwise',)
@@ -41,17 +43,16 @@ def resolve_attention(name, platform):
 
 
 def resolve_unroll(train, num_layers, platform):
-  """Returns how many layers each turn of the scan holds.
+  """Return the number of layers per iteration of the scan.
 
-  XLA's CPU backend runs the body of a loop with less parallelism than straight-line code, and compile
-  time is no concern at the sizes a CPU trains.  With remat only a loop saves memory: unrolled, XLA is
-  free to compute again long before it must.  Elsewhere one layer compiles fastest.
+  XLA's CPU backend parallelizes loop bodies less than straight-line code, and small models compile quickly.  With remat
+  only a loop saves memory: in unrolled code XLA may schedule the recomputation too early.
   """
   return train.scan_unroll or (num_layers if platform == 'cpu' and train.remat == 'none' else 1)
 
 
 def require_remat(name, device):
-  """Raises ConfigError when train.remat is not possible on the devices of a mesh; device: one of them."""
+  """Raise ConfigError if the devices do not support train.remat=name.  device: one of the mesh."""
   if name == 'offload':
     kinds = {memory.kind for memory in device.addressable_memories()}
     if 'pinned_host' not in kinds:
@@ -61,7 +62,7 @@ def require_remat(name, device):
 
 
 def make_model(spec, train, platform, pipe=None):
-  """Returns the Model of a ModelSpec as a TrainSpec runs it on a platform.  pipe: PipelineSpec, or None."""
+  """Return the Model of a ModelSpec, executed as a TrainSpec says on a platform.  pipe: PipelineSpec, or None."""
   return Model(spec, Execution(
       compute_dtype=train.compute_dtype, attention=resolve_attention(train.attention, platform), remat=train.remat,
       unroll=resolve_unroll(train, spec.num_layers, platform), pipeline=pipe, ring=train.context_attention == 'ring',
@@ -79,16 +80,15 @@ def make_objective(model, train):
 
 
 def likelihood(model):
-  """Returns the loss_fn of evaluation: the targets' negative log-likelihood and nothing else."""
+  """Return the loss_fn of evaluation: the negative log-likelihood of the targets, without auxiliary losses."""
   return next_token(dataclasses.replace(
       model, spec=dataclasses.replace(model.spec, balance_loss=0.0, router_z_loss=0.0)))
 
 
 def embedding_noise(key, x, segment_ids, alpha):
-  """Returns NEFTune's noise for embeddings x [B, T, D]: U(-1, 1) * alpha / sqrt(L * D) (arXiv:2310.05914, alg. 1).
+  """Return the noise of NEFTune for embeddings x [B, T, D]: U(-1, 1) * alpha / sqrt(L * D) (arXiv:2310.05914, alg. 1).
 
-  L is the real length of the sample.  In a packed row each document is one (segment_ids: int [B, T]), so packing
-  changes nothing, nor does padding; padding itself gets what its own number of places gives, and is never seen.
+  L is the length of the document, by segment_ids [B, T], so that neither packing nor padding changes the noise.
   """
   count = lambda row: jnp.bincount(row, length=row.shape[0] + 1)[row]
   lengths = jax.vmap(count)(segment_ids)
@@ -96,22 +96,22 @@ def embedding_noise(key, x, segment_ids, alpha):
   return (jax.random.uniform(key, x.shape, minval=-1.0, maxval=1.0) * scale[..., None]).astype(x.dtype)
 
 
-# Field of a microbatch, float32 [B]: what `router_scale` is of the batch that it is a part of.
+# Field of a microbatch, float32 [B]: `router_scale` of the whole batch.
 ROUTER_SCALE = 'router_scale'
 
 
 def router_scale(batch, weight):
-  """Returns what turns a sum over a batch's tokens into its mean times the weight of the loss, float32.
+  """Return the factor from a sum over the tokens of a batch to its mean times the weight of the loss, float32.
 
-  So a router's losses are means over all tokens, whatever the loss is a mean over: trained tokens, pairs, sequences.
+  Router losses are thereby means over all tokens, whether the loss is a mean over targets, pairs or sequences.
   """
   return weight / jnp.maximum(jnp.sum(batch['segment_ids'] != 0), 1)
 
 
 def with_router_losses(loss, weight, aux, batch):
-  """Returns (loss + the router's penalty, aux), the router's losses in aux as sums that the weight divides.
+  """Return (loss + router penalty, aux), with the router losses in aux scaled for division by the weight.
 
-  aux: the model's, sums over the batch's tokens; empty without experts.
+  aux: of the model, sums over the tokens of the batch; empty without experts.
   """
   if not aux:
     return loss, aux
@@ -121,10 +121,11 @@ def with_router_losses(loss, weight, aux, batch):
 
 
 def weighed(weigh, forwarded=lambda batch: batch):
-  """Returns a decorator that gives a loss_fn its `router_scale`, a function of a batch.
+  """Return a decorator that adds the attribute `router_scale`, a function of a batch, to a loss_fn.
 
-  A step that splits a batch needs it of the whole before it differentiates the first part.  weigh: function of a batch
-  to the weight that the loss_fn returns.  forwarded: to the batch that goes through the model.
+  A step with several microbatches needs the scale of the whole batch before it differentiates the first one.
+  weigh: function from a batch to the weight that the loss_fn returns.  forwarded: function from a batch to the one that
+  passes through the model.
   """
   def decorate(loss_fn):
     loss_fn.router_scale = lambda batch: router_scale(forwarded(batch), weigh(batch))
@@ -134,15 +135,15 @@ def weighed(weigh, forwarded=lambda batch: batch):
 
 
 def count_targets(batch):
-  """Returns the weight of losses that are means over targets, by their weights."""
+  """Return the sum of the loss mask, the weight of losses that are means over targets."""
   return jnp.sum(batch['loss_mask'].astype(jnp.float32))
 
 
 def forward(model, params, batch, key=None, neftune_alpha=0.0):
-  """Returns (final hidden states [B, T, D], aux) of an ordered batch.  key: of dropout and noise; None for neither."""
+  """Return (final hidden states [B, T, D], aux) of an ordered batch.  key: of dropout and noise; None for neither."""
   perturb = None
   if neftune_alpha and key is not None:
-    # Another key than the layers', which are split from the same one.
+    # A different key than the layers', which are split from the same one.
     noise_key, segments = jax.random.fold_in(key, 0x4EF7), model.restore(batch['segment_ids'])
     noise = lambda x: embedding_noise(noise_key, x, segments, neftune_alpha)
     perturb = lambda x: x + (to_zigzag(noise(x)) if model.use_ring() else noise(x))
@@ -151,12 +152,9 @@ def forward(model, params, batch, key=None, neftune_alpha=0.0):
 
 
 def next_token(model, *, z_loss=0.0, neftune_alpha=0.0):
-  """Returns the loss_fn of language modelling; its sum is in nats.
-
-  z_loss, neftune_alpha: see TrainSpec.
-  """
+  """Return the loss_fn of next-token prediction, in nats.  z_loss, neftune_alpha: see TrainSpec."""
   def score(params, x, rows):
-    """Returns (sum of losses, (weight, aux)) of final hidden states x [B, T, D]."""
+    """Return (sum of losses, (weight, aux)) of final hidden states x [B, T, D]."""
     matrix, vocab_axis = model.output_matrix(params)
 
     def sums(matrix, x, targets, loss_mask):

@@ -1,9 +1,8 @@
-"""Silent corruption: parameters that several devices hold must be the same bits on each of them.
+"""Detect silent data corruption: replicated parameters must be bitwise equal on all devices.
 
-A device that computes wrongly now and then, or whose memory loses a bit, says nothing; its copy of the
-parameters drifts from the others', and gradients with it.  Moments that are replicated are covered too: a
-wrong one makes wrong parameters in the next step.  Parameters that are sharded over every axis have no
-copy to compare with.
+A faulty device or memory raises no error; its copy of the parameters diverges from the others.  Replicated optimizer
+moments are covered as well, because a wrong moment gives wrong parameters in the next step.  Parameters that are
+sharded over every mesh axis have no second copy to compare with.
 """
 
 import collections
@@ -15,14 +14,16 @@ from jax.sharding import PartitionSpec
 
 
 class Replicas:
-  """Compares the replicated arrays of a tree; `sums` is cheap and does not wait, `compare` reads its result."""
+  """Compare the copies of the replicated arrays of a tree.
+
+  tree: arrays, or ShapeDtypeStructs, with NamedShardings on the mesh.
+  """
 
   def __init__(self, tree, mesh):
-    """tree: arrays with NamedShardings on the mesh, or ShapeDtypeStructs with them."""
     flat = [(jax.tree_util.keystr(path, simple=True, separator='/'), x)
             for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]]
     self._devices = list(mesh.devices.flat)
-    self._groups = {}  # Name of an array -> lists of places in self._devices that hold the same part of it.
+    self._groups = {}  # {array name: lists of indices into self._devices that hold the same shard}.
     self._chosen = []
     for i, (name, x) in enumerate(flat):
       parts = collections.defaultdict(list)
@@ -45,14 +46,14 @@ class Replicas:
     return self._sums is not None
 
   def sums(self, tree):
-    """Returns uint32 [devices, arrays], on the devices: each one's checksum of its part of each array."""
+    """Return the checksums of each device's shard of each array, uint32 [devices, arrays], without waiting."""
     leaves = jax.tree.leaves(tree)
     return self._sums(*(leaves[i] for i in self._chosen))
 
   def compare(self, sums):
-    """Returns (devices that differ, names of the arrays they differ in, whether a majority says so).
+    """Return (differing devices, names of the arrays that differ, whether a majority of copies agrees).
 
-    Where no majority is, as between two copies, all that hold the array are named.
+    Without a majority, as with two copies, all devices that hold the shard are returned.
     """
     sums, odd, names, sure = np.asarray(sums), set(), [], True
     for column, (name, groups) in enumerate(self._groups.items()):
@@ -70,13 +71,14 @@ class Replicas:
 
 
 def checksum(x):
-  """Returns uint32: the bits of x, summed with odd weights that tell places apart, modulo 2^32.
+  """Return the weighted sum of the bits of x modulo 2^32, uint32.
 
-  An odd weight has an inverse, so that one changed element always changes the sum.
+  The weights are odd and differ between elements.  An odd weight is invertible, so one changed element always changes
+  the sum.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}')).astype(jnp.uint32)
   place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-  for axis in reversed(range(bits.ndim)):  # By axes: a reshape would copy the array on some devices.
+  for axis in reversed(range(bits.ndim)):  # Not by a reshape, which copies the array on some devices.
     place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride % 2**32)
     stride *= bits.shape[axis]
   return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)

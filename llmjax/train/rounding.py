@@ -1,4 +1,4 @@
-"""Optimizer moments in a narrow dtype, rounded at random so that small changes are not lost."""
+"""Optimizer moments in bfloat16, with stochastic rounding."""
 
 from typing import Any, NamedTuple
 
@@ -10,20 +10,20 @@ from llmjax.parallel.sharding import mirrored
 
 
 class MomentsState(NamedTuple):
-  """count: int32, updates done, which the next rounding's randomness is folded from.  inner: tx's state."""
+  """count: int32, number of updates, from which the key of the next rounding is folded.  inner: state of tx."""
 
   count: jax.Array
   inner: Any
 
 
 def keep_moments(tx, dtype, seed=0):
-  """Returns tx with its moments kept in `dtype` (float32 or bfloat16), and its arithmetic in float32.
+  """Return tx with its moments stored in `dtype` (float32 or bfloat16) and its arithmetic in float32.
 
-  A moment is a floating leaf of the state with the path and the shape of a parameter; all others (counts,
-  factored statistics) stay as tx makes them.  bfloat16 moments are widened for the update and rounded
-  stochastically on the way back: with b2 = 0.999 a second moment changes by less than 0.1% a step where it
-  falls, and bfloat16's values are 0.4 to 0.8% apart, so rounded to the nearest it would never fall.  The
-  random bits depend on the seed, the count and the moment's place in the tree, not on the mesh.
+  A moment is a floating-point leaf of the state with the path and shape of a parameter.  Other leaves (counts,
+  factored statistics) keep their dtype.  bfloat16 moments are cast to float32 for the update and rounded stochastically
+  afterwards.  Rounding to nearest would not do: with b2 = 0.999 a second moment decays by less than 0.1% per step,
+  while neighbouring bfloat16 values are 0.4 to 0.8% apart.  The random bits depend on the seed, the count, and the
+  index of the moment in the tree, not on the mesh.
   """
   tx = optax.with_extra_args_support(tx)
   dtype = jnp.dtype(dtype)
@@ -49,14 +49,14 @@ def keep_moments(tx, dtype, seed=0):
 
 
 def round_stochastically(x, key):
-  """Returns float32 x in bfloat16: one of its two neighbours there, the nearer the likelier.
+  """Round float32 x to bfloat16 stochastically (arXiv:1502.02551, section 3.2).
 
-  The mean over keys is x (arXiv:1502.02551, section 3.2).  What bfloat16 holds exactly, infinities and NaN
-  stay as they are, and no finite number becomes infinite.
+  The result is one of the two neighbouring bfloat16 values; its expectation is x.  Exactly representable values,
+  infinities and NaN are unchanged, and no finite value becomes infinite.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  # bfloat16 is the upper half of a float32.  The lower half, as a part of 2^16, is the way to the next
-  # value, and so is the chance that adding a random lower half carries into the upper.
+  # bfloat16 is the upper half of a float32.  The lower half, divided by 2^16, is the distance to the next value, and
+  # also the probability that adding 16 random bits carries into the upper half.
   noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
   upper = lambda b: jax.lax.bitcast_convert_type((b >> 16).astype(jnp.uint16), jnp.bfloat16)
   rounded = upper(bits + noise)
@@ -70,7 +70,7 @@ def _widen(tree):
 
 
 def _map_moments(function, state, params):
-  """Returns the state with the function applied to its moments.  params: a tree like the parameters."""
+  """Apply the function to the moments in an optimizer state.  params: tree with the structure of the parameters."""
   return jax.tree.map(
       lambda leaf, name: function(leaf) if name and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
       state, mirrored(state, params))

@@ -1,27 +1,27 @@
-"""The one train step, and the one evaluation step."""
+"""The training step."""
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from llmjax.parallel.sharding import require_divisible
-from llmjax.train.guard import judge
+from llmjax.train.guard import check_step
 from llmjax.train.objectives import ROUTER_SCALE
 
 
 def make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps=1, guard=None, together=1):
-  """Returns step(state, batch) -> (state, metrics), pure; the caller jits it and donates the state.
+  """Return the pure function step(state, batch) -> (state, metrics); the caller jits it and donates the state.
 
-  loss_fn(params, frozen, batch, key) -> (sum, (weight, aux)): a sum over targets and what to divide it by.
-  batch: leaves [B, ...].  Sums, weights and gradients are added over the microbatches and
-  divided once, so the result does not depend on how many there are (means of means would).
-  metrics: float32 scalars `loss` (nats a target), `grad_norm` (before clipping), `lr`,
-  `target_tokens` (the weight), `tokens` (all that are no padding), and the sums in aux divided by the weight.
-  A loss with a router's penalty is `objectives.weighed`, so that it does not depend on them either.
-  together: so many rows in order, such as a pair's two, stay in one microbatch.
-  guard: GuardSpec; tx is then `guard.watched`.  A bad step counts, but parameters and optimizer state stay
-  as they are, to the bit; its metrics have the verdict (see `guard.judge`) as well.
-  The step raises ConfigError where the mesh that is set and `gradient_accumulation_steps` do not divide the batch.
+  loss_fn: function (params, frozen, batch, key) -> (sum, (weight, aux)): a sum over targets and its divisor.
+  batch: leaves [B, ...].  Sums, weights and gradients are added over the microbatches and divided once, so the result
+  does not depend on the number of microbatches (a mean of means would).  A loss with a router penalty has to be
+  decorated with `objectives.weighed` for the same reason.
+  metrics: float32 scalars `loss` (nats per target), `grad_norm` (before clipping), `lr`, `target_tokens` (the weight),
+  `tokens` (without padding), and the sums in aux divided by the weight.
+  together: number of consecutive sequences that stay in one microbatch, 2 for pairs.
+  guard: GuardSpec; tx then comes from `guard.watched`.  A bad step is counted, but leaves parameters and optimizer
+  state unchanged; metrics also has the outputs of `guard.check_step`.
+  The step raises ConfigError if the batch is not divisible by the mesh in use and `gradient_accumulation_steps`.
   """
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -32,8 +32,7 @@ def make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps=1, guard=
 
     if gradient_accumulation_steps == 1:
       return one(batch, 0)
-    # Microbatch a takes rows a, a + A, ...: each device then finds its part of every microbatch in the
-    # rows that it already holds.
+    # Microbatch a takes sequences a, a + A, ..., so that each device already holds its shard of every microbatch.
     def split(x):
       parts = x.reshape(-1, gradient_accumulation_steps, together, *x.shape[1:]).swapaxes(0, 1)
       return parts.reshape(gradient_accumulation_steps, -1, *x.shape[1:])
@@ -41,7 +40,7 @@ def make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps=1, guard=
     microbatches = jax.tree.map(split, batch)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], microbatches), 0)
     if 'penalty' in shapes[2] and hasattr(loss_fn, 'router_scale'):
-      # Of the whole batch: means of the parts' would depend on the parts.
+      # Of the whole batch: a scale per microbatch would depend on how the batch is split.
       rows = jax.tree.leaves(microbatches)[0].shape[:2]
       microbatches[ROUTER_SCALE] = jnp.broadcast_to(loss_fn.router_scale(batch), rows)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -57,30 +56,30 @@ def make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps=1, guard=
                       times=gradient_accumulation_steps, words=f'{gradient_accumulation_steps} microbatches')
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     loss, weight, aux, grads = add_microbatches(state, batch, key)
-    weight = jnp.where(weight > 0, weight, 1.0)  # A batch of padding alone must not divide 0 by 0.
+    weight = jnp.where(weight > 0, weight, 1.0)  # A batch of padding has weight 0.
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     tokens = {'tokens': jnp.sum(batch['segment_ids'] != 0)} if 'segment_ids' in batch else {}
-    loss, norm, updates_done, verdict = loss / weight, optax.tree.norm(grads), state.step, {}
+    loss, norm, updates_done, outputs = loss / weight, optax.tree.norm(grads), state.step, {}
     if guard is not None:
       before = state.opt_state
-      updates_done -= before.watch.bad  # What the rule's own schedule counts.
-      verdict, watch = judge(guard, before.watch, loss.astype(jnp.float32), norm.astype(jnp.float32))
-      params, rule = jax.tree.map(lambda new, old: jnp.where(verdict['bad'] == 0, new, old),
+      updates_done -= before.watch.bad  # The optimizer's own schedule does not count bad steps.
+      outputs, watch = check_step(guard, before.watch, loss.astype(jnp.float32), norm.astype(jnp.float32))
+      params, rule = jax.tree.map(lambda new, old: jnp.where(outputs['bad'] == 0, new, old),
                                   (params, opt_state.rule), (state.params, before.rule))
       opt_state = before._replace(rule=rule, watch=watch)
     metrics = {'loss': loss, 'grad_norm': norm, 'lr': jnp.asarray(schedule(updates_done), jnp.float32),
-               'target_tokens': weight, **tokens, **{name: total / weight for name, total in aux.items()}, **verdict}
+               'target_tokens': weight, **tokens, **{name: total / weight for name, total in aux.items()}, **outputs}
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step
 
 
 def lower_step(step, state, batch):
-  """Returns the step lowered for this state and batch: the state is donated and keeps its layout.
+  """Lower the step for this state and batch; the state is donated and keeps its shardings.
 
-  state, batch: arrays, or ShapeDtypeStructs with their shardings.
+  state, batch: arrays, or ShapeDtypeStructs with shardings.
   """
   layout = jax.tree.map(lambda x: x.sharding, state)
   return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)).lower(state, batch)

@@ -16,7 +16,7 @@ from llmjax.train.spec import GuardSpec
 def test_scores_are_those_of_numpy_and_bad_steps_leave_the_window_alone():
   spec = GuardSpec(spike_threshold=6.0, window=16)
   watch = guard.watched(guard.optax.sgd(1.0), spec.window).init({}).watch
-  step = jax.jit(lambda watch, loss, norm: guard.judge(spec, watch, loss, norm))
+  step = jax.jit(lambda watch, loss, norm: guard.check_step(spec, watch, loss, norm))
   rng = np.random.default_rng(0)
   kept, found = [], []
   for i in range(60):
