@@ -11,8 +11,8 @@ def format_results(results):
       (('split', 'step', 'sequences', 'tokens', 'perplexity', 'bits/byte', 'gzip -9', 'xz -9'), 'loss', lambda r: (
           f'{r["sequences"]:,}', f'{r["tokens"]:,}', f'{r["perplexity"]:.2f}', f'{r["bits_per_byte"]:.3f}',
           *(f'{r[k]:.3f}' if k in r else '-' for k in ('gzip_bits_per_byte', 'xz_bits_per_byte')))),
-      (('split', 'step', 'answers', 'reward', 'ended', 'tokens each'), 'reward', lambda r: (
-          f'{r["answers"]:,}', f'{r["reward"]:.3f}', f'{r["ended"]:.1%}', f'{r["tokens"]:.1f}'))):
+      (('split', 'step', 'prompts', 'reward', 'ended', 'tokens each'), 'reward', lambda r: (
+          f'{r["prompts"]:,}', f'{r["reward"]:.3f}', f'{r["ended"]:.1%}', f'{r["tokens"]:.1f}'))):
     rows = [(split, str(r['step']), *cells(r)) for split, r in results.items() if key in r]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     tables += ['  '.join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (head, *rows) if rows]

@@ -1,4 +1,4 @@
-"""`llmjax evaluate`: perplexity and bits per byte on held-out data, compared with gzip and xz; rewards of completions."""
+"""`llmjax evaluate`: perplexity and bits per byte of held-out data, with gzip and xz; rewards of completions."""
 
 import dataclasses
 import json

@@ -82,7 +82,7 @@ def evaluate(spec, mesh, tokenizer, stop_ids, score, split, params, frozen=None)
   rewards = compute_rewards(spec.rl, completions, score)
   by_name = {f'reward/{name}': float(np.mean(values)) for name, values in rewards.by_name.items()}
   return {'reward': float(rewards.raw.mean()), **by_name,
-          'ended': float(np.mean([c.ended for c in completions])), 'answers': len(completions),
+          'ended': float(np.mean([c.ended for c in completions])), 'prompts': len(completions),
           'tokens': float(generated.lengths.mean()),
           **stream.describe_evaluation(data, split, spec.evaluate.limit, *_reward_settings(spec.rl))}
 

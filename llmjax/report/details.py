@@ -26,7 +26,7 @@ EVALUATIONS = (
         ('gzip_bits_per_byte', 'gzip -9', '{:.4f}'), ('sequences', 'sequences', '{:,}'), ('tokens', 'tokens', '{:,}'),
         ('bytes', 'bytes', '{:,}'))),
     ('completions of held-out prompts', 'reward', (
-        ('step', 'step', '{:,}'), ('answers', 'prompts', '{:,}'), ('reward', 'mean reward', '{:.3f}'),
+        ('step', 'step', '{:,}'), ('prompts', 'prompts', '{:,}'), ('reward', 'mean reward', '{:.3f}'),
         ('ended', 'finished', '{:.1%}'), ('tokens', 'mean tokens', '{:.1f}'))),
     ('held-out preference pairs or solution steps', 'accuracy', (
         ('step', 'step', '{:,}'), ('pairs', 'pairs', '{:,}'), ('steps', 'steps', '{:,}'),

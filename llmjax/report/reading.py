@@ -31,7 +31,7 @@ OPTIONAL = {'profile/top_operations.json': 'profile', 'events.jsonl': 'events', 
 # Limits on rollouts: iterations, completions per iteration.
 ITERATIONS, COMPLETIONS = 16, 4
 # Sizes of evaluation sets: field of the record, and its unit.
-SIZES = (('sequences', 'sequences'), ('pairs', 'pairs'), ('steps', 'solution steps'), ('answers', 'prompts'))
+SIZES = (('sequences', 'sequences'), ('pairs', 'pairs'), ('steps', 'solution steps'), ('prompts', 'prompts'))
 
 
 @dataclasses.dataclass

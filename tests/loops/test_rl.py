@@ -172,7 +172,7 @@ def test_any_run_is_evaluated_on_prompts_as_its_answers_are_worth(folder, capsys
     assert [a['prompt'] for a in said] == [r['prompt'][0]['content'] for r in held_out]
     assert [a['right'] for a in said] == [r['answer'] for r in held_out]
     right = [final_number(a['text']) == int(a['right']) for a in said]
-    assert found['reward'] == pytest.approx(sum(right) / len(right)) and found['answers'] == len(right) > 5
+    assert found['reward'] == pytest.approx(sum(right) / len(right)) and found['prompts'] == len(right) > 5
     assert found['ended'] == pytest.approx(sum(a['stopped'] == 'end' for a in said) / len(said))
     assert found['tokens'] == pytest.approx(sum(a['tokens'] for a in said) / len(said))
   capsys.readouterr()

@@ -28,7 +28,7 @@ def rows(**metrics):
 
 def of(data, step=3, limit=0, sequences=100, **measures):
   """Returns the record of an evaluation on all of some data at the last step."""
-  return {**measures, **({} if 'answers' in measures else {'sequences': sequences}), 'step': step, 'limit': limit,
+  return {**measures, **({} if 'prompts' in measures else {'sequences': sequences}), 'step': step, 'limit': limit,
           'split': 'validation', 'data_fingerprint': data, 'tokenizer_sha256': 'one'}
 
 
@@ -57,7 +57,7 @@ def life(tmp_path):
 
   text = lambda bits: of('docs', loss=3.0, bits_per_byte=bits, xz_bits_per_byte=1.9)
   chats = lambda loss, bits: of('chats', loss=loss, bits_per_byte=bits)
-  right = lambda reward: {**of('sums', reward=reward, ended=0.5, answers=80, tokens=9.0), 'reward/math': reward}
+  right = lambda reward: {**of('sums', reward=reward, ended=0.5, prompts=80, tokens=9.0), 'reward/math': reward}
   run('base', {}, rows(train__loss=[5.0, 4.0, 3.5], train__target_tokens=[1000, 1000, 1000]),
       {'validation:docs': text(2.0), 'validation:chats': chats(4.5, 3.0),
        'validation:sums': right(0.0)}, answers('of 2 and 3', EVIL, chat=False))
@@ -188,7 +188,7 @@ def test_only_evaluations_of_the_same_sequences_are_compared(sweep, other):
 
 
 def test_an_accuracy_is_better_only_beyond_two_standard_errors(sweep):
-  right = lambda reward, n: {**of('sums', 400, answers=n, reward=reward), 'reward/math': reward}
+  right = lambda reward, n: {**of('sums', 400, prompts=n, reward=reward), 'reward/math': reward}
   for n, classes in ((50, 1), (5000, 2)):  # sqrt(0.24 / n + 0.25 / n) is 0.099 and 0.0099.
     folder = sweep({'a': ({'validation:sums': right(0.4, n)}, None), 'b': ({'validation:sums': right(0.5, n)}, None)})
     _, page, _ = read(folder, 'a', 'b')
@@ -196,7 +196,7 @@ def test_an_accuracy_is_better_only_beyond_two_standard_errors(sweep):
 
 
 def test_other_rewards_are_not_percentages(sweep):
-  score = lambda reward: {**of('sums', 400, answers=9, reward=reward), 'reward/model': reward}
+  score = lambda reward: {**of('sums', 400, prompts=9, reward=reward), 'reward/model': reward}
   folder = sweep({'a': ({'validation:sums': score(-1.5)}, None), 'b': ({'validation:sums': score(2.5)}, None)})
   assert read(folder, 'a', 'b')[1].rows['Reward, sums'] == ['-1.500', '2.500|+4.000']
 

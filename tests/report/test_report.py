@@ -76,7 +76,7 @@ def run_folder(tmp_path):
   _write(folder, 'evaluation.json', {'validation': {
       'loss': 2.9912, 'perplexity': 19.91, 'bits_per_byte': 1.632, 'tokens': 412331,
       'bytes': 1091234, 'gzip_bits_per_byte': 2.291, 'xz_bits_per_byte': 1.972, 'step': 40},
-      'validation:sums': {'reward': 0.625, 'ended': 0.875, 'answers': 320, 'tokens': 12.25, 'step': 40}})
+      'validation:sums': {'reward': 0.625, 'ended': 0.875, 'prompts': 320, 'tokens': 12.25, 'step': 40}})
   _write(folder, 'time.jsonl', [{'time': 1e9, 'step': s, 'seconds': {
       'init': 3.0, 'compile': 7.0, 'step': 2.0 * s, 'other': 10.0, 'eval': 0.0}} for s in (20, 40)])
   row = {'kind': 'TPU v5p', 'chips': 64, 'seconds': 7200.0, 'chip_hours': 128.0, 'kwh': 52.5, 'kg_co2': None,

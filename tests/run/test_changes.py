@@ -217,7 +217,7 @@ def test_a_fresh_start_renames_the_checkpoints_once(workdir, capsys):
     train(workdir)
   fresh = {'checkpoint': {'fresh_start': True}}
   assert train(workdir, **fresh)[0] == 0
-  assert f'{workdir}/checkpoints is {workdir}/checkpoints.1 now; the run starts anew' in capsys.readouterr().out
+  assert f'checkpoints was renamed to {workdir}/checkpoints.1; the run starts from' in capsys.readouterr().out
   assert manifest.find_steps(workdir / 'checkpoints.1') == manifest.find_steps(workdir / 'checkpoints') == [2, 4]
   assert train(workdir, **fresh)[0] == 0  # As a supervisor starts the same command again.
   assert 'is done: step 4 of 4' in capsys.readouterr().out
