@@ -10,7 +10,6 @@ import jax
 
 from llmjax.data import stream
 from llmjax.evaluate import margins
-from llmjax.parallel.mesh import batch_blocks, batch_shards
 from llmjax.post import objective
 from llmjax.post.spec import REFERENCE_FREE_LOSSES, UNPAIRED_LOSSES
 from llmjax.run import loop, start
