@@ -32,7 +32,7 @@ KINDS = {
     'reward': (MEANING, {'scores': FIXED}),
     # A checkpoint in the middle of an iteration resumes with the sequences in its rollout file.
     'rl': (MEANING, {'prompts_per_iteration': FIXED, 'num_generations': FIXED, 'epochs': FIXED}),
-    'policy': (MEANING, {'advantages': FIXED}),
+    'policy': (MEANING, {'advantage_estimator': FIXED}),
     'guard': (HARMLESS, {'window': FIXED}),
     'checkpoint': (HARMLESS, {}),
     'evaluate': (HARMLESS, {'limit': MEANING}),

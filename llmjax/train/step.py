@@ -32,12 +32,7 @@ def make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps=1, guard=
 
     if gradient_accumulation_steps == 1:
       return one(batch, 0)
-    # Microbatch a takes sequences a, a + A, ..., so that each device already holds its shard of every microbatch.
-    def split(x):
-      parts = x.reshape(-1, gradient_accumulation_steps, together, *x.shape[1:]).swapaxes(0, 1)
-      return parts.reshape(gradient_accumulation_steps, -1, *x.shape[1:])
-
-    microbatches = jax.tree.map(split, batch)
+    microbatches = _split(batch, gradient_accumulation_steps, together)
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], microbatches), 0)
     if 'penalty' in shapes[2] and hasattr(loss_fn, 'router_scale'):
       # Of the whole batch: a scale per microbatch would depend on how the batch is split.
@@ -74,6 +69,17 @@ def make_train_step(loss_fn, tx, schedule, gradient_accumulation_steps=1, guard=
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
   return train_step
+
+
+def _split(batch, count, together):
+  """Split a batch into microbatches, leaves [count, B / count, ...].
+
+  Microbatch a takes sequences a, a + count, ..., so that each device already holds its shard of every microbatch.
+  """
+  def split(x):
+    return x.reshape(-1, count, together, *x.shape[1:]).swapaxes(0, 1).reshape(count, -1, *x.shape[1:])
+
+  return jax.tree.map(split, batch)
 
 
 def lower_step(step, state, batch):
