@@ -1,19 +1,19 @@
-"""What checkpoints cost: how long a save holds training up, what a restore needs of the host's memory.
+"""Measure the cost of checkpoints: how long a save blocks training, and the host memory of saves and restores.
 
   llmjax prepare --config=configs/data/python_docs.py
   python tools/bench_checkpoint.py --gigabytes=1 --output=checkpoints.json
 
-Four parts, each in processes of its own, medians over `--rounds`:
+Four parts in separate processes; medians over `--rounds`:
 
-save     `Checkpoints.save` of a state of so many gigabytes (float32 parameters and two moments, stacked layers and two
-         large matrices), five times: the seconds that it holds the caller up, beside those that copying every array
-         to the host's memory takes by itself in the same process; then the seconds and CPU-seconds until it has ended.
-peak     the highest resident memory while it is saved, less what the process had before, over the size of the state.
-         A save holds a copy of the state, as the next step may overwrite it: 1.0 is the least there can be.
-restore  the highest resident memory while it is restored, less what the process had before, over the size of the state.
-         On a CPU the restored arrays are in the host's memory themselves, so 1.0 is the least there can be.
-run      the recipe `--config` for one of its checkpoint intervals with a save at the end, and for as many steps
-         without one: the share of wall time that its goodput charges to checkpoints, and the CPU-seconds of both.
+save     `Checkpoints.save` of a state of `--gigabytes` (float32 parameters and two moments; stacked layers, two large
+         matrices), five times: seconds that the caller is blocked, compared with copying every array to host memory in
+         the same process, and seconds and CPU-seconds until the save is complete.
+peak     increase of the peak resident memory during a save, relative to the size of the state.  A save copies the
+         state, because the next step may overwrite it, so the minimum is 1.0.
+restore  increase of the peak resident memory during a restore, relative to the size of the state.  On a CPU the
+         restored arrays are in host memory themselves, so the minimum is 1.0.
+run      the recipe `--config` for one checkpoint interval with a save at the end, and for as many steps without a save:
+         the fraction of wall time that goodput charges to checkpoints, and the CPU-seconds of both.
 """
 
 import argparse
@@ -30,11 +30,11 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SAVES = 5
-AFTER = 20  # Steps after the checkpoint, in which it is written.
+AFTER = 20  # Steps after the checkpoint, during which it is written.
 
 
 def make_shapes(gigabytes):
-  """Returns {name: shape} of parameters that with two moments of the same size, all float32, are so many GB."""
+  """Return {name: shape} of float32 parameters that have this size in GB together with two moments."""
   width = 768
   ends = {'embed': (32000, width), 'output': (width, 32000)}
   layer = {'query': (width, width), 'gate': (width, 2048), 'up': (width, 2048), 'down': (2048, width)}
@@ -70,9 +70,9 @@ def make_state(gigabytes):
 
 
 def peak(args):
-  """Saves twice, the next step overwriting the state meanwhile; returns figures."""
+  """Save twice while the next step overwrites the state; return the measurements."""
   from llmjax.parallel.host import keep_freed_memory, share_arena
-  share_arena()  # As every loop does.
+  share_arena()  # As in training.
   import jax
 
   from llmjax.checkpoint.checkpoints import Checkpoints
@@ -82,7 +82,7 @@ def peak(args):
   keep_freed_memory()
   checkpoints, rows = Checkpoints(args.folder), []
   for step in (1, 2):
-    pathlib.Path('/proc/self/clear_refs').write_text('5')  # Resets the highest.
+    pathlib.Path('/proc/self/clear_refs').write_text('5')  # Resets the peak.
     before, _ = memory()
     begin = time.perf_counter()
     checkpoints.save(step, state, {'batches': step}, {})
@@ -97,7 +97,7 @@ def peak(args):
 
 
 def save(args):
-  """Saves SAVES times; returns figures."""
+  """Save SAVES times; return the measurements."""
   import jax
   import numpy as np
 
@@ -116,21 +116,21 @@ def save(args):
     rows.append({'held_seconds': held, 'copy_seconds': copied, 'complete_seconds': time.perf_counter() - begin,
                  'cpu_seconds': time.process_time() - cpu})
   checkpoints.close()
-  # The first one compiles the search for what is not finite.
+  # The first save compiles the check for values that are not finite.
   return {'bytes': sum(x.nbytes for x in jax.tree.leaves(state)), 'first_held_seconds': rows[0]['held_seconds'],
           **{name: statistics.median(row[name] for row in rows[1:]) for name in rows[0]}}
 
 
 def memory():
-  """Returns (resident bytes, their highest since the last reset)."""
+  """Return (resident bytes, peak resident bytes since the last reset)."""
   lines = dict(line.split(':') for line in pathlib.Path('/proc/self/status').read_text().splitlines())
   return tuple(int(lines[name].split()[0]) * 1024 for name in ('VmRSS', 'VmHWM'))
 
 
 def restore(args):
-  """Restores once; returns figures."""
+  """Restore once; return the measurements."""
   from llmjax.parallel.host import share_arena
-  share_arena()  # As every loop does.
+  share_arena()  # As in training.
   import jax
 
   from llmjax.checkpoint.checkpoints import Checkpoints
@@ -140,7 +140,7 @@ def restore(args):
   begin = time.perf_counter()
   step = checkpoints.latest()
   verified = time.perf_counter() - begin
-  pathlib.Path('/proc/self/clear_refs').write_text('5')  # Resets the highest.
+  pathlib.Path('/proc/self/clear_refs').write_text('5')  # Resets the peak.
   before, _ = memory()
   begin = time.perf_counter()
   state, _ = checkpoints.restore(step, abstract)
@@ -152,7 +152,7 @@ def restore(args):
 
 
 def run_recipe(args, name, every):
-  """Trains for one interval, with checkpoints every so many steps (0: none); returns figures."""
+  """Train for one interval; return the measurements.  every: steps between checkpoints; 0: none."""
   workdir = pathlib.Path(args.folder) / name
   command = [sys.executable, '-m', 'llmjax', 'pretrain', f'--config={args.config}', f'--workdir={workdir}',
              f'--config.train.steps={args.interval + AFTER}', f'--config.train.checkpoint_every={every}',
@@ -165,7 +165,7 @@ def run_recipe(args, name, every):
   if done.returncode:
     raise SystemExit(done.stderr or done.stdout)
   lines = map(json.loads, (workdir / 'time.jsonl').read_text().splitlines())
-  seconds = next(line['seconds'] for line in lines if line['step'] == args.interval + AFTER)  # Before the last save.
+  seconds = next(line['seconds'] for line in lines if line['step'] == args.interval + AFTER)  # Before the final save.
   return {'cpu_seconds': sum(getattr(after, n) - getattr(before, n) for n in ('ru_utime', 'ru_stime')),
           'train_seconds': seconds['step'] + seconds['data_wait'], 'held_seconds': seconds['checkpoint']}
 

@@ -1,8 +1,8 @@
-"""Speed of the data path: `python tools/bench_data.py [--folder=DIR] [--output=FILE.json]`.
+"""Measure the speed of the data pipeline: `python tools/bench_data.py [--folder=DIR] [--output=FILE.json]`.
 
-Without --folder it prepares Python's own text in a temporary folder first.  Rates are per second of
-CPU time of this process (user and system, all threads): wall time on a shared machine says little.
-Each figure is the best of several repetitions.
+Without --folder, first prepares the Python documentation in a temporary folder.  Rates are per second of CPU time of
+this process (user and system, all threads), because wall time depends on other load.  Each figure is the best of
+several repetitions.
 """
 
 import argparse
@@ -26,7 +26,7 @@ TARGETS = {'encode_raw': 4.0, 'encode': 4.0, 'stream': 8.0, 'fill': 0.999, 'over
 
 
 def best_rate(count, work, repeats):
-  """Returns (millions per CPU-second, per wall second), the best of the repeats."""
+  """Return (millions per CPU-second, millions per second), the best of the repetitions."""
   rates = []
   for _ in range(repeats):
     cpu, wall = time.process_time(), time.perf_counter()
@@ -37,7 +37,7 @@ def best_rate(count, work, repeats):
 
 
 def bench_encode(folder, repeats, megabytes=3):
-  """Encodes documents with bare SentencePiece and with our Tokenizer, in turns."""
+  """Encode documents with SentencePiece and with our Tokenizer, in alternation."""
   import sentencepiece
 
   texts, size = [], 0
@@ -50,7 +50,7 @@ def bench_encode(folder, repeats, megabytes=3):
   bare = sentencepiece.SentencePieceProcessor(model_file=str(prepared.tokenizer_path(folder)))
   count = sum(len(tokenizer.encode(text)) for text in texts)
   raw, ours = (0.0, 0.0), (0.0, 0.0)
-  for _ in range(repeats):  # In turns, so that a busy moment hits both.
+  for _ in range(repeats):  # Alternating, so that other load affects both.
     raw = max(raw, best_rate(count, lambda: [bare.encode_as_numpy(t) for t in texts], 1))
     ours = max(ours, best_rate(count, lambda: [tokenizer.encode(t) for t in texts], 1))
   return {'encode_raw': raw, 'encode': ours, 'overhead': max(0.0, raw[0] / ours[0] - 1),
@@ -58,7 +58,7 @@ def bench_encode(folder, repeats, megabytes=3):
 
 
 def bench_rows(folder, seq_len, batch_size, repeats, batches=400):
-  """Reads random rows through PackedSequences alone, and batches through Grain."""
+  """Read random sequences through PackedSequences alone, and batches through Grain."""
   store = token_store.TokenStore(prepared.tokens_path(folder, 'train'))
   rows = packing.PackedSequences(store, seq_len)
   numbers = np.random.default_rng(0).integers(len(rows), size=(batches, batch_size)).tolist()
@@ -79,7 +79,7 @@ def main():
   parser.add_argument('--seq_len', type=int, default=1024)
   parser.add_argument('--batch_size', type=int, default=8)
   parser.add_argument('--repeats', type=int, default=7)
-  parser.add_argument('--output', default='', help='write the figures as JSON')
+  parser.add_argument('--output', default='', help='JSON file for the results')
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as scratch:
     folder = args.folder
@@ -106,7 +106,7 @@ def main():
       ('packing fill', result['fill'], '>= 99.9 %', result['fill'] >= TARGETS['fill'])):
     print(f'{name:<40}{value:>11.2%}{target:>17}  {"yes" if met else "NO"}')
   print(f'{result["documents"]:,} documents, {result["tokens"]:,} tokens, '
-        f'{result["bytes_per_token"]:.2f} bytes a token')
+        f'{result["bytes_per_token"]:.2f} bytes per token')
   if args.output:
     result |= {'machine': platform.processor() or platform.machine(), 'cpus': os.cpu_count(),
                'python': platform.python_version(), 'load': os.getloadavg()[0],

@@ -1,20 +1,18 @@
-"""Decoding speed of llmjax on this machine's CPU, beside PyTorch with transformers' `generate`.
+"""Measure the decoding speed of llmjax on CPU, compared with PyTorch and transformers' `generate`.
 
   python tools/bench_decode.py --peer-python=PATH/bin/python --output=decode.json
-  python tools/bench_decode.py --rollout --batches=8,32     # as `llmjax rl` samples, beside `llmjax generate`
+  python tools/bench_decode.py --rollout --batches=8,32     # the sampler of `llmjax rl` compared with `llmjax generate`
 
-A 58.47 M parameter Llama (8 layers, d_model 512, 8 heads of 64, gated MLP 1408, vocabulary 32000,
-untied) in float32 goes on greedily from a 512-token prompt for 128 tokens, with a KV cache, for 1
-and for 8 rows.  Both contestants have the same weights and prompts.  Each is a process that stays
-alive and answers one request at a time, in turns, so that both meet the same machine and only one
-of them works. The first request, which compiles and warms up, is left out.
+A 58.47 M parameter Llama (8 layers, d_model 512, 8 heads of 64, gated MLP 1408, vocabulary 32000, untied) in float32
+greedily generates 128 tokens after a 512-token prompt, with a KV cache, for batches of 1 and 8.  All contestants have
+the same weights and prompts.  Each is a separate process that serves one request at a time; they alternate, so that
+other load affects all of them and only one works at a time.  The first request, which compiles, is excluded.
 
-Prefill is the time to the first new token; decode is the rest.  Both are taken inside one call.
-CPU seconds are the process's own, over all its threads.  Figures are medians over the rounds, and a
-ratio is the median of the rounds' ratios.  `same tokens` is the part of the new tokens on which
-both agree: float32 sums in another order let near ties fall the other way, and a row then goes its
-own way.  A rollout is 8 answers to each prompt, drawn at temperature 1, with their log-probabilities; it is one
-call, which has no time of its own for the first token, and draws other tokens.
+Prefill is the time to the first new token, decode is the rest of the same call.  CPU seconds are those of the process,
+over all threads.  Figures are medians over rounds; a ratio is the median of the ratios of the rounds.  `same tokens` is
+the fraction of new tokens that are equal: float32 sums in another order decide near ties differently, after which the
+sequences diverge.  A rollout samples 8 completions per prompt at temperature 1 with log-probabilities; it is one call,
+so it has no prefill time, and its tokens are not compared.
 """
 
 import argparse
@@ -30,7 +28,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = dict(num_layers=8, d_model=512, num_heads=8, mlp_dim=1408, vocab_size=32000)
-MEASURES = {  # From a request's times to what the table shows.
+MEASURES = {  # {column of the table: function of a request's record}
     'tokens_per_second': lambda r: r['tokens'] / r['wall'],
     'tokens_per_cpu_second': lambda r: r['tokens'] / r['cpu'],
     'prefill_seconds': lambda r: r['prefill_wall'],
@@ -38,7 +36,7 @@ MEASURES = {  # From a request's times to what the table shows.
     'decode_tokens_per_second': lambda r: r['decoded'] / (r['wall'] - r['prefill_wall']),
     'decode_tokens_per_cpu_second': lambda r: r['decoded'] / (r['cpu'] - r['prefill_cpu']),
 }
-WHOLE = ('tokens_per_second', 'tokens_per_cpu_second')  # What a rollout has a time for.
+WHOLE = ('tokens_per_second', 'tokens_per_cpu_second')  # The columns of a rollout.
 
 
 def make_prompts(batch, length):
@@ -47,7 +45,7 @@ def make_prompts(batch, length):
 
 
 def times(started, first, ended, tokens):
-  """Returns a request's record.  started, first, ended: (wall, CPU) seconds; tokens: [B, n]."""
+  """Return the record of a request.  started, first, ended: (wall, CPU) seconds.  tokens: [B, n]."""
   return {'wall': ended[0] - started[0], 'cpu': ended[1] - started[1],
           'prefill_wall': first[0] - started[0], 'prefill_cpu': first[1] - started[1],
           'tokens': tokens.size, 'decoded': tokens.size - len(tokens), 'made': tokens.tolist()}
@@ -58,7 +56,7 @@ def clock():
 
 
 def make_generator(args):
-  """Returns (versions, Generator); writes args.weights."""
+  """Return (versions, Generator), and write the weights to args.weights."""
   sys.path.insert(0, str(ROOT))
   import jax
   import numpy as np
@@ -69,7 +67,7 @@ def make_generator(args):
 
   spec = ModelSpec(**SIZES)
   params = jax.jit(Model(spec).init)(jax.random.key(0))
-  kernel = params['head']['kernel']  # Zeros at first: every token would be the likeliest.
+  kernel = params['head']['kernel']  # Initially zero: all tokens would be equally likely.
   params['head']['kernel'] = 0.05 * jax.random.normal(jax.random.key(1), kernel.shape)
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
   np.savez(args.weights, **{'/'.join(str(k.key) for k in path): leaf for path, leaf in flat})
@@ -77,7 +75,7 @@ def make_generator(args):
 
 
 def build_llmjax(args):
-  """Returns (versions, function of the batch size to a record)."""
+  """Return (versions, function of the batch size to a record)."""
   versions, generator = make_generator(args)
   import numpy as np
 
@@ -95,7 +93,7 @@ def build_llmjax(args):
 
 
 def build_rollout(args):
-  """The same with the sampler of `llmjax rl`."""
+  """As build_llmjax, with the sampler of `llmjax rl`."""
   versions, generator = make_generator(args)
   import jax
   import numpy as np
@@ -116,7 +114,7 @@ def build_rollout(args):
 
 
 def build_transformers(args):
-  """Returns (versions, function of the batch size to a record); reads the weights of llmjax."""
+  """Return (versions, function of the batch size to a record), with the weights of llmjax."""
   import numpy as np
   import torch
   import transformers
@@ -129,7 +127,7 @@ def build_transformers(args):
       max_position_embeddings=4096, rms_norm_eps=1e-5, rope_theta=10000.0,
       tie_word_embeddings=False)).eval()
   ours, theirs = np.load(args.weights), {}
-  # Their linear layers hold [out, in].
+  # PyTorch linear layers store [out, in].
   flip = lambda w, rows: torch.from_numpy(np.ascontiguousarray(w.reshape(rows, -1).T))
   for i in range(SIZES['num_layers']):
     mine = lambda name, i=i: ours[f'blocks/{name}'][i]
@@ -150,7 +148,7 @@ def build_transformers(args):
   model.load_state_dict(theirs)
 
   class FirstToken:
-    """A streamer that notes when the first new token is there; the prompt is put before it."""
+    """A streamer that records the time of the first new token, which follows the prompt."""
 
     def __init__(self):
       self.puts, self.first = 0, None
@@ -183,9 +181,9 @@ BUILDERS = {'llmjax': build_llmjax, 'rollout': build_rollout, 'transformers': bu
 
 
 def work(args):
-  """Answers each line of standard input, a batch size, with one line of JSON."""
+  """Serve requests: for each line of standard input, a batch size, write a record as one line of JSON."""
   answers = os.fdopen(os.dup(1), 'w')
-  os.dup2(2, 1)  # Whatever a library prints goes elsewhere.
+  os.dup2(2, 1)  # Output of libraries goes to standard error.
   versions, request = BUILDERS[args.worker](args)
   print(json.dumps(versions), file=answers, flush=True)
   for line in sys.stdin:
@@ -218,12 +216,12 @@ class Contestant:
 
 
 def compare(contestants, batch, rounds):
-  """Returns {'records', 'medians', 'ratios', 'same_tokens'} of one batch size."""
+  """Return {'medians', 'rounds', 'ratios', 'same_tokens'} of one batch size."""
   records = {c.name: [] for c in contestants}
   for c in contestants:
     c.request(batch)
   for i in range(rounds):
-    # Who goes first changes from round to round.
+    # The order alternates.
     for c in contestants if i % 2 == 0 else contestants[::-1]:
       records[c.name].append(c.request(batch))
       print(f'batch {batch}, round {i + 1}, {c.name}: {records[c.name][-1]["wall"]:.2f} s',
@@ -234,7 +232,7 @@ def compare(contestants, batch, rounds):
                         for name, measured in values.items()}, 'rounds': values}
   if len(contestants) == 2:
     ours, theirs = (values[c.name] for c in contestants)
-    # Above 1 is in our favour, whether more or less is better.
+    # Above 1: llmjax is faster.
     ratio = lambda m, a, b: b / a if m.startswith('prefill') else a / b
     result['ratios'] = {
         m: statistics.median(ratio(m, a, b) for a, b in zip(ours[m], theirs[m], strict=True))
@@ -246,7 +244,7 @@ def compare(contestants, batch, rounds):
 
 
 def table(results):
-  """Returns the medians as a Markdown table."""
+  """Format the medians as a Markdown table."""
   lines = ['| batch | | tokens/s | tokens/CPU s | prefill s | prefill CPU s | decode tokens/s '
            '| decode tokens/CPU s |', '|' + ' --- |' * 8]
   for batch, result in results.items():
@@ -263,13 +261,13 @@ def table(results):
 def main():
   parser = argparse.ArgumentParser(description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--peer-python', help='python with torch and transformers; without: no peer')
-  parser.add_argument('--rollout', action='store_true', help='the sampler of `llmjax rl` besides')
-  parser.add_argument('--batches', default='1,8', help='numbers of rows')
-  parser.add_argument('--prompt', type=int, default=512, help='tokens of the prompt')
-  parser.add_argument('--new', type=int, default=128, help='new tokens')
+  parser.add_argument('--peer-python', help='Python interpreter with torch and transformers; default: no comparison')
+  parser.add_argument('--rollout', action='store_true', help='also measure the sampler of `llmjax rl`')
+  parser.add_argument('--batches', default='1,8', help='batch sizes')
+  parser.add_argument('--prompt', type=int, default=512, help='prompt length in tokens')
+  parser.add_argument('--new', type=int, default=128, help='number of new tokens')
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--output', help='file for all figures, JSON')
+  parser.add_argument('--output', help='JSON file for the results')
   parser.add_argument('--worker', choices=BUILDERS, help=argparse.SUPPRESS)
   parser.add_argument('--weights', help=argparse.SUPPRESS)
   args = parser.parse_args()

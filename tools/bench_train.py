@@ -1,20 +1,19 @@
-"""Training speed and memory of llmjax on this machine's CPU, beside PyTorch with transformers.
+"""Measure training speed and memory of llmjax on CPU, compared with PyTorch and transformers.
 
   python tools/bench_train.py --steps=8 --peer-python=PATH/bin/python --output=bench.json
-  python tools/bench_train.py --steps=8 --adapters=lora,dora,lora+nf4     # beside the full step, in turns with it
-  python tools/bench_train.py --steps=8 --pairs=sigmoid,simpo              # likewise, of as many pairs as rows
+  python tools/bench_train.py --steps=8 --adapters=lora,dora,lora+nf4     # compared with the full step
+  python tools/bench_train.py --steps=8 --pairs=sigmoid,simpo              # preference losses on 8 pairs
 
-One full optimizer step of a 58 M parameter Llama (8 layers, d_model 512, 8 heads of 64, SwiGLU 1408, vocabulary
-32000, untied) on 8 rows of 512 tokens in float32: forward, backward, clipping by global norm, AdamW. Every contestant
-is a process of its own that stays alive and does one step on request, so that the contestants take turns on the same
-machine, on all of its cores, and only one of them works at a time. A round also measures the 2048^3 matrix product of
-XLA, which is the peak that a step is held against. Medians are over rounds; the first step, which compiles, is left
-out of them and reported as the start.
+One optimizer step of a 58 M parameter Llama (8 layers, d_model 512, 8 heads of 64, SwiGLU 1408, vocabulary 32000,
+untied) on 8 sequences of 512 tokens in float32: forward, backward, clipping by global norm, AdamW.  Every contestant is
+a separate process that runs one step per request; they alternate on all cores of the machine, one at a time.  Each
+round also measures XLA's 2048^3 matrix product, whose rate is the peak that a step is compared with.  Figures are
+medians over rounds; the first step, which compiles, is excluded and reported as the start.
 
-FLOPs of a step = tokens * (6 * matmul parameters + 6 * layers * T * heads * head_dim): 2 for each multiply-add,
-3 for forward and backward. The embedding table is no matmul parameter. Causal attention needs QK^T and PV over half
-of the T * T square, so 4 * T * heads * head_dim per token and layer is halved. What a contestant computes in excess
-of this (blocks above the diagonal, recomputation) counts as time, not as FLOPs.
+FLOPs of a step = tokens * (6 * matmul parameters + 6 * layers * T * heads * head_dim): 2 per multiply-add, times 3 for
+forward and backward.  The embedding table is not a matmul parameter.  Causal attention needs half of the T * T matrix,
+so 4 * T * heads * head_dim per token and layer is halved.  Additional work (blocks above the diagonal, recomputation)
+counts as time and not as FLOPs.
 """
 
 import argparse
@@ -34,19 +33,19 @@ LR, B1, B2, EPSILON, WEIGHT_DECAY, CLIP_NORM = 3e-4, 0.9, 0.95, 1e-8, 0.1, 1.0
 
 
 def matmul_parameters(spec):
-  """Parameters that take part in a matrix product: all but the embedding table and the norms."""
+  """Count the parameters in matrix products: all but the embedding table and the norms."""
   heads = 2 * (spec['num_heads'] + spec['num_kv_heads']) * spec['head_dim']
   layer = spec['d_model'] * (heads + 3 * spec['mlp_dim'])
   return spec['num_layers'] * layer + spec['d_model'] * spec['vocab_size']
 
 
 def step_flops(spec, batch, length):
-  """FLOPs of one step on [batch, length] tokens, by the formula at the head of this file."""
+  """Return the FLOPs of a step on [batch, length] tokens, by the formula in the module docstring."""
   attention = 6 * spec['num_layers'] * length * spec['num_heads'] * spec['head_dim']
   return batch * length * (6 * matmul_parameters(spec) + attention)
 
 
-# What each contestant's process does. Imports stay inside, because the two run in different environments.
+# Contestants.  They run in different environments, so that imports are inside the functions.
 
 
 def random_tokens(args, count, times=1):
@@ -55,7 +54,7 @@ def random_tokens(args, count, times=1):
 
 
 def build_llmjax(args):
-  """Returns (step() -> loss, matmul() -> GFLOP/s)."""
+  """Return (step() -> loss, matmul() -> GFLOP/s)."""
   sys.path.insert(0, ROOT)
   import jax
   step = build_step(args)
@@ -72,7 +71,7 @@ def build_llmjax(args):
 
 
 def build_step(args):
-  """Returns step() -> loss: the project's own train step, as `llmjax pretrain` runs it."""
+  """Return step() -> loss: the train step of `llmjax pretrain`."""
   import jax
   import numpy as np
   import optax
@@ -91,7 +90,7 @@ def build_step(args):
   from llmjax.train.step import lower_step, make_train_step
   from llmjax.train.trainable import adapters, quantize_base, whole_model
   model = ModelSpec(**SPEC)
-  together = 2 if args.pair_loss else 1  # A pair is two rows; as many rows at a time as without pairs.
+  together = 2 if args.pair_loss else 1  # A pair is two sequences; microbatches keep their size.
   accumulation = args.gradient_accumulation_steps * together
   train = TrainSpec(batch_size=args.batch, gradient_accumulation_steps=accumulation, remat=args.remat,
                     compute_dtype='float32')
@@ -103,7 +102,7 @@ def build_step(args):
   tx, schedule = make_optimizer(optimizer, train.steps)
   tokens = random_tokens(args, args.length + 1, together)
   batch = make_batch(tokens[:, :-1], tokens[:, 1:])
-  if args.pair_loss:  # The reference's, as they come from their table; the first half is the prompt.
+  if args.pair_loss:  # Reference log-probabilities; the first half of a sequence is the prompt.
     batch['ref_logprobs'] = np.full(len(tokens), -10.0 * args.length, np.float32)
     batch['loss_mask'][:, :args.length // 2] = 0
   with jax.set_mesh(mesh):
@@ -125,7 +124,7 @@ def build_step(args):
     step = make_train_step(trainable.wrap(loss_fn), tx, schedule, accumulation, together=together)
     train_step = lower_step(step, state, batch).compile()
   holder = [state]
-  del state  # The step takes the state's memory over; no other name may keep it.
+  del state  # The step donates the state, so no other reference may exist.
 
   def step():
     new_state, metrics = train_step(holder.pop(), batch)
@@ -136,7 +135,7 @@ def build_step(args):
 
 
 def make_batch(tokens, targets):
-  """Returns the batch of whole rows, each one segment."""
+  """Return a batch of full sequences, one segment each."""
   import numpy as np
   rows, length = tokens.shape
   return {'tokens': tokens.astype(np.int32), 'targets': targets.astype(np.int32),
@@ -146,7 +145,7 @@ def make_batch(tokens, targets):
 
 
 def build_transformers(args):
-  """The same step in PyTorch: LlamaForCausalLM and the fused AdamW."""
+  """Return the same step in PyTorch: LlamaForCausalLM and the fused AdamW."""
   import torch
   from transformers import LlamaConfig, LlamaForCausalLM
   config = LlamaConfig(
@@ -178,7 +177,7 @@ BUILDERS = {'llmjax': build_llmjax, 'transformers': build_transformers}
 
 
 def serve(args):
-  """Answers 'step', 'matmul' and 'peak' lines on standard input with one JSON line each."""
+  """Serve requests: for each line of standard input, step or matmul, write the measurements as one line of JSON."""
   step, matmul = BUILDERS[args.serve](args)
   for line in sys.stdin:
     command = line.strip()
@@ -197,7 +196,7 @@ def serve(args):
 
 
 class Contestant:
-  """A process that serves steps."""
+  """A process that runs steps on request."""
 
   def __init__(self, name, python, kind, args, **options):
     self.name, self.steps, self.started = name, [], time.perf_counter()
@@ -229,20 +228,20 @@ class Contestant:
 
 
 def compare(args):
-  """Runs the contestants in turns; returns everything measured."""
+  """Run the contestants in alternation; return all measurements."""
   contestants, matmul = [], []
   try:
     for remat in args.remat.split(','):
       contestants.append(Contestant(f'llmjax, remat {remat}', sys.executable, 'llmjax', args, remat=remat,
-                                    accumulation=args.gradient_accumulation_steps))
+                                    gradient_accumulation_steps=args.gradient_accumulation_steps))
     for adapter in filter(None, args.adapters.split(',')):
       contestants.append(Contestant(f'llmjax, {adapter}', sys.executable, 'llmjax', args, adapter=adapter,
-                                    remat=args.remat.split(',')[0], accumulation=args.gradient_accumulation_steps,
-                                    rank=args.rank,
-                                    dropout=args.dropout))
+                                    remat=args.remat.split(',')[0], rank=args.rank, dropout=args.dropout,
+                                    gradient_accumulation_steps=args.gradient_accumulation_steps))
     for loss in filter(None, args.pairs.split(',')):
       contestants.append(Contestant(f'llmjax, {loss}', sys.executable, 'llmjax', args, remat=args.remat.split(',')[0],
-                                    accumulation=args.gradient_accumulation_steps, **{'pair-loss': loss}))
+                                    gradient_accumulation_steps=args.gradient_accumulation_steps,
+                                    **{'pair-loss': loss}))
     if args.peer_python:
       contestants.append(Contestant('transformers', args.peer_python, 'transformers', args))
     for _ in range(args.steps):
@@ -260,10 +259,10 @@ def compare(args):
 
 
 def table(report):
-  """The report as text."""
+  """Format the results as text."""
   peak, full = report['matmul_gflops'], report['results'][0]
   full = full['user'] + full['system']
-  lines = [f'{report["batch"]} x {report["length"]} tokens, {report["step_flops"] / 1e12:.3f} TFLOP a step, '
+  lines = [f'{report["batch"]} x {report["length"]} tokens, {report["step_flops"] / 1e12:.3f} TFLOP per step, '
            f'{report["cores"]} cores, best 2048^3 product {peak:.0f} GFLOP/s',
            f'{"":24}{"median s":>9}{"tokens/s":>10}{"of peak":>9}{"user s":>8}{"sys s":>7}{"peak GB":>9}{"start s":>9}'
            f'{"CPU s":>8}{"of first":>9}']
@@ -276,20 +275,20 @@ def table(report):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--steps', type=int, default=8, help='rounds; each contestant does one step in each')
+  parser.add_argument('--steps', type=int, default=8, help='number of rounds, with one step of each contestant')
   parser.add_argument('--batch', type=int, default=8)
   parser.add_argument('--length', type=int, default=512)
-  parser.add_argument('--gradient_accumulation_steps', type=int, default=4, help='microbatches of our step')
-  parser.add_argument('--remat', default='none', help='variants of our step, e.g. none,full')
-  parser.add_argument('--adapters', default='', help='adapters on a frozen base besides, e.g. lora,dora,lora+nf4')
-  parser.add_argument('--pairs', default='', help='losses on pairs of answers besides, e.g. sigmoid (DPO),simpo')
+  parser.add_argument('--gradient_accumulation_steps', type=int, default=4, help='microbatches of the llmjax step')
+  parser.add_argument('--remat', default='none', help='remat policies to measure, e.g. none,full')
+  parser.add_argument('--adapters', default='', help='also measure adapters, e.g. lora,dora,lora+nf4')
+  parser.add_argument('--pairs', default='', help='also measure preference losses, e.g. sigmoid,simpo')
   parser.add_argument('--pair-loss', default='', help=argparse.SUPPRESS)
-  parser.add_argument('--rank', type=int, default=16, help='of the adapters')
-  parser.add_argument('--dropout', type=float, default=0.0, help='of the adapters')
+  parser.add_argument('--rank', type=int, default=16, help='rank of the adapters')
+  parser.add_argument('--dropout', type=float, default=0.0, help='dropout rate of the adapters')
   parser.add_argument('--adapter', default='', help=argparse.SUPPRESS)
-  parser.add_argument('--peer-python', help='interpreter with torch and transformers; left out: no peer')
+  parser.add_argument('--peer-python', help='Python interpreter with torch and transformers; default: no comparison')
   parser.add_argument('--peer-attention', default='sdpa', choices=['sdpa', 'eager'])
-  parser.add_argument('--output', help='JSON file to write')
+  parser.add_argument('--output', help='JSON file for the results')
   parser.add_argument('--serve', choices=sorted(BUILDERS), help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.serve:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Compares the predictions of `llmjax plan` with published TPU runs, and its analytical model with compiled programs.
+"""Compare the predictions of `llmjax plan` with published TPU runs, and its analytical model with compiled programs.
 
   python tools/calibrate_plan.py --output=experiments/tpu_calibration [--compile]
 
---compile compiles our programs with libtpu (minutes each) and stores their plans in the output folder; without it, the
-stored plans are used.  Writes README.md there.  Nothing is fitted to the published numbers.
+--compile compiles our programs with libtpu (minutes each) and stores their plans in the output folder; otherwise the
+stored plans are used.  Writes README.md to the output folder.  Nothing is fitted to the published numbers.
 """
 
 import argparse

@@ -1,21 +1,21 @@
-"""Every mesh beside one device: numerics, collectives, bytes and FLOPs, on 8 emulated CPU devices.
+"""Compare every mesh with one device: numerics, collectives, bytes and FLOPs, on 8 emulated CPU devices.
 
   python tools/compare_meshes.py --output=experiments/meshes
 
-Numbers first: the tiny models and packed batches of tests/parallel/test_meshes.py are trained for ten steps on every
-mesh and on one device.  A difference of gradients (of the second step) or parameters (after the tenth) is the largest
-of any array, each held against that array's own largest value.
+Numerics: the tiny models and packed batches of tests/parallel/test_meshes.py are trained for ten steps on every mesh
+and on one device.  The difference of gradients (second step) or parameters (after the tenth) is the largest over all
+arrays, each relative to the array's largest value.
 
-Then the program of a larger step (PROGRAM below), compiled and not run: its collectives with every turn of every loop
-counted, the bytes that one device holds, and the FLOPs of its matrix products times the number of devices, over those
-of the one-device program.  A pipeline computes in its bubble too, on nothing: for it the ratio that its bubble
-explains stands beside, counting that 1f1b runs each stage's forward pass again in the backward pass.
+Program: a larger step (PROGRAM below) is compiled and not run.  Reported are its collectives, weighted by loop trip
+counts, the bytes per device, and the FLOPs of its matrix products times the number of devices, relative to the
+one-device program.  Pipeline stages also compute in the bubble, on padding: for pipelines, the ratio that the bubble
+explains is reported as well, including the second forward pass of 1f1b.
 
   python tools/compare_meshes.py --sweep --output=experiments/meshes
 
-Two steps on every mesh of one, two or three axes of size 2, for every pipeline schedule and kind of context attention,
-with dense, dropless and capacity-limited MLPs.  Cases run in processes of their own, so that an abort of XLA or a hang
-is recorded.  Results are appended to sweep_float32.jsonl; cases that it holds are not run again.
+Runs two steps on every mesh of one, two or three axes of size 2, for every pipeline schedule and kind of context
+attention, with dense, dropless and capacity-limited MLPs.  Cases run in separate processes, so that aborts of XLA and
+hangs are recorded.  Results are appended to sweep_float32.jsonl; cases in this file are not run again.
 """
 
 import argparse
@@ -60,14 +60,14 @@ PROGRAM = {
 ROWS, LENGTH = 32, 256
 
 
-def largest_difference(found, expected):
-  """Returns the largest difference of any array, relative to the array's own largest value."""
-  differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), found, expected)
+def largest_difference(arrays, expected):
+  """Return the largest difference of any array, relative to the array's largest value."""
+  differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), arrays, expected)
   return max(jax.tree.leaves(differences))
 
 
 def numbers(kind, sizes, pipe):
-  """Returns the differences of a mesh from one device."""
+  """Return the differences between a mesh and one device."""
   grads, params, losses = test_meshes.run(test_meshes.MODELS[kind], MeshSpec(**sizes), pipe)
   expected_grads, expected_params, expected_losses = test_meshes.alone(kind)
   return {'loss': float(np.abs(np.divide(losses[:2], expected_losses[:2]) - 1).max()),
@@ -76,7 +76,7 @@ def numbers(kind, sizes, pipe):
 
 
 def program(model, sizes, pipe):
-  """Returns what the compiled step of a mesh is made of.  sizes None: of one device."""
+  """Return FLOPs, bytes and collectives of the compiled step of a mesh.  sizes: None for one device."""
   mesh_spec = MeshSpec(**(sizes or {}))
   mesh = make_mesh(mesh_spec, None if sizes else jax.devices()[:1])
   spec = dataclasses.replace(LayoutSpec(), model=model, mesh=mesh_spec, pipeline=pipe)
@@ -93,7 +93,7 @@ def program(model, sizes, pipe):
 
 
 def compare(kind, name, one_device):
-  """Returns the row of a mesh."""
+  """Return the row of a mesh."""
   sizes = dict(test_meshes.MESHES[name])
   pipe = PipelineSpec(**sizes.pop('pipeline', {}))
   found = {**numbers(kind, sizes, pipe), **program(PROGRAM[kind], sizes, pipe)}
@@ -108,7 +108,7 @@ def compare(kind, name, one_device):
 
 
 def alone(kind):
-  """Returns what one device's step is made of; of its FLOPs the layers' part, and that of their forward pass."""
+  """Return `program` of one device, with the FLOPs of its layers and of their forward pass."""
   model, found = PROGRAM[kind], program(PROGRAM[kind], None, PipelineSpec())
   twice = dataclasses.replace(model, num_layers=2 * model.num_layers)
   found['layers'] = program(twice, None, PipelineSpec())['flops'] - found['flops']
@@ -117,7 +117,7 @@ def alone(kind):
 
 
 def forward_flops(model):
-  """Returns the FLOPs of the hidden states of a batch."""
+  """Return the FLOPs of the forward pass of a batch, without logits."""
   def forward(params, tokens):
     return Model(model).apply(params, {'tokens': tokens, 'positions': tokens, 'segment_ids': tokens})[0]
 
@@ -127,18 +127,18 @@ def forward_flops(model):
 
 
 def describe(rows):
-  """Returns the collectives in short: `all-gather fsdp 49 x, 12.3 MiB`, those that send most first."""
+  """Format the collectives, such as `all-gather fsdp 49 x 12.3`, in the order of the bytes sent."""
   short = lambda r: f"{r['kind']} {'+'.join(r['axes'])} {r['runs']} x {r['bytes'] / 2**20:.1f}"
   return '; '.join(short(r) for r in rows)
 
 
 def table(kind, results, one_device):
-  """Returns the Markdown table of a model."""
+  """Format the Markdown table of a model."""
   lines = [f'## {kind}', '',
            f"One device: {one_device['flops'] / 1e9:.1f} GFLOP a step, {one_device['state_bytes'] / 2**20:.1f} MiB of "
            f"state, {one_device['temporary_bytes'] / 2**20:.0f} MiB of temporaries.", '',
            '| mesh | loss | gradient | parameters | FLOPs | bubble | state MiB | temporary MiB | '
-           'collectives of a step: kind, axes, runs x total MiB |',
+           'collectives per step: kind, axes, runs x total MiB |',
            '| --- ' * 9 + '|']
   for name, r in results.items():
     explained = f"{r['bubble_ratio']:.3f}" if 'bubble_ratio' in r else ''
@@ -154,15 +154,15 @@ SWEPT = {
     'dropless': test_meshes.MODELS['moe'],
     'capacity': dataclasses.replace(test_meshes.MODELS['moe'], capacity_factor=0.75),
 }
-# As in tests/conftest.py: compiling is most of the time.
+# As in tests/conftest.py: compilation dominates the time.
 SWEEP_FLAGS = ('--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600 '
                '--xla_cpu_collective_timeout_seconds=600')
 CASE_SECONDS, PROCESS_CASES = 400, 12
-TOLERANCE = {'float32': 1e-5, 'bfloat16': 0.1}  # The first is that of tests/parallel/test_meshes.py.
+TOLERANCE = {'float32': 1e-5, 'bfloat16': 0.1}  # float32: as in tests/parallel/test_meshes.py.
 
 
 def sweep_cases():
-  """Returns {name: case} of the sweep; a case is (kind, axes, schedule or '', context attention or '')."""
+  """Return {name: case} of the sweep; a case is (kind, axes, schedule or '', context attention or '')."""
   meshes = [axes for count in (1, 2, 3) for axes in itertools.combinations(AXES, count)]
   cases = [(kind, axes, schedule, context) for kind in SWEPT for axes in meshes
            for schedule in (('gpipe', 'interleaved', '1f1b') if 'stage' in axes else ('',))
@@ -173,12 +173,12 @@ def sweep_cases():
 
 @functools.cache
 def swept_alone(kind):
-  """Returns one device's gradients, parameters and losses."""
+  """Return gradients, parameters and losses of one device."""
   return test_meshes.run(SWEPT[kind], None, steps=2)
 
 
 def run_case(kind, axes, schedule, context, compute_dtype):
-  """Returns the result of a case: the refusal of its config, or its largest differences from one device."""
+  """Return the result of a case: the config errors, or the largest differences from one device."""
   mesh = MeshSpec(**{'data': 1, **dict.fromkeys(axes, 2)})
   pipe = PipelineSpec(schedule=schedule, microbatches=4) if schedule else PipelineSpec()
   spec = PretrainSpec()
@@ -195,7 +195,7 @@ def run_case(kind, axes, schedule, context, compute_dtype):
 
 
 def run_cases(names, compute_dtype):
-  """Prints one line of JSON before and one after each case.  Runs in a process of its own."""
+  """Print one line of JSON before and one after each case.  Runs in a separate process."""
   cases = sweep_cases()
   for name in names:
     print(json.dumps({'begins': name}), flush=True)
@@ -207,9 +207,9 @@ def run_cases(names, compute_dtype):
 
 
 def sweep(path, only, compute_dtype):
-  """Runs the cases that are not in the file yet, and appends their results."""
+  """Run the cases that are not in the file yet, and append their results."""
   done = {json.loads(line)['name'] for line in path.read_text().splitlines()} if path.exists() else set()
-  waiting = collections.defaultdict(list)  # {(kind, devices): names}: a process has one number of devices.
+  waiting = collections.defaultdict(list)  # {(kind, devices): names}
   for name, (kind, axes, *_) in sweep_cases().items():
     if name not in done and only in name:
       waiting[kind, 2 ** len(axes)].append(name)
@@ -224,12 +224,12 @@ def sweep(path, only, compute_dtype):
 
 
 def run_process(names, devices, compute_dtype):
-  """Yields the results of cases that run in one process, the last of them where it ends or hangs."""
+  """Run cases in one process and yield their results, including the case that aborts or hangs."""
   command = [sys.executable, __file__, '--sweep', f'--dtype={compute_dtype}', f'--cases={",".join(names)}']
   flags = f'--xla_force_host_platform_device_count={devices} {SWEEP_FLAGS}'
   if jax.__version_info__ < (0, 11):
     flags += ' --xla_cpu_use_fusion_emitters=false'
-  # What XLA writes of an abort comes to the same pipe.
+  # Messages of an abort in XLA go to the same pipe.
   process = subprocess.Popen(command, env={**os.environ, 'XLA_FLAGS': flags}, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, bufsize=0)
   running, text, pending = '', [], b''
@@ -254,20 +254,20 @@ def run_process(names, devices, compute_dtype):
     process.wait()
     status = f'no result in {CASE_SECONDS} s'
   if running:
-    said = next((line for line in text if 'Check failed' in line or ' F0' in line or line.startswith('F')), '')
-    yield {'name': running, 'aborted': f'{status}: {re.sub("^.*Check failed", "Check failed", said)[:200]}'}
+    message = next((line for line in text if 'Check failed' in line or ' F0' in line or line.startswith('F')), '')
+    yield {'name': running, 'aborted': f'{status}: {re.sub("^.*Check failed", "Check failed", message)[:200]}'}
   elif status:
     raise SystemExit('\n'.join(text))
 
 
 def verdict(result, tolerance):
-  """Returns the word for a result of the sweep: agrees, refused, differs, failed or aborted."""
+  """Classify a result of the sweep: agrees, refused, differs, failed or aborted."""
   word = next((word for word in ('refused', 'failed', 'aborted') if word in result), '')
   return word or ('agrees' if max(result['loss'], result['gradient'], result['parameters']) <= tolerance else 'differs')
 
 
 def sweep_table(results, tolerance):
-  """Returns the Markdown of a sweep: a line for each mesh with its counts, then failures and refusals."""
+  """Format a sweep as Markdown: a table with the counts of each mesh, and lists of failed and refused cases."""
   counts, largest, listed = collections.defaultdict(collections.Counter), collections.Counter(), []
   refused = collections.Counter()
   cases, names = sweep_cases(), set()
@@ -295,11 +295,11 @@ def sweep_table(results, tolerance):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--output', default='', help='folder to write table.md and table.json to')
-  parser.add_argument('--only', default='', help='meshes whose name holds this')
-  parser.add_argument('--sweep', action='store_true', help='all meshes of up to three axes of size 2')
-  parser.add_argument('--dtype', default='float32', help='of the products, in a sweep; one device computes in float32')
-  parser.add_argument('--cases', default='', help='of a sweep: the cases that this process runs, and nothing else')
+  parser.add_argument('--output', default='', help='folder for table.md and table.json')
+  parser.add_argument('--only', default='', help='only meshes whose name contains this text')
+  parser.add_argument('--sweep', action='store_true', help='run all meshes of up to three axes of size 2')
+  parser.add_argument('--dtype', default='float32', help='--sweep: compute dtype on the meshes (one device: float32)')
+  parser.add_argument('--cases', default='', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.cases:
     return run_cases(args.cases.split(','), args.dtype)
@@ -325,7 +325,7 @@ def main():
   if args.output:
     folder = pathlib.Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'table.md').write_text(text + '\n')  # The README's tables.
+    (folder / 'table.md').write_text(text + '\n')  # Included in the README.
     (folder / 'table.json').write_text(json.dumps(everything, indent=1) + '\n')
 
 

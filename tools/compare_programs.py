@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compiles five programs for TPUs and compares them with MaxText's: experiments/tpu_programs/table.md and table.json.
+"""Compile five programs for TPUs and compare them with MaxText's: experiments/tpu_programs/table.md and table.json.
 
   pip install 'jax[tpu]' && python tools/compare_programs.py [--jobs=2] [--only=llama2_7b-v5p]
 

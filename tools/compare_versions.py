@@ -89,7 +89,7 @@ RECIPES = {
 
 
 def write_files(folder):
-  """Writes the text, conversations, preferences and prompts that both versions prepare."""
+  """Write the text, conversations, preferences and prompts that both versions prepare."""
   rng = random.Random(0)
   (folder / 'text').mkdir(parents=True)
   for i in range(40):
@@ -116,11 +116,11 @@ class Version:
     self._names = {new: (new if new in known else old).split('.')[1] for new, old in RENAMED.items()}
 
   def name(self, group, name):
-    """Returns this version's name of a field or value."""
+    """Return this version's name of a field or value."""
     return self._names.get(f'{group}.{name}', name)
 
   def config(self, groups):
-    """Returns groups of a config in this version's names."""
+    """Return groups of a config with the names of this version."""
     translated = {group: {self.name(group, k): v for k, v in fields.items()} for group, fields in groups.items()}
     rewards = translated.get('rl', {}).get('rewards')
     if rewards:
@@ -128,7 +128,7 @@ class Version:
     return translated
 
   def call(self, *argv, devices=1):
-    """Runs a command; exits with its output if it fails."""
+    """Run a command; exit with its output if it fails."""
     environment = {**os.environ, 'PYTHONPATH': str(self.source), 'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_X64': '0',
                    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
                                 '--xla_cpu_collective_call_terminate_timeout_seconds=600 '
@@ -141,7 +141,7 @@ class Version:
                f'{done.stderr[-4000:]}')
 
   def prepare(self, files):
-    """Prepares the data sets data/text, chat, pairs and prompts; all but the text share a tokenizer."""
+    """Prepare the data sets data/text, chat, pairs and prompts; all but the text share a tokenizer."""
     shared = {'path': 'data/chat/tokenizer.model'}
     for name, records, tokenizer in (('text', 'text', {'vocab_size': 300}), ('chat', 'chat', {'vocab_size': 300}),
                                      ('pairs', 'preference', shared), ('prompts', 'prompts', shared)):
@@ -153,7 +153,7 @@ class Version:
       self.call('prepare', f'--config=prepare_{name}.json')
 
   def train(self, name):
-    """Runs one recipe; returns ({logged name: [(step, value)]}, {parameter path: array})."""
+    """Run one recipe; return ({logged name: [(step, value)]}, {parameter path: array})."""
     command, groups = RECIPES[name]
     file, run = self.work / f'{name}.json', self.work / 'runs' / name
     file.write_text(json.dumps(self.config({**groups, 'logs': {'writers': ()}})))
@@ -168,9 +168,9 @@ class Version:
 
 
 def restore_params(checkpoint):
-  """Returns {path: array} of a checkpoint's parameters, restored by Orbax alone, on the host."""
+  """Return {path: array} of a checkpoint's parameters, restored by Orbax on the host."""
   import jax
-  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that an item has no metadata of a checkpoint.
+  logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns about missing metadata.
   orbax, item = ocp.PyTreeCheckpointer(), checkpoint.resolve() / 'params'
   tree = orbax.metadata(item).item_metadata.tree
   plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -180,7 +180,7 @@ def restore_params(checkpoint):
 
 
 def difference(a, b):
-  """Returns (equal to the bit, largest absolute difference, that over the largest magnitude)."""
+  """Return (equal to the bit, largest absolute difference, that over the largest magnitude)."""
   a, b = np.asarray(a), np.asarray(b)
   if a.shape != b.shape or a.dtype != b.dtype:
     return False, float('inf'), float('inf')
@@ -192,7 +192,7 @@ def difference(a, b):
 
 
 def compare(old, new):
-  """Returns (equal, largest absolute and largest relative difference, names in one of them alone)."""
+  """Return (equal, largest absolute and largest relative difference, names in one of them alone)."""
   results = [difference(old[name], new[name]) for name in old if name in new]
   equal, absolute, relative = zip(*results, strict=True) if results else ((False,), (0.0,), (0.0,))
   alone = sorted(old.keys() ^ new.keys())

@@ -1,17 +1,17 @@
-# Sourced by the scripts here: an environment in .venv, unless one is active already.
+# Sourced by the other scripts: creates and activates an environment in .venv, unless one is active.
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
-    echo "making an environment in .venv" >&2
+    echo "creating an environment in .venv" >&2
     "${PYTHON:-python3}" -m venv .venv || {
-      echo "python3 cannot make environments; on Debian and Ubuntu: apt-get install python3-venv" >&2
+      echo "python3 cannot create environments; on Debian and Ubuntu: apt-get install python3-venv" >&2
       exit 1
     }
   fi
   source .venv/bin/activate
 fi
 
-# install_llmjax REQUIREMENT: installs it, editable; a second time nothing is done.
+# install_llmjax REQUIREMENT: install it in editable mode, unless setup.py is unchanged since the last time.
 install_llmjax() {
   local mark="$VIRTUAL_ENV/.llmjax-$(echo "$1" | tr -c 'a-z\n' _)"
   if [ ! -e "$mark" ] || [ setup.py -nt "$mark" ]; then

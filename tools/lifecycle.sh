@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The life of a model on real text: pretraining, fine-tuning on questions, a reward model, PPO and GRPO on word problems
-# whose answers can be checked, and one page about all of it.
-# Run again, it goes on where it was.  Arguments are overrides of every training config, such as --config.train.steps=20.
-#   WORKDIR  the folder of the runs, their data and the page (runs/lifecycle)
-#   BASE     a run of configs/pretrain/quickstart.py to begin from, in place of a new one
-#   DATA     a folder with your own chat.jsonl, pairs.jsonl and ask.jsonl, the questions that all stages are asked; without
-#            it, questions out of the docstrings of this Python
-#   LIMIT    rows that every stage is measured on, of each kind of data (360)
+# All training stages on real text: pretraining, fine-tuning on questions, a reward model, PPO and GRPO on word problems
+# with verifiable answers, and a page that compares them.
+# The same command resumes.  Arguments are overrides of every training config, such as --config.train.steps=20.
+#   WORKDIR  folder for runs, data and the page (runs/lifecycle)
+#   BASE     run of configs/pretrain/quickstart.py to use as the base model, instead of training one
+#   DATA     folder with your own chat.jsonl, pairs.jsonl and ask.jsonl (prompts for all stages); default: questions from
+#            the docstrings of this Python
+#   LIMIT    number of sequences of each data set to evaluate every stage on (360)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh
@@ -47,7 +47,7 @@ train reward reward "$work/sft" "$work/data/pairs" "$@"
 train rl ppo "$work/sft" "$work/data/problems" "$@"
 train rl grpo "$work/sft" "$work/data/problems" "$@"
 
-# The same measures and the same prompts of every stage that answers; the reward model's are those of its training.
+# Evaluate all stages on the same data and prompts, except for the reward model, which was evaluated in training.
 for run in "$base" "$work/sft" "$work/ppo" "$work/grpo"; do
   show llmjax evaluate --workdir="$run" --seq-len=256 --limit="${LIMIT:-360}" --max-new-tokens=16 \
     --sources="data/python_docs,$work/data/questions,$work/data/worked,$work/data/problems"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compiles the recipes of configs/pretrain for their intended chips: experiments/tpu_recipes.
+"""Compile the recipes of configs/pretrain for their intended chips: experiments/tpu_recipes.
 
   pip install 'jax[tpu]' && python tools/plan_recipes.py [--jobs=2] [--only=llama2_7b] [--small]
 

@@ -1,4 +1,4 @@
-"""Reproduces the results of experiments/reliability/; takes about half an hour on 4 cores.
+"""Reproduce the results of experiments/reliability/.  Takes about half an hour on 4 cores.
 
   llmjax prepare --config=configs/data/python_docs.py
   python tools/prove_reliability.py [--only=tests,checkpoints,chaos]

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained language model: the commands of the README, one after the other.
-# Run again, it goes on where it was, or says that it is done.  Arguments are overrides of the training
-# config, such as --config.train.steps=100.
+# Train a small language model: the commands of the README's quickstart.  The same command resumes.
+# Arguments are overrides of the training config, such as --config.train.steps=100.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/environment.sh

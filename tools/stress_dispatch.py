@@ -1,17 +1,17 @@
-"""Shows why the host must not run far ahead of emulated CPU devices, and that llmjax does not.
+"""Reproduce the deadlock of emulated CPU devices when too many programs are in flight, and check that llmjax avoids it.
 
   python tools/stress_dispatch.py cause  [--devices=8] [--programs=3000] [--repeat=3] [--seconds=60]
   python tools/stress_dispatch.py train  [--devices=8] [--steps=10000] [--repeat=20] [--seconds=1200]
   python tools/stress_dispatch.py speed  [--devices=1,8] [--steps=1200] [--repeat=5]
   python tools/stress_dispatch.py late   [--seconds=60]
 
-cause  tiny programs with collectives, without llmjax, waiting after every 2nd, 10th, 31st, 100th or never
-train  `llmjax pretrain` of tiny steps with a single log line, evaluation included
-speed  the train loop with at most 2, 3 and 24 steps in flight, turn by turn: tokens/s and CPU-seconds a run; small
-       steps are a tenth as many
-late   two processes, of which one's data reader sleeps for `--seconds` at step 5: prints the output of the run
+cause  tiny programs with collectives, without llmjax; the host waits after every 2nd, 10th, 31st or 100th, or never
+train  `llmjax pretrain` with tiny steps and a single log line, including evaluation
+speed  the training loop with at most 2, 3 and 24 steps in flight, in alternation: tokens/s and CPU-seconds per run,
+       with tiny steps and a tenth as many small ones
+late   two processes, one of whose data readers sleeps for `--seconds` at step 5: prints the output of the run
 
-Every run of the first two is a process of its own; one that is not done after `--seconds` hangs.
+Each run of `cause` and `train` is a separate process; one that takes longer than `--seconds` counts as hung.
 """
 
 import argparse
@@ -59,8 +59,8 @@ RECIPE = """def get_config():
 
 
 def run_process(argv, folder, devices, seconds):
-  """Returns how a process ended: 'done', 'hung', or 'ended with status N'; and its wall and CPU seconds."""
-  # XLA would end a process that hangs after 40 s by itself.
+  """Run a process; return ('done', 'hung' or 'ended with status N', wall seconds, CPU seconds)."""
+  # By default, XLA ends a hung process after 40 s.
   flags = (f'--xla_force_host_platform_device_count={devices} --xla_cpu_collective_timeout_seconds=86400 '
            '--xla_cpu_collective_call_terminate_timeout_seconds=86400')
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)}
@@ -78,7 +78,7 @@ def run_process(argv, folder, devices, seconds):
 
 
 def repeat(name, argv, folder, options):
-  """Runs the command `options.repeat` times and prints how the runs ended; returns whether all of them are done."""
+  """Run a command `options.repeat` times and print how the runs ended; return whether all are done."""
   ends, seconds, cpu = collections.Counter(), [], []
   for number in range(options.repeat):
     end, *spent = run_process(argv(number), folder, int(options.devices), options.seconds)
@@ -88,7 +88,7 @@ def repeat(name, argv, folder, options):
       cpu.append(spent[1])
     elif not end.startswith('hung'):
       print((folder / 'output').read_text(errors='replace')[-2000:])
-  spent = f'; {statistics.median(seconds):.1f} s, {statistics.median(cpu):.1f} CPU-seconds each' if seconds else ''
+  spent = f'; {statistics.median(seconds):.1f} s, {statistics.median(cpu):.1f} CPU-seconds per run' if seconds else ''
   print(f'{name}: ' + ', '.join(f'{n} of {options.repeat} {end}' for end, n in ends.items()) + spent, flush=True)
   return set(ends) == {'done'}
 
@@ -143,7 +143,7 @@ def delay_reader(options):
 
 
 def measure_speed(options):
-  """Prints what the limit costs, on each number of devices in a process of its own."""
+  """Measure the cost of the limit, in a separate process for each number of devices."""
   for devices in options.devices.split(','):
     flags = f'--xla_force_host_platform_device_count={devices}'
     subprocess.run([sys.executable, __file__, 'speed-here', f'--devices={devices}', f'--steps={options.steps}',
@@ -192,7 +192,7 @@ def measure_speed_here(options):
       rates, cpu = zip(*found[size, limit], strict=True)
       print(f'{devices} device{"s" * (devices > 1)}, {size} steps, {limit} in flight: '
             f'median {statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f} to {max(rates):,.0f}), '
-            f'{statistics.median(cpu):.2f} CPU-seconds a run', flush=True)
+            f'{statistics.median(cpu):.2f} CPU-seconds per run', flush=True)
   return 0
 
 

@@ -1,4 +1,4 @@
-"""Your own text: add --config.path=DIR (text, Markdown, JSONL, Parquet, compressed, tar)."""
+"""Your own text: set --config.path=DIR (text, Markdown, JSONL, Parquet; also compressed or in archives)."""
 
 from ml_collections import config_dict
 

@@ -1,4 +1,4 @@
-"""A TensorFlow Datasets text dataset by name: add --config.name=lm1b (downloads it)."""
+"""A text dataset of TensorFlow Datasets: set --config.name, for example to lm1b, which is downloaded."""
 
 from ml_collections import config_dict
 

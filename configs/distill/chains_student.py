@@ -1,4 +1,4 @@
-"""A student of configs/distill/chains_teacher.py, trained on few texts.
+"""A student of configs/distill/chains_teacher.py, trained on a small data set.
 
     llmjax pretrain --config=configs/distill/chains_student.py --workdir=runs/chains_student
     llmjax pretrain --config=configs/distill/chains_student.py --workdir=runs/chains_scratch --config.distill.teacher=

@@ -1,4 +1,4 @@
-"""The teacher of the distillation recipes: it learns a Markov chain of words nearly exactly.  Under a minute on a CPU.
+"""The teacher of the distillation recipes: a near-optimal model of a Markov chain of words.  Under a minute on a CPU.
 
     python experiments/distill/make_chains.py data/chains
     llmjax prepare --config=configs/data/text_dir.py --config.path=data/chains/many.jsonl \

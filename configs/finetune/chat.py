@@ -1,6 +1,7 @@
 """Fine-tuning on conversations, with a quarter of the sequences replayed from the base model's corpus.
 
-Prepare yours with configs/data/chat.py, name it in --config.data.sources, and the base in --config.train.init_from.
+Prepare your data with configs/data/chat.py. Set --config.data.sources to it, and --config.train.init_from to the run of
+the base model.
 """
 
 from ml_collections import config_dict

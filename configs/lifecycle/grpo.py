@@ -1,4 +1,4 @@
-"""The fifth stage of tools/lifecycle.sh: GRPO from the same model and on the same problems as PPO."""
+"""The fifth stage of tools/lifecycle.sh: GRPO with the same initial model and problems as PPO."""
 
 from ml_collections import config_dict
 

@@ -1,6 +1,6 @@
 """The second stage of tools/lifecycle.sh: supervised fine-tuning of the quickstart's model, with replay of its corpus.
 
-Model and sequence length are those of train.init_from, here and in the later stages.
+Here and in the later stages, model and sequence length come from train.init_from.
 """
 
 from ml_collections import config_dict

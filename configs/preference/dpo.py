@@ -1,4 +1,4 @@
-"""Direct preference optimisation (DPO) of a chat model on pairs of a chosen and a rejected completion.
+"""Direct preference optimization (DPO) of a chat model on pairs of a chosen and a rejected completion.
 
 Prepare the pairs as in configs/reward/preference.py. Other losses: --config.preference.loss=ipo, kto, orpo, simpo, ...
 """

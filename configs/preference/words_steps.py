@@ -1,4 +1,4 @@
-"""A process reward model of the planted preference of configs/preference/words_base.py: a step is good or bad.
+"""A process reward model of the planted preference of configs/preference/words_base.py, from good and bad steps.
 
     llmjax prepare --config=configs/data/chat.py --config.path=data/words/steps.jsonl --config.records=stepwise \
       --config.template=plain --config.output=data/words_steps --config.tokenizer.path=data/words_chat/tokenizer.model

@@ -1,6 +1,7 @@
-"""Llama 2 70B, 2 rows on each of 64 v5p chips; `:v6e` for 256 of those, `:pipeline` and `:tensor` for other meshes.
+"""Llama 2 70B on 64 v5p chips, 2 sequences each; `:v6e` for 256 v6e chips, `:pipeline` and `:tensor` for other meshes.
 
-Weights are gathered in two steps, over 4 and over the other chips: over a whole torus libtpu would sum instead.
+Weights are gathered over two mesh axes, data=4 and fsdp.  Over one axis that spans the whole torus, libtpu would use an
+all-reduce of zero-padded arrays, which sends twice the bytes.
 """
 
 from ml_collections import config_dict

@@ -1,6 +1,7 @@
-"""Llama 2 7B, 4 rows on each of 64 v5p chips; `:v5e` for 16 of those.  More chips take a larger batch.
+"""Llama 2 7B on 64 v5p chips, 4 sequences each; `:v5e` for 16 v5e chips.  More chips need a larger batch.
 
-Weights are gathered in two steps, over 4 and over the other chips: over a whole torus libtpu would sum instead.
+Weights are gathered over two mesh axes, data=4 and fsdp.  Over one axis that spans the whole torus, libtpu would use an
+all-reduce of zero-padded arrays, which sends twice the bytes.
 """
 
 from ml_collections import config_dict

@@ -1,4 +1,4 @@
-"""Llama 3 405B, 512 v5p chips; `:pod` for the 6144 of a whole pod, a number with a factor of three."""
+"""Llama 3 405B on 512 v5p chips; `:pod` for a whole pod of 6144, whose factor of three is in `data` and the batch."""
 
 from ml_collections import config_dict
 

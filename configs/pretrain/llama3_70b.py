@@ -1,4 +1,4 @@
-"""Llama 3 70B, one row on each of 128 v5p chips."""
+"""Llama 3 70B on 128 v5p chips, one sequence each."""
 
 from ml_collections import config_dict
 

@@ -1,6 +1,6 @@
-"""Llama 3 8B, 4 rows on each of 256 v6e chips; `:long` has rows of 131,072 tokens, each over 64 v5p chips.
+"""Llama 3 8B on 256 v6e chips, 4 sequences each; `:long` trains on sequences of 131,072 tokens, one per 64 v5p chips.
 
-Ring attention holds scores of all its heads: with these shared over `tensor`, too, a row fits.
+`:long` shards the heads over `tensor` as well, because ring attention stores the scores of all heads of a device.
 """
 
 from ml_collections import config_dict

@@ -1,4 +1,4 @@
-"""Mixtral 8x7B, 4 rows on each of 64 v5p chips.  `:expert` keeps each expert on its own chips."""
+"""Mixtral 8x7B on 64 v5p chips, 4 sequences each.  `:expert` uses expert parallelism."""
 
 from ml_collections import config_dict
 

@@ -1,4 +1,4 @@
-"""A small Llama on the Python documentation: minutes on a laptop's CPU."""
+"""A small Llama on the Python documentation.  Takes a few minutes on a laptop CPU."""
 
 from ml_collections import config_dict
 

@@ -1,6 +1,6 @@
 """An outcome reward model from pairs of a chosen and a rejected completion.
 
-Prepare yours: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=preference \
+Prepare the data: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=preference \
   --config.output=data/pairs --config.tokenizer.path=runs/chat/tokenizer.model
 """
 

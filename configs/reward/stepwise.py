@@ -1,6 +1,6 @@
-"""A process reward model from labels of the steps of solutions (arXiv:2305.20050).
+"""A process reward model from solutions with a label for every step (arXiv:2305.20050).
 
-Prepare yours: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=stepwise \
+Prepare the data: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=stepwise \
   --config.output=data/steps --config.tokenizer.path=runs/chat/tokenizer.model
 """
 

@@ -1,6 +1,6 @@
 """GRPO of a chat model on prompts with verifiable answers.
 
-Prepare yours: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=prompts \
+Prepare the data: llmjax prepare --config=configs/data/chat.py --config.path=FILE.jsonl --config.records=prompts \
   --config.output=data/prompts --config.tokenizer.path=runs/chat/tokenizer.model
 """
 

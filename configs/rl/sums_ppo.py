@@ -1,4 +1,4 @@
-"""PPO, with a value head, on the sums of configs/rl/sums_grpo.py."""
+"""PPO with a value head, on the same prompts as configs/rl/sums_grpo.py."""
 
 from ml_collections import config_dict
 
