@@ -185,7 +185,7 @@ def _parse_flags(options_class, arguments, spec=None):
     for pattern, replacement in _ABSL_ERRORS:
       message = re.sub(pattern, replacement, message)
     raise config.ConfigError([_as_typed(message)]) from e
-  positional = getattr(options_class, 'words', None)  # The field that positional arguments fill, if any.
+  positional = getattr(options_class, 'positional', None)  # The field that positional arguments fill, if any.
   problems = [_unknown_flag(typed[argument], fields, spec) for argument in rest if argument.startswith('-')]
   words = [argument for argument in rest if not argument.startswith('-')]
   if not positional:

@@ -1,6 +1,6 @@
-"""Former names of config fields, their values and flags, each with the present one.
+"""Old names of config fields, values, flags and commands, with the new ones.
 
-An old name is an error that names the new one; `migrate` rewrites the config of an old run.
+Using an old name is an error that names the new one; `migrate` converts the config of an old run.
 """
 
 FIELDS = {
@@ -29,7 +29,7 @@ FIELDS = {
     'evaluate.also': 'evaluate.extra_sources',
 }
 
-# By field or flag, without the group's name where several commands have it.
+# {field or flag: {old value: new value}}.
 VALUES = {
     'rl.rewards': {'maths': 'math'},
     'reward': {'maths': 'math'},
@@ -51,12 +51,12 @@ COMMANDS = {
 
 
 def renamed_value(field, value):
-  """Returns the present name of a former value of a field, or None."""
+  """Return the new name of a value of a field that was renamed, or None."""
   return VALUES.get(field, {}).get(value) if isinstance(value, str) else None
 
 
 def migrate(values):
-  """Returns (values with all present names, {former dotted name: present one}) of a config as nested dicts."""
+  """Rename the fields and values of a config, nested dicts.  Returns (the new config, {old name: new name})."""
   values, done = {k: dict(v) if isinstance(v, dict) else v for k, v in values.items()}, {}
   for old, new in FIELDS.items():
     group, old_field = old.split('.')

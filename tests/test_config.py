@@ -22,7 +22,7 @@ class Inner:
 
   def validate(self):
     if self.steps == 13:
-      yield 'steps=13 brings bad luck; write 12'
+      yield 'steps=13 is unlucky; write 12'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ def test_unknown_override_names_the_nearest(name, expected):
   assert expected in problem
 
 
-def test_relations_are_checked_once_fields_are_right():
-  assert validate({'train': {'steps': 13}}) == ['train.steps=13 brings bad luck; write 12']
+def test_fields_are_checked_before_relations_between_them():
+  assert validate({'train': {'steps': 13}}) == ['train.steps=13 is unlucky; write 12']
   assert len(validate({'train': {'steps': 13, 'rate': 'x'}})) == 1
 
 
@@ -95,7 +95,7 @@ class Kinds:
 
 @pytest.mark.parametrize('field', ['file', 'cache', 'folders', 'shares'])
 @pytest.mark.parametrize('url', ['gs://b/run', 's3://b/run', 'hf://o/m', 'https://h/x', 'gs:/b/run', 'GS://b', 'abfs+x://b'])
-def test_no_path_is_a_url(field, url):
+def test_urls_are_rejected_as_paths(field, url):
   for recipe, overrides in [({}, [(field, url)]), ({field: {url: 1} if field == 'shares' else url}, [])]:
     with pytest.raises(config.ConfigError) as e:
       config.build(Kinds, recipe, overrides)
@@ -103,7 +103,7 @@ def test_no_path_is_a_url(field, url):
     assert 'is a URL: remote storage is not supported yet' in str(e.value)
 
 
-def test_paths_that_are_no_urls():
+def test_paths_that_look_like_urls():
   for path in ('runs/a:b', './gs:/b', 'C:/x', 'a b/c', 'data/x=1', 'http', '//host/share'):
     assert config.build(Kinds, {}, [('file', path), ('folders', path)]) == Kinds(file=path, folders=(path,))
   assert config.build(Kinds, {}, [('cache', 'none')]).cache == 'none'
@@ -141,7 +141,7 @@ def test_outputs_can_be_written(tmp_path, monkeypatch):
     config.build(Outputs, {'run': 'new/x'})
 
 
-def test_errors_go_from_process_to_process():
+def test_errors_can_be_pickled():
   error = pickle.loads(pickle.dumps(config.ConfigError(['one', 'two'])))
   assert (type(error), error.problems) == (config.ConfigError, ['one', 'two'])
 
@@ -176,11 +176,11 @@ def test_choices_and_bounds_hold_for_each_item(field, text, problem):
     ('data/a,data/b', {'data/a': 1.0, 'data/b': 1.0}), ('data/a', {'data/a': 1.0}),
     ("{'data/a': 0.7, 'data/b': 0.3}", {'data/a': 0.7, 'data/b': 0.3}),
     ("{'data/a: 1}", "{'data/a: 1}"), ('', {})])
-def test_a_mapping_may_be_one_name(text, value):
+def test_mappings_on_the_command_line(text, value):
   assert config.parse_text(dict[str, float], text) == value
 
 
-def test_former_names_of_fields_and_values_name_the_present_ones():
+def test_old_names_of_fields_are_errors_that_name_the_new_ones():
   recipe = {}
   for old in renamed.FIELDS:
     group, field = old.split('.')
@@ -198,7 +198,7 @@ def test_former_names_of_fields_and_values_name_the_present_ones():
   assert {flag for flag, *_ in config.describe(plan_spec.PlanOptions, '')} >= set(renamed.FLAGS.values())
 
 
-def test_an_old_config_gets_the_present_names():
+def test_migrate_renames_the_fields_and_values_of_an_old_config():
   old = {'train': {'accumulation': 2, 'steps': 3}, 'rl': {'group': 4, 'rewards': {'maths': 1.0, 'exact': 0.5}}}
   new, done = renamed.migrate(old)
   assert new == {'train': {'gradient_accumulation_steps': 2, 'steps': 3},

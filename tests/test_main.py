@@ -42,7 +42,7 @@ def fields_of(spec_class, prefix=''):
 
 
 @pytest.mark.parametrize('name', main.COMMANDS)
-def test_help_says_type_default_choices_and_meaning_in_80_columns(capsys, monkeypatch, name):
+def test_help_has_type_default_choices_and_description_in_80_columns(capsys, monkeypatch, name):
   monkeypatch.setenv('COLUMNS', '200')
   _, out, _ = call_and_read(capsys, *name.split(), '--help')
   assert max(map(len, out.splitlines())) <= 80
@@ -59,7 +59,7 @@ def test_help_says_type_default_choices_and_meaning_in_80_columns(capsys, monkey
 
 
 @pytest.mark.parametrize('name', main.COMMANDS)
-def test_every_path_is_declared_as_one(name):
+def test_fields_that_hold_paths_have_a_kind_of_path(name):
   command = main.COMMANDS[name]
   for spec_class in filter(None, (command.options, command.spec)):
     for flag, field in fields_of(command_table.load(spec_class)):
@@ -83,6 +83,17 @@ def test_help_names_the_choices(capsys):
     assert f'--config.{entry}' in out
   out = ' '.join(call_and_read(capsys, 'prepare', '--help')[1].split())
   assert "--config.template (path, default: 'llmjax') one of llmjax, chatml, qwen, llama3, gemma, plain, or a" in out
+
+
+def test_help_lists_the_fields_by_group(capsys):
+  lines = call_and_read(capsys, 'rl', '--help')[1].splitlines()
+  heads = [i for i, line in enumerate(lines) if line.startswith(('model: ', 'data: ', 'train: ', 'policy: '))]
+  assert len(heads) == 4
+  for head in heads:
+    name = lines[head].partition(':')[0]
+    group = lines[head + 1:lines.index('', head) if '' in lines[head:] else None]
+    fields = [line for line in group if line.startswith('  --')]
+    assert fields and all(line.startswith(f'  --config.{name}.') for line in fields)
 
 
 def test_help_fits_a_narrow_terminal(capsys, monkeypatch):
@@ -140,7 +151,7 @@ def test_mistakes_get_a_line(capsys, argv, expected):
   assert 'Traceback' not in err
 
 
-def test_all_mistakes_at_once_and_at_once(capsys):
+def test_all_mistakes_are_reported_together_and_quickly(capsys):
   start = time.perf_counter()
   status, _, err = call_and_read(
       capsys, 'pretrain', '--config=configs/pretrain/quickstart.py', '--config.train.stpes=3',
@@ -153,7 +164,7 @@ def test_all_mistakes_at_once_and_at_once(capsys):
     assert line in err
 
 
-def test_a_group_of_commands_lists_its_own(capsys):
+def test_a_group_of_commands_lists_its_commands(capsys):
   status, _, err = call_and_read(capsys, 'checkpoint')
   assert status == 2
   assert '  checkpoint verify  ' in err
@@ -167,7 +178,7 @@ def test_recipe_after_a_space():
   assert (spec.model.num_layers, spec.model.vocab_size) == (4, 512)
 
 
-def test_a_reader_that_has_had_enough_gets_no_traceback():
+def test_a_closed_pipe_gives_no_traceback():
   command = subprocess.Popen([sys.executable, '-m', 'llmjax', 'help'], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True)
   command.stdout.close()
@@ -175,7 +186,7 @@ def test_a_reader_that_has_had_enough_gets_no_traceback():
   command.wait()
 
 
-def test_output_in_an_encoding_that_lacks_a_character(tmp_path):
+def test_output_escapes_characters_that_the_encoding_lacks(tmp_path):
   arguments = ('launch', 'slurm', '--dry-run', '--nocheck', '--', 'pretrain', '--config=\u00e9.py', '--workdir=x')
   done = run_process(tmp_path, *arguments, PYTHONIOENCODING='ascii')
   assert (done.returncode, done.stderr) == (0, '')
@@ -183,7 +194,7 @@ def test_output_in_an_encoding_that_lacks_a_character(tmp_path):
 
 
 @pytest.mark.parametrize(('number', 'expected'), [(errno.EACCES, 2), (errno.ENOTDIR, 2), (errno.EIO, 1)])
-def test_a_file_that_fails_while_a_command_runs(capsys, monkeypatch, number, expected):
+def test_a_file_error_of_a_running_command_is_one_line(capsys, monkeypatch, number, expected):
   def fail(module):
     raise OSError(number, os.strerror(number), 'runs/x/config.json')
 
@@ -192,17 +203,18 @@ def test_a_file_that_fails_while_a_command_runs(capsys, monkeypatch, number, exp
   assert (status, err) == (expected, f'llmjax doctor: runs/x/config.json: {os.strerror(number)}\n')
 
 
-@pytest.mark.parametrize('argv', [['help', 'checkpoint', 'ls'], ['checkpoint', 'ls', '-h']])
-def test_help_of_a_command_by_either_order(capsys, argv):
+@pytest.mark.parametrize('argv', [
+    ['help', 'checkpoint', 'ls'], ['checkpoint', 'ls', '-h'], ['checkpoint', 'ls', '--helpfull']])
+def test_help_before_or_after_the_command(capsys, argv):
   status, out, _ = call_and_read(capsys, *argv)
   assert status == 0 and out.startswith('llmjax checkpoint ls: ')
 
 
-def test_ctrl_c_while_a_module_is_imported(tmp_path, monkeypatch, request):
+def test_ctrl_c_during_an_import_is_delivered_afterwards(tmp_path, monkeypatch, request):
   module = tmp_path / 'slow_module.py'
   module.write_text('import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n')
   monkeypatch.syspath_prepend(tmp_path)
-  # A shell starts what it runs in the background without Ctrl-C, and so would these tests be.
+  # Background processes of a shell ignore SIGINT; the tests may be one.
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
   with pytest.raises(KeyboardInterrupt):
@@ -210,11 +222,11 @@ def test_ctrl_c_while_a_module_is_imported(tmp_path, monkeypatch, request):
   assert sys.modules.pop('slow_module').whole
 
 
-def test_ctrl_c_while_the_command_line_is_read(tmp_path):
+def test_ctrl_c_during_parsing_exits_with_130(tmp_path):
   code = ('import threading\nfrom llmjax import main\n'
           'def interrupt(*args): raise KeyboardInterrupt\n'
           'main.parse = interrupt\n'
-          'threading.Timer(60, print).start()\n'  # As JAX starts one while it looks for devices.
+          'threading.Timer(60, print).start()\n'  # JAX has such a thread while it looks for devices.
           'main.main()\n')
   done = subprocess.run([sys.executable, '-c', code, 'pretrain'], env=environment_of(), cwd=tmp_path, text=True,
                         capture_output=True, timeout=50, check=False)

@@ -1,8 +1,8 @@
-"""Wrong commands and the lines that users get: the whole of tests/wrong_commands.txt, word for word.
+"""The error messages of wrong command lines, word for word as in tests/wrong_commands.txt.
 
-Each entry there is a command line and what it prints on standard error.  They run in a folder that has
-recipe.py (a small model on data/text), data/text (a prepared folder's manifest), README.md, model.pt and
-broken recipes.  After a change, `python tests/test_wrong_commands.py` writes the file anew: read every line of it.
+An entry is a command line and its standard error.  The commands run in a folder with recipe.py (a small model on
+data/text), data/text (the manifest of a prepared folder), README.md, model.pt and broken recipes.  After a change,
+`python tests/test_wrong_commands.py` regenerates the file: read every line of the difference.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ MANIFEST = {
 
 
 def read_entries(text):
-  """Returns [(command line, expected standard error)]."""
+  """Return [(command line, expected standard error)]."""
   entries = []
   for block in text.strip().split('\n\n'):
     command, _, expected = block.partition('\n')
@@ -42,7 +42,7 @@ def read_entries(text):
 
 
 def fill(folder):
-  """Writes the files that the commands are about."""
+  """Write the files that the commands refer to."""
   for name, text in {
       'recipe.py': RECIPE, 'README.md': '# Read me', 'syntax.py': 'def get_config(:\n', 'empty.py': 'x = 1\n',
       'fails.py': 'import nothing_of_this_name\n', 'exits.py': 'raise SystemExit("bye\\nbye")\n',
@@ -67,7 +67,7 @@ def fill(folder):
 
 
 def call(line):
-  """Returns (exit status, standard output, standard error)."""
+  """Run a command; return (exit status, standard output, standard error)."""
   out, err = io.StringIO(), io.StringIO()
   with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as e:
     main.main(shlex.split(line))
@@ -84,18 +84,18 @@ def folder(tmp_path_factory):
   return folder
 
 
-def test_there_are_many_and_none_twice():
+def test_entries_are_unique():
   assert len(ENTRIES) >= 100
   assert len(dict(ENTRIES)) == len(ENTRIES)
 
 
 @pytest.mark.parametrize(('line', 'expected'), ENTRIES, ids=range(len(ENTRIES)))
-def test_the_line_is_this(folder, monkeypatch, line, expected):
+def test_message(folder, monkeypatch, line, expected):
   monkeypatch.chdir(folder)
   modules, load = {c.module for c in main.COMMANDS.values() if not c.launches}, main.importlib.import_module
 
   def refuse(name, *arguments):
-    assert name not in modules, f'{name}, and JAX with it, is imported before the mistake is found'
+    assert name not in modules, f'{name}, which imports JAX, is imported before the mistake is found'
     return load(name, *arguments)
 
   monkeypatch.setattr(main.importlib, 'import_module', refuse)
@@ -106,7 +106,7 @@ def test_the_line_is_this(folder, monkeypatch, line, expected):
 
 
 @pytest.mark.parametrize('expected', [e for _, e in ENTRIES], ids=range(len(ENTRIES)))
-def test_lines_are_short_and_plain(expected):
+def test_messages_are_short_and_without_tracebacks(expected):
   assert 'Traceback' not in expected and 'Error:' not in expected.replace('ModuleNotFoundError:', '').replace(
       'SyntaxError:', '').replace('JSONDecodeError:', '')
   first, *rest = expected.splitlines()

@@ -46,7 +46,7 @@ class ListOptions:
 class VerifyOptions:
   """Flags of `llmjax checkpoint verify`."""
 
-  words = 'steps'  # The field that positional arguments fill.
+  positional = 'steps'  # The field that positional arguments fill.
   workdir: str = setting('', "the run's folder", kind='path')
   steps: tuple[int, ...] = setting((), 'steps to verify; none: all')
 
@@ -57,7 +57,7 @@ class VerifyOptions:
 class SignOptions:
   """Flags of `llmjax checkpoint sign`."""
 
-  words = 'steps'
+  positional = 'steps'
   workdir: str = setting('', "the run's folder", kind='path')
   steps: tuple[int, ...] = setting((), 'steps to write a checksum manifest for')
 
@@ -81,7 +81,7 @@ class MigrateOptions:
 class ShowOptions:
   """Flags of `llmjax checkpoint show`."""
 
-  words = 'steps'
+  positional = 'steps'
   workdir: str = setting('', "the run's folder", kind='path')
   steps: tuple[int, ...] = setting((), 'steps to show; none: the newest verified one')
   optimizer: bool = setting(False, "list the optimizer's arrays too")
@@ -93,7 +93,7 @@ class ShowOptions:
 class DiffOptions:
   """Flags of `llmjax checkpoint diff`."""
 
-  words = 'steps'
+  positional = 'steps'
   workdir: str = setting('', "the run's folder", kind='path')
   steps: tuple[int, ...] = setting((), 'two steps; with --other one or two')
   other: str = setting('', "the folder of another run, which has the second checkpoint", kind='path')
