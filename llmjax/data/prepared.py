@@ -64,6 +64,14 @@ def read_manifest(folder) -> dict:
   return manifest
 
 
+def _has_settings(request):
+  """Return whether the recorded settings of `prepare` are of the right types."""
+  settings = request.get('settings', {})
+  tokenizer = settings.get('tokenizer', {}) if isinstance(settings, dict) else None
+  texts = (settings.get(name, '') for name in ('source', 'name', 'path')) if isinstance(settings, dict) else ()
+  return isinstance(tokenizer, dict) and all(isinstance(text, str) for text in (tokenizer.get('path', ''), *texts))
+
+
 def _is_valid(manifest):
   """Return whether a manifest has all fields that are read, of the right types."""
   try:
@@ -78,7 +86,7 @@ def _is_valid(manifest):
     texts = [tokenizer['sha256'], *(split['tokens_sha256'] for split in splits)]
     return (all(type(n) is int and n >= 0 for n in counts) and all(isinstance(t, str) for t in texts)
             and all(isinstance(split.get('columns_sha256', {}), dict) for split in splits)
-            and isinstance(manifest['request'], dict) and kind(manifest) in KINDS
+            and isinstance(manifest['request'], dict) and _has_settings(manifest['request']) and kind(manifest) in KINDS
             and set(manifest['splits']) <= set(SPLITS) and isinstance(tokenizer.get('asked_vocab_size', 0), int)
             and isinstance(manifest.get('template'), (dict, type(None))))
   except (KeyError, TypeError, AttributeError):

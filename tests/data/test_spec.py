@@ -44,6 +44,15 @@ def test_a_damaged_manifest(tmp_path):
   assert 'format 99' in validate(DataSpec, sources={str(tmp_path): 1})[0]
 
 
+@pytest.mark.parametrize('settings', [-1, {'tokenizer': 'x'}, {'path': ['x']}])
+def test_a_manifest_with_wrong_settings_is_damaged(small_folder, tmp_path, settings):
+  manifest = json.loads(pathlib.Path(small_folder, 'manifest.json').read_text())
+  manifest['request']['settings'] = settings
+  (tmp_path / 'manifest.json').write_text(json.dumps(manifest))
+  (problem,) = validate(DataSpec, sources={str(tmp_path): 1})
+  assert 'is damaged; prepare the folder again with --force' in problem
+
+
 def test_different_tokenizers(small_folder, tmp_path):
   other = tmp_path / 'other'
   other.mkdir()
