@@ -54,7 +54,7 @@ def find_base(recorded, init_from, run):
 
 
 def _candidates(path, init_from, run):
-  """Yield the checkpoints that may be the base, the likeliest first."""
+  """Yield the checkpoints that may be the base, most probable first."""
   yield path
   yield from _checkpoints_of(run / 'base')
   if init_from:

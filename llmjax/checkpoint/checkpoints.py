@@ -238,7 +238,7 @@ class Checkpoints:
       try:
         self._barrier.check()
       except distributed.AbsentError:
-        # This writer may go on until its timeout and would block the next save.
+        # This writer may continue until its timeout and would block the next save.
         self._orbax = None
         raise
     if errors:
