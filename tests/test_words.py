@@ -26,7 +26,8 @@ WORDS = {
     r'\bmodels? (says?|speaks?|said)\b': 'output, completion, generate',
 }
 # Files that name the former words on purpose.
-EXEMPT = {'llmjax/renamed.py', 'llmjax/checkpoint/migrate.py', 'llmjax/checkpoint/manifest.py', 'tools/compare_versions.py'}
+EXEMPT = {'llmjax/renamed.py', 'llmjax/checkpoint/migrate.py', 'llmjax/checkpoint/manifest.py',
+          'tools/compare_versions.py'}
 FILES = [path for folder, pattern in (('llmjax', '*.py'), ('configs', '*.py'), ('tools', '*'), ('docs', '*.md'),
                                       ('.', 'README.md'))
          for path in (ROOT / folder).rglob(pattern) if folder != '.' or path.parent == ROOT]
