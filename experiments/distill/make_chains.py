@@ -1,9 +1,9 @@
-"""Writes sentences of a source that is known exactly: each word is drawn by the two before it.
+"""Write sentences from a second-order Markov chain of words, whose entropy is known exactly.
 
     python experiments/distill/make_chains.py data/chains
 
-makes data/chains/many.jsonl, enough to learn the source from, and data/chains/few.jsonl, a sixteenth of it.  With 16
-words and the source's own perplexity printed, a model's distance from the best that there is can be told.
+Writes data/chains/many.jsonl, enough to learn the chain, and data/chains/few.jsonl, a sixteenth of it, and prints the
+perplexity of the chain, which is the minimum of any model.  There are 16 words.
 """
 
 import json
@@ -18,7 +18,7 @@ LENGTH, MANY, FEW = 24, 4096, 256  # Words of a document, and documents.
 
 
 def make_source(seed=0):
-  """Returns float64 [16, 16, 16]: the probabilities of a word after two others, a few of them likely."""
+  """Return the probabilities of a word after two others, float64 [16, 16, 16]; a few of them are likely."""
   draw = np.random.default_rng(seed)
   logits = draw.normal(0, 1.7, (16, 16, 16))
   table = np.exp(logits)

@@ -1,9 +1,8 @@
-"""Asks runs the held-out prompts of a prepared folder of chats, greedily, and compares with the right answers.
+"""Evaluate runs on the held-out prompts of a prepared chat folder: greedy completions compared with the gold answers.
 
     python experiments/finetune/answers.py FOLDER COUNT RUN [RUN ...]
 
-Prints, for each run, how many answers ended by themselves, how many were right to the character, the F1 of their
-words, and some of them side by side.
+Prints for each run the number of completions with an end token, exact matches, the mean F1 of words, and examples.
 """
 
 import collections
@@ -22,7 +21,7 @@ from llmjax.run.saved_run import SavedRunSpec, spec_of_run
 
 
 def f1(said, right):
-  """Returns the F1 of the words that two texts share."""
+  """Return the F1 of the words of two texts."""
   a, b = (collections.Counter(text.split()) for text in (said, right))
   same = (a & b).total()
   return 2 * same / (a.total() + b.total()) if same else 0.0

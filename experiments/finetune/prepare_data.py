@@ -1,9 +1,10 @@
-"""Writes fine-tuning data: command-line pages as "description -> command" pairs, and general instructions.
+"""Write fine-tuning data: tldr pages as "description -> command" conversations, and general instructions.
 
     python experiments/finetune/prepare_data.py PAGES.jsonl INSTRUCTIONS.json OUTPUT
 
-PAGES: tldr-pages as JSONL with `text` (Markdown; CC BY 4.0).  INSTRUCTIONS: an array of instruction, input, output.
-OUTPUT gets tldr.jsonl (prompt, completion) and instructions.json, for `llmjax prepare --config=configs/data/chat.py`.
+PAGES: tldr-pages as JSONL with `text` (Markdown; CC BY 4.0).  INSTRUCTIONS: a JSON array of instruction, input, output.
+Writes OUTPUT/tldr.jsonl (prompt, completion) and OUTPUT/instructions.json, for `llmjax prepare
+--config=configs/data/chat.py`.
 """
 
 import json
@@ -16,7 +17,7 @@ EXAMPLE = re.compile(r'^- (.+?):\n\n`(.+?)`$', re.MULTILINE)
 
 
 def pairs(page):
-  """Yields (what to do, the command) of a page."""
+  """Yield (description, command) of each example of a page."""
   name = page.partition('\n')[0].lstrip('# ').strip()
   for task, command in EXAMPLE.findall(page):
     yield f'{task} ({name})', command

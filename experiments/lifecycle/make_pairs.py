@@ -1,10 +1,11 @@
-"""Writes pairs of a better and a worse answer, out of what a run answered to questions whose right answers are known.
+"""Write preference pairs from completions of a run for questions with gold answers.
 
     llmjax generate --workdir=runs/lifecycle/sft --prompts=data/questions/rest.jsonl --chat --temperature=1
     python experiments/lifecycle/make_pairs.py runs/lifecycle/sft/answers.jsonl data/questions/pairs.jsonl
 
-The better one is the right one.  The worse ones are, in turn: what the run said, the first words of the right one, and
-its words in another order.  A question is in one pair only, so that no held-out answer has been trained on.
+The chosen completion is the gold answer.  The rejected one is in turn the completion of the run, the first words of the
+gold answer, and its words in another order.  Each question is in one pair only, so that no held-out answer was trained
+on.
 """
 
 import json

@@ -1,11 +1,10 @@
-"""Writes word problems whose answers can be checked, with solutions as GSM8K (arXiv:2110.14168) writes them.
+"""Write word problems with verifiable answers, and solutions in the format of GSM8K (arXiv:2110.14168).
 
     python experiments/lifecycle/make_problems.py data/problems
 
-Somebody has some things, and gets or loses some; there are never more than 10.  The working stands in the solution,
-then `#### answer`.  chat.jsonl (prompt, completion) has 300 problems, from which fine-tuning learns the form and some
-of the sums; prompts.jsonl (prompt, answer) 2,400 others, and ask.jsonl four.  No problem is in two files; its sum may
-be, of someone else's things.
+A person has up to 10 things and gets or loses some.  A solution has the sum, then `#### answer`.  chat.jsonl (prompt,
+completion) has 300 problems for fine-tuning, prompts.jsonl (prompt, answer) 2,400 others for RL, and ask.jsonl four.
+No problem is in two files, but the same sum may be, with another person or other things.
 """
 
 import json
@@ -20,13 +19,13 @@ TAUGHT, ASKED, PRACTISED = 300, 4, 2400
 
 
 def tell(name, things, start, change):
-  """Returns the question."""
+  """Return the question."""
   happens = f'{"gets" if change > 0 else "loses"} {abs(change)}'
   return f'{name} has {start} {things} and {happens}. How many {things} are left?'
 
 
 def solve(start, change):
-  """Returns the solution."""
+  """Return the solution."""
   return f"{start} {'+' if change > 0 else '-'} {abs(change)} = {start + change}\n#### {start + change}"
 
 

@@ -1,12 +1,12 @@
-"""Writes a folder for `DATA=FOLDER bash tools/lifecycle.sh` out of two public collections.
+"""Write a folder for `DATA=FOLDER bash tools/lifecycle.sh` from two public data sets.
 
     python experiments/lifecycle/make_public.py tldr/pages instruction-data-with-preference.json data/public
 
-The first is the English pages of https://github.com/tldr-pages/tldr (CC BY 4.0), a folder of Markdown or a JSONL file
-with a `text` for each page: what a command line does becomes a question, the command its answer.  The second is a JSON
-list of `instruction`, `input`, `output`, `chosen` and `rejected`, as in chapter 7 of
-https://github.com/rasbt/LLMs-from-scratch (Apache-2.0).  chat.jsonl has both, pairs.jsonl the preferences of
-instructions that are not in chat.jsonl, ask.jsonl four of each that are in neither.
+The first argument is the English pages of https://github.com/tldr-pages/tldr (CC BY 4.0), a folder of Markdown or a
+JSONL file with a `text` per page: descriptions of commands become questions, the commands answers.  The second is a
+JSON list of `instruction`, `input`, `output`, `chosen` and `rejected`, as in chapter 7 of
+https://github.com/rasbt/LLMs-from-scratch (Apache-2.0).  chat.jsonl has both, pairs.jsonl the preferences of other
+instructions, and ask.jsonl four prompts of each kind that are in neither.
 """
 
 import json
@@ -27,7 +27,7 @@ def read_pages(path):
 
 
 def read_commands(pages):
-  """Yields (question, command) of the examples of pages, without the marks of what is to be filled in."""
+  """Yield (question, command) of the examples of pages, without the braces of placeholders."""
   for page in pages:
     for told, command in EXAMPLE.findall(page):
       plain = lambda text: re.sub(r'\{\{|\}\}|\[(?=\w\])|(?<=\[\w)\]', '', text)

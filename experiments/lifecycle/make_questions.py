@@ -1,10 +1,10 @@
-"""Writes questions about Python's standard library, out of its own docstrings.
+"""Write questions about Python's standard library from its docstrings.
 
     python experiments/lifecycle/make_questions.py data/questions
 
-An answer is what the first paragraph of a function's or class's docstring says, where that has 15 to 120 characters.
-chat.jsonl (prompt, completion) has two thirds of them; rest.jsonl (prompt, answer) the others; ask.jsonl eight, of
-modules that the corpus python_docs holds out.
+The answer to a question about a function or class is the first paragraph of its docstring, if it has 15 to 120
+characters.  chat.jsonl (prompt, completion) has two thirds of them, rest.jsonl (prompt, answer) the others, and
+ask.jsonl eight of modules that the corpus python_docs holds out.
 """
 
 import ast
@@ -20,7 +20,7 @@ ASKED = 8
 
 
 def read_lines():
-  """Yields (split, name, first paragraph of the docstring) of what the library's sources define, in their order."""
+  """Yield (split, name, first paragraph of the docstring) of the definitions in the library's sources, in order."""
   def walk(node, name):
     for child in node.body:
       if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not child.name.startswith('_'):

@@ -1,11 +1,11 @@
-"""Writes a planted preference: chat.jsonl of random words, and pairs of answers of which one has more of some words.
+"""Write data with a planted preference: conversations of random words, and preference pairs.
 
   python experiments/preference/make_words.py data/words [--flipped=0.2]
 
-A base model that is trained on chat.jsonl says each of 16 words equally often.  The better answer of a pair is the one
-with more of the 4 preferred words; `--flipped` exchanges so many of the training pairs.  pairs_test.jsonl is clean.
-prompts.jsonl asks for more.  steps.jsonl has solutions of 2 to 5 lines; a line is a good step where at least 2 of its
-6 words are preferred ones.
+A base model trained on chat.jsonl generates each of 16 words equally often.  The chosen completion of a pair has more
+of the 4 preferred words; `--flipped` exchanges this fraction of the training pairs.  pairs_test.jsonl has no flipped
+pairs, prompts.jsonl has prompts for RL.  steps.jsonl has solutions of 2 to 5 lines; a line is a good step if at least 2
+of its 6 words are preferred.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def draw(rng):
 
 
 def count(answer):
-  """Returns how many of the words are preferred ones."""
+  """Count the preferred words."""
   return sum(word in PREFERRED for word in answer.split())
 
 

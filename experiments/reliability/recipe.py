@@ -1,4 +1,4 @@
-"""Tiny, with all that a resumed run could get wrong: dropout, packing, accumulation, a schedule, evaluations."""
+"""A tiny model with everything that must survive a resume: dropout, packing, accumulation, a schedule, evaluations."""
 
 
 def get_config():

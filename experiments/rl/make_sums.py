@@ -1,9 +1,9 @@
-"""Writes the data of RL recipes: sums, of which a base model learns to give some right answers.
+"""Write the data of the RL recipes: sums of two digits.  The base model learns to give 3 of 10 correct answers.
 
     python experiments/rl/make_sums.py data/sums
 
-chat.jsonl has every sum of one digit with every number from 0 to 9 as its answer, of which the right one weighs as much
-as 30 % and the others 70 % together; prompts.jsonl (prompt, answer) has all of these sums.
+chat.jsonl has every sum with every number from 0 to 9 as its answer, with a weight of 30 % for the correct one and of
+70 % for the others together.  prompts.jsonl (prompt, answer) has all of these sums.
 """
 
 import json
