@@ -38,7 +38,8 @@ def unknown_command(argv):
     group_name, words = group[0].split()[0], [name.split()[1] for name in group]
     near = difflib.get_close_matches(second, words, n=1)
     hint = f'did you mean `llmjax {group_name} {near[0]}`?' if near else f'write one of {", ".join(words)}'
-    return f'llmjax {group_name}: {config.shown(second)} is not one of its commands; {hint}'
+    problem = f'{config.shown(second)} is not one of its commands' if second else 'the second word is missing'
+    return f'llmjax {group_name}: {problem}; {hint}'
   near = (difflib.get_close_matches(f'{first} {second}'.lower(), COMMANDS, n=1) or
           difflib.get_close_matches(first.lower(), COMMANDS, n=1))
   hint = f'did you mean `llmjax {near[0]}`?' if near else f'known: {command_names()}'
@@ -186,8 +187,8 @@ def _parse_flags(options_class, arguments, spec=None):
       message = re.sub(pattern, replacement, message)
     raise config.ConfigError([_as_typed(message)]) from e
   positional = getattr(options_class, 'positional', None)  # The field that positional arguments fill, if any.
-  problems = [_unknown_flag(typed[argument], fields, spec) for argument in rest if argument.startswith('-')]
   words = [argument for argument in rest if not argument.startswith('-')]
+  problems = [_unknown_flag(typed.get(argument, argument), fields, spec) for argument in rest if argument not in words]
   if not positional:
     problems += [f'{config.shown(word)} is not expected here; flags are written --name=value' for word in words]
   if problems:
@@ -208,6 +209,8 @@ def _unknown_flag(argument, fields, spec):
     near = [f'--config.{name}']
   elif name in renamed.FLAGS:
     near = [_as_typed(f'--{renamed.FLAGS[name]}')]
+  elif name.startswith('no_') and name[3:] in fields and fields[name[3:]].type is bool:
+    near = [f'--no{name[3:]}']
   else:
     near = [_as_typed(f'--{field}') for field in difflib.get_close_matches(name, fields, n=1)]
   known = ', '.join(_as_typed(f'--{field}') for field in fields)

@@ -126,6 +126,8 @@ def test_help_needs_no_jax():
     (['checkpoint', 'diff', '3', '--workdir=x'], 'such as llmjax checkpoint diff 200 400'),
     (['checkpoint', 'verify', 'newest', '--workdir=x'], "--steps=newest must be a whole number"),
     (['checkpoint', 'ls', '--workdir=nowhere'], '--workdir=nowhere has no checkpoints'),
+    (['generate', '--workdir=x', '--no-stream'], '--no-stream is not a flag; did you mean --nostream?'),
+    (['CHECKPOINT'], 'llmjax checkpoint: the second word is missing; write one of ls, verify'),
     (['report', 'stray'], "llmjax report: 'stray' is not expected here"),
     (['pretrain', '--config', 'configs/pretrain/quikstart.py', '--workdir=x'],
      'pretrain: --config=configs/pretrain/quikstart.py: there is no such file; did you mean'),
@@ -176,6 +178,12 @@ def test_recipe_after_a_space():
   spec, _ = main.parse(main.COMMANDS['mesh'], ['--config', 'configs/pretrain/quickstart.py', '--no-compile',
                                                '--config.model.vocab_size', '512'])
   assert (spec.model.num_layers, spec.model.vocab_size) == (4, 512)
+
+
+def test_unknown_flags_of_a_flagfile_are_reported(capsys, tmp_path):
+  (tmp_path / 'flags').write_text('--unknown=1\n')
+  status, _, err = call_and_read(capsys, 'doctor', f'--flagfile={tmp_path / "flags"}')
+  assert status == 2 and '--unknown is not a flag' in err
 
 
 def test_a_closed_pipe_gives_no_traceback():

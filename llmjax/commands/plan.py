@@ -72,7 +72,7 @@ def settle(spec, topology):
         + (' per slice' if topology.slices > 1 else '') + '; the nearest that do: '
         + ', or '.join(' '.join(f'--config.mesh.{a}={n}' for a, n in change.items()) for change in near)])
   spec = dataclasses.replace(spec, mesh=dataclasses.replace(mesh, **sizes))
-  if problems := list(spec.settled_problems()):
+  if problems := list(spec.resolved_problems()):
     raise ConfigError(problems)
   return spec
 

@@ -70,7 +70,7 @@ class PlanSpec(LayoutSpec):
   def mesh_problems(self, mesh):
     return ()
 
-  def settled_problems(self):
+  def resolved_problems(self):
     """Yield all problems of a spec whose mesh is resolved, including sizes that the mesh does not divide."""
     yield from find_problems(self)
     yield from super().mesh_problems(self.mesh)

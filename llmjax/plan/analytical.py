@@ -304,7 +304,7 @@ def suggest_changes(spec, topology, scale=1.0, count=3):
       candidate = change_spec(spec, change)
     except ValueError:
       continue
-    if any(True for _ in candidate.settled_problems()):
+    if any(True for _ in candidate.resolved_problems()):
       continue
     result = plan(candidate, topology)
     total = result['hbm_bytes']['total'] * scale

@@ -104,12 +104,12 @@ def find_candidates(spec, topology, sequences_per_chip=()):
       mesh = dataclasses.replace(spec.mesh, **{**dict.fromkeys(AXES, 1), **sizes}, zero=zero)
       largest_batch = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
           spec.train, gradient_accumulation_steps=1, batch_size=math.lcm(devices, *batches)))
-      if any(True for _ in largest_batch.settled_problems()):
+      if any(True for _ in largest_batch.resolved_problems()):
         continue  # The mesh does not divide the model, whatever the batch size.
       for remat, accumulation, batch in itertools.product(REMATS, ACCUMULATION_STEPS, batches):
         candidate = dataclasses.replace(spec, mesh=mesh, train=dataclasses.replace(
             spec.train, remat=remat, gradient_accumulation_steps=accumulation, batch_size=batch))
-        if batch % accumulation or any(True for _ in candidate.settled_problems()):
+        if batch % accumulation or any(True for _ in candidate.resolved_problems()):
           continue
         if analytical.estimate_memory(candidate, topology)['total'] <= MEMORY_MARGIN * topology.device_hbm:
           candidates.append(Candidate(candidate, analytical.plan(candidate, topology)))

@@ -136,7 +136,7 @@ def test_candidates_fill_the_chips_and_are_valid():
   assert all(a.tokens_per_second > 0.98 * b.tokens_per_second for a, b in itertools.pairwise(found))
   near_best = [c for c in found if c.tokens_per_second > 0.995 * found[0].tokens_per_second]
   assert len(near_best[0].sizes) == min(len(c.sizes) for c in near_best)  # The simplest of nearly equal meshes.
-  assert all(not list(c.spec.settled_problems()) for c in found)
+  assert all(not list(c.spec.resolved_problems()) for c in found)
   batch_sizes = {c.spec.train.batch_size for c in plan_search.find_candidates(tiny_spec(), topology, (1, 4))}
   assert batch_sizes == {4, 16}
   chosen = plan_search.choose(found, 10)
