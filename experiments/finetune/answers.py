@@ -13,10 +13,10 @@ import types
 import jax
 import jax.numpy as jnp
 
-from llmjax.checkpoint.checkpoints import read_config
+from llmjax.checkpoint.load import read_config
 from llmjax.data import stream
 from llmjax.data.spec import DataSpec
-from llmjax.loops.generate import load_generator
+from llmjax.generate.load import load_generator
 from llmjax.run.saved_run import SavedRunSpec, spec_of_run
 
 
