@@ -167,7 +167,7 @@ def test_other_data_in_the_same_folder_is_refused(folder):
 def test_starting_from_another_run(folder):
   out = pretrain(folder, 'second', 1, '--config.train.init_from=whole', '--config.model.dropout=0.0',
                  '--config.optimizer.warmup_steps=1')
-  assert 'warning: optimizer.warmup_steps=1 is all of train.steps=1' in out
+  assert 'warning: optimizer.warmup_steps=1 covers all of train.steps=1' in out
   assert rows(folder / 'second', 'train/loss')[1] < rows(folder / 'whole', 'train/loss')[4]
 
 
@@ -255,6 +255,7 @@ class Greeting(Callback):
 '''
 
 
+@pytest.mark.slow
 def test_objective_task_and_callback_of_a_module_outside_the_package(folder):
   (folder / 'mine.py').write_text(EXTENSIONS)
   arguments = ['--config.train.objective=mine:focal', '--config.evaluate.tasks=mine:parameters',
