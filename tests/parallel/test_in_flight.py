@@ -99,6 +99,7 @@ def test_training_is_a_few_steps_ahead_between_log_lines(tmp_path, monkeypatch, 
   assert max(step.ahead) <= in_flight.LIMIT if limited else max(step.ahead) > 4
 
 
+@pytest.mark.slow
 def test_hundreds_of_steps_on_eight_devices_with_one_log_line(tmp_path):
   """Without a limit jaxlib may deadlock in many more of them: see tools/stress_dispatch.py."""
   status, _ = test_guard.train(tmp_path, *test_guard.MESHES['eight'], steps=300, log_every=1000,

@@ -171,7 +171,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize('name', FORMS)
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('optimizer', ['adamw', pytest.param('muon', marks=pytest.mark.slow)])
 def test_models_of_other_forms_train(name, optimizer):
   """Every parameter has a row for its weight decay and its dtype, and moves."""
   model = dataclasses.replace(MODEL, **FORMS[name])
